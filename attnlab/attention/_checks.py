@@ -1,0 +1,94 @@
+"""Argument checks shared by the primitives. All of them run at trace time, on shapes and dtypes alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def shape_text(array: Array) -> str:
+    return f"{jnp.dtype(array.dtype).name}[{','.join(map(str, array.shape))}]"
+
+
+def require(condition: bool, argument: str, given: Any, allowed: str) -> None:
+    """Raises ValueError "argument: got given; allowed", the one form of message in this package."""
+    if not condition:
+        raise ValueError(f"{argument}: got {given}; {allowed}")
+
+
+def check_array(name: str, array: Any, shape: Sequence[int | None], layout: str) -> None:
+    """Requires an array of this shape (None: any length). `layout` names the axes in the message."""
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        raise TypeError(f"{name}: got {type(array).__name__}; need an array {layout}")
+    fits = len(array.shape) == len(shape) and all(
+        want is None or got == want for got, want in zip(array.shape, shape, strict=True)
+    )
+    wanted = ",".join("*" if n is None else str(n) for n in shape)
+    require(fits, name, shape_text(array), f"need {layout} = [{wanted}]")
+
+
+def check_query_key_value(
+    query: Array, key: Array, value: Array, *, space_ranks: Sequence[int] = (1,), same_space: bool = True
+) -> None:
+    """Checks query [B,*T,N,H], key [B,*S,K,H], value [B,*S,K,V]: floating dtypes, ranks, lengths and heads.
+
+    space_ranks: numbers of space axes allowed. same_space: whether query and key must have equal space axes.
+    """
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise TypeError(f"{name}: got {type(array).__name__}; need an array [batch, *space, heads, head_dim]")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name}: got dtype {array.dtype}; need a floating dtype")
+        ranks = " or ".join(str(rank + 3) for rank in space_ranks)
+        require(
+            array.ndim - 3 in space_ranks,
+            name,
+            shape_text(array),
+            f"need rank {ranks}: [batch, *space, heads, head_dim]",
+        )
+        require(0 not in array.shape[-2:], name, shape_text(array), "heads and head_dim must be at least 1")
+    require(key.ndim == query.ndim, "key", shape_text(key), f"must have the rank of query {shape_text(query)}")
+    require(key.shape[0] == query.shape[0], "key", shape_text(key), f"must have query's batch, {query.shape[0]}")
+    require(key.shape[-1] == query.shape[-1], "key", shape_text(key), f"must have query's head_dim, {query.shape[-1]}")
+    require(
+        value.shape[:-1] == key.shape[:-1],
+        "value",
+        shape_text(value),
+        f"must agree with key {shape_text(key)} in all but head_dim",
+    )
+    require(
+        query.shape[-2] % key.shape[-2] == 0,
+        "key",
+        shape_text(key),
+        f"its heads must divide query's {query.shape[-2]} heads",
+    )
+    if same_space:
+        require(
+            key.shape[1:-2] == query.shape[1:-2],
+            "key",
+            shape_text(key),
+            f"must have query's space axes, {query.shape[1:-2]}",
+        )
+
+
+def per_axis(name: str, value: Any, rank: int, kind: type = int) -> tuple[Any, ...]:
+    """One value, or one per space axis -> a tuple of `rank` values of type int (>= 1 is not checked here) or bool."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
+    require(len(values) == rank, name, value, f"need one value or {rank}, one per space axis")
+    for item in values:
+        is_bool = isinstance(item, bool)
+        if is_bool != (kind is bool) or not hasattr(item, "__index__"):
+            raise TypeError(f"{name}: got {value!r}; need {kind.__name__}, or one {kind.__name__} per space axis")
+    return tuple(kind(item) for item in values)
+
+
+def default_scale(scale: float | None, head_dim: int) -> float | Array:
+    return head_dim**-0.5 if scale is None else scale
+
+
+def accumulator_dtype(*arrays: Array) -> jnp.dtype:
+    """float32 for inputs of 32 bits and fewer, float64 for float64 (under jax_enable_x64)."""
+    return jnp.promote_types(jnp.float32, jnp.result_type(*arrays))

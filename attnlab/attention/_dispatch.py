@@ -1,0 +1,143 @@
+"""Which implementation serves a call: a name given by the caller, or a choice by platform made at lowering."""
+
+import contextlib
+import contextvars
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+
+Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla", "pallas_tpu", "pallas_gpu")
+# The platform names of lax.platform_dependent.
+_KERNEL_PLATFORM = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel as one of a primitive's implementations.
+
+    call: takes the same arrays and options as the other implementations.
+    refusal: with the same arguments (arrays may be shape structs): why the kernel cannot serve, or None if it can.
+    """
+
+    call: Callable[..., Any]
+    refusal: Callable[..., str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What one call of a primitive would run: an implementation for each platform, and why others cannot."""
+
+    primitive: str
+    by_platform: Mapping[str, str]
+    refused: Mapping[str, str]
+
+    def __str__(self) -> str:
+        runs = ", ".join(f"{platform}: {name}" for platform, name in self.by_platform.items())
+        refused = "".join(f"\n  {name} cannot serve: {reason}" for name, reason in self.refused.items())
+        return f"{self.primitive} runs {runs}{refused}"
+
+
+_recorder: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("attnlab_choices", default=None)
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[list[Choice]]:
+    choices: list[Choice] = []
+    token = _recorder.set(choices)
+    try:
+        yield choices
+    finally:
+        _recorder.reset(token)
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
+    """Which implementation every attention call inside function(*args, **kwargs) would run, by platform, and why.
+
+    Nothing is computed: the function is traced on shapes. Options such as window= go in as keyword arguments.
+
+        print(*attnlab.explain(attnlab.local_attention, q, k, v, window=128), sep="\\n")
+    """
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in jax.tree.leaves((args, kwargs))]
+    leaves, tree = jax.tree.flatten((args, kwargs))
+
+    def on_arrays(arrays: list[Any]) -> Any:
+        arrays_left = iter(arrays)
+        filled = [next(arrays_left) if flag else leaf for leaf, flag in zip(leaves, is_array, strict=True)]
+        inner_args, inner_kwargs = jax.tree.unflatten(tree, filled)
+        return function(*inner_args, **inner_kwargs)
+
+    with _recording() as choices:
+        jax.eval_shape(on_arrays, [leaf for leaf, flag in zip(leaves, is_array, strict=True) if flag])
+    return choices
+
+
+def dispatch(
+    primitive: str,
+    implementations: Mapping[str, Callable[..., Any] | Kernel],
+    implementation: str | None,
+    *arrays: Any,
+    **options: Any,
+) -> Any:
+    """Calls the implementation named, or with None the fastest that serves on the platform it is lowered for.
+
+    Args:
+      primitive: name for messages.
+      implementations: "reference" and "xla" as functions, kernels as Kernel; all take (*arrays, **options).
+      arrays: pytrees of arrays. options: static.
+    """
+    if implementation is not None and implementation not in implementations:
+        allowed = [name for name in IMPLEMENTATIONS if name in implementations]
+        known = f"{primitive} has no such form" if implementation in IMPLEMENTATIONS else "no such name"
+        raise ValueError(f"implementation: got {implementation!r} ({known}); need None or one of {allowed}")
+
+    kernels = {name: entry for name, entry in implementations.items() if isinstance(entry, Kernel)}
+    refused = {
+        name: reason
+        for name, kernel in kernels.items()
+        if implementation in (None, name) and (reason := kernel.refusal(*arrays, **options)) is not None
+    }
+    if implementation is not None:
+        if implementation in refused:
+            raise ValueError(
+                f"implementation: {implementation!r} cannot serve this {primitive} call: {refused[implementation]}"
+            )
+        _record(Choice(primitive, {"every platform": implementation}, {}))
+        entry = implementations[implementation]
+        return entry.call(*arrays, **options) if isinstance(entry, Kernel) else entry(*arrays, **options)
+
+    serving = {_KERNEL_PLATFORM[name]: name for name in kernels if name not in refused}
+    _record(Choice(primitive, {**serving, "elsewhere" if serving else "every platform": "xla"}, refused))
+    _warn_of_fallback(primitive, refused)
+
+    def bound(entry: Any) -> Callable[..., Any]:
+        call = entry.call if isinstance(entry, Kernel) else entry
+        return lambda *arrays: call(*arrays, **options)
+
+    xla = bound(implementations["xla"])
+    if not serving:
+        return xla(*arrays)
+    # platform_dependent picks when the program is lowered, so compiling for a TPU on a CPU host takes the TPU kernel.
+    by_platform = {platform: bound(kernels[name]) for platform, name in serving.items()}
+    return jax.lax.platform_dependent(*arrays, default=xla, **by_platform)
+
+
+def _record(choice: Choice) -> None:
+    choices = _recorder.get()
+    if choices is not None:
+        choices.append(choice)
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def _warn_of_fallback(primitive: str, refused: Mapping[str, str]) -> None:
+    """Says once per primitive and reason that the kernel of the machine at hand cannot serve and XLA runs instead."""
+    for name, reason in refused.items():
+        here = jax.default_backend().replace("gpu", "cuda") == _KERNEL_PLATFORM[name]
+        if here and (primitive, reason) not in _warned:
+            _warned.add((primitive, reason))
+            warnings.warn(f"{primitive} runs as 'xla', not {name!r}: {reason}", stacklevel=4)
