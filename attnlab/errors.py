@@ -1,0 +1,5 @@
+"""The one exception for mistakes a user can mend."""
+
+
+class UserError(ValueError):
+    """Bad input from outside the program: a file, a config, a folder. The command line prints its message as one line."""
