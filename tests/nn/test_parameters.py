@@ -1,0 +1,52 @@
+"""Parameters: drawn by path, so that what two models share starts from the same bits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab import nn
+from attnlab.models import LanguageModel
+
+
+def make(mixer, **options):
+    return LanguageModel(vocabulary=32, mixers=[mixer], **{"depth": 2, "features": 32, **options})
+
+
+def flat(parameters):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(parameters)
+    }
+
+
+def test_arms_that_share_a_parameter_share_its_bits():
+    key = jax.random.key(3)
+    softmax = flat(nn.initialize(make(nn.SoftmaxAttention), key))
+    gated = flat(nn.initialize(make(lambda *a, **k: nn.LinearAttention(*a, decay="data", **k), depth=3), key))
+    shared = set(softmax) & set(gated)
+    assert shared == set(softmax), "the gated arm has more parameters, not other ones"
+    assert len(gated) > len(shared)
+    for path in shared:
+        np.testing.assert_array_equal(softmax[path], gated[path], err_msg=path)
+
+
+def test_another_seed_or_another_path_draws_other_values():
+    first, second = (flat(nn.initialize(make(nn.SoftmaxAttention), jax.random.key(seed))) for seed in (0, 1))
+    kernels = [path for path in first if path.endswith("kernel")]
+    assert all(np.any(first[path] != second[path]) for path in kernels)
+    same_shape = [np.asarray(first[path]).tobytes() for path in kernels]
+    assert len(set(same_shape)) == len(same_shape), "two paths drew the same values"
+
+
+def test_a_model_is_built_without_values_and_counts_what_it_would_hold():
+    model = make(nn.SoftmaxAttention)
+    drawn = nn.initialize(model, jax.random.key(0))
+    assert nn.count_parameters(model) == sum(leaf.size for leaf in jax.tree.leaves(drawn))
+    assert {path: leaf.shape for path, leaf in flat(drawn).items()} == nn.parameter_shapes(model)
+
+
+def test_bind_leaves_the_model_without_values():
+    model = make(nn.SoftmaxAttention)
+    bound = nn.bind(model, nn.initialize(model, jax.random.key(0)))
+    assert bound(jnp.zeros((1, 4), jnp.int32)).shape == (1, 4, 32)
+    assert isinstance(model.embedding.get_value(), jax.ShapeDtypeStruct)
