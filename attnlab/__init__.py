@@ -4,6 +4,34 @@ The primitives are attributes of this package and need jax and einops alone. The
 ablations (attnlab.nn, .models, .data, .train, .ablate) need the extra "experiments".
 """
 
-from attnlab.attention import Choice, explain
+from attnlab.attention import (
+    Choice,
+    DotProductCache,
+    LocalCache,
+    dilated_attention,
+    dot_product_attention,
+    dot_product_step,
+    explain,
+    init_dot_product_cache,
+    init_local_cache,
+    local_attention,
+    local_step,
+    masks,
+    merge_attention,
+)
 
-__all__ = ["Choice", "explain"]
+__all__ = [
+    "Choice",
+    "DotProductCache",
+    "LocalCache",
+    "dilated_attention",
+    "dot_product_attention",
+    "dot_product_step",
+    "explain",
+    "init_dot_product_cache",
+    "init_local_cache",
+    "local_attention",
+    "local_step",
+    "masks",
+    "merge_attention",
+]

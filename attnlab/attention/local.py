@@ -1,0 +1,435 @@
+"""Local attention: every query sees the keys of a window around itself, in 1, 2 or 3 space axes.
+
+    out_t = sum_{s in window(t)} softmax_s(scale q_t . k_s) v_s
+
+The window is NATTEN's, per axis (masks.window_bounds): at a border it moves inward, so that every query sees exactly
+prod(window) keys; `stride` neighbouring queries share their leader's window (stride 1: sliding window; stride =
+window: attention in blocks; between them: the strided window of Generalized Neighborhood Attention). Causal axes see
+the window's past half only. Papers: Neighborhood Attention (Hassani et al. 2023), Faster Neighborhood Attention (2024),
+Generalized Neighborhood Attention (2025); attention sinks: StreamingLLM (Xiao et al. 2024).
+
+The blocked form cuts the queries' space into tiles. The windows of a tile's queries lie in one box of keys, of a size
+known at trace time; the tile attends to its box in one dense step under the mask of masks.window_bounds.
+
+    tile    | q q q q |                  queries
+    box   | k k k k k k k |              keys from the first query's window to the last one's
+
+With dilation the tokens are reordered by residue group first, and each group has tiles of its own.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attnlab.attention import masks
+from attnlab.attention._checks import (
+    accumulator_dtype,
+    check_query_key_value,
+    default_scale,
+    per_axis,
+    require,
+)
+from attnlab.attention._dispatch import Kernel, dispatch
+from attnlab.attention._softmax import softmax_parts
+from attnlab.attention.dot_product import check_segment_ids, check_step, dense_attention
+
+Array = jax.Array
+
+# Queries along one axis of a tile, at least and at most, by number of space axes.
+_TILE_RANGE = {1: (64, 256), 2: (8, 16), 3: (4, 8)}
+# Tiles are computed together while their logits take no more than this.
+_GROUP_BYTES = 16 * 2**20
+
+
+def local_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    window: int | tuple[int, ...],
+    stride: int | tuple[int, ...] = 1,
+    is_causal: bool | tuple[bool, ...] = False,
+    edge: masks.Edge = "shift",
+    sinks: int = 0,
+    scale: float | None = None,
+    segment_ids: Array | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Array | tuple[Array, Array]:
+    """Attention within a window around each query. Space has 1, 2 or 3 axes; options marked * take one value or one
+    per axis.
+
+    Args:
+      query: [B, *space, N, H], floating.
+      key: [B, *space, K, H]. K divides N: query head n reads key head n // (N / K).
+      value: [B, *space, K, V].
+      window*: number of keys seen along the axis, the query's own included. An even window reaches one key further
+        back than forward. At most the axis' length.
+      stride*: this many neighbouring queries share one window. At most the window.
+      is_causal*: keys after the query, along the axis, are not seen; axes combine by AND. The window then ends at its
+        leader, the last query of the stride group, and early queries see fewer keys.
+      edge: what a window does at a border. "shift": moves inward, always exactly `window` keys if not causal. "clip":
+        is cut off, as in jax.nn.dot_product_attention(local_window_size=(window // 2, (window - 1) // 2)).
+      sinks: the first `sinks` keys are visible to every query after them; for one causal axis.
+      scale: factor on the logits; None means H ** -0.5.
+      segment_ids: integers [B, *space]; a query sees keys of its own segment. Windows do not move for segments.
+      return_lse: return (out, lse).
+      implementation: None, "reference" or "xla".
+
+    Returns:
+      out [B, *space, N, V] in query's dtype; with return_lse also lse [B, *space, N], float32 (float64 for float64
+      inputs), differentiable. A query that sees no key gives 0 and lse = -inf, with zero gradients.
+
+    Raises:
+      ValueError, TypeError: naming the argument, for shapes, dtypes and settings other than these.
+
+    Complexity, with n positions: "xla" O(n prod(window)) time (times a constant for windows smaller than a tile) and
+    O(n) memory; "reference" O(n^2).
+    """
+    out, lse = windowed_attention(
+        "local_attention",
+        query,
+        key,
+        value,
+        segment_ids,
+        window=window,
+        stride=stride,
+        dilation=1,
+        is_causal=is_causal,
+        edge=edge,
+        sinks=sinks,
+        scale=scale,
+        implementation=implementation,
+    )
+    return (out, lse) if return_lse else out
+
+
+def windowed_attention(
+    primitive: str,
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array | None,
+    *,
+    window: Any,
+    stride: Any,
+    dilation: Any,
+    is_causal: Any,
+    edge: masks.Edge,
+    sinks: int,
+    scale: float | None,
+    implementation: str | None,
+) -> tuple[Array, Array]:
+    """Checks the arguments of local and dilated attention and dispatches: (out, lse)."""
+    check_query_key_value(query, key, value, space_ranks=(1, 2, 3))
+    space = query.shape[1:-2]
+    windows, strides, dilations = (
+        per_axis(name, given, len(space))
+        for name, given in (("window", window), ("stride", stride), ("dilation", dilation))
+    )
+    causal = per_axis("is_causal", is_causal, len(space), bool)
+    for axis, (length, k, s, d) in enumerate(zip(space, windows, strides, dilations, strict=True)):
+        where = f"on axis {axis} of the space {space}"
+        require(d >= 1, "dilation", dilation, f"must be at least 1 {where}")
+        dilated = "" if d == 1 else f" // {d} (dilation)"
+        require(k >= 1, "window", window, f"must be at least 1 {where}")
+        require(k * d <= length, "window", window, f"at most {length // d} = {length}{dilated} fits {where}")
+        require(1 <= s <= k, "stride", stride, f"must be from 1 to the window, {k}, {where}")
+    require(edge in ("shift", "clip"), "edge", repr(edge), "need 'shift' or 'clip'")
+    if isinstance(sinks, bool) or not hasattr(sinks, "__index__"):
+        raise TypeError(f"sinks: got {sinks!r}; need an int")
+    require(sinks >= 0, "sinks", sinks, "must be at least 0")
+    require(sinks == 0 or causal == (True,), "sinks", sinks, "needs one space axis and is_causal=True; else must be 0")
+    if segment_ids is not None:
+        check_segment_ids("segment_ids", segment_ids, (query.shape[0], *space), "[batch, *space]")
+    return dispatch(
+        primitive,
+        IMPLEMENTATIONS,
+        implementation,
+        query,
+        key,
+        value,
+        segment_ids,
+        window=windows,
+        stride=strides,
+        dilation=dilations,
+        is_causal=causal,
+        edge=edge,
+        sinks=int(sinks),
+        scale=default_scale(scale, query.shape[-1]),
+    )
+
+
+def _reference(
+    query: Array, key: Array, value: Array, segment_ids: Array | None, *, sinks: int, scale: Any, **settings: Any
+) -> tuple[Array, Array]:
+    batch, *space, _, _ = query.shape
+    mask = masks.neighborhood(space, **settings)
+    if sinks:
+        mask = mask | (masks.causal() & masks.first_keys(sinks))
+    visible = masks.dense_mask(mask, space)
+    if segment_ids is not None:
+        ids = segment_ids.reshape(batch, -1)
+        visible = visible & (ids[:, None, :, None] == ids[:, None, None, :])
+    flat = (x.reshape(batch, -1, *x.shape[-2:]) for x in (query, key, value))
+    out, lse = dense_attention(*flat, visible=visible, scale=scale)
+    return out.reshape(batch, *space, *out.shape[-2:]), lse.reshape(batch, *space, -1)
+
+
+class _Tiles(NamedTuple):
+    """How one axis is tiled. Arrays int32 [number of tiles], in the coordinates of the tile's residue group."""
+
+    size: int  # queries in a tile
+    box: int  # keys in a tile's box
+    groups: int  # residue groups
+    group_length: int  # of the longest group; on the reordered axis every group takes this much
+    length: np.ndarray  # length of the tile's group
+    residue: np.ndarray  # the tile's group
+    query: np.ndarray  # the tile's first query
+    key: np.ndarray  # the box's first key
+
+
+def _tile_axis(axis: masks.AxisWindow, rank: int) -> _Tiles:
+    group_length = axis.group_length(0)
+    # Half the window balances the box's overhang against small matrix products; a multiple of the stride lets a
+    # stride group, which shares one window, stay in one tile.
+    smallest, largest = _TILE_RANGE[rank]
+    size = min(max(axis.window // 2, smallest), largest, group_length)
+    size = -(-group_length // -(-group_length // size))  # tiles of equal size
+    size = min(-(-size // axis.stride) * axis.stride, group_length)
+    in_group = np.arange(-(-group_length // size)) * size
+    residue = np.repeat(np.arange(axis.dilation), len(in_group))
+    query = np.tile(in_group, axis.dilation)
+    length = axis.group_length(residue)
+    start, _ = axis.group_bounds(np.minimum(query, length - 1), length)
+    _, end = axis.group_bounds(np.minimum(query + size - 1, length - 1), length)
+    box = int(np.max(end - start))
+    return _Tiles(size, box, axis.dilation, group_length, length, residue, query, np.minimum(start, group_length - box))
+
+
+def _xla(
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array | None,
+    *,
+    window: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    is_causal: tuple[bool, ...],
+    edge: masks.Edge,
+    sinks: int,
+    scale: Any,
+) -> tuple[Array, Array]:
+    batch, *space, heads, head_dim = query.shape
+    key_heads, value_dim = key.shape[-2], value.shape[-1]
+    group = heads // key_heads  # query heads that read one key head
+    rank = len(space)
+    sinks = min(sinks, space[0])
+    dtype = accumulator_dtype(query, key, value)
+    axes = masks.axis_windows(space, window=window, stride=stride, dilation=dilation, is_causal=is_causal, edge=edge)
+    tiles = [_tile_axis(axis, rank) for axis in axes]
+    box = tuple(t.box for t in tiles)
+
+    # Keys [B, K, *space, H], each axis reordered by residue group; queries [tiles, B, K, G, tile, H].
+    query_tiles = _cut_tiles(query.reshape(batch, *space, key_heads, group, head_dim), tiles)
+    query_tiles = jnp.moveaxis(query_tiles, 2, 4)
+    keys, values = (_group_residues(jnp.moveaxis(x, -2, 1), tiles, first=2) for x in (key, value))
+    sink_parts = [jnp.moveaxis(x[:, :sinks], -2, 1) for x in (key, value)] if sinks else None
+    if segment_ids is not None:
+        segments = _group_residues(segment_ids, tiles, first=1)
+        segment_tiles = _cut_tiles(segment_ids, tiles)
+
+    # The tables of all axes, for the product of their tiles: int32 [tiles, rank].
+    def table(field: str) -> np.ndarray:
+        grids = np.meshgrid(*(getattr(t, field) for t in tiles), indexing="ij")
+        return np.stack([grid.ravel() for grid in grids], axis=-1).astype(np.int32)
+
+    length, residue, first_query, first_key = (table(name) for name in ("length", "residue", "query", "key"))
+    box_start = residue * np.array([t.group_length for t in tiles], np.int32) + first_key
+    parts = {
+        "query": query_tiles,
+        "length": length,
+        "first_query": first_query,
+        "first_key": first_key,
+        "box_start": box_start,
+        "segment": segment_tiles if segment_ids is not None else None,
+    }
+
+    def attend(part: dict[str, Any]) -> tuple[Array, Array]:
+        """One tile: out [B, K, G, tile, V] and lse [B, K, G, tile]."""
+
+        def take_box(x: Array, first: int) -> Array:
+            """The box of x [.., *space, ..], whose space axes begin at `first`, flattened to one axis."""
+            start = [np.int32(0)] * x.ndim  # of one dtype with box_start, also under jax_enable_x64
+            start[first : first + rank] = list(part["box_start"])
+            sizes = (*x.shape[:first], *box, *x.shape[first + rank :])
+            return lax.dynamic_slice(x, start, sizes).reshape(*x.shape[:first], -1, *x.shape[first + rank :])
+
+        visible = jnp.ones((1, 1), bool)
+        for a, (axis, t) in enumerate(zip(axes, tiles, strict=True)):
+            # Queries in the padding copy the group's last one; they are dropped afterwards.
+            query_index = jnp.minimum(part["first_query"][a] + jnp.arange(t.size), part["length"][a] - 1)
+            start, end = axis.group_bounds(query_index[:, None], part["length"][a])
+            key_index = part["first_key"][a] + jnp.arange(t.box)
+            sees = (start <= key_index) & (key_index < end)
+            visible = visible[:, None, :, None] & sees[None, :, None, :]
+            visible = visible.reshape(visible.shape[0] * t.size, -1)
+        key, value = take_box(keys, 2), take_box(values, 2)
+        if sink_parts is not None:
+            # A sink inside the window is counted there. `start` is the only axis' here.
+            key, value = (jnp.concatenate([s, x], axis=2) for s, x in zip(sink_parts, (key, value), strict=True))
+            visible = jnp.concatenate([jnp.arange(sinks) < start, visible], axis=1)
+        if segment_ids is not None:
+            ids = take_box(segments, 1)
+            if sinks:
+                ids = jnp.concatenate([segment_ids[:, :sinks], ids], axis=1)
+            visible = visible & (part["segment"][:, :, None] == ids[:, None, :])[:, None, None]
+        logits = scale * jnp.einsum("bkgth,bksh->bkgts", part["query"], key, preferred_element_type=dtype)
+        numerators, denominator, lse = softmax_parts(logits, visible)
+        out = jnp.einsum("bkgts,bksv->bkgtv", numerators, value.astype(dtype), preferred_element_type=dtype)
+        return (out / denominator).astype(query.dtype), lse
+
+    # Logits are recomputed in the backward: what is kept for it is linear in the number of positions.
+    logit_bytes = batch * heads * math.prod(t.size * t.box for t in tiles) * jnp.dtype(dtype).itemsize
+    out, lse = lax.map(jax.checkpoint(attend, prevent_cse=False), parts, batch_size=max(1, _GROUP_BYTES // logit_bytes))
+
+    out = _join_tiles(jnp.moveaxis(out, 4, 2), tiles, space).reshape(batch, *space, heads, value_dim)
+    return out, _join_tiles(jnp.moveaxis(lse, 4, 2), tiles, space).reshape(batch, *space, heads)
+
+
+def _group_residues(x: Array, tiles: list[_Tiles], first: int) -> Array:
+    """Reorders space axes, which begin at `first`, by residue group: [L] -> [groups * group_length], padded with 0."""
+    for axis, t in enumerate(tiles, first):
+        if t.groups == 1:
+            continue
+        x = _pad(x, axis, t.groups * t.group_length)
+        split = x.reshape(*x.shape[:axis], t.group_length, t.groups, *x.shape[axis + 1 :])
+        x = jnp.swapaxes(split, axis, axis + 1).reshape(x.shape)
+    return x
+
+
+def _pad(x: Array, axis: int, length: int) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
+def _cut_tiles(x: Array, tiles: list[_Tiles]) -> Array:
+    """[B, *space, ...] -> [tiles, B, tile, ...], tiles and the tokens in them in row-major order, padded with 0."""
+    batch, rest = x.shape[0], x.shape[1 + len(tiles) :]
+    x = _group_residues(x, tiles, first=1)
+    for i, t in enumerate(tiles):
+        axis = 1 + 2 * i  # the axes before have become (tiles, tile)
+        count = len(t.query) // t.groups
+        x = x.reshape(*x.shape[:axis], t.groups, t.group_length, *x.shape[axis + 1 :])
+        x = _pad(x, axis + 1, count * t.size)
+        x = x.reshape(*x.shape[:axis], t.groups * count, t.size, *x.shape[axis + 2 :])
+    counts, sizes = range(1, 2 * len(tiles), 2), range(2, 2 * len(tiles) + 1, 2)
+    x = x.transpose(*counts, 0, *sizes, *range(1 + 2 * len(tiles), x.ndim))
+    return x.reshape(-1, batch, math.prod(t.size for t in tiles), *rest)
+
+
+def _join_tiles(x: Array, tiles: list[_Tiles], space: list[int]) -> Array:
+    """The inverse of _cut_tiles: [tiles, B, tile, ...] -> [B, *space, ...]."""
+    rank, rest = len(tiles), x.shape[3:]
+    x = x.reshape(*(len(t.query) for t in tiles), x.shape[1], *(t.size for t in tiles), *rest)
+    pairs = [axis for i in range(rank) for axis in (i, rank + 1 + i)]
+    x = x.transpose(rank, *pairs, *range(2 * rank + 1, x.ndim))
+    for axis, (t, length) in enumerate(zip(tiles, space, strict=True), 1):
+        # [.., groups * count, size, ..] -> [.., groups, group_length, ..] -> [.., length, ..]
+        x = x.reshape(*x.shape[:axis], t.groups, -1, *x.shape[axis + 2 :])
+        x = lax.slice_in_dim(x, 0, t.group_length, axis=axis + 1)
+        x = jnp.swapaxes(x, axis, axis + 1).reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+        x = lax.slice_in_dim(x, 0, length, axis=axis)
+    return x
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {"reference": _reference, "xla": _xla}
+
+
+class LocalCache(NamedTuple):
+    """The keys and values that later tokens can see: key [B, sinks + window, K, H], value [B, sinks + window, K, V].
+
+    Token p lies in slot sinks + p mod window until it is overwritten, and the first `sinks` tokens in slots of their
+    own too. position: int32 [], the number of tokens so far.
+    """
+
+    key: Array
+    value: Array
+    position: Array
+
+
+def init_local_cache(
+    batch: int,
+    num_key_heads: int,
+    head_dim: int,
+    *,
+    window: int,
+    sinks: int = 0,
+    value_dim: int | None = None,
+    dtype: Any = jnp.float32,
+) -> LocalCache:
+    """An empty cache for causal decoding, of any number of tokens. value_dim=None means head_dim."""
+    require(window >= 1, "window", window, "must be at least 1")
+    require(sinks >= 0, "sinks", sinks, "must be at least 0")
+    shape = (batch, sinks + window, num_key_heads)
+    return LocalCache(
+        key=jnp.zeros((*shape, head_dim), dtype),
+        value=jnp.zeros((*shape, head_dim if value_dim is None else value_dim), dtype),
+        position=jnp.zeros((), jnp.int32),
+    )
+
+
+def local_step(
+    cache: LocalCache,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    window: int,
+    sinks: int = 0,
+    stride: int = 1,
+    scale: float | None = None,
+) -> tuple[Array, LocalCache]:
+    """The next token of causal local attention: its row of local_attention(..., is_causal=True).
+
+    With stride > 1 it equals edge="clip", and edge="shift" in all stride groups but an incomplete last one, whose
+    leader depends on where the sequence ends.
+
+    Args:
+      cache: from init_local_cache with the same window and sinks.
+      query, key, value: the token's, [B, 1, N, H], [B, 1, K, H], [B, 1, K, V].
+
+    Returns:
+      (out [B, 1, N, V], the cache with the token added).
+
+    Complexity: O(window + sinks) time and memory.
+    """
+    check_step(query, key, value, cache.key, cache.value)
+    slots = cache.key.shape[1]
+    require(window + sinks == slots, "window", f"{window} + {sinks} sinks", f"the cache was made for {slots} together")
+    require(1 <= stride <= window, "stride", stride, f"must be from 1 to the window, {window}")
+    position = cache.position
+
+    def store(old: Array, new: Array) -> Array:
+        new = new.astype(old.dtype)
+        old = lax.dynamic_update_slice(old, new, (0, sinks + position % window, 0, 0))
+        if sinks == 0:
+            return old
+        slot = jnp.minimum(position, sinks - 1)
+        kept = lax.dynamic_slice_in_dim(old, slot, 1, axis=1)
+        return lax.dynamic_update_slice(old, jnp.where(position < sinks, new, kept), (0, slot, 0, 0))
+
+    keys, values = store(cache.key, key), store(cache.value, value)
+    # edge="clip": a leader past the end of the sequence, which is not known here.
+    start, _ = masks.window_bounds(position, position + 1, window=window, stride=stride, is_causal=True, edge="clip")
+    in_slot = position - (position - jnp.arange(window)) % window  # the newest token that the slot holds
+    visible = jnp.concatenate([jnp.arange(sinks) < start, in_slot >= start])
+    out, _ = dense_attention(query, keys, values, visible=visible, scale=default_scale(scale, query.shape[-1]))
+    return out, LocalCache(keys, values, position + 1)

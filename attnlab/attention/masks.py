@@ -1,0 +1,260 @@
+"""Who sees whom, as index arithmetic: predicates on (query, key) coordinates, joined with & and |.
+
+One definition of the neighbourhood window, `window_bounds`, serves every form: the dense mask of the references
+(`dense_mask`), the tiles that a kernel visits (`block_map`), the pictures (`draw`), and the blocked forms, which
+evaluate it on traced indices. All of it takes Python ints, numpy and jax arrays.
+
+Per axis, with dilation d, a coordinate c belongs to the residue group c mod d and has the index c div d in it. A query
+sees keys of its own group alone; `window_bounds` works inside a group, `AxisWindow` on token coordinates.
+
+    causal = Mask(lambda query, key: key[0] <= query[0])
+    window = neighborhood((1024,), window=128, is_causal=True)
+    dense_mask(window | (causal & first_keys(4)), (1024,))
+
+Window arithmetic: NATTEN (Hassani et al. 2023, 2024), with the strides of Generalized Neighborhood Attention (2025).
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Edge = Literal["shift", "clip"]
+# One integer (array) for each space axis.
+Coordinates = tuple[Any, ...]
+
+
+def _minimum(a: Any, b: Any) -> Any:
+    return (jnp if isinstance(a, jax.Array) or isinstance(b, jax.Array) else np).minimum(a, b)
+
+
+def _maximum(a: Any, b: Any) -> Any:
+    return (jnp if isinstance(a, jax.Array) or isinstance(b, jax.Array) else np).maximum(a, b)
+
+
+def window_bounds(
+    query: Any, length: Any, *, window: int, stride: int = 1, is_causal: bool = False, edge: Edge = "shift"
+) -> tuple[Any, Any]:
+    """The keys that a query sees on one axis: start <= key < end, in the coordinates of its residue group.
+
+    `stride` consecutive queries share the window of their leader.
+
+        not causal   leader = min((query div stride) stride + stride div 2, length - 1)
+                     window div 2 keys before it (an even window reaches one further left), window keys in all;
+                     at a border the window moves inward
+        causal       leader = min((query div stride) stride + stride - 1, length - 1)
+                     keys with leader - window < key <= query
+        edge="clip"  the window never moves: neither the leader nor the window follows the border, which cuts it
+
+    Both bounds grow with the query. Needs window <= length and stride <= window, so that a query sees itself.
+    """
+    group = query // stride * stride
+    if is_causal:
+        leader = group + (stride - 1)
+        if edge == "shift":
+            leader = _minimum(leader, length - 1)
+        return _maximum(leader - (window - 1), 0), query + 1
+    left, right = window // 2, window - 1 - window // 2
+    leader = group + stride // 2
+    if edge == "clip":
+        return _maximum(leader - left, 0), _minimum(leader + (right + 1), length)
+    centre = _minimum(_maximum(_minimum(leader, length - 1), left), length - 1 - right)
+    return centre - left, centre + (right + 1)
+
+
+def window_queries(
+    key: Any, length: Any, *, window: int, stride: int = 1, is_causal: bool = False, edge: Edge = "shift"
+) -> tuple[Any, Any]:
+    """The inverse of window_bounds: the queries that see a key are start <= query < end (for backwards over keys)."""
+    if is_causal:
+        past_border = (key + window >= length) if edge == "shift" else 0
+        return key, _minimum(((key + window) // stride + past_border) * stride, length)
+    left, right = window // 2, window - 1 - window // 2
+    offset = stride - stride // 2 - 1
+    start = _maximum((key - right + offset) // stride * stride, 0)
+    end = _minimum((key + left + offset + 1) // stride * stride, length)
+    if edge == "shift":
+        start = start * (key >= window)
+        end = end + (length - end) * (key >= length - window)
+    return start, end
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisWindow:
+    """The neighbourhood on one space axis, in token coordinates. Hashable; all fields are static."""
+
+    length: int
+    window: int
+    stride: int = 1
+    dilation: int = 1
+    is_causal: bool = False
+    edge: Edge = "shift"
+
+    def group_length(self, residue: Any) -> Any:
+        """Number of tokens whose coordinate is `residue` modulo the dilation."""
+        return (self.length - residue + self.dilation - 1) // self.dilation
+
+    def group_bounds(self, query: Any, length: Any) -> tuple[Any, Any]:
+        """window_bounds with this axis' settings, in a residue group of this length."""
+        return window_bounds(
+            query, length, window=self.window, stride=self.stride, is_causal=self.is_causal, edge=self.edge
+        )
+
+    def bounds(self, query: Any) -> tuple[Any, Any]:
+        """A query sees the keys start <= key < end of its own residue class, key = query modulo dilation."""
+        residue = query % self.dilation
+        start, end = self.group_bounds(query // self.dilation, self.group_length(residue))
+        return start * self.dilation + residue, (end - 1) * self.dilation + residue + 1
+
+    def sees(self, query: Any, key: Any) -> Any:
+        start, end = self.bounds(query)
+        return (start <= key) & (key < end) & ((key - query) % self.dilation == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """A predicate on coordinates: sees(query, key) is True where the query attends to the key.
+
+    query, key: tuples with one integer (array) for each space axis; arrays broadcast against each other.
+    """
+
+    sees: Callable[[Coordinates, Coordinates], Any]
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return Mask(lambda query, key: self.sees(query, key) & other.sees(query, key))
+
+    def __or__(self, other: "Mask") -> "Mask":
+        return Mask(lambda query, key: self.sees(query, key) | other.sees(query, key))
+
+
+def axis_windows(
+    shape: Sequence[int],
+    *,
+    window: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    edge: Edge,
+) -> tuple[AxisWindow, ...]:
+    """One AxisWindow for each space axis, from settings per axis."""
+    return tuple(
+        AxisWindow(*settings, edge=edge) for settings in zip(shape, window, stride, dilation, is_causal, strict=True)
+    )
+
+
+def neighborhood(
+    shape: Sequence[int],
+    window: int | Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    edge: Edge = "shift",
+) -> Mask:
+    """The mask of local_attention and dilated_attention on a space of this shape; the axes combine by AND."""
+
+    def each(value: Any) -> tuple[Any, ...]:
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(shape)
+
+    axes = axis_windows(
+        shape, window=each(window), stride=each(stride), dilation=each(dilation), is_causal=each(is_causal), edge=edge
+    )
+    return Mask(
+        lambda query, key: functools.reduce(
+            operator.and_, (axis.sees(q, k) for axis, q, k in zip(axes, query, key, strict=True))
+        )
+    )
+
+
+def causal(axis: int = 0) -> Mask:
+    """Keys at or before the query on one axis."""
+    return Mask(lambda query, key: key[axis] <= query[axis])
+
+
+def first_keys(count: int) -> Mask:
+    """The first `count` keys of a sequence, for every query."""
+    return Mask(lambda query, key: (key[0] < count) & (query[0] >= 0))
+
+
+def _coordinates(shape: Sequence[int], xp: Any) -> Coordinates:
+    """Coordinates of all tokens in row-major order: a [prod(shape)] array for each axis."""
+    index = xp.arange(math.prod(shape))
+    return tuple(
+        index // math.prod(shape[axis + 1 :]) % length  # row-major: later axes run faster
+        for axis, length in enumerate(shape)
+    )
+
+
+def dense_mask(mask: Mask, query_shape: Sequence[int], key_shape: Sequence[int] | None = None) -> jax.Array:
+    """bool [T, S], True where query t sees key s; tokens of a space are numbered in row-major order."""
+    query = tuple(c[:, None] for c in _coordinates(query_shape, jnp))
+    key = tuple(c[None, :] for c in _coordinates(query_shape if key_shape is None else key_shape, jnp))
+    return mask.sees(query, key)
+
+
+class BlockMap(NamedTuple):
+    """bool [query tiles, key tiles], tiles in row-major order over the grid of tiles.
+
+    visited: some query of the tile sees some key of the other. full: every query sees every key, so that no element
+    mask is needed; tokens past the end of an axis, in a last tile that is not full, do not count.
+    """
+
+    visited: np.ndarray
+    full: np.ndarray
+
+
+def block_map(
+    mask: Mask,
+    query_shape: Sequence[int],
+    query_tile: Sequence[int],
+    key_tile: Sequence[int],
+    key_shape: Sequence[int] | None = None,
+) -> BlockMap:
+    """Which key tiles each query tile visits, exactly. Runs in numpy: O(T S) time, O(tile S) memory."""
+    key_shape = query_shape if key_shape is None else key_shape
+
+    def tile_of_token(shape: Sequence[int], tile: Sequence[int]) -> tuple[np.ndarray, int]:
+        grid = tuple(-(-length // size) for length, size in zip(shape, tile, strict=True))
+        tiles = tuple(c // size for c, size in zip(_coordinates(shape, np), tile, strict=True))
+        return np.ravel_multi_index(tiles, grid), math.prod(grid)
+
+    query_tiles, num_query_tiles = tile_of_token(query_shape, query_tile)
+    key_tiles, num_key_tiles = tile_of_token(key_shape, key_tile)
+    keys_in_tile = np.bincount(key_tiles, minlength=num_key_tiles)
+    key = tuple(c[None, :] for c in _coordinates(key_shape, np))
+    queries = _coordinates(query_shape, np)
+    visited = np.zeros((num_query_tiles, num_key_tiles), bool)
+    full = np.zeros_like(visited)
+    tokens_by_tile = np.split(np.argsort(query_tiles, kind="stable"), np.cumsum(np.bincount(query_tiles))[:-1])
+    for row, tokens in enumerate(tokens_by_tile):
+        sees = mask.sees(tuple(c[tokens, None] for c in queries), key)
+        visited[row] = np.bincount(key_tiles, weights=sees.any(0), minlength=num_key_tiles) > 0
+        full[row] = np.bincount(key_tiles, weights=sees.all(0), minlength=num_key_tiles) == keys_in_tile
+    return BlockMap(visited, full)
+
+
+def draw(mask: Mask, shape: Sequence[int], query: Sequence[int] | None = None, axes: Any = None) -> Any:
+    """Draws who sees whom with matplotlib and returns the axes drawn on.
+
+    query=None: all queries (rows) against all keys (columns). query: the coordinates of one query of a 1-D or 2-D
+    space; its keys are shown in place.
+    """
+    import matplotlib.pyplot as plt
+
+    axes = plt.subplots()[1] if axes is None else axes
+    if query is None:
+        axes.imshow(np.asarray(dense_mask(mask, shape)), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axes.set(xlabel="key", ylabel="query")
+        return axes
+    seen = np.asarray(mask.sees(tuple(query), _coordinates(shape, np))).reshape(shape)
+    axes.imshow(np.atleast_2d(seen), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    row, column = (0, *query)[-2:]
+    axes.plot(column, row, marker="o", color="tab:red")
+    axes.set(xlabel="x", ylabel="y" if len(shape) > 1 else "", title=f"keys seen by query {tuple(query)}")
+    return axes
