@@ -9,6 +9,14 @@ from attnlab.attention.dot_product import (
     dot_product_step,
     init_dot_product_cache,
 )
+from attnlab.attention.linear import (
+    LinearState,
+    init_linear_cache,
+    lightning_log_decay,
+    linear_attention,
+    linear_step,
+    retention_log_decay,
+)
 from attnlab.attention.local import (
     LocalCache,
     init_local_cache,
@@ -20,15 +28,21 @@ from attnlab.attention.merge import merge_attention
 __all__ = [
     "Choice",
     "DotProductCache",
+    "LinearState",
     "LocalCache",
     "dilated_attention",
     "dot_product_attention",
     "dot_product_step",
     "explain",
     "init_dot_product_cache",
+    "init_linear_cache",
     "init_local_cache",
+    "lightning_log_decay",
+    "linear_attention",
+    "linear_step",
     "local_attention",
     "local_step",
     "masks",
     "merge_attention",
+    "retention_log_decay",
 ]

@@ -1,0 +1,574 @@
+"""Linear attention: a state of fixed size in place of the keys seen so far.
+
+With q_t, k_t after the feature map, log decay g_t <= 0 and scale s, token t does
+
+    S~  = e^{g_t} S_{t-1}                     z_t = e^{g_t} z_{t-1} + k_t
+    u_t = v_t                                 or, with the delta rule,  u_t = beta_t (v_t - S~^T k_t)
+    S_t = S~ + k_t u_t^T
+    o_t = s q_t^T S_t                         or, normalised,           o_t = s q_t^T S_t / (s q_t^T z_t + eps)
+
+g_t is a number per head or one per channel of the key. Published cases: linear transformers (Katharopoulos et al. 2020:
+no decay, "elu", normalised), RetNet (Sun et al. 2023) and Lightning Attention (Qin et al. 2024) (constant decay),
+Mamba-2 (Dao and Gu 2024) (decay per token), GLA (Yang et al. 2023) (per channel), Based (Arora et al. 2024) ("taylor2",
+normalised), DeltaNet (Yang et al. 2024) (beta), Gated DeltaNet (Yang et al. 2024) (beta and decay).
+
+A chunk of C tokens at once, with D_ij = g_{j+1} + ... + g_i and the state S_0 before the chunk:
+
+    U   = (I + tril(beta KK^T * e^D, -1))^{-1} beta (V - (e^{D_i0} K) S_0)     (U = V without the delta rule)
+    O   = s [ tril(QK^T * e^D) U + (e^{D_i0} Q) S_0 ]
+    S_C = e^{D_C0} S_0 + (e^{D_Cj} K)^T U
+
+Every exponent is computed as a sum of log decays, never as a difference of two cumulative sums: it is <= 0 as it
+stands, loses no digits behind a strong decay, and a decay to nothing (e^-1e30) is how a segment's first token drops the
+state.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.attention._checks import (
+    Array,
+    accumulator_dtype,
+    check_array,
+    check_query_key_value,
+    default_scale,
+    require,
+    shape_text,
+)
+from attnlab.attention._dispatch import dispatch
+
+FeatureMap = Callable[[Array], Array] | str | None
+_RESET = -1e30
+
+
+class LinearState(NamedTuple):
+    """What linear attention remembers of the tokens so far, in float32 (float64 for float64 inputs).
+
+    F is the width of the keys after the feature map: head_dim H, or 1 + H + H(H+1)/2 for "taylor2".
+
+    kv: [B, N, F, V], the decayed sum of k v^T (k u^T with the delta rule).
+    k_sum: [B, N, F], the decayed sum of k. None where nobody needs it: a call keeps it when normalize=True or when the
+      state passed in has it, so that the state out always has the structure of the state in.
+    """
+
+    kv: Array
+    k_sum: Array | None = None
+
+
+def linear_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    is_causal: bool = True,
+    log_decay: Array | None = None,
+    beta: Array | None = None,
+    feature_map: FeatureMap = None,
+    normalize: bool = False,
+    scale: float | None = None,
+    initial_state: LinearState | None = None,
+    return_state: bool = False,
+    segment_ids: Array | None = None,
+    chunk_size: int = 64,
+    implementation: str | None = None,
+) -> Any:
+    """Linear attention in all its published recurrences; the module's docstring has the formulas.
+
+    Args:
+      query: [B, T, N, H], floating.
+      key: [B, T, K, H]; N a multiple of K, and key head n // (N/K) serves query head n.
+      value: [B, T, K, V].
+      is_causal: False sums over all tokens of the sequence (of the segment); decay and beta then mean nothing and are
+        refused.
+      log_decay: natural log of the decay, <= 0: [N] constant, [B, T, N] per token, [B, T, N, F] per channel. Applied
+        before the token writes, so token t's own key does not decay at t. Positive values cannot be seen at trace time;
+        they let the state grow without bound. -inf is not a log decay to differentiate through; any finite one is.
+      beta: [B, T, N], strength of the delta rule's correction, usually in [0, 1] with keys of unit length.
+      feature_map: applied to query and key in float32, before the scale. None: identity; "elu": elu(x) + 1; "relu";
+        "taylor2": features whose product is 1 + x + x^2/2 at x = scale q.k (here alone the scale goes inside); or a
+        function [..., H] -> [..., F] that treats tokens alike.
+      normalize: divide by s q.z + eps, z the decayed sum of keys, eps 1e-10 (1e-6 for "taylor2"). Sensible for
+        features >= 0; not with beta.
+      scale: of the output, default H ** -0.5 with H of the query as given.
+      initial_state: state before the first token (see init_linear_cache). Default zeros.
+      return_state: also return the state after the last token.
+      segment_ids: [B, T] integers for packed sequences, each segment one run of equal ids: the state is dropped where
+        the id changes. The initial state goes into the row's first segment, the returned state is the last segment's.
+      chunk_size: tokens taken at once by "xla".
+      implementation: "reference" (a scan over tokens; where not causal, dense weights), "xla" (a scan over chunks) or
+        None to choose by platform.
+
+    Returns:
+      [B, T, N, V] in query's dtype, or (that, LinearState) with return_state.
+
+    Raises:
+      ValueError, TypeError: at trace time, naming the argument.
+
+    Complexity of "xla", per head: O(T (C (F + V) + F V)) time; O(T (H + V)) memory, and for gradients one state per
+    chunk more, O(T F V / C); no T x T buffer.
+    """
+    check_query_key_value(query, key, value)
+    batch, length, heads, head_dim = query.shape
+    _check_options(query, log_decay, beta, feature_map, normalize, initial_state, value.shape[-1])
+    if not is_causal:
+        for name, given in (("log_decay", log_decay), ("beta", beta)):
+            require(given is None, name, "an array", "must be None with is_causal=False, which has no order of tokens")
+    if segment_ids is not None:
+        check_array("segment_ids", segment_ids, (batch, length), "[B, T]")
+        if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+            raise TypeError(f"segment_ids: got dtype {segment_ids.dtype}; need integers")
+    require(isinstance(chunk_size, int) and chunk_size >= 1, "chunk_size", chunk_size, "need an integer >= 1")
+
+    dtype = accumulator_dtype(query, key, value)
+    if initial_state is None:
+        initial_state = init_linear_cache(
+            batch, heads, head_dim, value.shape[-1], feature_map=feature_map, normalize=normalize
+        )
+        # Made like query: inside shard_map a scan's carry must vary over the mesh axes that its inputs vary over.
+        initial_state = jax.tree.map(lambda leaf: jnp.zeros_like(query, shape=leaf.shape), initial_state)
+    initial_state = jax.tree.map(lambda leaf: leaf.astype(dtype), initial_state)
+    out, state = dispatch(
+        "linear_attention",
+        IMPLEMENTATIONS,
+        implementation,
+        query,
+        key,
+        value,
+        log_decay,
+        beta,
+        initial_state,
+        segment_ids,
+        is_causal=is_causal,
+        feature_map=feature_map,
+        normalize=normalize,
+        scale=default_scale(scale, head_dim),
+        chunk_size=chunk_size,
+    )
+    return (out, state) if return_state else out
+
+
+def init_linear_cache(
+    batch: int,
+    num_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    *,
+    feature_map: FeatureMap = None,
+    normalize: bool = False,
+    dtype: Any = jnp.float32,
+) -> LinearState:
+    """The empty state for linear_step and linear_attention's initial_state; feature_map and normalize as in the call.
+
+    num_heads: the query's. head_dim: of query and key before the feature map. value_dim: default head_dim.
+    """
+    features = _feature_width(feature_map, head_dim)
+    kv = jnp.zeros((batch, num_heads, features, value_dim or head_dim), dtype)
+    return LinearState(kv, jnp.zeros((batch, num_heads, features), dtype) if normalize else None)
+
+
+def linear_step(
+    state: LinearState,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    log_decay: Array | None = None,
+    beta: Array | None = None,
+    feature_map: FeatureMap = None,
+    normalize: bool = False,
+    scale: float | None = None,
+) -> tuple[Array, LinearState]:
+    """One more token: linear_attention's next output and state, in O(F V) per head.
+
+    Args:
+      state: from init_linear_cache, an earlier step, or linear_attention(..., return_state=True).
+      query, key, value: [B, 1, N, H], [B, 1, K, H], [B, 1, K, V].
+      log_decay: [N], [B, 1, N] or [B, 1, N, F]. beta: [B, 1, N]. The rest as in linear_attention.
+
+    Returns:
+      ([B, 1, N, V] in query's dtype, the state after this token).
+    """
+    check_query_key_value(query, key, value)
+    require(query.shape[1] == 1, "query", shape_text(query), "need one token, [B, 1, N, H]")
+    _check_options(query, log_decay, beta, feature_map, normalize, state, value.shape[-1], state_name="state")
+    return _reference(
+        query,
+        key,
+        value,
+        log_decay,
+        beta,
+        jax.tree.map(lambda leaf: leaf.astype(accumulator_dtype(query, key, value)), state),
+        None,
+        is_causal=True,
+        feature_map=feature_map,
+        normalize=normalize,
+        scale=default_scale(scale, query.shape[-1]),
+    )
+
+
+def retention_log_decay(num_heads: int, dtype: Any = jnp.float32) -> Array:
+    """RetNet's constant decays: [N] of log(1 - 2^(-5-h)), h = 0 .. N-1 (Sun et al. 2023)."""
+    return jnp.log1p(-jnp.exp2(-5.0 - jnp.arange(num_heads, dtype=dtype)))
+
+
+def lightning_log_decay(num_heads: int, *, layer: int, num_layers: int, form: str, dtype: Any = jnp.float32) -> Array:
+    """Lightning Attention's constant decays, [N], in one of the two published forms, which disagree.
+
+    form "code": -2^(-8(h+1)/N) (1 - l/(L-1) + 1e-5), as in the released models;
+    form "paper": -(8h/N) (1 - l/L); with h = 0 .. N-1 and layers l = 0 .. L-1.
+    """
+    require(num_layers >= 1, "num_layers", num_layers, "need at least 1")
+    require(0 <= layer < num_layers, "layer", layer, f"need 0 <= layer < num_layers = {num_layers}")
+    require(form in ("code", "paper"), "form", repr(form), 'need "code" or "paper"')
+    head = jnp.arange(num_heads, dtype=dtype)
+    if form == "code":
+        return -jnp.exp2(-8 * (head + 1) / num_heads) * (1 - layer / max(num_layers - 1, 1) + 1e-5)
+    return -(8 * head / num_heads) * (1 - layer / num_layers)
+
+
+# --- What the forms share ---------------------------------------------------------------------------------------------
+
+
+def _elu(x: Array) -> Array:
+    """elu(x) + 1, positive however small x: 1 + expm1(x) would round to 0."""
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
+
+
+def _taylor2(x: Array) -> Array:
+    """[..., H] -> [..., 1 + H + H(H+1)/2] with taylor2(x).taylor2(y) = 1 + x.y + (x.y)^2 / 2."""
+    row, column = jnp.triu_indices(x.shape[-1])
+    pairs = x[..., row] * x[..., column] * jnp.where(row == column, 0.5**0.5, 1).astype(x.dtype)
+    return jnp.concatenate([jnp.ones_like(x[..., :1]), x, pairs], axis=-1)
+
+
+_FEATURE_MAPS: dict[str, Callable[[Array], Array]] = {"elu": _elu, "relu": jax.nn.relu, "taylor2": _taylor2}
+
+
+def _feature_function(feature_map: FeatureMap) -> Callable[[Array], Array]:
+    if feature_map is None:
+        return lambda x: x
+    if isinstance(feature_map, str):
+        require(feature_map in _FEATURE_MAPS, "feature_map", repr(feature_map), f"need one of {list(_FEATURE_MAPS)}")
+        return _FEATURE_MAPS[feature_map]
+    require(callable(feature_map), "feature_map", repr(feature_map), "need None, a name or a function")
+    return feature_map
+
+
+def _feature_width(feature_map: FeatureMap, head_dim: int) -> int:
+    token = jax.ShapeDtypeStruct((1, head_dim), jnp.float32)
+    mapped = jax.eval_shape(_feature_function(feature_map), token)
+    require(mapped.shape[:-1] == (1,), "feature_map", f"[1,{head_dim}] -> {mapped.shape}", "need [..., H] -> [..., F]")
+    return mapped.shape[-1]
+
+
+def _features(
+    query: Array, key: Array, feature_map: FeatureMap, scale: float | Array, dtype: Any
+) -> tuple[Array, Array]:
+    """Mapped query, scale included, and mapped key with a head for each of query's; both of `dtype`."""
+    function = _feature_function(feature_map)
+    query, key = query.astype(dtype), key.astype(dtype)
+    query = function(query * scale) if feature_map == "taylor2" else function(query) * scale
+    return query, jnp.repeat(function(key), query.shape[-2] // key.shape[-2], axis=-2)
+
+
+def _epsilon(feature_map: FeatureMap) -> float:
+    return 1e-6 if feature_map == "taylor2" else 1e-10
+
+
+def _check_options(
+    query: Array,
+    log_decay: Array | None,
+    beta: Array | None,
+    feature_map: FeatureMap,
+    normalize: bool,
+    state: LinearState | None,
+    value_dim: int,
+    state_name: str = "initial_state",
+) -> None:
+    batch, length, heads, head_dim = query.shape
+    features = _feature_width(feature_map, head_dim)
+    if log_decay is not None:
+        shapes = {1: (heads,), 3: (batch, length, heads), 4: (batch, length, heads, features)}
+        require(
+            log_decay.shape == shapes.get(log_decay.ndim),
+            "log_decay",
+            shape_text(log_decay),
+            f"need [N] = {shapes[1]}, [B, T, N] = {shapes[3]} or [B, T, N, F] = {shapes[4]}",
+        )
+    if beta is not None:
+        check_array("beta", beta, (batch, length, heads), "[B, T, N]")
+        require(not normalize, "normalize", True, "must be False with beta: the delta rule has no sum of weights")
+    if state is not None:
+        if not isinstance(state, LinearState):
+            raise TypeError(f"{state_name}: got {type(state).__name__}; need a LinearState")
+        check_array(f"{state_name}.kv", state.kv, (batch, heads, features, value_dim), "[B, N, F, V]")
+        if state.k_sum is not None:
+            check_array(f"{state_name}.k_sum", state.k_sum, (batch, heads, features), "[B, N, F]")
+        require(
+            state.k_sum is not None or not normalize,
+            f"{state_name}.k_sum",
+            None,
+            "need [B, N, F] with normalize=True: init_linear_cache(..., normalize=True)",
+        )
+
+
+def _segment_starts(segment_ids: Array) -> Array:
+    """[B, T], True where a segment other than the row's first begins."""
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+
+
+# --- Reference --------------------------------------------------------------------------------------------------------
+
+
+def _reference(
+    query: Array,
+    key: Array,
+    value: Array,
+    log_decay: Array | None,
+    beta: Array | None,
+    state: LinearState,
+    segment_ids: Array | None,
+    *,
+    is_causal: bool,
+    feature_map: FeatureMap,
+    normalize: bool,
+    scale: float | Array,
+    chunk_size: int | None = None,
+) -> tuple[Array, LinearState]:
+    out_dtype, dtype = query.dtype, state.kv.dtype
+    batch, length, heads, _ = query.shape
+    query, key = _features(query, key, feature_map, scale, dtype)
+    value = jnp.repeat(value.astype(dtype), heads // value.shape[-2], axis=-2)
+    if segment_ids is None:
+        segment_ids = jnp.zeros((batch, length), jnp.int32)
+    eps = _epsilon(feature_map)
+
+    if not is_causal:
+        return _dense(query, key, value, state, segment_ids, normalize, eps, out_dtype)
+
+    if log_decay is None:
+        log_decay = jnp.zeros(heads, dtype)
+    decay = jnp.exp(log_decay.astype(dtype))
+    decay = jnp.broadcast_to(decay[..., None], (batch, length, heads, 1)) if decay.ndim < 4 else decay
+
+    def token(state: LinearState, now: Any) -> tuple[LinearState, Array]:
+        query, key, value, decay, beta, start = now
+        state = jax.tree.map(lambda leaf: jnp.where(jnp.expand_dims(start, range(1, leaf.ndim)), 0, leaf), state)
+        kv = decay[..., None] * state.kv
+        if beta is not None:
+            value = beta.astype(dtype)[..., None] * (value - jnp.einsum("bnhv,bnh->bnv", kv, key))
+        kv = kv + key[..., None] * value[..., None, :]
+        k_sum = None if state.k_sum is None else decay * state.k_sum + key
+        out = jnp.einsum("bnh,bnhv->bnv", query, kv)
+        if normalize:
+            out = out / (jnp.einsum("bnh,bnh->bn", query, k_sum)[..., None] + eps)
+        return LinearState(kv, k_sum), out
+
+    tokens = (query, key, value, decay, beta, _segment_starts(segment_ids))
+    state, out = jax.lax.scan(token, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
+    return jnp.moveaxis(out, 0, 1).astype(out_dtype), state
+
+
+def _dense(
+    query: Array,
+    key: Array,
+    value: Array,
+    state: LinearState,
+    segment_ids: Array,
+    normalize: bool,
+    eps: float,
+    out_dtype: Any,
+) -> tuple[Array, LinearState]:
+    """Not causal: all weights at once. The state given stands for tokens of the first segment."""
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    first, last = same[:, 0], same[:, -1]
+    weights = jnp.einsum("btnh,bsnh->bnts", query, key) * same[:, None]
+    out = jnp.einsum("bnts,bsnv->btnv", weights, value)
+    out += jnp.einsum("btnh,bnhv,bt->btnv", query, state.kv, first)
+    kv = jnp.einsum("bt,btnh,btnv->bnhv", last, key, value) + state.kv * first[:, -1, None, None, None]
+    k_sum = None
+    if state.k_sum is not None:
+        k_sum = jnp.einsum("bt,btnh->bnh", last, key) + state.k_sum * first[:, -1, None, None]
+    if normalize:
+        total = jnp.einsum("bnts->btn", weights) + jnp.einsum("btnh,bnh,bt->btn", query, state.k_sum, first)
+        out = out / (total[..., None] + eps)
+    return out.astype(out_dtype), LinearState(kv, k_sum)
+
+
+# --- XLA: a scan over chunks ------------------------------------------------------------------------------------------
+
+
+def _xla(
+    query: Array,
+    key: Array,
+    value: Array,
+    log_decay: Array | None,
+    beta: Array | None,
+    state: LinearState,
+    segment_ids: Array | None,
+    *,
+    is_causal: bool,
+    feature_map: FeatureMap,
+    normalize: bool,
+    scale: float | Array,
+    chunk_size: int,
+) -> tuple[Array, LinearState]:
+    batch, length, heads, _ = query.shape
+    out_dtype, dtype = query.dtype, state.kv.dtype
+    if log_decay is not None:
+        log_decay = log_decay.astype(dtype)
+        log_decay = log_decay if log_decay.ndim == 4 else jnp.broadcast_to(log_decay, (batch, length, heads))[..., None]
+    if segment_ids is not None:
+        log_decay = _drop_at_starts(log_decay, segment_ids, heads, dtype)
+    eps = _epsilon(feature_map)
+    finish = (lambda out, total: out / (total[..., None] + eps)) if normalize else (lambda out, total: out)
+
+    def by_head(tokens: Any) -> Any:
+        query, key, value, *gates = tokens
+        query, key = _features(query, key, feature_map, scale, dtype)
+        value = jnp.repeat(value.astype(dtype), heads // value.shape[-2], axis=-2)
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), (query, key, value, *gates))
+
+    def causal(state: LinearState, tokens: Any) -> tuple[LinearState, Array]:
+        state, sums = _chunk(state, *by_head(tokens))
+        return state, jnp.moveaxis(finish(*sums), 1, 2).astype(out_dtype)
+
+    def sums_before(state: LinearState, tokens: Any, strict: bool = False) -> tuple[LinearState, Any]:
+        state, sums = _chunk(state, *by_head(tokens), strict=strict)
+        return state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), sums)
+
+    tokens = (query, key, value, log_decay, beta)
+    if is_causal:
+        state, out = _scan_chunks(causal, state, tokens, chunk_size)
+    elif segment_ids is None:
+        query, key, value, *_ = by_head(tokens)
+        kv = state.kv + key.mT @ value
+        k_sum = None if state.k_sum is None else state.k_sum + jnp.sum(key, axis=-2)
+        out = finish(query @ kv, None if k_sum is None else jnp.einsum("bnth,bnh->bnt", query, k_sum))
+        out, state = jnp.moveaxis(out, 1, 2).astype(out_dtype), LinearState(kv, k_sum)
+    else:
+        # A segment's sum is that of the tokens up to this one and that of the later ones, which come first backwards.
+        nothing = jax.tree.map(jnp.zeros_like, state)
+        state, until = _scan_chunks(sums_before, state, tokens, chunk_size)
+        backwards = (
+            query[:, ::-1],
+            key[:, ::-1],
+            value[:, ::-1],
+            _drop_at_starts(None, segment_ids[:, ::-1], heads, dtype),
+            None,
+        )
+        _, later = _scan_chunks(functools.partial(sums_before, strict=True), nothing, backwards, chunk_size)
+        out = finish(*jax.tree.map(lambda x, y: x + y[:, ::-1], until, later)).astype(out_dtype)
+    return out, state
+
+
+def _drop_at_starts(log_decay: Array | None, segment_ids: Array, heads: int, dtype: Any) -> Array:
+    """log_decay [B,T,N,1 or F], or none, with a decay to nothing where a segment starts."""
+    starts = _segment_starts(segment_ids)[..., None, None]
+    return jnp.where(starts, _RESET, jnp.zeros((1, 1, heads, 1), dtype) if log_decay is None else log_decay)
+
+
+def _chunk(
+    state: LinearState,
+    query: Array,
+    key: Array,
+    value: Array,
+    log_decay: Array | None,
+    beta: Array | None,
+    *,
+    strict: bool = False,
+) -> tuple[LinearState, tuple[Array, Array | None]]:
+    """C tokens of every head, [B,N,C,...], log_decay [B,N,C,1 or F] -> state, (q^T S [B,N,C,V], q^T z [B,N,C])."""
+    into, onward, through = query, key, None
+    key_into = key
+    if log_decay is not None:
+        # Decay from before the chunk to each token, and from each token to the chunk's end.
+        before = jnp.cumsum(log_decay, axis=-2)
+        after = jax.lax.cumsum(jnp.pad(log_decay[..., 1:, :], ((0, 0), (0, 0), (0, 1), (0, 0))), axis=2, reverse=True)
+        into, key_into, onward = query * jnp.exp(before), key * jnp.exp(before), key * jnp.exp(after)
+        through = jnp.exp(before[..., -1, :])
+    if beta is not None:
+        value = beta[..., None] * (value - key_into @ state.kv)
+        system = jnp.tril(beta[..., None] * _decayed_products(key, key, log_decay), -1)
+        value = jax.lax.linalg.triangular_solve(system, value, left_side=True, lower=True, unit_diagonal=True)
+    weights = jnp.tril(_decayed_products(query, key, log_decay), -1 if strict else 0)
+    out = weights @ value + into @ state.kv
+    kv = jnp.einsum("bnch,bncv->bnhv", onward, value)
+    kv += state.kv if through is None else through[..., None] * state.kv
+    if state.k_sum is None:
+        return LinearState(kv), (out, None)
+    total = jnp.sum(weights, axis=-1) + jnp.einsum("bnch,bnh->bnc", into, state.k_sum)
+    k_sum = jnp.sum(onward, axis=-2) + (state.k_sum if through is None else through * state.k_sum)
+    return LinearState(kv, k_sum), (out, total)
+
+
+def _decayed_products(query: Array, key: Array, log_decay: Array | None) -> Array:
+    """[B,N,C,C] whose ij, j <= i, is sum_h q_ih k_jh exp(g_{j+1,h} + ... + g_{i,h}). Above the diagonal: any number."""
+    if log_decay is None:
+        return query @ key.mT
+    if log_decay.shape[-1] == 1:
+        below = jnp.tri(query.shape[-2], k=-1, dtype=bool)
+        exponents = jnp.cumsum(jnp.where(below, log_decay, 0), axis=-2)
+        return (query @ key.mT) * jnp.exp(exponents)
+    # Per channel the decay does not come out of the product. Blocks double in size; between the two halves of one,
+    # query decays from the half's border and key up to it.
+    *front, length, width = query.shape
+    padded = 1 << (length - 1).bit_length()
+    padding = [(0, 0)] * len(front) + [(0, padded - length), (0, 0)]
+    query, key, before = (jnp.pad(x, padding)[..., None, :] for x in (query, key, log_decay))
+    after = jnp.zeros_like(before)
+    products = query @ key.mT
+    while products.shape[-1] < padded:
+        _, query2 = _halves(query)
+        key1, _ = _halves(key)
+        before1, before2 = _halves(before)
+        after1, after2 = _halves(after)
+        products1, products2 = _halves(products)
+        across = (query2 * jnp.exp(before2)) @ (key1 * jnp.exp(after1)).mT
+        products = jnp.concatenate(
+            [
+                jnp.concatenate([products1, jnp.zeros_like(across)], axis=-1),
+                jnp.concatenate([across, products2], axis=-1),
+            ],
+            axis=-2,
+        )
+        before = jnp.concatenate([before1, before1[..., -1:, :] + before2], axis=-2)
+        after = jnp.concatenate([after1 + before2[..., -1:, :], after2], axis=-2)
+        query, key = (x.reshape(*front, -1, 2 * x.shape[-2], width) for x in (query, key))
+    return products[..., 0, :length, :length]
+
+
+def _halves(blocks: Array) -> tuple[Array, Array]:
+    """[B,N,blocks,...] -> the even and the odd ones."""
+    return blocks[:, :, 0::2], blocks[:, :, 1::2]
+
+
+def _scan_chunks(step: Callable[..., Any], state: Any, tokens: Any, chunk_size: int) -> tuple[Any, Any]:
+    """scan of step(state, chunk) -> (state, out) over axis 1 of tokens; a shorter last chunk runs after the scan.
+
+    Rematerialised: the backward pass keeps the state before each chunk and computes the rest anew.
+    """
+    length = tokens[0].shape[1]
+    size = max(1, min(chunk_size, length))
+    count = length // size
+    step = jax.checkpoint(step, prevent_cse=False)
+
+    def chunks(x: Array) -> Array:
+        return jnp.moveaxis(x[:, : count * size].reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+
+    def joined(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], count * size, *x.shape[3:])
+
+    state, outs = jax.lax.scan(step, state, jax.tree.map(chunks, tokens))
+    outs = jax.tree.map(joined, outs)
+    if count * size < length:
+        state, rest = step(state, jax.tree.map(lambda x: x[:, count * size :], tokens))
+        outs = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), outs, rest)
+    return state, outs
+
+
+IMPLEMENTATIONS = {"reference": _reference, "xla": _xla}
