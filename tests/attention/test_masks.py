@@ -1,0 +1,163 @@
+"""The window arithmetic against its definition by brute force; masks, block maps and pictures from one definition."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_oracle import window_by_definition
+
+from attnlab.attention import masks
+
+SETTINGS = [
+    dict(length=length, window=window, stride=stride, dilation=dilation, is_causal=is_causal, edge=edge)
+    for length in range(1, 14)
+    for dilation in (1, 2, 3)
+    for window in range(1, length // dilation + 1)
+    for stride in range(1, window + 1)
+    for is_causal in (False, True)
+    for edge in ("shift", "clip")
+]
+
+
+def keys_seen(length, **settings):
+    mask = masks.neighborhood((length,), **settings)
+    return [sorted(np.flatnonzero(row)) for row in np.asarray(masks.dense_mask(mask, (length,)))]
+
+
+def test_window_equals_its_definition_on_every_small_setting():
+    for settings in SETTINGS:
+        axis = masks.AxisWindow(**settings)
+        token = np.arange(axis.length)
+        sees = axis.sees(token[:, None], token[None, :])
+        for query in range(axis.length):
+            assert set(np.flatnonzero(sees[query])) == window_by_definition(query, **settings), (settings, query)
+
+
+def test_every_query_sees_itself_and_if_not_causal_exactly_the_window():
+    for settings in SETTINGS:
+        axis = masks.AxisWindow(**settings)
+        token = np.arange(axis.length)
+        sees = axis.sees(token[:, None], token[None, :])
+        assert sees.diagonal().all(), settings
+        if settings["edge"] == "shift" and not settings["is_causal"]:
+            assert (sees.sum(1) == settings["window"]).all(), settings
+
+
+def test_bounds_grow_with_the_query_and_window_queries_is_their_inverse():
+    for settings in SETTINGS:
+        if settings["dilation"] > 1:
+            continue  # both work inside a residue group
+        length = settings["length"]
+        options = {name: settings[name] for name in ("window", "stride", "is_causal", "edge")}
+        token = np.arange(length)
+        start, end = masks.window_bounds(token, length, **options)
+        assert (np.diff(start) >= 0).all(), settings
+        assert (np.diff(end) >= 0).all(), settings
+        sees = (start[:, None] <= token) & (token < end[:, None])
+        first, last = masks.window_queries(token, length, **options)
+        seen_by = (first <= token[:, None]) & (token[:, None] < last)
+        np.testing.assert_array_equal(seen_by, sees, err_msg=str(settings))
+
+
+def test_bounds_of_traced_indices_equal_those_of_python_integers():
+    axis = masks.AxisWindow(length=23, window=6, stride=4, dilation=2)
+    traced = jax.jit(jax.vmap(axis.bounds))(jnp.arange(23))
+    assert [(int(start), int(end)) for start, end in zip(*traced)] == [axis.bounds(query) for query in range(23)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (dict(length=10, window=5, stride=2), [(0, 4)] * 2 + [(1, 5)] * 2 + [(3, 7)] * 2 + [(5, 9)] * 4),
+        (dict(length=11, window=4, stride=4), [(0, 3)] * 4 + [(4, 7)] * 4 + [(7, 10)] * 3),
+        (
+            dict(length=10, window=4, stride=3, is_causal=True),
+            [(0, 0), (0, 1), (0, 2), (2, 3), (2, 4), (2, 5), (5, 6), (5, 7), (5, 8), (6, 9)],
+        ),
+    ],
+    ids=["strided", "blocks", "causal"],
+)
+def test_worked_windows(settings, expected):
+    assert [(seen[0], seen[-1]) for seen in keys_seen(**settings)] == expected
+
+
+def test_stride_equal_to_the_window_is_attention_in_blocks():
+    block = np.arange(12) // 4
+    mask = masks.dense_mask(masks.neighborhood((12,), 4, stride=4), (12,))
+    np.testing.assert_array_equal(mask, block[:, None] == block)
+
+
+def test_clipped_blocks_with_halo_are_halonet():
+    """Block b sees its own tokens and `halo` more on either side, cut off at the border."""
+    block, halo, length = 4, 2, 14
+    mask = masks.dense_mask(masks.neighborhood((length,), block + 2 * halo, stride=block, edge="clip"), (length,))
+    first = np.arange(length) // block * block
+    key = np.arange(length)
+    np.testing.assert_array_equal(mask, (key >= first[:, None] - halo) & (key < first[:, None] + block + halo))
+
+
+def test_axes_combine_by_and():
+    settings = dict(stride=(1, 2), is_causal=(True, False))
+    mask = masks.dense_mask(masks.neighborhood((5, 6), (3, 4), **settings), (5, 6))
+    rows = masks.dense_mask(masks.neighborhood((5,), 3, is_causal=True), (5,))
+    columns = masks.dense_mask(masks.neighborhood((6,), 4, stride=2), (6,))
+    np.testing.assert_array_equal(mask, np.kron(rows, columns).astype(bool))
+
+
+def test_masks_combine_by_and_and_or():
+    mask = masks.dense_mask(masks.neighborhood((9,), 3, is_causal=True) | (masks.causal() & masks.first_keys(2)), (9,))
+    for query, key in itertools.product(range(9), range(9)):
+        assert bool(mask[query, key]) == (query - 3 < key <= query or (key < 2 and key <= query))
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile", "settings"),
+    [
+        ((37,), (8,), dict(window=9)),
+        ((37,), (8,), dict(window=16, stride=8)),
+        ((37,), (5,), dict(window=7, dilation=2)),
+        ((9, 10), (2, 4), dict(window=(4, 5), is_causal=(True, False))),
+    ],
+)
+def test_block_map_equals_the_dense_mask_cut_into_tiles(shape, tile, settings):
+    mask = masks.neighborhood(shape, **settings)
+    blocks = masks.block_map(mask, shape, tile, tile)
+    sees = np.asarray(masks.dense_mask(mask, shape))
+    token = np.stack(np.unravel_index(np.arange(np.prod(shape)), shape), axis=-1)
+    tile_of_token = token // np.array(tile)
+    tiles = list(np.ndindex(*(-(-n // size) for n, size in zip(shape, tile))))
+    for i, j in itertools.product(range(len(tiles)), repeat=2):
+        pairs = sees[(tile_of_token == tiles[i]).all(1)][:, (tile_of_token == tiles[j]).all(1)]
+        assert blocks.visited[i, j] == pairs.any()
+        assert blocks.full[i, j] == pairs.all()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "windows", "strides", "tiles", "published"),
+    [
+        ((256, 256), (80, 80), (1, 1), (16, 8), 512 / 68.1),
+        ((256, 256), (80, 80), (16, 16), (16, 8), 512 / 50),
+        ((30, 48, 80), (18, 24, 24), (1, 1, 1), (2, 8, 8), 5.4),
+        ((30, 48, 80), (18, 24, 24), (16, 8, 8), (2, 8, 8), 11.1),
+    ],
+)
+def test_visited_tiles_bound_the_speed_up_as_published(lengths, windows, strides, tiles, published):
+    """Key tiles in full attention / key tiles visited, by the mean over query tiles; the axes multiply."""
+    bound = 1.0
+    for length, window, stride, tile in zip(lengths, windows, strides, tiles):
+        mask = masks.neighborhood((length,), window, stride=stride)
+        visited = masks.block_map(mask, (length,), (tile,), (tile,)).visited
+        bound *= visited.shape[1] / visited.sum(1).mean()
+    assert bound == pytest.approx(published, rel=0.01)
+
+
+def test_drawing_shows_the_same_mask():
+    matplotlib = pytest.importorskip("matplotlib", reason="drawing needs the extra 'experiments'")
+    matplotlib.use("Agg")
+    mask = masks.neighborhood((6, 7), 3)
+    sees = np.asarray(masks.dense_mask(mask, (6, 7)))
+    everything, one = masks.draw(mask, (6, 7)), masks.draw(mask, (6, 7), query=(5, 0))
+    np.testing.assert_array_equal(everything.images[0].get_array(), sees)
+    np.testing.assert_array_equal(one.images[0].get_array(), sees[5 * 7].reshape(6, 7))
