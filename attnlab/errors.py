@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """Bad input from outside the program: a file, a config, a folder. The command line prints its message as one line."""
+    """Bad input from outside: a file, a config, a folder. The command line prints its message as one line."""

@@ -1,5 +1,24 @@
 """Flax NNX layers. Parameters have no value until `initialize` draws them by path."""
 
+from attnlab.nn.layers import GatedMLP, Linear, RMSNorm, dropout, rotary_embedding
+from attnlab.nn.mixers import Attention, LinearAttention, LocalAttention, MixerCache, MixerFactory, SoftmaxAttention
 from attnlab.nn.parameters import bind, count_parameters, initialize, parameter, parameter_shapes
 
-__all__ = ["bind", "count_parameters", "initialize", "parameter", "parameter_shapes"]
+__all__ = [
+    "Attention",
+    "GatedMLP",
+    "Linear",
+    "LinearAttention",
+    "LocalAttention",
+    "MixerCache",
+    "MixerFactory",
+    "RMSNorm",
+    "SoftmaxAttention",
+    "bind",
+    "count_parameters",
+    "dropout",
+    "initialize",
+    "parameter",
+    "parameter_shapes",
+    "rotary_embedding",
+]

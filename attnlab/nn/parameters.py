@@ -5,6 +5,7 @@ hold and in whatever order they were built: the first condition of a controlled 
 costs nothing, so parameters and FLOPs are counted before anything runs.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 Parameters = dict[str, Any]
 
 
+@functools.cache  # equal initialisers are one object, so that drawing compiles once
 def normal(stddev: float) -> Initializer:
     def normal_initializer(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return stddev * jax.random.normal(key, shape, dtype)
@@ -46,21 +48,23 @@ def _parameters(model: nnx.Module) -> Iterator[tuple[tuple[str, ...], nnx.Param]
 
 
 def initialize(model: nnx.Module, key: jax.Array) -> Parameters:
-    """Draws every parameter of a model from fold_in(key, sha256 of its path). Runs as one compiled program."""
+    """Draws every parameter of a model from fold_in(key, sha256 of its path)."""
+    parameters: Parameters = {}
+    for path, variable in _parameters(model):
+        digest = hashlib.sha256("/".join(path).encode()).digest()
+        path_key = jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
+        place = parameters
+        for name in path[:-1]:
+            place = place.setdefault(name, {})
+        struct = variable.get_value()
+        place[path[-1]] = _draw(variable.get_metadata("initializer"), path_key, struct.shape, struct.dtype)
+    return parameters
 
-    def draw(key: jax.Array) -> Parameters:
-        parameters: Parameters = {}
-        for path, variable in _parameters(model):
-            digest = hashlib.sha256("/".join(path).encode()).digest()
-            path_key = jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
-            place = parameters
-            for name in path[:-1]:
-                place = place.setdefault(name, {})
-            struct = variable.get_value()
-            place[path[-1]] = variable.get_metadata("initializer")(path_key, struct.shape, struct.dtype)
-        return parameters
 
-    return jax.jit(draw)(key)
+# One program a parameter: in one program for all, how XLA fuses its neighbours could change a parameter's last bit.
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _draw(initializer: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return initializer(key, shape, dtype)
 
 
 def bind(model: Model, parameters: Parameters) -> Model:

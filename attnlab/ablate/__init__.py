@@ -1,0 +1,7 @@
+"""Controlled ablations: arms that share all they can, statistics paired by seed, and a report."""
+
+from attnlab.ablate.report import write_report
+from attnlab.ablate.runs import Ablation, read_rows, run_ablation
+from attnlab.ablate.statistics import Difference, paired_difference
+
+__all__ = ["Ablation", "Difference", "paired_difference", "read_rows", "run_ablation", "write_report"]

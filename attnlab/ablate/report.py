@@ -1,0 +1,330 @@
+"""The report of an ablation: a Markdown table, and one HTML page that needs nothing beside it."""
+
+import html
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from attnlab.ablate.statistics import Difference, paired_difference
+
+Row = Mapping[str, Any]
+
+# Okabe and Ito's colours, told apart also by colour-blind readers.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
+# Drawn in this colour, text and axes take the page's own (light or dark) by the replacement in `_svg`.
+_INK = "#010203"
+
+
+def write_report(rows: Sequence[Row], workdir: Path) -> Path:
+    """Writes workdir/results.md and workdir/report.html from the rows of results.jsonl; gives the page's path."""
+    arms = _arms(rows)
+    table = _table(rows, arms)
+    question, metric = rows[0]["question"], rows[0]["metric"]
+    (workdir / "results.md").write_text(f"# {question}\n\n{_markdown(table)}\n\n{_note(rows)}\n")
+    page = workdir / "report.html"
+    page.write_text(_page(question, metric, rows, arms, table))
+    return page
+
+
+def _arms(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["arm"] for row in rows))
+
+
+def _finished(rows: Sequence[Row], arm: str) -> list[Row]:
+    return [row for row in rows if row["arm"] == arm and row["status"] == "finished"]
+
+
+def _by_seed(rows: Sequence[Row], arm: str) -> dict[int, float]:
+    return {row["seed"]: row["final"][row["metric"]] for row in _finished(rows, arm)}
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{np.mean(values):.4f}"
+    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.4f}"
+
+
+def _interval(difference: Difference) -> str:
+    if math.isnan(difference.low):
+        return f"{difference.mean:+.4f} (one seed: no interval)"
+    return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+
+
+def _count(number: float) -> str:
+    for size, suffix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{suffix}"
+    return f"{number:.0f}"
+
+
+def _table(rows: Sequence[Row], arms: Sequence[str]) -> list[list[str]]:
+    """Header and a row an arm."""
+    metric, baseline, unit = rows[0]["metric"], rows[0]["baseline"], rows[0]["unit"]
+    table = [
+        [
+            "arm",
+            f"validation {metric}",
+            f"minus {baseline} [95 % CI]",
+            "parameters",
+            f"FLOPs/{unit}",
+            f"{unit}s/s",
+            "decode state",
+            "seeds",
+        ]
+    ]
+    for arm in arms:
+        done = _finished(rows, arm)
+        some = next(row for row in rows if row["arm"] == arm)
+        if not done:
+            table.append([arm, "failed", "", f"{some['parameters']:,}", _count(some["flops"]), "", "", "0"])
+            continue
+        values = _by_seed(rows, arm)
+        base = _by_seed(rows, baseline)
+        if arm == baseline:
+            difference = "baseline"
+        elif set(values) & set(base):
+            difference = _interval(paired_difference(values, base))
+        else:
+            difference = "no seed in common"
+        table.append(
+            [
+                arm,
+                _spread(list(values.values())),
+                difference,
+                f"{some['parameters']:,}",
+                _count(some["flops"]),
+                _count(float(np.mean([row["items_per_second"] for row in done]))),
+                "" if some["state_size"] is None else _count(some["state_size"]),
+                str(len(done)),
+            ]
+        )
+    return table
+
+
+def _markdown(table: Sequence[Sequence[str]]) -> str:
+    head, *body = table
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _note(rows: Sequence[Row]) -> str:
+    """What the table's numbers mean and how they came about, in plain text."""
+    row = rows[0]
+    length = "" if row["state_size"] is None else f" Decode state: numbers kept to decode after {row['length']} tokens."
+    return (
+        f"Lower is better. ±: standard deviation over seeds. Differences are paired by seed, with Student's t "
+        f"interval. FLOPs: forward, matrix products only, 2 a multiply-add.{length}\n\n"
+        f"{_shared(rows)}\n\nRepeat with: `{row['command']}`"
+    )
+
+
+def _shared(rows: Sequence[Row]) -> str:
+    """How much of each arm starts from the baseline's very bits."""
+    base = next(row for row in rows if row["arm"] == row["baseline"])["parameter_shapes"]
+    parts = []
+    for arm in _arms(rows):
+        shapes = next(row for row in rows if row["arm"] == arm)["parameter_shapes"]
+        if arm != rows[0]["baseline"]:
+            same = sum(math.prod(shape) for path, shape in shapes.items() if base.get(path) == shape)
+            share = same / sum(math.prod(shape) for shape in shapes.values())
+            parts.append(f"{arm} {share:.1%}")
+    together = ", ".join(parts)
+    return (
+        "Runs with one seed see the same batches in the same order. "
+        + (f"Share of an arm's parameters that start from the baseline's very bits: {together}." if parts else "")
+    ).strip()
+
+
+def _svg(draw: Callable[[Any, Any], None], *, width: float, height: float, title: str) -> str:
+    """A figure as SVG text for inlining. draw(figure, axes) fills it."""
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": _INK,
+        "axes.edgecolor": _INK,
+        "axes.labelcolor": _INK,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "legend.frameon": False,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(title)
+        draw(figure, axes)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = out.getvalue()
+    body = text[text.index("<svg") :].replace(_INK, "currentColor")
+    return f'<figure role="img" aria-label="{html.escape(title)}">{body}</figure>'
+
+
+def _curves(rows: Sequence[Row], arms: Sequence[str], split: str, metric: str) -> Callable[[Any, Any], None]:
+    """A line a seed, thin, and the mean over seeds, thick."""
+
+    def draw(figure: Any, axes: Any) -> None:
+        for arm, colour in zip(arms, _colours(arms)):
+            lines = [
+                np.array([(point["step"], point[metric]) for point in row["history"] if point["split"] == split])
+                for row in _finished(rows, arm)
+            ]
+            lines = [line for line in lines if len(line)]
+            for line in lines:
+                axes.plot(*line.T, color=colour, linewidth=0.8, alpha=0.4)
+            if lines:
+                steps = lines[0][:, 0]
+                mean = np.mean([np.interp(steps, *line.T) for line in lines], axis=0)
+                axes.plot(steps, mean, color=colour, linewidth=2, label=arm, marker="o" if len(steps) < 15 else None)
+        axes.set_xlabel("step")
+        axes.set_ylabel(f"{metric} (nats)" if metric == "loss" else metric)
+        axes.grid(alpha=0.2)
+        axes.legend()
+
+    return draw
+
+
+def _colours(arms: Sequence[str]) -> list[str]:
+    return [COLOURS[index % len(COLOURS)] for index in range(len(arms))]
+
+
+def _differences(rows: Sequence[Row], arms: Sequence[str], metric: str) -> Callable[[Any, Any], None]:
+    """A dot a seed, and the mean with its interval, relative to the baseline."""
+    baseline = rows[0]["baseline"]
+
+    def draw(figure: Any, axes: Any) -> None:
+        base = _by_seed(rows, baseline)
+        others = [arm for arm in arms if arm != baseline and set(_by_seed(rows, arm)) & set(base)]
+        for height, arm in enumerate(reversed(others)):
+            values = _by_seed(rows, arm)
+            colour = _colours(arms)[list(arms).index(arm)]
+            dots = [values[seed] - base[seed] for seed in values if seed in base]
+            difference = paired_difference(values, base)
+            axes.plot(dots, [height] * len(dots), "o", color=colour, alpha=0.5, markersize=6)
+            if not math.isnan(difference.low):
+                axes.plot([difference.low, difference.high], [height, height], color=colour, linewidth=2)
+            axes.plot([difference.mean], [height], "D", color=colour, markersize=8)
+        axes.axvline(0, color=_INK, linewidth=1)
+        axes.set_yticks(range(len(others)), list(reversed(others)))
+        axes.set_ylim(-0.6, len(others) - 0.4)
+        axes.set_xlabel(f"validation {metric} minus {baseline}'s (left is better)")
+        axes.grid(alpha=0.2, axis="x")
+
+    return draw
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1c1e; --soft: #60646c; --line: #d8dbe0; --page: #ffffff; --card: #f6f7f9; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8ea; --soft: #a0a4ab; --line: #3a3d42; --page: #17181a; --card: #202225; }
+}
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 68rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2.25rem 0 .75rem; }
+p.lead { font-size: 1.05rem; } .soft, caption { color: var(--soft); }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } thead th { font-weight: 600; vertical-align: bottom; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
+figure { margin: 0; padding: .75rem; background: var(--card); border-radius: .5rem; }
+figure svg { width: 100%; height: auto; }
+pre { background: var(--card); padding: .75rem; border-radius: .5rem; overflow-x: auto; font-size: .8rem; }
+code { font-size: .9em; } summary { cursor: pointer; padding: .25rem 0; }
+.swatch { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }
+"""
+
+
+def _verdict(rows: Sequence[Row], arms: Sequence[str]) -> str:
+    """The answer in a sentence or two: which arms differ from the baseline beyond the interval."""
+    metric, baseline = rows[0]["metric"], rows[0]["baseline"]
+    base = _by_seed(rows, baseline)
+    sentences = []
+    for arm in arms:
+        values = _by_seed(rows, arm)
+        if arm == baseline or not set(values) & set(base):
+            continue
+        difference = paired_difference(values, base)
+        size = f"{arm} ends {abs(difference.mean):.4f} {'below' if difference.mean < 0 else 'above'} {baseline}"
+        if math.isnan(difference.low):
+            sentences.append(f"{size} (one seed, so no interval).")
+        elif difference.low <= 0 <= difference.high:
+            sentences.append(f"{size}, but {difference.seeds} seeds cannot tell this from no difference.")
+        else:
+            sentences.append(f"{size}, and the 95 % interval excludes no difference.")
+    return f"Validation {metric}, lower is better: " + " ".join(sentences)
+
+
+def _page(question: str, metric: str, rows: Sequence[Row], arms: Sequence[str], table: Sequence[Sequence[str]]) -> str:
+    head, *body = table
+    colours = dict(zip(arms, _colours(arms)))
+    cells = "".join(
+        "<tr>"
+        + f'<td><span class="swatch" style="background:{colours[line[0]]}"></span>{html.escape(line[0])}</td>'
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in line[1:])
+        + "</tr>"
+        for line in body
+    )
+    figures = [
+        _svg(_curves(rows, arms, "validation", metric), width=5.6, height=3.8, title=f"Validation {metric}"),
+        _svg(_curves(rows, arms, "train", metric), width=5.6, height=3.8, title=f"Training {metric}"),
+    ]
+    others = [arm for arm in arms if arm != rows[0]["baseline"] and _finished(rows, arm)]
+    if others:
+        figures.append(
+            _svg(
+                _differences(rows, arms, metric),
+                width=5.6,
+                height=1.6 + 0.5 * len(others),
+                title=f"Difference to {rows[0]['baseline']}, paired by seed",
+            )
+        )
+    failures = "".join(
+        f"<p>{html.escape(row['arm'])}, seed {row['seed']}, failed: {html.escape(row['error'])}</p>"
+        for row in rows
+        if row["status"] == "failed"
+    )
+    facts = {**rows[0]["environment"], **{f"data: {key}": value for key, value in rows[0]["task"].items()}}
+    fact_rows = "".join(
+        f"<tr><td>{html.escape(str(key))}</td><td>{html.escape(str(value))}</td></tr>" for key, value in facts.items()
+    )
+    configs = "".join(
+        f"<details><summary>{html.escape(arm)}</summary><p>{'<br>'.join(map(html.escape, some['implementations']))}</p>"
+        f"<pre>{html.escape(some['config'])}</pre></details>"
+        for arm in arms
+        for some in [next(row for row in rows if row["arm"] == arm)]
+    )
+    notes = "".join(f"<p class=soft>{html.escape(line)}</p>" for line in _note(rows).split("\n\n")[:-1])
+    seconds = sum(row.get("seconds", 0.0) for row in rows)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(question)}</title><style>{_STYLE}</style></head><body>
+<h1>{html.escape(question)}</h1>
+<p class="lead">{html.escape(_verdict(rows, arms))}</p>
+{failures}
+<div class="scroll"><table><thead><tr>{"".join(f"<th>{html.escape(cell)}</th>" for cell in head)}</tr></thead>
+<tbody>{cells}</tbody></table></div>
+{notes}
+<h2>Curves</h2>
+<p class="soft">Thin lines are seeds, thick lines their mean.</p>
+<div class="figures">{"".join(figures)}</div>
+<h2>Repeat it</h2>
+<pre>{html.escape(rows[0]["command"])}</pre>
+<p class="soft">{len(rows)} runs, {seconds:.0f} seconds of training and evaluation in all, on the machine below.</p>
+<h2>What ran</h2>
+{configs}
+<details><summary>machine, versions and data</summary>
+<div class="scroll"><table><tbody>{fact_rows}</tbody></table></div></details>
+</body></html>
+"""

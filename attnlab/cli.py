@@ -1,0 +1,139 @@
+"""The command line: `attnlab train | ablate | report | list`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from attnlab.errors import UserError
+
+_EPILOG = """\
+Options of a config are set with --gin.NAME=VALUE, where NAME is a macro or Class.option:
+  attnlab train experiments/lm/small.gin experiments/mixers/local.gin --gin.LocalAttention.window=32 --gin.STEPS=200
+
+A command given again with the same --workdir goes on where it stopped.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit status: 0, 1 if a run failed, 2 for a mistake in what was given."""
+    parser, command, overrides = _parse(sys.argv[1:] if arguments is None else list(arguments))
+    if command.run is None:
+        parser.print_help()
+        return 0
+    try:
+        return command.run(command, overrides)
+    except UserError as error:
+        print(f"attnlab: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("attnlab"):
+            raise
+        print(f"attnlab: this needs {error.name}: pip install 'attnlab[experiments]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("attnlab: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace, list[str]]:
+    overrides = [argument.removeprefix("--gin.") for argument in arguments if argument.startswith("--gin.")]
+    rest = [argument for argument in arguments if not argument.startswith("--gin.")]
+    parser = argparse.ArgumentParser(
+        prog="attnlab",
+        description="Train small models with any attention mechanism, and compare mechanisms under equal conditions.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train one model", description="Train one model as the configs say.")
+    train.add_argument("configs", nargs="+", metavar="CONFIG", help="a .gin file; later files win over earlier ones")
+    train.add_argument("--workdir", type=Path, help="folder for checkpoints and metrics (default runs/NAME)")
+    train.set_defaults(run=_train)
+
+    ablate = commands.add_parser(
+        "ablate",
+        help="run a sweep of arms and seeds, and report on it",
+        description="Train every arm with every seed, and write results.jsonl, results.md and report.html.",
+    )
+    ablate.add_argument("config", metavar="SWEEP", help="a .gin file that configures ablate.Ablation")
+    ablate.add_argument("--workdir", type=Path, help="folder for runs and report (default runs/NAME)")
+    ablate.set_defaults(run=_ablate)
+
+    report = commands.add_parser(
+        "report", help="write the report of an ablation again", description="Write results.md and report.html again."
+    )
+    report.add_argument("workdir", type=Path, metavar="WORKDIR", help="the folder of an ablation")
+    report.set_defaults(run=_report)
+
+    listing = commands.add_parser(
+        "list", help="list mixers, tasks and configs", description="List mixers, tasks and the configs that come along."
+    )
+    listing.set_defaults(run=_list)
+    return parser, parser.parse_args(rest), overrides
+
+
+def _train(command: argparse.Namespace, overrides: list[str]) -> int:
+    from attnlab import config
+    from attnlab.train import train
+
+    built = config.build(command.configs, overrides, root="Experiment")
+    name = "-".join(Path(source).stem for source in command.configs)
+    workdir = command.workdir or Path("runs") / name
+    try:
+        result = train(built.value, workdir=workdir, fingerprint=built.values, config_text=built.text)
+    except FloatingPointError as error:
+        print(f"attnlab: {error}", file=sys.stderr)
+        return 1
+    final = ", ".join(f"{name} {value:.4f}" for name, value in result.final.items())
+    print(f"validation: {final}\n{workdir / 'metrics.jsonl'}")
+    return 0
+
+
+def _ablate(command: argparse.Namespace, overrides: list[str]) -> int:
+    from attnlab.ablate import run_ablation, write_report
+
+    workdir = command.workdir or Path("runs") / Path(command.config).stem
+    rows = run_ablation(command.config, overrides, workdir)
+    page = write_report(rows, workdir)
+    print(f"\n{(workdir / 'results.md').read_text()}\nreport: {page.resolve()}")
+    return 1 if any(row["status"] == "failed" for row in rows) else 0
+
+
+def _report(command: argparse.Namespace, overrides: list[str]) -> int:
+    from attnlab.ablate import read_rows, write_report
+
+    print(f"report: {write_report(read_rows(command.workdir), command.workdir).resolve()}")
+    return 0
+
+
+def _list(command: argparse.Namespace, overrides: list[str]) -> int:
+    from attnlab import config, nn, train
+
+    def summary(thing: object) -> str:
+        return (thing.__doc__ or "").strip().splitlines()[0]
+
+    mixers = [thing for name in nn.__all__ if isinstance(thing := getattr(nn, name), type) and _is_mixer(thing)]
+    tasks = [
+        thing for name in train.__all__ if name.endswith("Task") and name != "Task" and (thing := getattr(train, name))
+    ]
+    for title, things in (("mixers", mixers), ("tasks", tasks)):
+        print(title)
+        for thing in things:
+            print(f"  {thing.__name__:<26} {summary(thing)}")
+    print("configs")
+    for path in config.shipped():
+        print(f"  {path:<38} {config.describe(path)}")
+    return 0
+
+
+def _is_mixer(thing: type) -> bool:
+    from attnlab.nn.mixers import Attention
+
+    return issubclass(thing, Attention) and thing is not Attention
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""Configs: gin files wire Python objects. The only module that imports gin, and the library decorates nothing.
+
+A file names what it uses with `from attnlab import nn, ...` after `from __gin__ import dynamic_registration`, so a
+project's own modules work the same way. gin lets a misspelled macro pass in silence; `build` rejects it.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+import gin.config
+
+from attnlab.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What a config gave.
+
+    value: the object. text: the resolved config, itself a config file. values: every option that was in force, defaults
+    included, {"LanguageModel.depth": "4"}.
+    """
+
+    value: Any
+    text: str
+    values: dict[str, str]
+
+
+def directory() -> Path:
+    """The folder of configs that come with attnlab: inside the installed package, or the checkout's experiments/."""
+    inside = Path(__file__).parent / "experiments"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "experiments"
+
+
+def shipped() -> list[str]:
+    """The configs that come with attnlab, as paths that `find` takes."""
+    return sorted(
+        str(Path("experiments") / path.relative_to(directory()))
+        for path in directory().rglob("*.gin")
+        if "results" not in path.parts
+    )
+
+
+def find(name: str) -> Path:
+    """The file of this path; a path that does not exist here is also looked up among the configs of attnlab."""
+    path = _path(name)
+    if path is not None:
+        return path
+    raise UserError(f"config: no file {name}{_nearest(name, shipped())} (`attnlab list` prints those that come along)")
+
+
+def _path(name: str) -> Path | None:
+    parts = Path(name).parts
+    shipped_path = directory() / Path(*(parts[1:] if parts[:1] == ("experiments",) else parts))
+    return next((path for path in (Path(name), shipped_path) if path.is_file()), None)
+
+
+def describe(name: str) -> str:
+    """The first comment line of a config."""
+    for line in find(name).read_text().splitlines():
+        if line.startswith("#"):
+            return line.lstrip("# ")
+    return ""
+
+
+def build(sources: Sequence[str], overrides: Sequence[str] = (), *, root: str) -> Built:
+    """Reads configs and calls the class `root` ("Experiment") as they say.
+
+    Args:
+      sources: each a path ending in .gin, or a binding such as "models.LanguageModel.depth = 2"; later ones win.
+      overrides: "NAME=VALUE" from the command line; the value is a gin literal, or a bare word for a string.
+      root: the class or function, named as in the files without its module.
+
+    Raises:
+      UserError: a missing file, a syntax error, an unknown name, an unused or undefined macro, a value that is refused.
+    """
+    gin.clear_config()
+    if _READER not in gin.config._FILE_READERS:
+        gin.config._FILE_READERS.insert(0, _READER)
+    try:
+        defined, used = set[str](), set[str]()
+        for source in (*sources, *map(_binding, overrides)):
+            if source.endswith(".gin"):
+                gin.parse_config_file(str(find(source)))
+            else:
+                gin.parse_config(source)
+            # A macro counts as used also where a later source replaces the value that refers to it.
+            now_defined, now_used = _macros()
+            defined, used = defined | now_defined, used | now_used
+        for name in sorted(used - defined):
+            raise UserError(f"config: macro %{name} is used but never set{_nearest(name, defined)}")
+        for name in sorted(defined - used):
+            raise UserError(f"config: macro {name} is set but nothing uses it{_nearest(name, used)}")
+        selectors = gin.config._REGISTRY.matching_selectors(root)
+        if len(selectors) != 1:
+            files = ", ".join(sources)
+            raise UserError(
+                f"config: {files} configures no {root}; add a file that does, such as those of `attnlab list`"
+            )
+        value = gin.get_configurable(selectors[0])()
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, (SyntaxError, NameError, AttributeError, ImportError, ValueError, TypeError, OSError)):
+            raise UserError(f"config: {_explained(error)}") from error
+        raise
+    return Built(value, gin.operative_config_str(), dict(_operative_values()))
+
+
+# How gin opens what a file includes: first of its readers, as its own for packages fails on a folder without modules.
+_READER = (lambda name: open(find(name)), lambda name: _path(name) is not None)  # noqa: SIM115
+
+
+def _binding(override: str) -> str:
+    name, equals, value = override.partition("=")
+    if not equals or not name.strip():
+        raise UserError(f"config: override {override!r} is not NAME=VALUE")
+    value = value.strip()
+    if re.fullmatch(r"[\w./:-]+", value):
+        try:
+            ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            value = repr(value)
+    return f"{name.strip()} = {value}"
+
+
+def _macros() -> tuple[set[str], set[str]]:
+    """Names of the macros that are set, and of those that something refers to."""
+    names = (reference.scoped_selector for reference in gin.config.iterate_references(gin.config._CONFIG))
+    used = {name.removesuffix("/gin.macro") for name in names if name.endswith("/gin.macro")}
+    return {scope for scope, selector in gin.config._CONFIG if selector == "gin.macro"}, used
+
+
+def _operative_values() -> Iterator[tuple[str, str]]:
+    for (scope, selector), parameters in sorted(gin.config._OPERATIVE_CONFIG.items()):
+        prefix = (f"{scope}/" if scope else "") + selector.rpartition(".")[2]
+        for parameter, value in sorted(parameters.items()):
+            yield scope if selector == "gin.macro" else f"{prefix}.{parameter}", repr(value)
+
+
+def _nearest(name: str, candidates: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _known_names() -> list[str]:
+    """Everything a config can name: the classes and functions of attnlab's packages, by module and name."""
+    import attnlab.ablate
+    import attnlab.data
+    import attnlab.models
+    import attnlab.nn
+    import attnlab.train
+
+    packages = [attnlab.ablate, attnlab.data, attnlab.models, attnlab.nn, attnlab.train]
+    return [f"{package.__name__.removeprefix('attnlab.')}.{name}" for package in packages for name in package.__all__]
+
+
+def _explained(error: Exception) -> str:
+    """gin's error as one line, with the nearest valid name where a name is the trouble."""
+    text = " ".join(str(error).split())
+    unknown = re.search(
+        r"(?:Couldn't resolve selector|No configurable matching|matching reference) '?@?([\w./]+)", text
+    )
+    if unknown:
+        name = unknown.group(1).rstrip(".")
+        short = {known.rpartition(".")[2] for known in _known_names()}
+        candidates = _known_names() if "." in name else sorted(short)
+        return f"unknown name {name!r}{_nearest(name, candidates)}{_location(text)}"
+    parameter = re.search(r"'([\w./]+)' doesn't have a parameter named '(\w+)'", text)
+    if parameter:
+        owner, option = parameter.groups()
+        function = gin.config._REGISTRY.get_match(owner).wrapped
+        accepted = list(inspect.signature(function.__init__ if isinstance(function, type) else function).parameters)
+        return f"{owner.rpartition('.')[2]} has no option {option!r}{_nearest(option, accepted)}{_location(text)}"
+    return text
+
+
+def _location(text: str) -> str:
+    place = re.search(r"In file \"([^\"]+)\", line (\d+)", text)
+    return f" ({place.group(1)}, line {place.group(2)})" if place else ""

@@ -1,0 +1,137 @@
+"""A decoder-only language model that takes any causal mixer, layer by layer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab.models import blocks
+from attnlab.nn.layers import RMSNorm, dropout
+from attnlab.nn.mixers import MixerCache, MixerFactory
+from attnlab.nn.parameters import normal, parameter
+
+# Folded into the dropout key; the layers fold in their number, so that a layer's dropout does not depend on depth.
+_EMBEDDING_DROPOUT = 2**31
+
+
+class LanguageModel(nnx.Module):
+    """Tied embeddings, pre-norm blocks of mixer and gated MLP: tokens [B, T] -> logits [B, T, vocabulary].
+
+    Args:
+      vocabulary: number of tokens.
+      mixers: mixer factories; layer i has mixers[i mod len(mixers)], so one entry serves all layers and several make a
+        hybrid.
+      depth, features, mlp_hidden: layers, width D, hidden width of the MLP (default 8/3 D).
+      max_length: with a number, learned positions up to it are added to the embeddings; None adds none (the mixers'
+        rotary positions are their own).
+      dropout_rate: on the embeddings and every residual branch, in training.
+      remat: recompute each block in the backward, to save memory.
+      dtype: what is computed in; parameters and logits are float32.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocabulary: int,
+        mixers: Sequence[MixerFactory],
+        depth: int = 4,
+        features: int = 128,
+        mlp_hidden: int | None = None,
+        max_length: int | None = None,
+        dropout_rate: float = 0.0,
+        remat: bool = False,
+        dtype: Any = jnp.float32,
+    ):
+        self.vocabulary, self.features, self.max_length = vocabulary, features, max_length
+        self.dropout_rate, self.remat, self.dtype = dropout_rate, remat, dtype
+        self.embedding = parameter((vocabulary, features), normal(0.02))
+        self.positions = None if max_length is None else parameter((max_length, features), normal(0.02))
+        self.layers = blocks.stack(
+            mixers,
+            depth=depth,
+            features=features,
+            is_causal=True,
+            mlp_hidden=mlp_hidden,
+            dropout_rate=dropout_rate,
+            dtype=dtype,
+        )
+        self.norm = RMSNorm(features)
+
+    def __call__(
+        self, tokens: jax.Array, *, segment_ids: jax.Array | None = None, key: jax.Array | None = None
+    ) -> jax.Array:
+        """tokens: int [B, T] -> float32 logits [B, T, vocabulary] of the next token.
+
+        segment_ids: int [B, T], packed documents that do not see each other. key: for dropout; None is evaluation.
+        """
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens: got {tokens.dtype}{list(tokens.shape)}; need integers [batch, length]")
+        x = self._embed(tokens, jnp.arange(tokens.shape[1]))
+        x = dropout(x, self.dropout_rate, None if key is None else jax.random.fold_in(key, _EMBEDDING_DROPOUT))
+        x = blocks.run(self.layers, x, segment_ids=segment_ids, key=key, remat=self.remat)
+        return self._logits(x)
+
+    def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        x = self.embedding[...][tokens]
+        if self.positions is not None:
+            if tokens.shape[1] > self.positions.shape[0]:
+                raise ValueError(f"tokens: got length {tokens.shape[1]}; max_length is {self.max_length}")
+            x = x + self.positions[...][positions]
+        return x.astype(self.dtype)
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        return jnp.einsum(
+            "BTD,VD->BTV",
+            self.norm(x),
+            self.embedding[...].astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    def init_cache(self, batch: int, max_length: int) -> list[MixerCache]:
+        """An empty cache for decoding up to max_length tokens."""
+        if self.max_length is not None and max_length > self.max_length:
+            raise ValueError(f"max_length: got {max_length}; the model has positions for {self.max_length} tokens")
+        return [block.mixer.init_cache(batch, max_length) for block in self.layers]
+
+    def step(self, cache: list[MixerCache], tokens: jax.Array) -> tuple[jax.Array, list[MixerCache]]:
+        """The next tokens, int [B] -> (logits [B, vocabulary] of the ones after, cache)."""
+        x = self._embed(tokens[:, None], cache[0].position[None])
+        new_cache = []
+        for block, block_cache in zip(self.layers, cache):
+            x, block_cache = block.step(block_cache, x)
+            new_cache.append(block_cache)
+        return self._logits(x)[:, 0], new_cache
+
+    def flops(self, length: int) -> int:
+        """Floating-point operations of matrix products (2 a multiply-add) for one sequence, forward."""
+        return sum(block.flops((length,)) for block in self.layers) + 2 * length * self.features * self.vocabulary
+
+    def state_size(self, length: int) -> int:
+        """Numbers kept per sequence to decode the token after `length` tokens."""
+        return sum(block.mixer.state_size(length) for block in self.layers)
+
+
+def generate(
+    model: LanguageModel, prompt: jax.Array, *, length: int, key: jax.Array, temperature: float = 1.0
+) -> jax.Array:
+    """Samples a continuation: prompt int [B, P], P >= 1 -> tokens int [B, P + length].
+
+    Decodes one token a step from the mixers' caches, the prompt too. temperature 0 takes the likeliest token.
+    """
+    batch, prompt_length = prompt.shape
+
+    def step(carry: Any, index: jax.Array) -> tuple[Any, jax.Array]:
+        cache, token = carry
+        token = jnp.where(index < prompt_length, prompt[:, jnp.minimum(index, prompt_length - 1)], token)
+        logits, cache = model.step(cache, token)
+        if temperature == 0:
+            following = jnp.argmax(logits, axis=-1)
+        else:
+            following = jax.random.categorical(jax.random.fold_in(key, index), logits / temperature)
+        return (cache, following.astype(prompt.dtype)), token
+
+    total = prompt_length + length
+    _, tokens = jax.lax.scan(step, (model.init_cache(batch, total), prompt[:, 0]), jnp.arange(total))
+    return tokens.T

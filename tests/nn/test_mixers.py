@@ -1,0 +1,140 @@
+"""Mixers: one table over mechanisms; decode equals the parallel form, costs are what is done and kept."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import nn
+
+MIXERS = {
+    "softmax": nn.SoftmaxAttention,
+    "grouped": functools.partial(nn.SoftmaxAttention, num_key_heads=2, normalize_qk=True),
+    "local": functools.partial(nn.LocalAttention, window=5),
+    "local_sinks": functools.partial(nn.LocalAttention, window=4, sinks=2),
+    "local_stride": functools.partial(nn.LocalAttention, window=6, stride=3, edge="clip"),
+    "linear": functools.partial(nn.LinearAttention, feature_map="elu", normalize=True),
+    "taylor": functools.partial(nn.LinearAttention, feature_map="taylor2", normalize=True, num_key_heads=2),
+    "retention": functools.partial(nn.LinearAttention, decay="retention", rotary=True),
+    "gated": functools.partial(nn.LinearAttention, decay="data"),
+}
+FEATURES, LENGTH, BATCH = 16, 13, 2
+
+
+@functools.cache
+def causal(name):
+    """A causal mixer, its parameters, an input, and what it gives for all of it at once."""
+    mixer = MIXERS[name](FEATURES, is_causal=True)
+    parameters = nn.initialize(mixer, jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (BATCH, LENGTH, FEATURES))
+    call = jax.jit(lambda parameters, x: nn.bind(mixer, parameters)(x))
+    return mixer, parameters, x, call
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_decoding_step_by_step_equals_the_call(name):
+    mixer, parameters, x, call = causal(name)
+
+    @jax.jit
+    def decode(parameters, x):
+        bound = nn.bind(mixer, parameters)
+
+        def step(cache, token):
+            y, cache = bound.step(cache, token[:, None])
+            return cache, y[:, 0]
+
+        _, y = jax.lax.scan(step, bound.init_cache(BATCH, LENGTH), jnp.swapaxes(x, 0, 1))
+        return jnp.swapaxes(y, 0, 1)
+
+    np.testing.assert_allclose(decode(parameters, x), call(parameters, x), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_later_token_changes_nothing_before_it(name):
+    _, parameters, x, call = causal(name)
+    changed = call(parameters, x.at[:, 7].add(3.0))
+    unchanged = call(parameters, x)
+    np.testing.assert_array_equal(changed[:, :7], unchanged[:, :7])
+    assert np.all(np.any(changed[:, 7:8] != unchanged[:, 7:8], axis=-1))
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_state_size_is_what_the_cache_holds(name):
+    mixer = causal(name)[0]
+    cache = mixer.init_mechanism_cache(1, LENGTH)
+    held = sum(leaf.size for leaf in jax.tree.leaves(cache) if jnp.issubdtype(leaf.dtype, jnp.floating))
+    assert mixer.state_size(LENGTH) == held
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_bfloat16_is_computed_in_and_given_back(name):
+    mixer = MIXERS[name](FEATURES, is_causal=True, dtype=jnp.bfloat16)
+    _, parameters, x, call = causal(name)
+    y = nn.bind(mixer, parameters)(x.astype(jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), call(parameters, x), atol=0.08, rtol=0.08)
+
+
+GRID_MIXERS = {
+    "softmax": nn.SoftmaxAttention,
+    "local": functools.partial(nn.LocalAttention, window=(3, 9)),
+    "linear": functools.partial(nn.LinearAttention, feature_map="relu", normalize=True),
+}
+
+
+@pytest.mark.parametrize("name", GRID_MIXERS)
+def test_a_grid_keeps_its_shape(name):
+    mixer = GRID_MIXERS[name](FEATURES, is_causal=False)
+    x = jax.random.normal(jax.random.key(0), (BATCH, 5, 6, FEATURES))
+    y = nn.bind(mixer, nn.initialize(mixer, jax.random.key(0)))(x)
+    assert y.shape == x.shape
+    assert np.all(np.isfinite(y))
+
+
+def test_a_window_longer_than_the_axis_is_cut_to_it():
+    local, softmax = (
+        nn.LocalAttention(FEATURES, is_causal=False, window=99),
+        nn.SoftmaxAttention(FEATURES, is_causal=False),
+    )
+    parameters = nn.initialize(softmax, jax.random.key(0))
+    x = jax.random.normal(jax.random.key(0), (1, 9, FEATURES))
+    np.testing.assert_allclose(nn.bind(local, parameters)(x), nn.bind(softmax, parameters)(x), atol=1e-5)
+
+
+def test_flops_count_the_pairs_that_are_seen():
+    options = {"is_causal": True, "num_heads": 4}
+    projections = 2 * LENGTH * FEATURES * 4 * FEATURES
+    softmax = nn.SoftmaxAttention(FEATURES, **options)
+    assert softmax.flops((LENGTH,)) - projections == 4 * FEATURES * LENGTH * (LENGTH + 1) // 2
+    local = nn.LocalAttention(FEATURES, window=5, **options)
+    assert local.flops((LENGTH,)) - projections == 4 * FEATURES * sum(min(i + 1, 5) for i in range(LENGTH))
+    sinks = nn.LocalAttention(FEATURES, window=5, sinks=2, **options)
+    seen = sum(len({*range(max(i - 4, 0), i + 1), *range(min(2, i + 1))}) for i in range(LENGTH))
+    assert sinks.flops((LENGTH,)) - projections == 4 * FEATURES * seen
+    linear = nn.LinearAttention(FEATURES, **options)
+    assert linear.flops((LENGTH,)) - projections == 4 * LENGTH * 4 * (FEATURES // 4) ** 2
+    grid = nn.LocalAttention(FEATURES, window=(3, 5), is_causal=False)
+    assert grid.flops((6, 7)) - 2 * 42 * FEATURES * 4 * FEATURES == 4 * FEATURES * 42 * 15
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.SoftmaxAttention(10, is_causal=True, num_heads=4), "num_heads: got 4; must divide features 10"),
+        (lambda: nn.SoftmaxAttention(16, is_causal=True, num_key_heads=3), "num_key_heads: got 3"),
+        (lambda: nn.LinearAttention(16, is_causal=True, decay="slow"), "decay: got 'slow'"),
+        (lambda: nn.LinearAttention(16, is_causal=False, decay="data"), "is_causal=False"),
+        (lambda: nn.SoftmaxAttention(16, is_causal=False).init_cache(1, 4), "only a causal mixer decodes"),
+    ],
+)
+def test_bad_options_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_rotary_needs_room_for_every_axis():
+    mixer = nn.SoftmaxAttention(12, is_causal=False, num_heads=2)
+    with pytest.raises(ValueError, match=r"head_dim: got 6; rotary positions on 2 axes need a multiple of 4"):
+        nn.bind(mixer, nn.initialize(mixer, jax.random.key(0)))(jnp.zeros((1, 2, 2, 12)))
