@@ -11,7 +11,7 @@ from attention_oracle import window_by_definition
 from attnlab.attention import masks
 
 SETTINGS = [
-    dict(length=length, window=window, stride=stride, dilation=dilation, is_causal=is_causal, edge=edge)
+    {"length": length, "window": window, "stride": stride, "dilation": dilation, "is_causal": is_causal, "edge": edge}
     for length in range(1, 14)
     for dilation in (1, 2, 3)
     for window in range(1, length // dilation + 1)
@@ -70,10 +70,10 @@ def test_bounds_of_traced_indices_equal_those_of_python_integers():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (dict(length=10, window=5, stride=2), [(0, 4)] * 2 + [(1, 5)] * 2 + [(3, 7)] * 2 + [(5, 9)] * 4),
-        (dict(length=11, window=4, stride=4), [(0, 3)] * 4 + [(4, 7)] * 4 + [(7, 10)] * 3),
+        ({"length": 10, "window": 5, "stride": 2}, [(0, 4)] * 2 + [(1, 5)] * 2 + [(3, 7)] * 2 + [(5, 9)] * 4),
+        ({"length": 11, "window": 4, "stride": 4}, [(0, 3)] * 4 + [(4, 7)] * 4 + [(7, 10)] * 3),
         (
-            dict(length=10, window=4, stride=3, is_causal=True),
+            {"length": 10, "window": 4, "stride": 3, "is_causal": True},
             [(0, 0), (0, 1), (0, 2), (2, 3), (2, 4), (2, 5), (5, 6), (5, 7), (5, 8), (6, 9)],
         ),
     ],
@@ -99,7 +99,7 @@ def test_clipped_blocks_with_halo_are_halonet():
 
 
 def test_axes_combine_by_and():
-    settings = dict(stride=(1, 2), is_causal=(True, False))
+    settings = {"stride": (1, 2), "is_causal": (True, False)}
     mask = masks.dense_mask(masks.neighborhood((5, 6), (3, 4), **settings), (5, 6))
     rows = masks.dense_mask(masks.neighborhood((5,), 3, is_causal=True), (5,))
     columns = masks.dense_mask(masks.neighborhood((6,), 4, stride=2), (6,))
@@ -115,10 +115,10 @@ def test_masks_combine_by_and_and_or():
 @pytest.mark.parametrize(
     ("shape", "tile", "settings"),
     [
-        ((37,), (8,), dict(window=9)),
-        ((37,), (8,), dict(window=16, stride=8)),
-        ((37,), (5,), dict(window=7, dilation=2)),
-        ((9, 10), (2, 4), dict(window=(4, 5), is_causal=(True, False))),
+        ((37,), (8,), {"window": 9}),
+        ((37,), (8,), {"window": 16, "stride": 8}),
+        ((37,), (5,), {"window": 7, "dilation": 2}),
+        ((9, 10), (2, 4), {"window": (4, 5), "is_causal": (True, False)}),
     ],
 )
 def test_block_map_equals_the_dense_mask_cut_into_tiles(shape, tile, settings):

@@ -1,5 +1,7 @@
 """merge_attention: attention over parts of the keys, put together, equals attention over all of them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,7 @@ def test_merging_parts_equals_the_whole_in_values_and_gradients(hidden):
     if hidden != "nothing":
         mask = mask.at[:, :, 3, : 6 if hidden == "a part" else 12].set(False)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def everything(attend):
         (out, lse), pullback = jax.vjp(lambda *arrays: attend(*arrays, mask), *ARRAYS)
         cotangents = [jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) for x in (out, lse)]
@@ -43,14 +46,19 @@ def test_extra_tokens_beside_an_image():
     rng = np.random.default_rng(0)
     image = jnp.asarray(rng.normal(size=(1, 4, 5, 2, 4)), jnp.float32)
     text = jnp.asarray(rng.normal(size=(1, 3, 2, 4)), jnp.float32)
-    near = local_attention(image, image, image, window=(4, 5), return_lse=True)
-    flat = image.reshape(1, 20, 2, 4)
-    far = dot_product_attention(flat, text, text, return_lse=True)
-    out, lse = merge_attention((near[0], far[0].reshape(near[0].shape)), (near[1], far[1].reshape(near[1].shape)))
-    tokens = jnp.concatenate([flat, text], axis=1)
-    expected = dot_product_attention(flat, tokens, tokens, return_lse=True)
-    np.testing.assert_allclose(out.reshape(flat.shape), expected[0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(lse.reshape(1, 20, 2), expected[1], rtol=1e-5)
+
+    @jax.jit
+    def both(image, text):
+        near = local_attention(image, image, image, window=(4, 5), return_lse=True)
+        flat = image.reshape(1, 20, 2, 4)
+        far = dot_product_attention(flat, text, text, return_lse=True)
+        tokens = jnp.concatenate([flat, text], axis=1)
+        expected = dot_product_attention(flat, tokens, tokens, return_lse=True)
+        return merge_attention(*zip(near, [x.reshape(y.shape) for x, y in zip(far, near)])), expected
+
+    (out, lse), expected = both(image, text)
+    np.testing.assert_allclose(out.reshape(expected[0].shape), expected[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(lse.reshape(expected[1].shape), expected[1], rtol=1e-5)
 
 
 def test_wrong_calls_name_the_argument():
