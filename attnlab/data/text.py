@@ -1,0 +1,124 @@
+"""Text as bytes: the source of Python's standard library, or files of one's own."""
+
+import dataclasses
+import functools
+import hashlib
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from attnlab.data.batches import endless, one_pass
+from attnlab.errors import UserError
+
+# Left out of the embedded text: what is not part of every installation, generated tables, and packages installed later.
+_NOT_EMBEDDED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Text in two parts that share no file.
+
+    name: where it is from. train, validation: uint8 [bytes]; documents end with a zero byte. A token is a byte, so the
+    vocabulary is 256.
+    """
+
+    name: str
+    train: np.ndarray
+    validation: np.ndarray
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes and a hash of the content, which tells whether two runs read the same text."""
+        content = hashlib.sha256(self.train.tobytes() + b"\0" + self.validation.tobytes()).hexdigest()
+        return {
+            "source": self.name,
+            "train bytes": len(self.train),
+            "validation bytes": len(self.validation),
+            "sha256": content,
+        }
+
+
+@functools.cache
+def embedded_text() -> Corpus:
+    """The source of the standard library of the Python that runs this: real text that needs no download.
+
+    A tenth of the files, by a hash of their path, are for validation. The text differs between versions of Python.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [path for path in root.rglob("*.py") if not _NOT_EMBEDDED & set(path.relative_to(root).parts)]
+    if not files:
+        raise UserError(f"embedded_text: {root} holds no source of the standard library; give a text with text_files")
+    python = sysconfig.get_python_version()
+    return _split_by_file(f"standard library of Python {python}", root, files)
+
+
+@functools.cache
+def text_files(path: str) -> Corpus:
+    """One file, the last tenth of it for validation; or all files below a folder, a tenth of them for validation.
+
+    Hidden files and folders are left out. Bytes are taken as they are, whatever the encoding.
+    """
+    root = Path(path).expanduser()
+    if root.is_file():
+        text = np.frombuffer(root.read_bytes(), np.uint8)
+        cut = len(text) * 9 // 10
+        return _checked(Corpus(root.name, text[:cut], text[cut:]), root)
+    if not root.is_dir():
+        raise UserError(f"text_files: no file or folder {path}")
+    files = [
+        file
+        for file in root.rglob("*")
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
+    ]
+    return _checked(_split_by_file(root.name, root, files), root)
+
+
+def _checked(corpus: Corpus, root: Path) -> Corpus:
+    for part, text in (("train", corpus.train), ("validation", corpus.validation)):
+        if len(text) < 2:
+            raise UserError(f"text_files: {root} leaves {len(text)} bytes for {part}; give more text, or more files")
+    return corpus
+
+
+def _split_by_file(name: str, root: Path, files: Iterable[Path]) -> Corpus:
+    parts: dict[bool, list[bytes]] = {False: [], True: []}
+    for path in sorted(files, key=lambda path: path.relative_to(root).as_posix()):
+        digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
+        parts[digest[0] % 10 == 0].append(path.read_bytes() + b"\0")
+    train, validation = (np.frombuffer(b"".join(parts[key]), np.uint8) for key in (False, True))
+    return Corpus(name, train, validation)
+
+
+class _Windows(grain.sources.RandomAccessDataSource):
+    """{"tokens": int32 [length + 1]}, starting every `step` bytes."""
+
+    def __init__(self, text: np.ndarray, length: int, step: int):
+        self._text, self._length, self._step = text, length, step
+
+    def __len__(self) -> int:
+        return (len(self._text) - self._length - 1) // self._step + 1
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        start = index * self._step
+        return {"tokens": self._text[start : start + self._length + 1].astype(np.int32)}
+
+
+def text_batches(
+    corpus: Corpus, split: str, *, sequence_length: int, batch_size: int, seed: int
+) -> grain.IterDataset:
+    """{"tokens": int32 [batch, sequence_length + 1]}, inputs and, shifted by one, targets.
+
+    "train": endless; windows that start anywhere in the text, shuffled by seed. "validation": one pass over windows side
+    by side, so that no byte is predicted twice, in the order of the text; see one_pass for its weights.
+    """
+    text = corpus.train if split == "train" else corpus.validation
+    if len(text) < sequence_length + 1:
+        raise UserError(
+            f"sequence_length: got {sequence_length}; the {split} text of {corpus.name} has only {len(text)} bytes"
+        )
+    if split == "train":
+        return endless(_Windows(text, sequence_length, 1), batch_size, seed)
+    return one_pass(_Windows(text, sequence_length, sequence_length), batch_size)
