@@ -35,7 +35,7 @@ class LabelledImages:
 
 @functools.cache
 def digits() -> LabelledImages:
-    """scikit-learn's 1,797 handwritten digits, 8x8, which need no download. A fifth, by a hash of the index, validates."""
+    """scikit-learn's 1,797 handwritten digits, 8x8, without a download; a fifth, by a hash of the index, validates."""
     from sklearn import datasets
 
     bunch = datasets.load_digits()

@@ -106,13 +106,11 @@ class _Windows(grain.sources.RandomAccessDataSource):
         return {"tokens": self._text[start : start + self._length + 1].astype(np.int32)}
 
 
-def text_batches(
-    corpus: Corpus, split: str, *, sequence_length: int, batch_size: int, seed: int
-) -> grain.IterDataset:
+def text_batches(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int, seed: int) -> grain.IterDataset:
     """{"tokens": int32 [batch, sequence_length + 1]}, inputs and, shifted by one, targets.
 
-    "train": endless; windows that start anywhere in the text, shuffled by seed. "validation": one pass over windows side
-    by side, so that no byte is predicted twice, in the order of the text; see one_pass for its weights.
+    "train": endless; windows that start anywhere in the text, shuffled by seed. "validation": one pass over windows
+    side by side, so that no byte is predicted twice, in the order of the text; see one_pass for its weights.
     """
     text = corpus.train if split == "train" else corpus.validation
     if len(text) < sequence_length + 1:

@@ -2,7 +2,7 @@
 
 from attnlab.nn.layers import GatedMLP, Linear, RMSNorm, dropout, rotary_embedding
 from attnlab.nn.mixers import Attention, LinearAttention, LocalAttention, MixerCache, MixerFactory, SoftmaxAttention
-from attnlab.nn.parameters import bind, count_parameters, initialize, parameter, parameter_shapes
+from attnlab.nn.parameters import Parameters, bind, count_parameters, initialize, parameter, parameter_shapes
 
 __all__ = [
     "Attention",
@@ -12,6 +12,7 @@ __all__ = [
     "LocalAttention",
     "MixerCache",
     "MixerFactory",
+    "Parameters",
     "RMSNorm",
     "SoftmaxAttention",
     "bind",

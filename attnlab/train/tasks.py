@@ -19,7 +19,7 @@ class Task(Protocol):
     """What the training loop asks of a task."""
 
     def batches(self, split: str, batch_size: int, seed: int) -> grain.IterDataset:
-        """Batches of "train" (endless, in an order that the seed decides) or "validation" (one pass, always the same)."""
+        """Batches of "train" (endless, ordered by the seed) or "validation" (one pass, always the same)."""
 
     def loss(self, model: Any, batch: Batch, *, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss and the metrics (means over the batch, "loss" among them). key: for dropout; None is evaluation."""

@@ -1,0 +1,6 @@
+"""Training: tasks, and a loop that goes on where it stopped."""
+
+from attnlab.train.loop import Experiment, OptimizerOptions, Result, train
+from attnlab.train.tasks import ImageClassificationTask, LanguageTask, Task
+
+__all__ = ["Experiment", "ImageClassificationTask", "LanguageTask", "OptimizerOptions", "Result", "Task", "train"]

@@ -1,0 +1,334 @@
+"""The training loop, from top to bottom: `train` is the whole of it.
+
+A run is decided by its experiment alone: initial values by parameter path, batches by index, dropout by step, all from
+one seed. A checkpoint holds the state and the place in the data, and metrics are truncated to it on the way back in, so
+a run that was stopped, however abruptly, goes on bit for bit as if it had not been.
+"""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+from attnlab import nn
+from attnlab.train.tasks import Batch, Task
+from attnlab.train.workdir import Workdir
+
+# Folded into the seed's key, a number a purpose.
+_INITIAL_VALUES, _DROPOUT = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """AdamW after global-norm clipping, with linear warm-up and cosine decay.
+
+    Args:
+      learning_rate: its peak.
+      warmup_steps: steps from 0 to the peak; at most the number of steps.
+      final_fraction: the last step's share of the peak.
+      weight_decay: on matrices (parameters of two and more axes), decoupled, times the learning rate.
+      clip_norm: largest norm of the whole gradient.
+      b1, b2: Adam's decay rates.
+    """
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    final_fraction: float = 0.1
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.99
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One training run.
+
+    Args:
+      model: built without values (attnlab.models).
+      task: batches and loss.
+      optimizer: its options.
+      steps, batch_size: length of training, in batches of this many examples.
+      seed: decides initial values, order of batches and dropout.
+      log_every: steps between rows of training metrics, which are means over them.
+      evaluate_every: steps between evaluations; one more follows the last step.
+      evaluation_batches: batches of an evaluation; None takes all of the validation data.
+      checkpoint_every: steps between checkpoints; one more follows the last step.
+    """
+
+    model: nnx.Module
+    task: Task
+    steps: int
+    batch_size: int
+    optimizer: OptimizerOptions = OptimizerOptions()
+    seed: int = 0
+    log_every: int = 10
+    evaluate_every: int = 100
+    evaluation_batches: int | None = 16
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}; need at least 1")
+        if self.evaluation_batches is not None and self.evaluation_batches < 1:
+            raise ValueError(f"evaluation_batches: got {self.evaluation_batches}; need at least 1, or None for all")
+        if not 0 <= self.optimizer.warmup_steps <= self.steps:
+            raise ValueError(f"warmup_steps: got {self.optimizer.warmup_steps}; need 0 to steps = {self.steps}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run gave.
+
+    final: validation metrics after the last step. history: rows of metrics, {"step", "split": "train" or "validation",
+    "loss", ...}. items_per_second: tokens or images in training steps alone. seconds: training and evaluation.
+    compile_seconds: of the training step. All of these count the whole run, also if it was resumed.
+    """
+
+    final: dict[str, float]
+    history: list[dict[str, Any]]
+    items_per_second: float
+    seconds: float
+    compile_seconds: float
+
+
+class State(NamedTuple):
+    """All that a step changes. sums: metrics added up since the last row."""
+
+    parameters: nn.Parameters
+    optimizer: optax.OptState
+    step: jax.Array
+    sums: dict[str, jax.Array]
+
+
+def train(
+    experiment: Experiment,
+    *,
+    workdir: Path | None = None,
+    fingerprint: Mapping[str, str] | None = None,
+    config_text: str = "",
+) -> Result:
+    """Trains a model, or goes on with it.
+
+    Args:
+      experiment: what to train.
+      workdir: folder for checkpoints and metrics; a second call goes on from the last checkpoint there, and one after
+        the end gives the result at once. None keeps nothing.
+      fingerprint: the run's options by name. A workdir that holds a run with other options is refused.
+      config_text: kept as workdir/config.gin.
+
+    Raises:
+      UserError: the workdir cannot be written, holds another run, or its newest checkpoint cannot be read.
+      FloatingPointError: the loss is not finite. The last checkpoint stays.
+      SystemExit: with status 143 after SIGTERM, once a checkpoint is written.
+    """
+    folder = None if workdir is None else Workdir(workdir, fingerprint, config_text)
+    if folder is not None and (finished := folder.result()) is not None:
+        return Result(**finished)
+
+    model, task, steps = experiment.model, experiment.task, experiment.steps
+    key = jax.random.key(experiment.seed)
+    optimizer = make_optimizer(experiment.optimizer, steps)
+    step_function, evaluate_function = make_step(experiment, optimizer, key), make_evaluation(experiment)
+    unit, units = (task.costs(model)[name] for name in ("unit", "units"))
+
+    batches: grain.DatasetIterator = iter(task.batches("train", experiment.batch_size, experiment.seed))
+    state = initial_state(experiment, optimizer, key)
+    history: list[dict[str, Any]] = []
+    if folder is not None:
+        state, history = folder.restore(state, batches)
+    start = int(state.step)
+
+    compile_start = time.perf_counter()
+    structs = task.inputs(experiment.batch_size)
+    step_function = step_function.lower(state, structs).compile()
+    compile_seconds = time.perf_counter() - compile_start
+
+    def record(row: dict[str, Any]) -> None:
+        history.append(row)
+        if folder is not None:
+            folder.write_row(row)
+
+    with _terminated() as is_terminated, _bar(start, steps) as progress:
+        seconds = items = 0.0  # of the steps since the last row; evaluating and saving are not among them
+        segment_start, segment_step = time.perf_counter(), start
+        for step in range(start + 1, steps + 1):
+            state = step_function(state, _arrays(next(batches)))
+            progress.update()
+
+            last = step == steps
+            evaluating = last or step % experiment.evaluate_every == 0
+            saving = folder is not None and (last or step % experiment.checkpoint_every == 0 or is_terminated())
+            logging = last or step % experiment.log_every == 0
+            if not (logging or evaluating or saving):
+                continue
+
+            jax.block_until_ready(state)
+            seconds += time.perf_counter() - segment_start
+            items += (step - segment_step) * experiment.batch_size * units
+            if logging:
+                row = _means(state.sums)
+                if not math.isfinite(row["loss"]):
+                    where = "" if folder is None else f"; the last checkpoint is in {folder.path}"
+                    raise FloatingPointError(f"loss is {row['loss']} at step {step}{where}")
+                record({"step": step, "split": "train", **row, "seconds": seconds, "items": items})
+                progress.set_postfix_str(f"loss {row['loss']:.4f}, {items / seconds:,.0f} {unit}s/s")
+                state = state._replace(sums=jax.tree.map(jnp.zeros_like, state.sums))
+                seconds = items = 0.0
+            if evaluating:
+                before = time.perf_counter()
+                metrics = evaluate(experiment, evaluate_function, state.parameters)
+                record({"step": step, "split": "validation", **metrics, "seconds": time.perf_counter() - before})
+                _say(progress, f"step {step} of {steps}: validation loss {metrics['loss']:.4f}")
+            if saving and folder is not None:
+                folder.save(step, state, batches)
+            if is_terminated() and not last:
+                if folder is not None:
+                    folder.close()
+                kept = "nothing was kept" if folder is None else f"step {step} is kept in {folder.path}"
+                print(f"attnlab: terminated; {kept}, and the same command goes on", file=sys.stderr)
+                raise SystemExit(143)
+            segment_start, segment_step = time.perf_counter(), step
+
+    result = _result(history, compile_seconds)
+    if folder is not None:
+        folder.finish(dataclasses.asdict(result))
+    return result
+
+
+def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
+    schedule = optax.schedules.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=options.learning_rate,
+        warmup_steps=options.warmup_steps,
+        decay_steps=steps,
+        end_value=options.learning_rate * options.final_fraction,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(options.clip_norm),
+        optax.adamw(
+            schedule,
+            b1=options.b1,
+            b2=options.b2,
+            weight_decay=options.weight_decay,
+            mask=lambda parameters: jax.tree.map(lambda leaf: leaf.ndim >= 2, parameters),
+        ),
+    )
+
+
+def initial_state(experiment: Experiment, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+    parameters = nn.initialize(experiment.model, jax.random.fold_in(key, _INITIAL_VALUES))
+    names = jax.eval_shape(lambda: _loss(experiment, parameters, _zeros(experiment), None)[1])
+    zeros = {name: jnp.zeros((), jnp.float32) for name in (*names, "steps")}
+    return State(parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32), zeros)
+
+
+def make_step(experiment: Experiment, optimizer: optax.GradientTransformation, key: jax.Array) -> Any:
+    """The jitted training step, (state, batch) -> state. It takes the old state's memory."""
+
+    def step(state: State, batch: Batch) -> State:
+        dropout_key = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), state.step)
+
+        def loss(parameters: nn.Parameters) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return _loss(experiment, parameters, batch, dropout_key)
+
+        gradients, metrics = jax.grad(loss, has_aux=True)(state.parameters)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+        added = {**metrics, "steps": jnp.ones(())}
+        sums = {name: value + added.get(name, 0.0) for name, value in state.sums.items()}
+        return State(optax.apply_updates(state.parameters, updates), optimizer_state, state.step + 1, sums)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_evaluation(experiment: Experiment) -> Callable[[nn.Parameters, Batch], dict[str, jax.Array]]:
+    return jax.jit(lambda parameters, batch: _loss(experiment, parameters, batch, None)[1])
+
+
+def evaluate(
+    experiment: Experiment, function: Callable[[nn.Parameters, Batch], dict[str, jax.Array]], parameters: nn.Parameters
+) -> dict[str, float]:
+    """Validation metrics: means over examples, the fillers of the last batch left out."""
+    totals: dict[str, float] = {}
+    weight = 0.0
+    for number, batch in enumerate(experiment.task.batches("validation", experiment.batch_size, experiment.seed)):
+        if number == experiment.evaluation_batches:
+            break
+        batch_weight = float(np.sum(batch["weight"]))
+        for name, value in function(parameters, _arrays(batch)).items():
+            totals[name] = totals.get(name, 0.0) + batch_weight * float(value)
+        weight += batch_weight
+    return {name: total / weight for name, total in totals.items()}
+
+
+def _loss(
+    experiment: Experiment, parameters: nn.Parameters, batch: Batch, key: jax.Array | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return experiment.task.loss(nn.bind(experiment.model, parameters), batch, key=key)
+
+
+def _zeros(experiment: Experiment) -> Batch:
+    return jax.tree.map(lambda struct: jnp.zeros(struct.shape, struct.dtype), experiment.task.inputs(1))
+
+
+def _arrays(batch: Batch) -> Batch:
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def _means(sums: Mapping[str, jax.Array]) -> dict[str, float]:
+    """Means over the steps since the last row."""
+    return {name: float(value) / float(sums["steps"]) for name, value in sums.items() if name != "steps"}
+
+
+def _result(history: list[dict[str, Any]], compile_seconds: float) -> Result:
+    training = [row for row in history if row["split"] == "train"]
+    final = {name: value for name, value in history[-1].items() if name not in ("step", "split", "seconds")}
+    return Result(
+        final=final,
+        history=history,
+        items_per_second=sum(row["items"] for row in training) / sum(row["seconds"] for row in training),
+        seconds=sum(row["seconds"] for row in history),
+        compile_seconds=compile_seconds,
+    )
+
+
+def _bar(start: int, steps: int) -> tqdm:
+    """A progress bar on a terminal; nothing elsewhere, where `_say` prints lines."""
+    hidden = not sys.stderr.isatty()
+    return tqdm(total=steps, initial=start, unit="step", disable=hidden, dynamic_ncols=True, leave=False)
+
+
+def _say(progress: tqdm, line: str) -> None:
+    if progress.disable:
+        print(line, file=sys.stderr, flush=True)
+    else:
+        progress.write(line)
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether SIGTERM has come. Outside the main thread it never has."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag.is_set
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: flag.set())
+    try:
+        yield flag.is_set
+    finally:
+        signal.signal(signal.SIGTERM, previous)
