@@ -32,8 +32,8 @@ from attnlab.attention._softmax import softmax_parts
 
 Array = jax.Array
 
-_QUERY_CHUNK = 256
-_KEY_CHUNK = 512
+_QUERY_CHUNK = 128
+_KEY_CHUNK = 128
 
 
 def dot_product_attention(
@@ -204,7 +204,7 @@ def _xla(
         )
         key_parts, join_key_parts = _chunks(per_key, key_chunk)
 
-        def step(carry: tuple[Array, Array, Array], part: Any) -> tuple[tuple[Array, Array, Array], None]:
+        def visit(carry: tuple[Array, Array, Array], part: Any) -> tuple[Array, Array, Array]:
             largest, total, out = carry
             key, value, key_ids, bias, mask, key_index = join_key_parts(part)
             logits = scale * jnp.einsum("bkgth,bksh->bkgts", query, key, preferred_element_type=dtype)
@@ -227,7 +227,14 @@ def _xla(
             out = rescale * out + jnp.einsum(
                 "bkgts,bksv->bkgtv", numerators, value.astype(dtype), preferred_element_type=dtype
             )
-            return (new_largest, total, out), None
+            return new_largest, total, out
+
+        def step(carry: tuple[Array, Array, Array], part: Any) -> tuple[tuple[Array, Array, Array], None]:
+            if not is_causal:
+                return visit(carry, part), None
+            first_key = join_key_parts(part)[-1][0]
+            past = first_key > query_index.max()  # a chunk after all the queries
+            return lax.cond(past, lambda carry, _: carry, visit, carry, part), None
 
         rows = query.shape[:-1]
         start = (

@@ -43,7 +43,7 @@ Array = jax.Array
 # Queries along one axis of a tile, at least and at most, by number of space axes.
 _TILE_RANGE = {1: (64, 256), 2: (8, 16), 3: (4, 8)}
 # Tiles are computed together while their logits take no more than this.
-_GROUP_BYTES = 16 * 2**20
+_GROUP_BYTES = 2 * 2**20
 
 
 def local_attention(
@@ -297,7 +297,11 @@ def _xla(
 
     # Logits are recomputed in the backward: what is kept for it is linear in the number of positions.
     logit_bytes = batch * heads * math.prod(t.size * t.box for t in tiles) * jnp.dtype(dtype).itemsize
-    out, lse = lax.map(jax.checkpoint(attend, prevent_cse=False), parts, batch_size=max(1, _GROUP_BYTES // logit_bytes))
+    count = len(box_start)
+    most = min(max(1, _GROUP_BYTES // logit_bytes), count)
+    # Groups of equal size, if one fits, spare the compilation of a smaller last one.
+    together = max((n for n in range(-(-most // 2), most + 1) if count % n == 0), default=most)
+    out, lse = lax.map(jax.checkpoint(attend, prevent_cse=False), parts, batch_size=together)
 
     out = _join_tiles(jnp.moveaxis(out, 4, 2), tiles, space).reshape(batch, *space, heads, value_dim)
     return out, _join_tiles(jnp.moveaxis(lse, 4, 2), tiles, space).reshape(batch, *space, heads)
