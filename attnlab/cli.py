@@ -50,7 +50,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
 
     train = commands.add_parser("train", help="train one model", description="Train one model as the configs say.")
     train.add_argument("configs", nargs="+", metavar="CONFIG", help="a .gin file; later files win over earlier ones")
-    train.add_argument("--workdir", type=Path, help="folder for checkpoints and metrics (default runs/NAME)")
+    train.add_argument("--workdir", type=Path, help="folder for checkpoints and metrics (default runs/train/NAME)")
     train.set_defaults(run=_train)
 
     ablate = commands.add_parser(
@@ -59,7 +59,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
         description="Train every arm with every seed, and write results.jsonl, results.md and report.html.",
     )
     ablate.add_argument("config", metavar="SWEEP", help="a .gin file that configures ablate.Ablation")
-    ablate.add_argument("--workdir", type=Path, help="folder for runs and report (default runs/NAME)")
+    ablate.add_argument("--workdir", type=Path, help="folder for runs and report (default runs/ablate/NAME)")
     ablate.set_defaults(run=_ablate)
 
     report = commands.add_parser(
@@ -81,7 +81,7 @@ def _train(command: argparse.Namespace, overrides: list[str]) -> int:
 
     built = config.build(command.configs, overrides, root="Experiment")
     name = "-".join(Path(source).stem for source in command.configs)
-    workdir = command.workdir or Path("runs") / name
+    workdir = command.workdir or Path("runs") / "train" / name
     try:
         result = train(built.value, workdir=workdir, fingerprint=built.values, config_text=built.text)
     except FloatingPointError as error:
@@ -95,7 +95,7 @@ def _train(command: argparse.Namespace, overrides: list[str]) -> int:
 def _ablate(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.ablate import run_ablation, write_report
 
-    workdir = command.workdir or Path("runs") / Path(command.config).stem
+    workdir = command.workdir or Path("runs") / "ablate" / Path(command.config).stem
     rows = run_ablation(command.config, overrides, workdir)
     page = write_report(rows, workdir)
     print(f"\n{(workdir / 'results.md').read_text()}\nreport: {page.resolve()}")

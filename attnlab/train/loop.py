@@ -171,11 +171,11 @@ def train(
             state = step_function(state, _arrays(next(batches)))
             progress.update()
 
-            last = step == steps
+            last, stopping = step == steps, is_terminated()
             evaluating = last or step % experiment.evaluate_every == 0
-            saving = folder is not None and (last or step % experiment.checkpoint_every == 0 or is_terminated())
+            saving = folder is not None and (last or stopping or step % experiment.checkpoint_every == 0)
             logging = last or step % experiment.log_every == 0
-            if not (logging or evaluating or saving):
+            if not (logging or evaluating or saving or stopping):
                 continue
 
             jax.block_until_ready(state)
@@ -197,7 +197,7 @@ def train(
                 _say(progress, f"step {step} of {steps}: validation loss {metrics['loss']:.4f}")
             if saving and folder is not None:
                 folder.save(step, state, batches)
-            if is_terminated() and not last:
+            if stopping and not last:
                 if folder is not None:
                     folder.close()
                 kept = "nothing was kept" if folder is None else f"step {step} is kept in {folder.path}"
