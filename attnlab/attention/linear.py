@@ -19,12 +19,10 @@ A chunk of C tokens at once, with D_ij = g_{j+1} + ... + g_i and the state S_0 b
     S_C = e^{D_C0} S_0 + (e^{D_Cj} K)^T U
 
 Every exponent is computed as a sum of log decays, never as a difference of two cumulative sums: it is <= 0 as it
-stands, loses no digits behind a strong decay, and a decay to nothing (e^-1e30) is how a segment's first token drops the
-state.
+stands, loses no digits behind a strong decay, and a segment's first token drops the state by a decay of e^-1e30 = 0.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -39,10 +37,11 @@ from attnlab.attention._checks import (
     require,
     shape_text,
 )
+from attnlab.attention._chunks import decayed_products, scan_chunks
 from attnlab.attention._dispatch import dispatch
+from attnlab.attention._feature_maps import FeatureMap, apply_feature_map, feature_width, normalizer_epsilon
 
-FeatureMap = Callable[[Array], Array] | str | None
-_RESET = -1e30
+_RESET = -1e30  # Finite, so that no rewriting of a sum into a product can make 0 * inf of it.
 
 
 class LinearState(NamedTuple):
@@ -86,7 +85,7 @@ def linear_attention(
         refused.
       log_decay: natural log of the decay, <= 0: [N] constant, [B, T, N] per token, [B, T, N, F] per channel. Applied
         before the token writes, so token t's own key does not decay at t. Positive values cannot be seen at trace time;
-        they let the state grow without bound. -inf is not a log decay to differentiate through; any finite one is.
+        they let the state grow without bound. -inf drops the state.
       beta: [B, T, N], strength of the delta rule's correction, usually in [0, 1] with keys of unit length.
       feature_map: applied to query and key in float32, before the scale. None: identity; "elu": elu(x) + 1; "relu";
         "taylor2": features whose product is 1 + x + x^2/2 at x = scale q.k (here alone the scale goes inside); or a
@@ -165,7 +164,7 @@ def init_linear_cache(
 
     num_heads: the query's. head_dim: of query and key before the feature map. value_dim: default head_dim.
     """
-    features = _feature_width(feature_map, head_dim)
+    features = feature_width(feature_map, head_dim)
     kv = jnp.zeros((batch, num_heads, features, value_dim or head_dim), dtype)
     return LinearState(kv, jnp.zeros((batch, num_heads, features), dtype) if normalize else None)
 
@@ -233,52 +232,6 @@ def lightning_log_decay(num_heads: int, *, layer: int, num_layers: int, form: st
 # --- What the forms share ---------------------------------------------------------------------------------------------
 
 
-def _elu(x: Array) -> Array:
-    """elu(x) + 1, positive however small x: 1 + expm1(x) would round to 0."""
-    return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
-
-
-def _taylor2(x: Array) -> Array:
-    """[..., H] -> [..., 1 + H + H(H+1)/2] with taylor2(x).taylor2(y) = 1 + x.y + (x.y)^2 / 2."""
-    row, column = jnp.triu_indices(x.shape[-1])
-    pairs = x[..., row] * x[..., column] * jnp.where(row == column, 0.5**0.5, 1).astype(x.dtype)
-    return jnp.concatenate([jnp.ones_like(x[..., :1]), x, pairs], axis=-1)
-
-
-_FEATURE_MAPS: dict[str, Callable[[Array], Array]] = {"elu": _elu, "relu": jax.nn.relu, "taylor2": _taylor2}
-
-
-def _feature_function(feature_map: FeatureMap) -> Callable[[Array], Array]:
-    if feature_map is None:
-        return lambda x: x
-    if isinstance(feature_map, str):
-        require(feature_map in _FEATURE_MAPS, "feature_map", repr(feature_map), f"need one of {list(_FEATURE_MAPS)}")
-        return _FEATURE_MAPS[feature_map]
-    require(callable(feature_map), "feature_map", repr(feature_map), "need None, a name or a function")
-    return feature_map
-
-
-def _feature_width(feature_map: FeatureMap, head_dim: int) -> int:
-    token = jax.ShapeDtypeStruct((1, head_dim), jnp.float32)
-    mapped = jax.eval_shape(_feature_function(feature_map), token)
-    require(mapped.shape[:-1] == (1,), "feature_map", f"[1,{head_dim}] -> {mapped.shape}", "need [..., H] -> [..., F]")
-    return mapped.shape[-1]
-
-
-def _features(
-    query: Array, key: Array, feature_map: FeatureMap, scale: float | Array, dtype: Any
-) -> tuple[Array, Array]:
-    """Mapped query, scale included, and mapped key with a head for each of query's; both of `dtype`."""
-    function = _feature_function(feature_map)
-    query, key = query.astype(dtype), key.astype(dtype)
-    query = function(query * scale) if feature_map == "taylor2" else function(query) * scale
-    return query, jnp.repeat(function(key), query.shape[-2] // key.shape[-2], axis=-2)
-
-
-def _epsilon(feature_map: FeatureMap) -> float:
-    return 1e-6 if feature_map == "taylor2" else 1e-10
-
-
 def _check_options(
     query: Array,
     log_decay: Array | None,
@@ -290,11 +243,13 @@ def _check_options(
     state_name: str = "initial_state",
 ) -> None:
     batch, length, heads, head_dim = query.shape
-    features = _feature_width(feature_map, head_dim)
+    features = feature_width(feature_map, head_dim)
     if log_decay is not None:
+        if not hasattr(log_decay, "shape"):
+            raise TypeError(f"log_decay: got {type(log_decay).__name__}; need an array [N], [B, T, N] or [B, T, N, F]")
         shapes = {1: (heads,), 3: (batch, length, heads), 4: (batch, length, heads, features)}
         require(
-            log_decay.shape == shapes.get(log_decay.ndim),
+            log_decay.shape == shapes.get(len(log_decay.shape)),
             "log_decay",
             shape_text(log_decay),
             f"need [N] = {shapes[1]}, [B, T, N] = {shapes[3]} or [B, T, N, F] = {shapes[4]}",
@@ -341,11 +296,11 @@ def _reference(
 ) -> tuple[Array, LinearState]:
     out_dtype, dtype = query.dtype, state.kv.dtype
     batch, length, heads, _ = query.shape
-    query, key = _features(query, key, feature_map, scale, dtype)
-    value = jnp.repeat(value.astype(dtype), heads // value.shape[-2], axis=-2)
+    query, key = apply_feature_map(feature_map, query, key, scale, dtype)
+    key, value = (jnp.repeat(x, heads // x.shape[-2], axis=-2) for x in (key, value.astype(dtype)))
     if segment_ids is None:
         segment_ids = jnp.zeros((batch, length), jnp.int32)
-    eps = _epsilon(feature_map)
+    eps = normalizer_epsilon(feature_map)
 
     if not is_causal:
         return _dense(query, key, value, state, segment_ids, normalize, eps, out_dtype)
@@ -422,15 +377,17 @@ def _xla(
     if log_decay is not None:
         log_decay = log_decay.astype(dtype)
         log_decay = log_decay if log_decay.ndim == 4 else jnp.broadcast_to(log_decay, (batch, length, heads))[..., None]
+    if beta is not None:
+        beta = beta.astype(dtype)
     if segment_ids is not None:
         log_decay = _drop_at_starts(log_decay, segment_ids, heads, dtype)
-    eps = _epsilon(feature_map)
+    eps = normalizer_epsilon(feature_map)
     finish = (lambda out, total: out / (total[..., None] + eps)) if normalize else (lambda out, total: out)
 
     def by_head(tokens: Any) -> Any:
         query, key, value, *gates = tokens
-        query, key = _features(query, key, feature_map, scale, dtype)
-        value = jnp.repeat(value.astype(dtype), heads // value.shape[-2], axis=-2)
+        query, key = apply_feature_map(feature_map, query, key, scale, dtype)
+        key, value = (jnp.repeat(x, heads // x.shape[-2], axis=-2) for x in (key, value.astype(dtype)))
         return jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), (query, key, value, *gates))
 
     def causal(state: LinearState, tokens: Any) -> tuple[LinearState, Array]:
@@ -443,7 +400,7 @@ def _xla(
 
     tokens = (query, key, value, log_decay, beta)
     if is_causal:
-        state, out = _scan_chunks(causal, state, tokens, chunk_size)
+        state, out = scan_chunks(causal, state, tokens, chunk_size)
     elif segment_ids is None:
         query, key, value, *_ = by_head(tokens)
         kv = state.kv + key.mT @ value
@@ -453,7 +410,7 @@ def _xla(
     else:
         # A segment's sum is that of the tokens up to this one and that of the later ones, which come first backwards.
         nothing = jax.tree.map(jnp.zeros_like, state)
-        state, until = _scan_chunks(sums_before, state, tokens, chunk_size)
+        state, until = scan_chunks(sums_before, state, tokens, chunk_size)
         backwards = (
             query[:, ::-1],
             key[:, ::-1],
@@ -461,7 +418,7 @@ def _xla(
             _drop_at_starts(None, segment_ids[:, ::-1], heads, dtype),
             None,
         )
-        _, later = _scan_chunks(functools.partial(sums_before, strict=True), nothing, backwards, chunk_size)
+        _, later = scan_chunks(functools.partial(sums_before, strict=True), nothing, backwards, chunk_size)
         out = finish(*jax.tree.map(lambda x, y: x + y[:, ::-1], until, later)).astype(out_dtype)
     return out, state
 
@@ -493,9 +450,9 @@ def _chunk(
         through = jnp.exp(before[..., -1, :])
     if beta is not None:
         value = beta[..., None] * (value - key_into @ state.kv)
-        system = jnp.tril(beta[..., None] * _decayed_products(key, key, log_decay), -1)
+        system = jnp.tril(beta[..., None] * decayed_products(key, key, log_decay), -1)
         value = jax.lax.linalg.triangular_solve(system, value, left_side=True, lower=True, unit_diagonal=True)
-    weights = jnp.tril(_decayed_products(query, key, log_decay), -1 if strict else 0)
+    weights = jnp.tril(decayed_products(query, key, log_decay), -1 if strict else 0)
     out = weights @ value + into @ state.kv
     kv = jnp.einsum("bnch,bncv->bnhv", onward, value)
     kv += state.kv if through is None else through[..., None] * state.kv
@@ -504,71 +461,6 @@ def _chunk(
     total = jnp.sum(weights, axis=-1) + jnp.einsum("bnch,bnh->bnc", into, state.k_sum)
     k_sum = jnp.sum(onward, axis=-2) + (state.k_sum if through is None else through * state.k_sum)
     return LinearState(kv, k_sum), (out, total)
-
-
-def _decayed_products(query: Array, key: Array, log_decay: Array | None) -> Array:
-    """[B,N,C,C] whose ij, j <= i, is sum_h q_ih k_jh exp(g_{j+1,h} + ... + g_{i,h}). Above the diagonal: any number."""
-    if log_decay is None:
-        return query @ key.mT
-    if log_decay.shape[-1] == 1:
-        below = jnp.tri(query.shape[-2], k=-1, dtype=bool)
-        exponents = jnp.cumsum(jnp.where(below, log_decay, 0), axis=-2)
-        return (query @ key.mT) * jnp.exp(exponents)
-    # Per channel the decay does not come out of the product. Blocks double in size; between the two halves of one,
-    # query decays from the half's border and key up to it.
-    *front, length, width = query.shape
-    padded = 1 << (length - 1).bit_length()
-    padding = [(0, 0)] * len(front) + [(0, padded - length), (0, 0)]
-    query, key, before = (jnp.pad(x, padding)[..., None, :] for x in (query, key, log_decay))
-    after = jnp.zeros_like(before)
-    products = query @ key.mT
-    while products.shape[-1] < padded:
-        _, query2 = _halves(query)
-        key1, _ = _halves(key)
-        before1, before2 = _halves(before)
-        after1, after2 = _halves(after)
-        products1, products2 = _halves(products)
-        across = (query2 * jnp.exp(before2)) @ (key1 * jnp.exp(after1)).mT
-        products = jnp.concatenate(
-            [
-                jnp.concatenate([products1, jnp.zeros_like(across)], axis=-1),
-                jnp.concatenate([across, products2], axis=-1),
-            ],
-            axis=-2,
-        )
-        before = jnp.concatenate([before1, before1[..., -1:, :] + before2], axis=-2)
-        after = jnp.concatenate([after1 + before2[..., -1:, :], after2], axis=-2)
-        query, key = (x.reshape(*front, -1, 2 * x.shape[-2], width) for x in (query, key))
-    return products[..., 0, :length, :length]
-
-
-def _halves(blocks: Array) -> tuple[Array, Array]:
-    """[B,N,blocks,...] -> the even and the odd ones."""
-    return blocks[:, :, 0::2], blocks[:, :, 1::2]
-
-
-def _scan_chunks(step: Callable[..., Any], state: Any, tokens: Any, chunk_size: int) -> tuple[Any, Any]:
-    """scan of step(state, chunk) -> (state, out) over axis 1 of tokens; a shorter last chunk runs after the scan.
-
-    Rematerialised: the backward pass keeps the state before each chunk and computes the rest anew.
-    """
-    length = tokens[0].shape[1]
-    size = max(1, min(chunk_size, length))
-    count = length // size
-    step = jax.checkpoint(step, prevent_cse=False)
-
-    def chunks(x: Array) -> Array:
-        return jnp.moveaxis(x[:, : count * size].reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
-
-    def joined(x: Array) -> Array:
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], count * size, *x.shape[3:])
-
-    state, outs = jax.lax.scan(step, state, jax.tree.map(chunks, tokens))
-    outs = jax.tree.map(joined, outs)
-    if count * size < length:
-        state, rest = step(state, jax.tree.map(lambda x: x[:, count * size :], tokens))
-        outs = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), outs, rest)
-    return state, outs
 
 
 IMPLEMENTATIONS = {"reference": _reference, "xla": _xla}

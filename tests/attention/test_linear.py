@@ -320,10 +320,12 @@ def test_no_tokens_leave_the_state_alone():
 
 @pytest.mark.parametrize("form", ["constant", "token", "channel", "gated delta", "channel-gated delta"])
 def test_strong_decays_are_exact_and_finite(form):
-    """Log decays that add up to -10^5 in a chunk, with mild ones between, whose effect must not drown in the sum."""
+    """Log decays that add up to -10^4 in a chunk, and -inf, with mild ones between that must not drown in the sum."""
     arrays, options = inputs(form, 48, head_dim=4, seed=2)
     rng = np.random.default_rng(0)
-    strong = rng.choice([-1e-3, -0.1, -30.0, -4e3], p=[0.5, 0.3, 0.1, 0.1], size=arrays["log_decay"].shape)
+    strong = rng.choice(
+        [-1e-3, -0.1, -30.0, -4e3, -np.inf], p=[0.4, 0.3, 0.1, 0.1, 0.1], size=arrays["log_decay"].shape
+    )
     arrays["log_decay"] = jnp.asarray(strong, jnp.float32)
 
     def results(arrays, implementation):
@@ -381,7 +383,7 @@ def test_memory_is_linear_in_length(form):
         ({"beta": jnp.zeros((2, 8, 4)), "is_causal": False}, "beta: .* must be None with is_causal=False"),
         ({"beta": jnp.zeros((2, 8, 2))}, r"beta: got float32\[2,8,2\]; need \[B, T, N\]"),
         ({"beta": jnp.zeros((2, 8, 4)), "normalize": True}, "normalize: got True; must be False with beta"),
-        ({"feature_map": "exp"}, "feature_map: got 'exp'; need one of"),
+        ({"feature_map": "exp"}, "feature_map: got 'exp'; need a function or one of"),
         ({"segment_ids": jnp.zeros((2, 7), jnp.int32)}, r"segment_ids: got int32\[2,7\]"),
         ({"initial_state": LinearState(jnp.zeros((2, 2, 5, 4)))}, r"initial_state.kv: got float32\[2,2,5,4\]"),
         ({"initial_state": LinearState(jnp.zeros((2, 4, 5, 4))), "normalize": True}, "initial_state.k_sum: got None"),
@@ -392,6 +394,21 @@ def test_memory_is_linear_in_length(form):
 def test_wrong_calls_say_what_is_allowed(change, message):
     call = {"query": jnp.zeros((2, 8, 4, 5)), "key": jnp.zeros((2, 8, 2, 5)), "value": jnp.zeros((2, 8, 2, 4))}
     with pytest.raises(ValueError, match=message):
+        linear_attention(**{**call, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": jnp.zeros((2, 8, 2, 4), jnp.int32)}, "value: got dtype int32"),
+        ({"log_decay": -0.1}, "log_decay: got float; need an array"),
+        ({"segment_ids": jnp.zeros((2, 8))}, "segment_ids: got dtype float32; need integers"),
+        ({"initial_state": jnp.zeros((2, 4, 5, 4))}, "initial_state: got .*; need a LinearState"),
+    ],
+)
+def test_wrong_types_say_what_is_needed(change, message):
+    call = {"query": jnp.zeros((2, 8, 4, 5)), "key": jnp.zeros((2, 8, 2, 5)), "value": jnp.zeros((2, 8, 2, 4))}
+    with pytest.raises(TypeError, match=message):
         linear_attention(**{**call, **change})
 
 

@@ -1,0 +1,84 @@
+"""Linear recurrences by chunks of time: a scan that carries the state, and products decayed between two tokens."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.attention._checks import Array
+
+
+def scan_chunks(step: Callable[..., Any], state: Any, tokens: Any, chunk_size: int) -> tuple[Any, Any]:
+    """Scans step(state, chunk) -> (state, out) over axis 1 of `tokens` and of `out`; the last chunk may be shorter.
+
+    Rematerialised: the backward pass keeps the state before each chunk and computes all else anew.
+    """
+    length = jax.tree.leaves(tokens)[0].shape[1]
+    size = max(1, min(chunk_size, length))
+    count = length // size
+    step = jax.checkpoint(step, prevent_cse=False)
+
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(x[:, : count * size].reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+
+    def join(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], count * size, *x.shape[3:])
+
+    state, outs = jax.lax.scan(step, state, jax.tree.map(split, tokens))
+    outs = jax.tree.map(join, outs)
+    if count * size < length:
+        state, rest = step(state, jax.tree.map(lambda x: x[:, count * size :], tokens))
+        outs = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), outs, rest)
+    return state, outs
+
+
+def decayed_products(query: Array, key: Array, log_decay: Array | None) -> Array:
+    """[B,N,C,C] whose ij, j <= i, is sum_h q_ih k_jh exp(g_{j+1,h} + ... + g_{i,h}). Above the diagonal: any number.
+
+    query, key: [B, N, C, H]. log_decay g: [B, N, C, 1 or H] or None.
+    """
+    if log_decay is None:
+        return query @ key.mT
+    if log_decay.shape[-1] == 1:
+        exponents = _by_doubling(log_decay, jnp.zeros_like(log_decay), lambda before, after: before + after.mT)
+        return (query @ key.mT) * jnp.exp(exponents)
+
+    # Per channel the decay does not come out of the product: query decays from the block's middle, key up to it.
+    def across(before: Array, after: Array) -> Array:
+        blocks, size = before.shape[-3:-1]
+        later, earlier = (_pad(x, 2 * blocks * size).reshape(*after.shape[:-2], 2 * size, -1) for x in (query, key))
+        return (later[..., size:, :] * jnp.exp(before)) @ (earlier[..., :size, :] * jnp.exp(after)).mT
+
+    return _by_doubling(log_decay, jnp.sum(query * key, axis=-1, keepdims=True), across)
+
+
+def _by_doubling(log_decay: Array, diagonal: Array, across: Callable[[Array, Array], Array]) -> Array:
+    """A lower triangle [B,N,C,C] from its diagonal [B,N,C,1] in log2 C steps, each of which joins pairs of blocks.
+
+    The joint block's lower left corner is across(before, after) [B,N,pairs,m,m], with sums of log decay [B,N,pairs,m,F]
+    from the pair's middle up to each token of its second half, and from each token of its first half up to the middle.
+    Sums within blocks are all there is, so the cost is that of the last step, and nothing is subtracted.
+    """
+    length = log_decay.shape[-2]
+    padded = 1 << (length - 1).bit_length() if length else 0
+    before = _pad(log_decay, padded)[..., None, :]
+    after = jnp.zeros_like(before)
+    square = _pad(diagonal, padded)[..., None, :]
+    while square.shape[-1] < padded:
+        (before1, before2), (after1, after2), (square1, square2) = map(_pairs, (before, after, square))
+        corner = across(before2, after1)
+        upper = jnp.concatenate([square1, jnp.zeros_like(corner)], axis=-1)
+        square = jnp.concatenate([upper, jnp.concatenate([corner, square2], axis=-1)], axis=-2)
+        before = jnp.concatenate([before1, before1[..., -1:, :] + before2], axis=-2)
+        after = jnp.concatenate([after1 + before2[..., -1:, :], after2], axis=-2)
+    return square.reshape(*diagonal.shape[:-2], padded, padded)[..., :length, :length]
+
+
+def _pad(x: Array, length: int) -> Array:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
+
+
+def _pairs(blocks: Array) -> tuple[Array, Array]:
+    """[B, N, blocks, ...] -> the even and the odd blocks."""
+    return blocks[:, :, 0::2], blocks[:, :, 1::2]
