@@ -130,7 +130,9 @@ def dense_attention(
     dtype = accumulator_dtype(query, key, value)
     group = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x.astype(dtype), group, axis=2) for x in (key, value))
-    logits = scale * jnp.einsum("btnh,bsnh->bnts", query.astype(dtype), key, preferred_element_type=dtype)
+    logits = jnp.asarray(scale, dtype) * jnp.einsum(
+        "btnh,bsnh->bnts", query.astype(dtype), key, preferred_element_type=dtype
+    )
     if bias is not None:
         logits = logits + bias.astype(dtype)
     numerators, denominator, lse = softmax_parts(logits, visible)
@@ -207,7 +209,9 @@ def _xla(
         def visit(carry: tuple[Array, Array, Array], part: Any) -> tuple[Array, Array, Array]:
             largest, total, out = carry
             key, value, key_ids, bias, mask, key_index = join_key_parts(part)
-            logits = scale * jnp.einsum("bkgth,bksh->bkgts", query, key, preferred_element_type=dtype)
+            logits = jnp.asarray(scale, dtype) * jnp.einsum(
+                "bkgth,bksh->bkgts", query, key, preferred_element_type=dtype
+            )
             if bias is not None:
                 logits = logits + bias.astype(dtype)
             visible = key_index >= 0  # the padding has index -1

@@ -290,7 +290,9 @@ def _xla(
             if sinks:
                 ids = jnp.concatenate([segment_ids[:, :sinks], ids], axis=1)
             visible = visible & (part["segment"][:, :, None] == ids[:, None, :])[:, None, None]
-        logits = scale * jnp.einsum("bkgth,bksh->bkgts", part["query"], key, preferred_element_type=dtype)
+        logits = jnp.asarray(scale, dtype) * jnp.einsum(
+            "bkgth,bksh->bkgts", part["query"], key, preferred_element_type=dtype
+        )
         numerators, denominator, lse = softmax_parts(logits, visible)
         out = jnp.einsum("bkgts,bksv->bkgtv", numerators, value.astype(dtype), preferred_element_type=dtype)
         return (out / denominator).astype(query.dtype), lse
@@ -354,6 +356,7 @@ def _join_tiles(x: Array, tiles: list[_Tiles], space: list[int]) -> Array:
     return x
 
 
+# All take (query, key, value, segment_ids) and the options of _xla, settings per axis as tuples; all give (out, lse).
 IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {"reference": _reference, "xla": _xla}
 
 
