@@ -9,12 +9,14 @@ import dataclasses
 import difflib
 import inspect
 import re
+import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import gin
 import gin.config
+from gin.config_parser import ImportStatement
 
 from attnlab.errors import UserError
 
@@ -81,6 +83,7 @@ def build(sources: Sequence[str], overrides: Sequence[str] = (), *, root: str) -
       UserError: a missing file, a syntax error, an unknown name, an unused or undefined macro, a value that is refused.
     """
     gin.clear_config()
+    _register_attnlab()
     if _READER not in gin.config._FILE_READERS:
         gin.config._FILE_READERS.insert(0, _READER)
     try:
@@ -93,28 +96,44 @@ def build(sources: Sequence[str], overrides: Sequence[str] = (), *, root: str) -
             # A macro counts as used also where a later source replaces the value that refers to it.
             now_defined, now_used = _macros()
             defined, used = defined | now_defined, used | now_used
+        selectors = {selector for _, selector in gin.config._CONFIG if selector.rpartition(".")[2] == root}
+        if len(selectors) != 1:
+            raise UserError(f"config: {', '.join(sources)} configures no {root}; `attnlab list` prints files that do")
         for name in sorted(used - defined):
             raise UserError(f"config: macro %{name} is used but never set{_nearest(name, defined)}")
         for name in sorted(defined - used):
             raise UserError(f"config: macro {name} is set but nothing uses it{_nearest(name, used)}")
-        selectors = gin.config._REGISTRY.matching_selectors(root)
-        if len(selectors) != 1:
-            files = ", ".join(sources)
-            raise UserError(
-                f"config: {files} configures no {root}; add a file that does, such as those of `attnlab list`"
-            )
-        value = gin.get_configurable(selectors[0])()
-    except UserError:
-        raise
+        value = gin.get_configurable(selectors.pop())()
+    except UserError as error:
+        raise UserError(_explained(error)) from error  # gin may have added lines of its own
     except Exception as error:
-        if isinstance(error, (SyntaxError, NameError, AttributeError, ImportError, ValueError, TypeError, OSError)):
+        if isinstance(error, _MISTAKES):
             raise UserError(f"config: {_explained(error)}") from error
         raise
     return Built(value, gin.operative_config_str(), dict(_operative_values()))
 
 
+# What gin and the objects that it builds raise for a mistake in a config.
+_MISTAKES = (
+    *(SyntaxError, tokenize.TokenError, NameError, AttributeError, ImportError),
+    *(ValueError, TypeError, OSError),
+)
+
 # How gin opens what a file includes: first of its readers, as its own for packages fails on a folder without modules.
 _READER = (lambda name: open(find(name)), lambda name: _path(name) is not None)  # noqa: SIM115
+
+
+def _register_attnlab() -> None:
+    """Makes everything that attnlab's packages offer known to gin, so that overrides may name what no file does."""
+    with gin.config._parse_scope() as context:
+        context._enable_dynamic_registration()
+        for name in _known_names():
+            package, _, attribute = name.partition(".")
+            if package not in context._symbol_table:
+                statement = ImportStatement(f"attnlab.{package}", True, None, None)
+                context.process_import(statement)
+            if callable(getattr(context._symbol_table[package], attribute)):
+                context.get_configurable(name)
 
 
 def _binding(override: str) -> str:
@@ -164,9 +183,8 @@ def _known_names() -> list[str]:
 def _explained(error: Exception) -> str:
     """gin's error as one line, with the nearest valid name where a name is the trouble."""
     text = " ".join(str(error).split())
-    unknown = re.search(
-        r"(?:Couldn't resolve selector|No configurable matching|matching reference) '?@?([\w./]+)", text
-    )
+    text = re.sub(r" In call to configurable '([\w.]+)' \(<.*?>\)", r" (in \1)", text)
+    unknown = re.search(r"(?:Couldn't resolve selector|No configurable matching(?: reference)?) '?@?([\w./]+)", text)
     if unknown:
         name = unknown.group(1).rstrip(".")
         short = {known.rpartition(".")[2] for known in _known_names()}

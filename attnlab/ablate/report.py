@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import ticker
 
 from attnlab.ablate.statistics import Difference, paired_difference
 
@@ -225,17 +226,42 @@ def _differences(rows: Sequence[Row], arms: Sequence[str], metric: str) -> Calla
     return draw
 
 
+def _against_cost(rows: Sequence[Row], arms: Sequence[str], metric: str, cost: str) -> Callable[[Any, Any], None]:
+    """A dot an arm: the metric's mean over seeds against a cost, in log scale."""
+
+    def draw(figure: Any, axes: Any) -> None:
+        for arm, colour in zip(arms, _colours(arms)):
+            done = _finished(rows, arm)
+            if done:
+                mean = float(np.mean(list(_by_seed(rows, arm).values())))
+                at = float(np.mean([row[cost] for row in done]))
+                axes.plot([at], [mean], "o", color=colour, markersize=8)
+                axes.annotate(arm, (at, mean), xytext=(0, 8), textcoords="offset points", ha="center")
+        axes.set_xscale("log")
+        axes.margins(0.25)
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: _count(value))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        names = {"state_size": "decode state (numbers kept)", "flops": f"FLOPs per {rows[0]['unit']}, forward"}
+        axes.set_xlabel(names[cost])
+        axes.set_ylabel(f"validation {metric}")
+        axes.grid(alpha=0.2)
+
+    return draw
+
+
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --soft: #60646c; --line: #d8dbe0; --page: #ffffff; --card: #f6f7f9; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e8e8ea; --soft: #a0a4ab; --line: #3a3d42; --page: #17181a; --card: #202225; }
 }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 68rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 72rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2.25rem 0 .75rem; }
 p.lead { font-size: 1.05rem; } .soft, caption { color: var(--soft); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: .4rem .55rem; font-size: .95rem; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } thead th { font-weight: 600; vertical-align: bottom; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .75rem; background: var(--card); border-radius: .5rem; }
@@ -286,10 +312,16 @@ def _page(question: str, metric: str, rows: Sequence[Row], arms: Sequence[str], 
             _svg(
                 _differences(rows, arms, metric),
                 width=5.6,
-                height=1.6 + 0.5 * len(others),
+                height=max(3.2, 1.6 + 0.5 * len(others)),
                 title=f"Difference to {rows[0]['baseline']}, paired by seed",
             )
         )
+    cost, title = (
+        ("flops", "Quality against compute")
+        if rows[0]["state_size"] is None
+        else ("state_size", "Quality against memory")
+    )
+    figures.append(_svg(_against_cost(rows, arms, metric, cost), width=5.6, height=3.2, title=title))
     failures = "".join(
         f"<p>{html.escape(row['arm'])}, seed {row['seed']}, failed: {html.escape(row['error'])}</p>"
         for row in rows

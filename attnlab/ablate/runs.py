@@ -17,6 +17,7 @@ import attnlab
 from attnlab import config, nn
 from attnlab.errors import UserError
 from attnlab.train import Experiment, train
+from attnlab.train.loop import loss_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,22 +68,23 @@ def run_ablation(
       say: takes lines for the user.
     """
     ablation: Ablation = config.build([file], overrides, root="Ablation").value
-    built = {arm: config.build([file, *ablation.sources(arm)], overrides, root="Experiment") for arm in ablation.arms}
-    command = shlex.join(["attnlab", "ablate", file, *(f"--gin.{override}" for override in overrides)])
-    say(f"{ablation.question}\n{len(built)} arms x {len(ablation.seeds)} seeds in {workdir}")
-    rows: list[dict[str, Any]] = []
     pairs = [(arm, seed) for seed in ablation.seeds for arm in ablation.arms]
+    built = {
+        (arm, seed): config.build(
+            [file, *ablation.sources(arm)], [*overrides, f"Experiment.seed={seed}"], root="Experiment"
+        )
+        for arm, seed in pairs
+    }
+    command = shlex.join(["attnlab", "ablate", file, *(f"--gin.{override}" for override in overrides)])
+    say(f"{ablation.question}\n{len(ablation.arms)} arms x {len(ablation.seeds)} seeds in {workdir}")
+    rows: list[dict[str, Any]] = []
     with tqdm(pairs, desc="runs", unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True) as progress:
         for number, (arm, seed) in enumerate(progress, start=1):
             name = f"{arm}-seed{seed}"
-            experiment = dataclasses.replace(built[arm].value, seed=seed)
-            row = describe_run(ablation, arm, experiment, built[arm].text)
-            row["command"] = command
+            run = built[arm, seed]
+            row = {**describe_run(ablation, arm, run.value, run.text), "command": command}
             try:
-                # The seed is the sweep's: the value in the config that the arms share is not what ran.
-                values = {key: value for key, value in built[arm].values.items() if key != "Experiment.seed"}
-                fingerprint = {**values, "Experiment.seed": repr(seed)}
-                result = train(experiment, workdir=workdir / "runs" / name, fingerprint=fingerprint)
+                result = train(run.value, workdir=workdir / "runs" / name, fingerprint=run.values, config_text=run.text)
             except FloatingPointError as error:
                 row.update(status="failed", error=str(error))
                 say(f"[{number}/{len(pairs)}] {name} failed: {error}")
@@ -117,14 +119,7 @@ def describe_run(ablation: Ablation, arm: str, experiment: Experiment, config_te
 
 def implementations(experiment: Experiment) -> list[str]:
     """Which implementation each attention call of the model runs, once each."""
-    inputs = experiment.task.inputs(experiment.batch_size)
-    shapes = jax.eval_shape(lambda: nn.initialize(experiment.model, jax.random.key(0)))
-    choices = attnlab.explain(
-        lambda parameters, batch: experiment.task.loss(nn.bind(experiment.model, parameters), batch, key=None),
-        shapes,
-        inputs,
-    )
-    return list(dict.fromkeys(str(choice) for choice in choices))
+    return list(dict.fromkeys(str(choice) for choice in attnlab.explain(lambda: loss_shapes(experiment))))
 
 
 def environment() -> dict[str, str]:

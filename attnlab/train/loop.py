@@ -7,6 +7,7 @@ a run that was stopped, however abruptly, goes on bit for bit as if it had not b
 
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import sys
@@ -89,6 +90,8 @@ class Experiment:
             raise ValueError(f"evaluation_batches: got {self.evaluation_batches}; need at least 1, or None for all")
         if not 0 <= self.optimizer.warmup_steps <= self.steps:
             raise ValueError(f"warmup_steps: got {self.optimizer.warmup_steps}; need 0 to steps = {self.steps}")
+        # Traces the model on the task's shapes, so that what does not fit is said now and not once a run is under way.
+        loss_shapes(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,8 +236,7 @@ def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTrans
 
 def initial_state(experiment: Experiment, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
     parameters = nn.initialize(experiment.model, jax.random.fold_in(key, _INITIAL_VALUES))
-    names = jax.eval_shape(lambda: _loss(experiment, parameters, _zeros(experiment), None)[1])
-    zeros = {name: jnp.zeros((), jnp.float32) for name in (*names, "steps")}
+    zeros = {name: jnp.zeros((), jnp.float32) for name in (*loss_shapes(experiment)[1], "steps")}
     return State(parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32), zeros)
 
 
@@ -276,14 +278,17 @@ def evaluate(
     return {name: total / weight for name, total in totals.items()}
 
 
+def loss_shapes(experiment: Experiment) -> tuple[Any, dict[str, Any]]:
+    """Shapes of the training loss and its metrics; nothing is computed."""
+    parameters = jax.eval_shape(lambda: nn.initialize(experiment.model, jax.random.key(0)))
+    inputs = experiment.task.inputs(experiment.batch_size)
+    return jax.eval_shape(functools.partial(_loss, experiment, key=jax.random.key(0)), parameters, inputs)
+
+
 def _loss(
     experiment: Experiment, parameters: nn.Parameters, batch: Batch, key: jax.Array | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     return experiment.task.loss(nn.bind(experiment.model, parameters), batch, key=key)
-
-
-def _zeros(experiment: Experiment) -> Batch:
-    return jax.tree.map(lambda struct: jnp.zeros(struct.shape, struct.dtype), experiment.task.inputs(1))
 
 
 def _arrays(batch: Batch) -> Batch:

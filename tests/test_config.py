@@ -1,0 +1,136 @@
+"""Configs: gin files wire objects, later sources win, and nothing misspelled passes."""
+
+import pytest
+
+from attnlab import config
+from attnlab.errors import UserError
+
+BASE = "experiments/lm/quickstart.gin"
+LOCAL = "experiments/mixers/local.gin"
+
+
+def build(*overrides, sources=(BASE,), root="LanguageModel"):
+    return config.build(list(sources), overrides, root=root)
+
+
+def test_every_config_that_comes_along_builds_what_it_is_for():
+    assert len(config.shipped()) >= 10
+    for path in config.shipped():
+        assert config.describe(path), f"{path} says nothing of itself in its first line"
+        kind = path.split("/")[1]
+        if kind == "mixers":
+            base = "experiments/image/digits.gin" if path.endswith("/linear.gin") else BASE
+            config.build([base, path], root="ImageClassifier" if "image" in base else "LanguageModel")
+        else:
+            config.build([path], root="Ablation" if kind == "sweeps" else "Experiment")
+
+
+@pytest.mark.parametrize("mixer", [path for path in config.shipped() if "/mixers/" in path])
+def test_every_mixer_serves_the_language_model(mixer):
+    model = build(sources=[BASE, mixer]).value
+    assert all(block.mixer.is_causal for block in model.layers)
+
+
+def test_overrides_win_by_macro_and_by_option_and_in_full_or_short():
+    model = build(
+        "WINDOW=7",
+        "LanguageModel.depth=3",
+        "models.LanguageModel.features=64",
+        sources=[BASE, LOCAL],
+    ).value
+    assert [block.mixer.window for block in model.layers] == [7, 7, 7]
+    assert model.features == 64
+
+
+def test_an_option_may_replace_a_macro_that_a_file_uses():
+    model = build("LocalAttention.window=9", sources=[BASE, LOCAL]).value
+    assert model.layers[0].mixer.window == 9
+
+
+def test_an_override_may_name_what_no_file_does():
+    assert type(build("MIXERS=[@LinearAttention]").value.layers[0].mixer).__name__ == "LinearAttention"
+
+
+def test_bare_words_are_strings():
+    model = build("LinearAttention.decay=retention", sources=[BASE, "experiments/mixers/gated_linear.gin"]).value
+    assert model.layers[0].mixer.decay == "retention"
+
+
+def test_a_binding_is_a_source_too():
+    assert len(build(sources=[BASE, "models.LanguageModel.depth = 5"]).value.layers) == 5
+
+
+def test_the_resolved_config_has_every_option_and_builds_the_same(tmp_path):
+    built = build("LanguageModel.depth=3", sources=[BASE, LOCAL])
+    assert built.values["LanguageModel.depth"] == "3"
+    assert built.values["LanguageModel.dropout_rate"] == "0.0"
+    assert built.values["LocalAttention.num_heads"] == "4"
+    assert built.values["WINDOW"] == "64"
+    (tmp_path / "again.gin").write_text(built.text)
+    assert build(sources=[str(tmp_path / "again.gin")]).values == built.values
+
+
+def test_one_config_leaves_nothing_behind_for_the_next():
+    build("LanguageModel.depth=3")
+    assert len(build().value.layers) == 2
+
+
+def test_modules_of_ones_own_are_wired_the_same_way(tmp_path, monkeypatch):
+    (tmp_path / "mymixers.py").write_text(
+        "from attnlab import nn\n"
+        "class Mine(nn.SoftmaxAttention):\n"
+        "    def __init__(self, features, *, extra, **shared):\n"
+        "        super().__init__(features, **shared)\n"
+        "        self.extra = extra\n"
+    )
+    (tmp_path / "mine.gin").write_text(
+        "from __gin__ import dynamic_registration\nimport mymixers\n"
+        "MIXERS = [@mymixers.Mine]\nmymixers.Mine.extra = 3\nmymixers.Mine.num_heads = 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mixer = build(sources=[BASE, str(tmp_path / "mine.gin")]).value.layers[0].mixer
+    assert (mixer.extra, mixer.num_heads) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("sources", "overrides", "message"),
+    [
+        (["experiments/lm/quickstrat.gin"], [], r"no file .*did you mean 'experiments/lm/quickstart.gin'"),
+        ([BASE], ["LanguageModle.depth=2"], "unknown name 'LanguageModle'; did you mean 'LanguageModel'"),
+        ([BASE], ["models.LanguageModle.depth=2"], r"unknown name 'models.LanguageModle'; did you mean"),
+        ([BASE], ["LanguageModel.dept=2"], "LanguageModel has no option 'dept'; did you mean 'depth'"),
+        (
+            [BASE, LOCAL],
+            ["LocalAttention.windw=2"],
+            "no option 'windw'; did you mean 'window'",
+        ),
+        ([BASE], ["STPES=2"], "macro STPES is set but nothing uses it; did you mean 'STEPS'"),
+        (
+            [BASE, "models.LanguageModel.depth = %DEPHT"],
+            ["DEPTH=3"],
+            "macro %DEPHT is used but never set; did you mean",
+        ),
+        (
+            [BASE, "MIXERS = [@nn.LocalAtention]"],
+            [],
+            "unknown name 'nn.LocalAtention'; did you mean 'nn.LocalAttention'",
+        ),
+        ([BASE], ["LanguageModel.depth"], "override 'LanguageModel.depth' is not NAME=VALUE"),
+        ([BASE], ["LanguageModel.depth=[1,"], "config: "),
+        ([BASE], ["LanguageModel.depth=0"], r"depth: got 0; need at least 1 \(in LanguageModel\)"),
+        ([LOCAL], [], "configures no LanguageModel"),
+    ],
+)
+def test_mistakes_are_one_line_with_the_nearest_name(sources, overrides, message):
+    with pytest.raises(UserError, match=message) as raised:
+        config.build(sources, overrides, root="LanguageModel")
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 300
+
+
+def test_an_unknown_name_in_a_file_is_given_with_its_line(tmp_path):
+    (tmp_path / "bad.gin").write_text(
+        "from __gin__ import dynamic_registration\nfrom attnlab import models\n\nmodels.LanguageModl.depth = 3\n"
+    )
+    with pytest.raises(UserError, match=r"unknown name 'models.LanguageModl'; .* \(.*bad.gin, line 4\)"):
+        build(sources=[str(tmp_path / "bad.gin")])
