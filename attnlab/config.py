@@ -194,7 +194,8 @@ def _explained(error: Exception) -> str:
     if parameter:
         owner, option = parameter.groups()
         function = gin.config._REGISTRY.get_match(owner).wrapped
-        accepted = list(inspect.signature(function.__init__ if isinstance(function, type) else function).parameters)
+        function = vars(function).get("__init__", function) if isinstance(function, type) else function
+        accepted = list(inspect.signature(function).parameters)
         return f"{owner.rpartition('.')[2]} has no option {option!r}{_nearest(option, accepted)}{_location(text)}"
     return text
 

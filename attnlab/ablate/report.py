@@ -144,7 +144,7 @@ def _svg(draw: Callable[[Any, Any], None], *, width: float, height: float, title
     """A figure as SVG text for inlining. draw(figure, axes) fills it."""
     from matplotlib.figure import Figure
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": title,
         "font.family": "sans-serif",

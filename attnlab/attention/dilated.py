@@ -6,6 +6,8 @@ On every axis the tokens fall into d residue groups; each is a sequence (image, 
 of local attention apply, with their strides and causality. Paper: Dilated Neighborhood Attention (Hassani & Shi 2022).
 """
 
+from typing import Any
+
 import jax
 
 from attnlab.attention import masks
@@ -28,7 +30,7 @@ def dilated_attention(
     segment_ids: Array | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
-) -> Array | tuple[Array, Array]:
+) -> Any:
     """Local attention within residue groups. As local_attention, but for:
 
     Args:

@@ -48,7 +48,7 @@ def dot_product_attention(
     segment_ids: Array | tuple[Array, Array] | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
-) -> Array | tuple[Array, Array]:
+) -> Any:
     """Softmax attention. Arguments follow jax.nn.dot_product_attention.
 
     Args:

@@ -60,7 +60,7 @@ def local_attention(
     segment_ids: Array | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
-) -> Array | tuple[Array, Array]:
+) -> Any:
     """Attention within a window around each query. Space has 1, 2 or 3 axes; options marked * take one value or one
     per axis.
 
@@ -145,6 +145,7 @@ def windowed_attention(
         raise TypeError(f"sinks: got {sinks!r}; need an int")
     require(sinks >= 0, "sinks", sinks, "must be at least 0")
     require(sinks == 0 or causal == (True,), "sinks", sinks, "needs one space axis and is_causal=True; else must be 0")
+    assert sinks == 0 or dilation == 1, "no primitive offers sinks with dilation, and the blocked form has none"
     if segment_ids is not None:
         check_segment_ids("segment_ids", segment_ids, (query.shape[0], *space), "[batch, *space]")
     return dispatch(
