@@ -1,4 +1,4 @@
-"""The command line: `attnlab train | ablate | report | list`."""
+"""The command line: `attnlab train | ablate | report | show | list`."""
 
 import argparse
 import sys
@@ -68,6 +68,16 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     report.add_argument("workdir", type=Path, metavar="WORKDIR", help="the folder of an ablation")
     report.set_defaults(run=_report)
 
+    show = commands.add_parser(
+        "show",
+        help="draw what a mixer sees",
+        description="Draw who sees whom, the tiles that this touches, and how far a stack of layers reaches.",
+    )
+    show.add_argument("configs", nargs="+", metavar="CONFIG", help="a mixer's .gin file, after a model's if any")
+    show.add_argument("--length", type=int, default=128, help="tokens, for a language model (default 128)")
+    show.add_argument("--out", type=Path, help="the picture (default NAME.png)")
+    show.set_defaults(run=_show)
+
     listing = commands.add_parser(
         "list", help="list mixers, tasks and configs", description="List mixers, tasks and the configs that come along."
     )
@@ -106,6 +116,19 @@ def _report(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.ablate import read_rows, write_report
 
     print(f"report: {write_report(read_rows(command.workdir), command.workdir).resolve()}")
+    return 0
+
+
+def _show(command: argparse.Namespace, overrides: list[str]) -> int:
+    from attnlab import config
+    from attnlab.show import show
+
+    # The default model comes first, so that a model among the configs takes its place.
+    sources = ["experiments/lm/quickstart.gin", *command.configs]
+    model = config.build(sources, overrides, root="Experiment").value.model
+    out = command.out or Path("-".join(Path(source).stem for source in command.configs) + ".png")
+    show(model, out, length=command.length)
+    print(out)
     return 0
 
 

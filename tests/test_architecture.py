@@ -19,8 +19,9 @@ ALLOWED = {
     "data": {"data", "errors"},
     "train": {"train", "models", "data", "nn", "attention", "errors"},
     "ablate": {"ablate", "train", "models", "data", "nn", "attention", "errors", "config", ""},
+    "show": {"models", "nn", "attention"},
     "config": {"errors", "ablate", "train", "models", "data", "nn"},
-    "cli": {"errors", "config", "ablate", "train", "models", "data", "nn"},
+    "cli": {"errors", "config", "show", "ablate", "train", "models", "data", "nn"},
     "errors": set(),
     "__init__": {"attention"},
 }

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 
 import attnlab.attention as attention
@@ -85,7 +86,7 @@ class Attention(nnx.Module):
 
     @abstractmethod
     def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
-        """Heads [B, *space, N|K, H] -> [B, *space, N, H]. x is the layer's input, for gates."""
+        """Heads [B, *space, N|K, H] -> [B, *space, N, V]; linear in value, of any width V. x: the input, for gates."""
 
     @abstractmethod
     def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
@@ -119,7 +120,22 @@ class Attention(nnx.Module):
     def __call__(self, x: Array, *, segment_ids: Array | None = None) -> Array:
         """x [B, *space, D] -> [B, *space, D]. segment_ids: int [B, T], packed sequences that do not see each other."""
         query, key, value = self._project(x, grid_positions(x.shape[1:-1]))
-        return self.output(self.mix(query, key, value, x, segment_ids))
+        return self.output(self.normalize_output(self.mix(query, key, value, x, segment_ids)))
+
+    def normalize_output(self, out: Array) -> Array:
+        """Between the mechanism and the projection back: nothing, unless a mechanism needs it."""
+        return out
+
+    def attention_weights(self, x: Array) -> Array:
+        """What each query takes of each value: x [B, *space, D] -> [B, N, T, S], places in raster order.
+
+        Read off the mechanism itself, which is linear in the values, by giving key s the s-th unit vector as its value.
+        """
+        query, key, _ = self._project(x, grid_positions(x.shape[1:-1]))
+        places = math.prod(x.shape[1:-1])
+        unit = jnp.eye(places, dtype=self.dtype).reshape(1, *x.shape[1:-1], 1, places)
+        weights = self.mix(query, key, jnp.broadcast_to(unit, (*key.shape[:-1], places)), x, None)
+        return rearrange(_flat(weights), "B T N S -> B N T S")
 
     def init_cache(self, batch: int, max_length: int) -> MixerCache:
         if not self.is_causal:
@@ -130,7 +146,7 @@ class Attention(nnx.Module):
         """The next token x [B, 1, D] -> (y [B, 1, D], cache). Equals the call on the whole sequence at that place."""
         query, key, value = self._project(x, cache.position[None, None])
         out, mechanism = self.mechanism_step(cache.mechanism, query, key, value, x)
-        return self.output(out), MixerCache(cache.position + 1, mechanism)
+        return self.output(self.normalize_output(out)), MixerCache(cache.position + 1, mechanism)
 
     def flops(self, space: tuple[int, ...]) -> int:
         """Floating-point operations of matrix products (2 a multiply-add) for one example of this space, forward."""
@@ -290,7 +306,7 @@ class LinearAttention(Attention):
             return attention.retention_log_decay(self.num_heads)
         return -jnp.exp(self.log_rate[...]) * jax.nn.softplus(self.gate(x) + self.gate_bias[...])
 
-    def _normalized(self, out: Array) -> Array:
+    def normalize_output(self, out: Array) -> Array:
         return out if self.output_norm is None else self.output_norm(out)
 
     def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
@@ -305,7 +321,7 @@ class LinearAttention(Attention):
             segment_ids=segment_ids,
             implementation=self.implementation,
         )
-        return self._normalized(out.reshape(query.shape))
+        return out.reshape(*query.shape[:-1], value.shape[-1])
 
     def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
         return attention.init_linear_cache(
@@ -313,7 +329,7 @@ class LinearAttention(Attention):
         )
 
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
-        out, cache = attention.linear_step(
+        return attention.linear_step(
             cache,
             query,
             key,
@@ -322,7 +338,6 @@ class LinearAttention(Attention):
             feature_map=self.feature_map,
             normalize=self.normalize,
         )
-        return self._normalized(out), cache
 
     def mechanism_flops(self, space: tuple[int, ...]) -> int:
         # A token writes k v^T into the state and reads q^T S from it.

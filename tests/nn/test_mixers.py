@@ -61,6 +61,18 @@ def test_a_later_token_changes_nothing_before_it(name):
 
 
 @pytest.mark.parametrize("name", MIXERS)
+def test_attention_weights_are_what_the_mechanism_applies_to_the_values(name):
+    mixer, parameters, x, _ = causal(name)
+    bound = nn.bind(mixer, parameters)
+    weights = bound.attention_weights(x)
+    query, key, value = bound._project(x, jnp.arange(LENGTH)[:, None])
+    value = jnp.repeat(value, mixer.num_heads // mixer.num_key_heads, axis=2)
+    want = bound.mix(query, key, bound.value(x), x, None)
+    np.testing.assert_allclose(jnp.einsum("BNTS,BSNV->BTNV", weights, value), want, atol=1e-5)
+    assert np.all(weights[:, :, *np.triu_indices(LENGTH, 1)] == 0)
+
+
+@pytest.mark.parametrize("name", MIXERS)
 def test_state_size_is_what_the_cache_holds(name):
     mixer = causal(name)[0]
     cache = mixer.init_mechanism_cache(1, LENGTH)

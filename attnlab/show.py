@@ -1,0 +1,100 @@
+"""Pictures of a model's mixers: who sees whom, which tiles of keys that touches, and how far a stack reaches."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab import nn
+from attnlab.models import ImageClassifier, LanguageModel
+
+# Places on a side of the tiles that are counted as visited.
+_TILE = 16
+
+
+def show(model: LanguageModel | ImageClassifier, path: Path, *, length: int = 128, seed: int = 0) -> None:
+    """Draws every kind of layer of a model as it is initialised, and the receptive field of the whole stack.
+
+    Args:
+      model: its mixers are given random inputs; image models over their own grid, language models over `length` tokens.
+      path: the picture, .png, .svg or .pdf.
+      length: tokens, for a language model.
+      seed: of the parameters and inputs.
+    """
+    from matplotlib.figure import Figure
+
+    space = model.grid if isinstance(model, ImageClassifier) else (length,)
+    bound = nn.bind(model, nn.initialize(model, jax.random.key(seed)))
+    weights = [np.asarray(_weights(block.mixer, space, seed)) for block in bound.layers]
+    kinds = _kinds(bound)
+    figure = Figure(figsize=(11, 3.6 * (len(kinds) + 1)), layout="constrained")
+    rows = figure.subfigures(len(kinds) + 1, 1)
+    for row, layers in zip(rows, kinds.values()):
+        _draw_layer(row, bound.layers[layers[0]].mixer, layers, weights[layers[0]], space)
+    _draw_reach(rows[-1], [weight > 0 for weight in weights], space)
+    figure.savefig(path, dpi=110)
+
+
+def _weights(mixer: nn.Attention, space: tuple[int, ...], seed: int) -> jax.Array:
+    """Mean size of the weights over heads and a few random inputs, [T, S]."""
+    x = jax.random.normal(jax.random.key(seed), (4, *space, mixer.features))
+    return jnp.mean(jnp.abs(jax.jit(lambda x: mixer.attention_weights(x))(x)), axis=(0, 1))
+
+
+def _kinds(model: Any) -> dict[str, list[int]]:
+    """Layers by kind: those of one class with equal options are one."""
+    kinds: dict[str, list[int]] = {}
+    for layer, block in enumerate(model.layers):
+        mixer = block.mixer
+        options = {name: value for name, value in vars(mixer).items() if isinstance(value, (int, str, tuple, float))}
+        kinds.setdefault(f"{type(mixer).__name__} {options}", []).append(layer)
+    return kinds
+
+
+def _draw_layer(row: Any, mixer: nn.Attention, layers: list[int], weights: np.ndarray, space: tuple[int, ...]) -> None:
+    places = len(weights)
+    seen = weights > 0
+    who, tiles = row.subplots(1, 2)
+    numbers = ", ".join(map(str, layers))
+    row.suptitle(f"{type(mixer).__name__}, layer {numbers}: {seen.sum() / places:.1f} of {places} keys a query")
+    order = " (raster order)" if len(space) > 1 else ""
+    scaled = weights / np.maximum(weights.max(axis=1, keepdims=True), 1e-30)
+    image = who.imshow(np.where(seen, scaled, np.nan), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    who.set(title="who sees whom, at initialisation", xlabel=f"key{order}", ylabel="query")
+    row.colorbar(image, ax=who, label="weight / the query's largest")
+    count = math.ceil(places / _TILE)
+    padded = np.zeros((count * _TILE, count * _TILE), bool)
+    padded[:places, :places] = seen
+    blocks = padded.reshape(count, _TILE, count, _TILE)
+    visited, full = blocks.any(axis=(1, 3)), blocks.all(axis=(1, 3))
+    tiles.imshow(visited.astype(int) + full, cmap="Blues", vmin=0, vmax=2, interpolation="nearest")
+    tiles.set(
+        title=f"tiles of {_TILE} x {_TILE}: {visited.sum()} of {count * count} visited, {full.sum()} full",
+        xlabel="tile of keys",
+        ylabel="tile of queries",
+    )
+
+
+def _draw_reach(row: Any, seen: list[np.ndarray], space: tuple[int, ...]) -> None:
+    """For one query, the places that its output depends on after each layer."""
+    places = len(seen[0])
+    query = places - 1 if len(space) == 1 else int(np.ravel_multi_index([length // 2 for length in space], space))
+    reach = np.eye(places, dtype=bool)[query]
+    steps = [reach]
+    # From the last layer back to the first: what its inputs depend on, and so on.
+    for layer in reversed(seen):
+        reach = reach | (reach @ layer)
+        steps.append(reach)
+    if len(space) == 1:
+        axes = row.subplots()
+        axes.imshow(np.array(steps), cmap="Blues", aspect="auto", interpolation="nearest", vmin=0, vmax=1.4)
+        axes.set(xlabel="token", ylabel="layers, from the last", yticks=range(len(steps)))
+        row.suptitle(f"receptive field of the last token: {int(reach.sum())} of {places} tokens")
+        return
+    for axes, step, number in zip(np.atleast_1d(row.subplots(1, len(steps))), steps, range(len(steps))):
+        axes.imshow(step.reshape(space), cmap="Blues", interpolation="nearest", vmin=0, vmax=1.4)
+        axes.set(title=f"{number} layer{'s' * (number != 1)}: {int(step.sum())}", xticks=[], yticks=[])
+    row.suptitle(f"receptive field of the place in the middle, of {places} places")

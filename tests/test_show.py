@@ -1,0 +1,43 @@
+"""Pictures of mixers: written for every kind of model, and true to what a query sees."""
+
+import functools
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from attnlab import cli, nn
+from attnlab.models import LanguageModel
+from attnlab.show import show
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [
+        ["experiments/mixers/hybrid.gin", "--gin.WINDOW=8", "--length", "40"],
+        ["experiments/image/digits.gin", "experiments/mixers/local.gin", "--gin.WINDOW=3"],
+    ],
+    ids=["language", "image"],
+)
+def test_show_writes_a_picture(configs, tmp_path, capsys):
+    out = tmp_path / "picture.png"
+    assert cli.main(["show", *configs, "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.strip() == str(out)
+
+
+def test_the_numbers_in_the_picture_are_those_of_the_window(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: titles.extend(texts(figure)))
+    model = LanguageModel(vocabulary=8, mixers=[functools.partial(nn.LocalAttention, window=5)], depth=2, features=32)
+    show(model, tmp_path / "unused.png", length=32)
+    pairs = sum(min(i + 1, 5) for i in range(32))
+    assert f"LocalAttention, layer 0, 1: {pairs / 32:.1f} of 32 keys a query" in titles
+    assert "tiles of 16 x 16: 3 of 4 visited, 0 full" in titles
+    assert "receptive field of the last token: 9 of 32 tokens" in titles
+
+
+def texts(figure):
+    found = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+    assert np.any(found)
+    return found
