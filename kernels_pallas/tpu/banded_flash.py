@@ -1,0 +1,414 @@
+"""Banded flash attention for TPU, forward: every query sees one interval of keys, and the first `sinks` keys.
+
+    out_t = sum_{s visible to t} softmax_s(scale q_t . k_s) v_s        visible: starts[t] <= s < ends[t], or
+    lse_t = log sum_{s visible to t} exp(scale q_t . k_s)                       s < min(sinks, ends[t])
+
+The intervals are known at trace time. Queries are cut into tiles; each has a list of the key tiles that any of its
+queries sees, and no other key tile is read from memory. The grid is (batch, heads, query tiles, visits), visits
+innermost: one step adds one key tile to the running softmax of one query tile (FlashAttention, Dao et al. 2022; the
+running maximum: Milakov & Gimelshein 2018).
+
+                  key tiles
+                0 1 2 3 4 5        visits    counts
+    query     0 # .                0 1 1     2         #: full, no element mask
+    tiles     1 . # .              0 1 2     3         .: partly seen
+              2   . # .            1 2 3     3
+
+Lists come by scalar prefetch, so that the pipeline knows the next tile early. A list shorter than the longest repeats
+its last tile, which is then not fetched again, and the step does nothing. Query heads that share a key head read it in
+place.
+
+Numerics: products of bfloat16 operands are accumulated in float32; float32 operands are multiplied at full float32
+precision (Precision.HIGHEST, six passes of the matrix unit: a float32 call is about as accurate as XLA's at that
+setting, and several times slower than a bfloat16 one). The running maximum, sum and output are float32. Weights are
+rounded to the values' dtype before they multiply them. Two runs give the same bits.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+Array = jax.Array
+
+# (queries in a tile, keys in a tile), by bytes of an element and padded head dim: the largest that leave half of
+# VMEM_BUDGET to the compiler, keys first, since a larger key tile spares rescalings of the running output.
+_BLOCKS = {
+    (2, 64): (512, 1024),
+    (2, 128): (512, 1024),
+    (2, 256): (512, 512),
+    (4, 64): (512, 512),
+    (4, 128): (512, 512),
+    (4, 256): (256, 512),
+}
+_LANES = 128
+_SUBLANES = 8
+# What the compiler grants a kernel by default on every TPU from v4 on (scoped VMEM), in bytes.
+VMEM_BUDGET = 16 * 2**20
+# Scalar memory that the tables of visits may take, in bytes; a core has at least twice that.
+SMEM_BUDGET = 512 * 2**10
+# Stands for -inf in masked logits and in the maximum of no logits: finite, so that a difference of two is not NaN.
+_MASKED = -0.7 * float(np.finfo(np.float32).max)
+# Rows of the table of queries.
+_START, _END, _SEGMENT = range(3)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Visits:
+    """Which key tiles each query tile visits. int32 arrays.
+
+    key_tiles: [query tiles, longest list], ascending; past the list's end the last visited tile again.
+    counts: [query tiles], lengths of the lists.
+    latest_start, earliest_end: [query tiles], over the tile's queries: a key tile that lies between them is full.
+    """
+
+    key_tiles: np.ndarray
+    counts: np.ndarray
+    latest_start: np.ndarray
+    earliest_end: np.ndarray
+
+
+def list_visits(
+    starts: np.ndarray, ends: np.ndarray, num_keys: int, *, sinks: int = 0, block_q: int, block_k: int
+) -> Visits:
+    """The lists for queries that see the keys starts <= s < ends and s < min(sinks, ends). starts, ends: int [T].
+
+    Exact: a tile is listed iff some query sees one of its keys. O(T + query tiles x key tiles) time and memory.
+    """
+    starts, ends = _without_sinks(starts, ends, num_keys, sinks)
+    num_tiles = math.ceil(len(starts) / block_q)
+    tile = np.arange(len(starts)) // block_q
+    # Intervals of key tiles, as +1 where one begins and -1 after it ends.
+    edges = np.zeros((num_tiles, math.ceil(num_keys / block_k) + 1), np.int64)
+    for first, last in ((starts, ends), (np.zeros_like(ends), np.minimum(ends, sinks))):
+        sees = first < last
+        np.add.at(edges, (tile[sees], first[sees] // block_k), 1)
+        np.add.at(edges, (tile[sees], (last[sees] - 1) // block_k + 1), -1)
+    visited = np.cumsum(edges, axis=1)[:, :-1] > 0
+    counts = visited.sum(1)
+    key_tiles = np.zeros((num_tiles, max(1, counts.max())), np.int32)
+    last_tile = 0
+    for row, (seen, count) in enumerate(zip(visited, counts, strict=True)):
+        key_tiles[row, :count] = np.flatnonzero(seen)
+        last_tile = key_tiles[row, count - 1] if count else last_tile
+        key_tiles[row, count:] = last_tile
+    first_queries = np.arange(num_tiles) * block_q
+    return Visits(
+        key_tiles,
+        counts.astype(np.int32),
+        np.maximum.reduceat(starts, first_queries).astype(np.int32),
+        np.minimum.reduceat(ends, first_queries).astype(np.int32),
+    )
+
+
+def _without_sinks(starts: Any, ends: Any, num_keys: int, sinks: int) -> tuple[np.ndarray, np.ndarray]:
+    """The intervals cut to the keys there are; one that touches the sinks begins at 0."""
+    starts, ends = np.maximum(np.asarray(starts), 0), np.minimum(np.asarray(ends), num_keys)
+    return np.where(starts <= sinks, 0, starts), ends
+
+
+def default_blocks(query: Any, key: Any, value: Any) -> tuple[int, int]:
+    """(block_q, block_k) for arrays of these shapes and dtype, from a frozen table."""
+    width = max(_padded_width(query.shape[-1]), _padded_width(value.shape[-1]))
+    block_q, block_k = _BLOCKS.get((jnp.dtype(query.dtype).itemsize, width), (256, 256))
+    return min(block_q, _round_up(query.shape[1], _LANES)), min(block_k, _round_up(key.shape[1], _LANES))
+
+
+def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype: Any, *, segments: bool = False) -> int:
+    """VMEM that one step of the kernel takes: two buffers for every block, the running state, and the logits."""
+    size = jnp.dtype(dtype).itemsize
+    key_lanes, value_lanes = (_round_up(width, _LANES) for width in (head_dim, value_dim))
+    blocks = size * (block_q * (key_lanes + value_lanes) + block_k * (key_lanes + value_lanes))
+    rows = 4 * _SUBLANES * (2 * block_q + (block_k if segments else 0))  # table of queries, lse; segments of keys
+    state = 4 * block_q * (2 * _LANES + value_lanes)
+    logits = (4 + 4 + size) * block_q * block_k  # logits, weights, weights in the values' dtype
+    return 2 * (blocks + rows) + state + logits
+
+
+def refusal(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    sinks: int = 0,
+    segment_ids: tuple[Any, Any] | None = None,
+    block_q: int | None = None,
+    block_k: int | None = None,
+) -> str | None:
+    """Why banded_flash_attention cannot serve these arguments (arrays may be shape structs), or None if it can."""
+    dtype = jnp.dtype(query.dtype)
+    if dtype not in (jnp.bfloat16, jnp.float32) or not dtype == key.dtype == value.dtype:
+        return f"needs query, key and value all bfloat16 or all float32, got {dtype}, {key.dtype} and {value.dtype}"
+    if segment_ids is not None and any(jnp.dtype(ids.dtype).itemsize > 4 for ids in segment_ids):
+        return f"needs segment ids of at most 32 bits, got {segment_ids[0].dtype} and {segment_ids[1].dtype}"
+    if 0 in query.shape or 0 in key.shape:
+        return f"needs arrays that are not empty, got query {query.shape} and key {key.shape}"
+    default_q, default_k = default_blocks(query, key, value)
+    block_q, block_k = block_q or default_q, block_k or default_k
+    for name, block in (("block_q", block_q), ("block_k", block_k)):
+        if block < 1 or block % _LANES:
+            return f"needs {name} a positive multiple of {_LANES}, got {block}"
+    widths = _padded_width(query.shape[-1]), _padded_width(value.shape[-1])
+    needed = vmem_bytes(block_q, block_k, *widths, dtype, segments=segment_ids is not None)
+    if needed > VMEM_BUDGET:
+        return (
+            f"a tile of {block_q} queries x {block_k} keys at head dims {query.shape[-1]} and {value.shape[-1]} takes "
+            f"{needed / 2**20:.1f} MiB of VMEM, more than {VMEM_BUDGET / 2**20:.0f} MiB"
+        )
+    visits = list_visits(starts, ends, key.shape[1], sinks=sinks, block_q=block_q, block_k=block_k)
+    tables = sum(table.nbytes for table in dataclasses.astuple(visits))
+    if tables > SMEM_BUDGET:
+        return (
+            f"the lists of visited tiles, {' x '.join(map(str, visits.key_tiles.shape))}, take {tables / 2**10:.0f} "
+            f"KiB of scalar memory, more than {SMEM_BUDGET / 2**10:.0f} KiB"
+        )
+    return None
+
+
+def banded_flash_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    sinks: int = 0,
+    segment_ids: tuple[Array, Array] | None = None,
+    scale: float | Array,
+    block_q: int | None = None,
+    block_k: int | None = None,
+) -> tuple[Array, Array]:
+    """Attention of every query to the keys starts <= s < ends and s < min(sinks, ends).
+
+    Args:
+      query: [B, T, N, H], bfloat16 or float32.
+      key: [B, S, K, H] of the same dtype. K divides N: query head n reads key head n // (N / K).
+      value: [B, S, K, V] of the same dtype.
+      starts, ends: int [T], known at trace time.
+      sinks: the first keys, visible to every query that ends after them.
+      segment_ids: integers ([B, T], [B, S]); a query sees keys of its own segment only.
+      scale: factor on the logits, may be traced.
+      block_q, block_k: queries and keys in a tile, multiples of 128; None takes the frozen table's.
+
+    Returns:
+      out [B, T, N, V] in query's dtype, lse [B, T, N] float32. A query that sees no key: 0 and -inf.
+
+    Raises:
+      ValueError: with refusal()'s reason.
+
+    Complexity: O(B N H x visited tiles x block_q x block_k) time. Memory beside the arguments: copies of them with
+    heads first, padded to whole tiles, and to 64 or a multiple of 128 in head dim.
+    """
+    reason = refusal(
+        query,
+        key,
+        value,
+        starts=starts,
+        ends=ends,
+        sinks=sinks,
+        segment_ids=segment_ids,
+        block_q=block_q,
+        block_k=block_k,
+    )
+    if reason is not None:
+        raise ValueError(f"banded_flash_attention: {reason}")
+    default_q, default_k = default_blocks(query, key, value)
+    block_q, block_k = block_q or default_q, block_k or default_k
+    batch, num_queries, heads, head_dim = query.shape
+    num_keys, key_heads, value_dim = value.shape[1:]
+    group = heads // key_heads
+    visits = list_visits(starts, ends, num_keys, sinks=sinks, block_q=block_q, block_k=block_k)
+    query_tiles, longest = visits.key_tiles.shape
+    key_width, value_width = _padded_width(head_dim), _padded_width(value_dim)
+    padded_queries, padded_keys = query_tiles * block_q, _round_up(num_keys, block_k)
+
+    def heads_first(x: Array, length: int, width: int) -> Array:
+        """[B, L, N, H] -> [B, N, length, width], padded with 0."""
+        x = jnp.swapaxes(x, 1, 2)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, width - x.shape[3])))
+
+    # Queries in the padding copy the last one's interval, so that they do not spoil a full tile.
+    bounds = np.zeros((1, _SUBLANES, padded_queries), np.int32)
+    bounds[0, :2] = np.pad(
+        np.stack(_without_sinks(starts, ends, num_keys, sinks)), ((0, 0), (0, padded_queries - num_queries)), "edge"
+    )
+    table: Array = jnp.asarray(bounds)
+    key_segments = []
+    if segment_ids is not None:
+        query_ids, key_ids = (ids.astype(jnp.int32) for ids in segment_ids)
+        query_ids = jnp.pad(query_ids, ((0, 0), (0, padded_queries - num_queries)))
+        table = jnp.broadcast_to(table, (batch, *table.shape[1:])).at[:, _SEGMENT].set(query_ids)
+        key_segments = [jnp.pad(key_ids, ((0, 0), (0, padded_keys - num_keys)))[:, None]]
+
+    def key_tile(i: Any, j: Any, key_tiles: Any) -> Any:
+        return key_tiles[i * np.int32(longest) + j]
+
+    def zero() -> np.int32:
+        return np.int32(0)  # a Python int would be an int64 under jax_enable_x64
+
+    def of_query(b: Any, n: Any, i: Any, j: Any, *_: Any) -> tuple[Any, ...]:
+        return b, n, i, zero()
+
+    def of_key(b: Any, n: Any, i: Any, j: Any, key_tiles: Any, *_: Any) -> tuple[Any, ...]:
+        return b, lax.div(n, np.int32(group)), key_tile(i, j, key_tiles), zero()
+
+    in_specs = [
+        pl.BlockSpec(memory_space=pltpu.SMEM),
+        pl.BlockSpec(
+            (None, _SUBLANES, block_q), lambda b, n, i, j, *_: (b if segment_ids is not None else zero(), zero(), i)
+        ),
+        pl.BlockSpec((None, None, block_q, key_width), of_query),
+        pl.BlockSpec((None, None, block_k, key_width), of_key),
+        pl.BlockSpec((None, None, block_k, value_width), of_key),
+    ]
+    if segment_ids is not None:
+        in_specs.append(
+            pl.BlockSpec((None, 1, block_k), lambda b, n, i, j, tiles, *_: (b, zero(), key_tile(i, j, tiles)))
+        )
+    scalars = (visits.key_tiles.ravel(), visits.counts, visits.latest_start, visits.earliest_end)
+    steps = batch * heads * int(visits.counts.sum())
+    size = query.dtype.itemsize
+    out, lse = pl.pallas_call(
+        functools.partial(_kernel, sinks=sinks, longest=longest, segments=segment_ids is not None),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(batch, heads, query_tiles, longest),
+            in_specs=in_specs,
+            out_specs=[
+                pl.BlockSpec((None, None, block_q, value_width), of_query),
+                pl.BlockSpec((None, None, 1, block_q), lambda b, n, i, j, *_: (b, n, zero(), i)),
+            ],
+            scratch_shapes=[
+                pltpu.VMEM((block_q, _LANES), jnp.float32),
+                pltpu.VMEM((block_q, _LANES), jnp.float32),
+                pltpu.VMEM((block_q, value_width), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, heads, padded_queries, value_width), query.dtype),
+            jax.ShapeDtypeStruct((batch, heads, 1, padded_queries), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * steps * block_q * block_k * (key_width + value_width),
+            transcendentals=steps * block_q * block_k,
+            bytes_accessed=(steps * block_k + batch * heads * padded_queries) * (key_width + value_width) * size,
+        ),
+        name="banded_flash_attention",
+    )(
+        *(jnp.asarray(scalar) for scalar in scalars),
+        jnp.asarray(scale, jnp.float32).reshape(1),
+        table,
+        heads_first(query, padded_queries, key_width),
+        heads_first(key, padded_keys, key_width),
+        heads_first(value, padded_keys, value_width),
+        *key_segments,
+    )
+    out, lse = out[:, :, :num_queries, :value_dim], lse[:, :, 0, :num_queries]
+    return jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
+
+
+def _kernel(
+    key_tiles_ref: Any,
+    counts_ref: Any,
+    latest_start_ref: Any,
+    earliest_end_ref: Any,
+    scale_ref: Any,
+    table_ref: Any,
+    query_ref: Any,
+    key_ref: Any,
+    value_ref: Any,
+    *refs: Any,
+    sinks: int,
+    longest: int,
+    segments: bool,
+) -> None:
+    """One visit of a query tile to a key tile. The maximum and sum of a query are repeated over the lanes."""
+    key_segments_ref = refs[0] if segments else None
+    out_ref, lse_ref, maximum_ref, sum_ref, acc_ref = refs[-5:]
+    block_q, block_k = query_ref.shape[0], key_ref.shape[0]
+    tile, visit = pl.program_id(2), pl.program_id(3)
+    first_key = key_tiles_ref[tile * np.int32(longest) + visit] * np.int32(block_k)
+    end_key = first_key + np.int32(block_k)
+
+    @pl.when(visit == 0)
+    def _() -> None:
+        maximum_ref[...] = jnp.full_like(maximum_ref, _MASKED)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    def visible() -> Array:
+        """bool [block_q, block_k]"""
+        table = jnp.transpose(table_ref[...])  # one query a sublane
+        start, end = table[:, _START : _START + 1], table[:, _END : _END + 1]
+        index = first_key + lax.broadcasted_iota(jnp.int32, (block_q, block_k), 1)
+        sees = index >= start
+        if sinks:
+            sees |= index < sinks
+        sees &= index < end
+        if segments:
+            sees &= table[:, _SEGMENT : _SEGMENT + 1] == key_segments_ref[...]
+        return sees
+
+    def accumulate(masked: bool) -> None:
+        logits = scale_ref[0] * _dot(query_ref[...], key_ref[...], contract=(1, 1))
+        if masked:
+            logits = jnp.where(visible(), logits, _MASKED)
+        old_maximum = maximum_ref[...]
+        maximum = jnp.maximum(old_maximum, jnp.max(logits, axis=1, keepdims=True))
+        # Where a query has seen no key yet the maximum is _MASKED and the weights are 1, not 0; the first key that it
+        # does see multiplies what they gave by `decay` = 0.
+        weights = jnp.exp(logits - _lanes(maximum, block_k))
+        decay = jnp.exp(old_maximum - maximum)
+        maximum_ref[...] = maximum
+        sum_ref[...] = decay * sum_ref[...] + jnp.sum(weights, axis=1, keepdims=True)
+        values = value_ref[...]
+        acc_ref[...] = _lanes(decay, acc_ref.shape[1]) * acc_ref[...] + _dot(
+            weights.astype(values.dtype), values, contract=(1, 0)
+        )
+
+    active = visit < counts_ref[tile]
+    if segments:
+        pl.when(active)(lambda: accumulate(masked=True))
+    else:
+        after_start = (first_key >= latest_start_ref[tile]) | (end_key <= sinks)
+        full = after_start & (end_key <= earliest_end_ref[tile])
+        pl.when(active & full)(lambda: accumulate(masked=False))
+        pl.when(active & ~full)(lambda: accumulate(masked=True))
+
+    @pl.when(visit == longest - 1)
+    def _() -> None:
+        maximum, total = maximum_ref[...], sum_ref[...]
+        empty = maximum <= _MASKED
+        inverse = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, total))
+        out_ref[...] = (acc_ref[...] * _lanes(inverse, acc_ref.shape[1])).astype(out_ref.dtype)
+        lse = jnp.where(empty, -jnp.inf, maximum + jnp.log(jnp.where(empty, 1.0, total)))
+        lse_ref[...] = jnp.transpose(lse)[:1]
+
+
+def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _lanes(x: Array, width: int) -> Array:
+    """x [rows, 128], equal over the lanes, as [rows, width]."""
+    return x[:, :width] if width < _LANES else jnp.tile(x, (1, width // _LANES))
+
+
+def _padded_width(width: int) -> int:
+    return 64 if width <= 64 else _round_up(width, _LANES)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
