@@ -1,4 +1,4 @@
-"""The command line: `attnlab train | ablate | report | show | list`."""
+"""The command line: `attnlab train | ablate | report | show | bench | list`."""
 
 import argparse
 import sys
@@ -78,6 +78,20 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     show.add_argument("--out", type=Path, help="the picture (default NAME.png)")
     show.set_defaults(run=_show)
 
+    bench = commands.add_parser(
+        "bench",
+        help="time every mechanism against length",
+        description="Time every mechanism and measure its memory against length, beside dense attention of jax.nn.",
+    )
+    lengths = [1024 * 2**power for power in range(7)]
+    bench.add_argument("--lengths", type=int, nargs="+", default=lengths, help="default 1024 2048 ... 65536")
+    bench.add_argument("--only", nargs="+", default=[], metavar="NAME", help="mechanisms whose name has this part")
+    bench.add_argument("--backward", action="store_true", help="time the gradient as well")
+    bench.add_argument(
+        "--workdir", type=Path, default=Path("runs/bench"), help="folder for results (default runs/bench)"
+    )
+    bench.set_defaults(run=_bench)
+
     listing = commands.add_parser(
         "list", help="list mixers, tasks and configs", description="List mixers, tasks and the configs that come along."
     )
@@ -129,6 +143,24 @@ def _show(command: argparse.Namespace, overrides: list[str]) -> int:
     out = command.out or Path("-".join(Path(source).stem for source in command.configs) + ".png")
     show(model, out, length=command.length)
     print(out)
+    return 0
+
+
+def _bench(command: argparse.Namespace, overrides: list[str]) -> int:
+    import jax
+
+    from attnlab import bench
+
+    if min(command.lengths) < bench.WINDOW:
+        raise UserError(f"lengths: got {min(command.lengths)}; need at least the window, {bench.WINDOW}")
+    rows = bench.bench(sorted(set(command.lengths)), only=command.only, backward=command.backward)
+    if not rows:
+        raise UserError(
+            f"only: no mechanism has {' or '.join(command.only)} in its name: {', '.join(bench.MECHANISMS)}"
+        )
+    passes = "forward and backward" if command.backward else "forward"
+    bench.write(rows, command.workdir, f"Attention against length, {passes}, on {jax.devices()[0].device_kind}")
+    print(f"\n{bench.table(rows)}\n\n{command.workdir / 'bench.png'}")
     return 0
 
 

@@ -19,9 +19,10 @@ ALLOWED = {
     "data": {"data", "errors"},
     "train": {"train", "models", "data", "nn", "attention", "errors"},
     "ablate": {"ablate", "train", "models", "data", "nn", "attention", "errors", "config", ""},
+    "bench": {""},
     "show": {"models", "nn", "attention"},
     "config": {"errors", "ablate", "train", "models", "data", "nn"},
-    "cli": {"errors", "config", "show", "ablate", "train", "models", "data", "nn"},
+    "cli": {"errors", "config", "show", "bench", "ablate", "train", "models", "data", "nn"},
     "errors": set(),
     "__init__": {"attention"},
 }

@@ -1,0 +1,144 @@
+"""Time and memory of every mechanism against length, beside a dense jax.nn.dot_product_attention in the same run."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import attnlab
+
+WINDOW = 256
+# Not timed: a program that would need more memory than this, or is expected to take longer.
+_MOST_BYTES, _MOST_SECONDS = 6 * 2**30, 20.0
+# The exponent of time is fitted over lengths from here on, where constant costs no longer show.
+_FIT_FROM = 4096
+
+# By name: a function of query, key, value [1, length, 4, 64], all causal.
+MECHANISMS: dict[str, Callable[..., jax.Array]] = {
+    "jax.nn dense": lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True),
+    f"jax.nn dense, window {WINDOW}": lambda q, k, v: jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=(WINDOW - 1, 0)
+    ),
+    "dot_product": lambda q, k, v: attnlab.dot_product_attention(q, k, v, is_causal=True),
+    f"local, window {WINDOW}": lambda q, k, v: attnlab.local_attention(q, k, v, window=WINDOW, is_causal=True),
+    f"dilated, window {WINDOW // 4}, dilation 4": lambda q, k, v: attnlab.dilated_attention(
+        q, k, v, window=WINDOW // 4, dilation=4, is_causal=True
+    ),
+    "linear, elu": lambda q, k, v: attnlab.linear_attention(q, k, v, feature_map="elu", normalize=True),
+    "linear, retention": lambda q, k, v: attnlab.linear_attention(
+        q, k, v, log_decay=attnlab.retention_log_decay(q.shape[2])
+    ),
+    "linear, delta rule": lambda q, k, v: attnlab.linear_attention(
+        q, k / jnp.linalg.norm(k, axis=-1, keepdims=True), v, beta=jnp.full(q.shape[:3], 0.5)
+    ),
+}
+
+
+def bench(
+    lengths: Sequence[int],
+    *,
+    only: Sequence[str] = (),
+    backward: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Times every mechanism at every length, float32, 1 sequence of 4 heads of 64.
+
+    Args:
+      lengths: ascending.
+      only: parts of names; without any, all mechanisms.
+      backward: time the gradient of query, key and value as well.
+      say: takes a line as each number comes.
+
+    Returns:
+      Rows {"mechanism", "length", "seconds" (best of a few; None if it was not run), "temporary_bytes" (what the
+      compiled program needs beside its arguments and results)}.
+    """
+    rows = []
+    for name, function in MECHANISMS.items():
+        if only and not any(part in name for part in only):
+            continue
+        expected = 0.0
+        for previous, length in zip((lengths[0], *lengths), lengths):
+            arrays = jax.random.normal(jax.random.key(0), (3, 1, length, 4, 64))
+            compiled = jax.jit(_gradient(function) if backward else function).lower(*arrays).compile()
+            temporary = compiled.memory_analysis().temp_size_in_bytes
+            expected *= (length / previous) ** 2
+            fits = temporary <= _MOST_BYTES and expected <= _MOST_SECONDS
+            seconds = _best_time(compiled, arrays) if fits else None
+            expected = seconds if seconds is not None else expected
+            rows.append({"mechanism": name, "length": length, "seconds": seconds, "temporary_bytes": temporary})
+            shown = "not run" if seconds is None else f"{seconds * 1e3:9.1f} ms"
+            say(f"{name:<36} {length:>6}  {shown}  {temporary / 2**20:10.1f} MiB")
+    return rows
+
+
+def _gradient(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    return jax.grad(lambda q, k, v: jnp.sum(function(q, k, v) ** 2), (0, 1, 2))
+
+
+def _best_time(compiled: Callable[..., Any], arrays: jax.Array) -> float:
+    """Seconds of the fastest of at least 3 runs, and of as many as fit into half a second."""
+    jax.block_until_ready(compiled(*arrays))
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < 0.5 and len(times) < 30):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*arrays))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def exponent(rows: Sequence[dict[str, Any]], name: str) -> float:
+    """The slope of log time against log length, over lengths of 4096 and more; NaN with fewer than 2 of them."""
+    points = [
+        (math.log(row["length"]), math.log(row["seconds"]))
+        for row in rows
+        if row["mechanism"] == name and row["seconds"] is not None and row["length"] >= _FIT_FROM
+    ]
+    return float(np.polyfit(*zip(*points), 1)[0]) if len(points) > 1 else math.nan
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: milliseconds / MiB by length, and the fitted exponent of time."""
+    names = list(dict.fromkeys(row["mechanism"] for row in rows))
+    lengths = sorted({row["length"] for row in rows})
+    lines = [["mechanism", *map(str, lengths), "exponent"], ["---"] + ["---:"] * (len(lengths) + 1)]
+    for name in names:
+        by_length = {row["length"]: row for row in rows if row["mechanism"] == name}
+        cells = []
+        for length in lengths:
+            row = by_length[length]
+            milliseconds = "–" if row["seconds"] is None else f"{row['seconds'] * 1e3:.1f}"
+            cells.append(f"{milliseconds} / {row['temporary_bytes'] / 2**20:.0f}")
+        slope = exponent(rows, name)
+        lines.append([name, *cells, "" if math.isnan(slope) else f"{slope:.2f}"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write(rows: Sequence[dict[str, Any]], folder: Path, title: str) -> None:
+    """Writes folder/bench.jsonl, bench.md and bench.png."""
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "bench.md").write_text(f"# {title}\n\nMilliseconds / temporary MiB by length.\n\n{table(rows)}\n")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in dict.fromkeys(row["mechanism"] for row in rows):
+        mine = [row for row in rows if row["mechanism"] == name]
+        timed = [row for row in mine if row["seconds"] is not None]
+        style = {"marker": "o", "linestyle": "--" if name.startswith("jax.nn") else "-", "label": name}
+        left.plot([row["length"] for row in timed], [row["seconds"] for row in timed], **style)
+        right.plot([row["length"] for row in mine], [row["temporary_bytes"] / 2**20 for row in mine], **style)
+    for axes, label in ((left, "seconds"), (right, "temporary memory of the compiled program (MiB)")):
+        axes.set(xscale="log", yscale="log", xlabel="length", ylabel=label)
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.2)
+    figure.suptitle(title)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(folder / "bench.png", dpi=110)

@@ -1,0 +1,36 @@
+"""The benchmark: rows for every mechanism and length, a table, a plot, and exponents that are those of the times."""
+
+import json
+import math
+
+import pytest
+
+from attnlab import bench, cli
+
+
+def test_bench_times_what_is_asked_for_and_keeps_it(tmp_path, capsys):
+    command = ["bench", "--lengths", "512", "256", "--only", "local", "--backward", "--workdir", str(tmp_path)]
+    assert cli.main(command) == 0
+    rows = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
+    assert [(row["mechanism"], row["length"]) for row in rows] == [("local, window 256", n) for n in (256, 512)]
+    assert all(row["seconds"] > 0 and row["temporary_bytes"] > 0 for row in rows)
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert bench.table(rows) in capsys.readouterr().out
+
+
+def test_the_exponent_is_that_of_long_lengths():
+    def rows(power):
+        times = {1024: 9.0, **{length: 1e-9 * length**power for length in (4096, 8192, 16384)}}
+        return [{"mechanism": "x", "length": n, "seconds": t, "temporary_bytes": 0} for n, t in times.items()]
+
+    assert bench.exponent(rows(1.5), "x") == pytest.approx(1.5)
+    assert math.isnan(bench.exponent(rows(1.5)[:2], "x"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--lengths", "8"], "lengths: got 8"), (["--only", "nothing"], "no mechanism has nothing in its name")],
+)
+def test_mistakes_are_named(arguments, message, capsys):
+    assert cli.main(["bench", *arguments, *([] if "--lengths" in arguments else ["--lengths", "256"])]) == 2
+    assert message in capsys.readouterr().err
