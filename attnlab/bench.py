@@ -127,7 +127,7 @@ def write(rows: Sequence[dict[str, Any]], folder: Path, title: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "bench.md").write_text(f"# {title}\n\nMilliseconds / temporary MiB by length.\n\n{table(rows)}\n")
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name in dict.fromkeys(row["mechanism"] for row in rows):
         mine = [row for row in rows if row["mechanism"] == name]
@@ -135,7 +135,7 @@ def write(rows: Sequence[dict[str, Any]], folder: Path, title: str) -> None:
         style = {"marker": "o", "linestyle": "--" if name.startswith("jax.nn") else "-", "label": name}
         left.plot([row["length"] for row in timed], [row["seconds"] for row in timed], **style)
         right.plot([row["length"] for row in mine], [row["temporary_bytes"] / 2**20 for row in mine], **style)
-    for axes, label in ((left, "seconds"), (right, "temporary memory of the compiled program (MiB)")):
+    for axes, label in ((left, "seconds"), (right, "temporary memory (MiB)")):
         axes.set(xscale="log", yscale="log", xlabel="length", ylabel=label)
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.2)
