@@ -36,6 +36,7 @@ from attnlab.attention._checks import (
 )
 from attnlab.attention._dispatch import Kernel, dispatch
 from attnlab.attention._softmax import softmax_parts
+from attnlab.attention._tangent_call import tangent_call
 from attnlab.attention.dot_product import check_segment_ids, check_step, dense_attention
 
 Array = jax.Array
@@ -79,7 +80,7 @@ def local_attention(
       scale: factor on the logits; None means H ** -0.5.
       segment_ids: integers [B, *space]; a query sees keys of its own segment. Windows do not move for segments.
       return_lse: return (out, lse).
-      implementation: None, "reference" or "xla".
+      implementation: None, "reference", "xla", or "pallas_tpu" (one space axis; bfloat16 or float32).
 
     Returns:
       out [B, *space, N, V] in query's dtype; with return_lse also lse [B, *space, N], float32 (float64 for float64
@@ -358,7 +359,59 @@ def _join_tiles(x: Array, tiles: list[_Tiles], space: list[int]) -> Array:
 
 
 # All take (query, key, value, segment_ids) and the options of _xla, settings per axis as tuples; all give (out, lse).
-IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {"reference": _reference, "xla": _xla}
+def _banded(query: Array, segment_ids: Array | None, *, sinks: int, **settings: Any) -> dict[str, Any]:
+    """The arguments of the banded flash kernel beside the arrays, for one space axis without dilation."""
+    (axis,) = masks.axis_windows(query.shape[1:-2], **settings)
+    starts, ends = axis.bounds(np.arange(axis.length))
+    pair = None if segment_ids is None else (segment_ids, segment_ids)
+    return {"starts": starts, "ends": ends, "sinks": sinks, "segment_ids": pair}
+
+
+def _pallas_tpu(
+    query: Array, key: Array, value: Array, segment_ids: Array | None, *, scale: Any, **settings: Any
+) -> tuple[Array, Array]:
+    from kernels_pallas.tpu.banded_flash import banded_flash_attention
+
+    # The kernel gives values; derivatives of both modes are the blocked form's.
+    @jax.custom_jvp
+    def attend(arrays: tuple[Any, ...], segment_ids: Array | None) -> tuple[Array, Array]:
+        query, key, value, scale = arrays
+        return banded_flash_attention(query, key, value, scale=scale, **_banded(query, segment_ids, **settings))
+
+    def blocked(residuals: Any) -> Callable[..., Any]:
+        _, segment_ids = residuals
+        return lambda query, key, value, scale: _xla(query, key, value, segment_ids, scale=scale, **settings)
+
+    def tangent(residuals: Any, tangents: Any) -> Any:
+        return jax.jvp(blocked(residuals), residuals[0], tangents)[1]
+
+    def transpose(residuals: Any, cotangents: Any) -> Any:
+        return jax.vjp(blocked(residuals), *residuals[0])[1](cotangents)
+
+    @attend.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        return attend(*primals), tangent_call(tangent, transpose, primals, tangents[0])
+
+    return attend((query, key, value, jnp.asarray(scale, jnp.float32)), segment_ids)
+
+
+def _pallas_tpu_refusal(
+    query: Array, key: Array, value: Array, segment_ids: Array | None, *, scale: Any, **settings: Any
+) -> str | None:
+    from kernels_pallas.tpu.banded_flash import refusal
+
+    if query.ndim != 4:
+        return f"serves one space axis so far, got {query.ndim - 3}"
+    if settings["dilation"] != (1,):
+        return f"serves dilation 1 so far, got {settings['dilation'][0]}"
+    return refusal(query, key, value, **_banded(query, segment_ids, **settings))
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
+    "reference": _reference,
+    "xla": _xla,
+    "pallas_tpu": Kernel(_pallas_tpu, _pallas_tpu_refusal),
+}
 
 
 class LocalCache(NamedTuple):

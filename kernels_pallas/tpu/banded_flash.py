@@ -48,6 +48,7 @@ _BLOCKS = {
     (4, 128): (512, 512),
     (4, 256): (256, 512),
 }
+_DEFAULT_BLOCKS = (256, 256)  # at other widths
 _LANES = 128
 _SUBLANES = 8
 # What the compiler grants a kernel by default on every TPU from v4 on (scoped VMEM), in bytes.
@@ -55,7 +56,9 @@ VMEM_BUDGET = 16 * 2**20
 # Scalar memory that the tables of visits may take, in bytes; a core has at least twice that.
 SMEM_BUDGET = 512 * 2**10
 # Stands for -inf in masked logits and in the maximum of no logits: finite, so that a difference of two is not NaN.
-_MASKED = -0.7 * float(np.finfo(np.float32).max)
+_MASKED = np.float32(-0.7 * np.finfo(np.float32).max)
+# Constants in the kernel have dtypes: a Python float would be a float64 under jax_enable_x64.
+_ONE = np.float32(1)
 # Rows of the table of queries.
 _START, _END, _SEGMENT = range(3)
 
@@ -117,7 +120,7 @@ def _without_sinks(starts: Any, ends: Any, num_keys: int, sinks: int) -> tuple[n
 def default_blocks(query: Any, key: Any, value: Any) -> tuple[int, int]:
     """(block_q, block_k) for arrays of these shapes and dtype, from a frozen table."""
     width = max(_padded_width(query.shape[-1]), _padded_width(value.shape[-1]))
-    block_q, block_k = _BLOCKS.get((jnp.dtype(query.dtype).itemsize, width), (256, 256))
+    block_q, block_k = _BLOCKS.get((jnp.dtype(query.dtype).itemsize, width), _DEFAULT_BLOCKS)
     return min(block_q, _round_up(query.shape[1], _LANES)), min(block_k, _round_up(key.shape[1], _LANES))
 
 
@@ -262,7 +265,7 @@ def banded_flash_attention(
         return b, lax.div(n, np.int32(group)), key_tile(i, j, key_tiles), zero()
 
     in_specs = [
-        pl.BlockSpec(memory_space=pltpu.SMEM),
+        pl.BlockSpec((1,), lambda *_: (zero(),), memory_space=pltpu.SMEM),
         pl.BlockSpec(
             (None, _SUBLANES, block_q), lambda b, n, i, j, *_: (b if segment_ids is not None else zero(), zero(), i)
         ),
@@ -389,9 +392,10 @@ def _kernel(
     def _() -> None:
         maximum, total = maximum_ref[...], sum_ref[...]
         empty = maximum <= _MASKED
-        inverse = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, total))
+        total = jnp.where(empty, _ONE, total)
+        inverse = jnp.where(empty, np.float32(0), _ONE / total)
         out_ref[...] = (acc_ref[...] * _lanes(inverse, acc_ref.shape[1])).astype(out_ref.dtype)
-        lse = jnp.where(empty, -jnp.inf, maximum + jnp.log(jnp.where(empty, 1.0, total)))
+        lse = jnp.where(empty, np.float32(-np.inf), maximum + jnp.log(total))
         lse_ref[...] = jnp.transpose(lse)[:1]
 
 

@@ -1,0 +1,133 @@
+"""Which implementation runs, what refuses and why, and the linear call behind the kernels' derivatives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import dilated_attention, explain, local_attention
+from attnlab.attention._tangent_call import tangent_call
+
+LINE = jax.ShapeDtypeStruct((1, 40, 2, 8), jnp.float32)
+IMAGE = jax.ShapeDtypeStruct((1, 6, 6, 2, 8), jnp.float32)
+
+
+def test_explain_tells_the_choice_by_platform():
+    (choice,) = explain(local_attention, LINE, LINE, LINE, window=4)
+    assert dict(choice.by_platform) == {"tpu": "pallas_tpu", "elsewhere": "xla"}
+    assert choice.refused == {}
+    (choice,) = explain(local_attention, IMAGE, IMAGE, IMAGE, window=3)
+    assert dict(choice.by_platform) == {"every platform": "xla"}
+    assert "one space axis" in choice.refused["pallas_tpu"]
+    assert "pallas_tpu cannot serve" in str(choice)
+    (choice,) = explain(local_attention, LINE, LINE, LINE, window=4, implementation="reference")
+    assert dict(choice.by_platform) == {"every platform": "reference"}
+
+
+def test_an_unknown_name_is_told_the_allowed_ones():
+    for name in ("palas_tpu", "pallas_gpu"):
+        with pytest.raises(ValueError, match=rf"'{name}'.*one of \['reference', 'xla', 'pallas_tpu'\]"):
+            jax.eval_shape(functools.partial(local_attention, window=4, implementation=name), LINE, LINE, LINE)
+
+
+@pytest.mark.parametrize(
+    ("attend", "array", "reason"),
+    [
+        (functools.partial(local_attention, window=3), IMAGE, "one space axis so far, got 2"),
+        (functools.partial(dilated_attention, window=3, dilation=2), LINE, "dilation 1 so far, got 2"),
+        (functools.partial(local_attention, window=3), jax.ShapeDtypeStruct(LINE.shape, jnp.float16), "float16"),
+        (functools.partial(local_attention, window=3), jax.ShapeDtypeStruct((1, 8, 2, 8192), jnp.float32), "VMEM"),
+    ],
+)
+def test_a_name_that_cannot_serve_says_why(attend, array, reason):
+    with pytest.raises(ValueError, match=f"'pallas_tpu' cannot serve this .* call: .*{reason}"):
+        jax.eval_shape(functools.partial(attend, implementation="pallas_tpu"), array, array, array)
+    jax.eval_shape(attend, array, array, array)  # None falls back
+
+
+def test_none_runs_the_xla_form_on_a_cpu():
+    arrays = [jnp.asarray(np.random.default_rng(n).normal(size=(3, 1, 40, 2, 8)), jnp.float32) for n in range(3)]
+    ids = jnp.asarray(np.arange(40) // 15, jnp.int32)[None]
+
+    def derivatives(implementation):
+        def loss(*arrays):
+            out, lse = local_attention(
+                *arrays, window=7, segment_ids=ids, return_lse=True, implementation=implementation
+            )
+            return (out**2).sum() + jnp.sin(lse).sum()
+
+        def one(*arrays):
+            gradient = jax.grad(loss, argnums=(0, 1, 2))
+            return jax.value_and_grad(loss)(*arrays), *jax.jvp(gradient, arrays, arrays)
+
+        return jax.jit(jax.vmap(one))(*arrays)
+
+    for got, expected in zip(jax.tree.leaves(derivatives(None)), jax.tree.leaves(derivatives("xla")), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def plain(weight, x):
+    return {"a": jnp.tanh(weight @ x), "b": (x**3).sum()}
+
+
+@jax.custom_jvp
+def wrapped(weight, x):
+    return plain(weight, x)
+
+
+@wrapped.defjvp
+def _(primals, tangents):
+    def tangent(residuals, tangents):
+        return jax.jvp(plain, residuals, tangents)[1]
+
+    def transpose(residuals, cotangents):
+        return jax.vjp(plain, *residuals)[1](cotangents)
+
+    return wrapped(*primals), tangent_call(tangent, transpose, primals, tangents)
+
+
+def scalar(function):
+    def loss(weight, x):
+        out = function(weight, x)
+        return jnp.sin(out["a"]).sum() * out["b"]
+
+    return loss
+
+
+def over_scan(function):
+    def loss(weight, x):
+        def step(x, _):
+            return function(weight, x)["a"], None
+
+        return jax.lax.scan(step, x, None, length=3)[0].sum()
+
+    return loss
+
+
+TRANSFORMS = {
+    "grad": lambda f: jax.grad(scalar(f), argnums=(0, 1)),
+    "grad of one": lambda f: jax.grad(scalar(f), argnums=1),
+    "jvp": lambda f: lambda *args: jax.jvp(f, args, args),
+    "vmap of grad": lambda f: jax.vmap(jax.grad(scalar(f), argnums=(0, 1)), in_axes=(None, 1)),
+    "grad of vmap": lambda f: jax.grad(lambda w, x: jax.vmap(scalar(f), in_axes=(None, 1))(w, x).sum(), argnums=(0, 1)),
+    "remat": lambda f: jax.grad(jax.checkpoint(scalar(f)), argnums=(0, 1)),
+    "scan": lambda f: jax.grad(over_scan(f), argnums=(0, 1)),
+    "hessian": lambda f: jax.hessian(scalar(f), argnums=(0, 1)),
+    "reverse over reverse": lambda f: jax.jacrev(jax.jacrev(scalar(f))),
+    "forward over reverse of scan": lambda f: jax.jacfwd(jax.grad(over_scan(f), argnums=1), argnums=1),
+    "linearize": lambda f: lambda *args: jax.linearize(f, *args)[1](*args),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_tangent_call_obeys(name, jit):
+    weight = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 3) if "vmap" in name else (3,)), jnp.float32)
+    transform = TRANSFORMS[name]
+    got = (jax.jit if jit else lambda f: f)(transform(wrapped))(weight, x)
+    expected = transform(plain)(weight, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

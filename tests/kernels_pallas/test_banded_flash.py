@@ -1,0 +1,187 @@
+"""Banded flash attention: its lists of tiles by brute force, its values in TPU interpret mode, and what it refuses.
+
+Interpret mode simulates the TPU's memories on the CPU: buffers start as NaN, and races are looked for.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from attnlab import local_attention
+from kernels_pallas.tpu import banded_flash
+from kernels_pallas.tpu.banded_flash import banded_flash_attention, list_visits, refusal, vmem_bytes
+
+TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}  # bfloat16: weights are rounded to it, and so is the output
+
+
+def interpreted(function, *args, **options):
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")):
+        return jax.block_until_ready(function(*args, **options))
+
+
+def draw_arrays(length, *, batch=1, heads=2, key_heads=1, head_dim=64, value_dim=64, dtype=jnp.float32):
+    rng = np.random.default_rng(length)
+    shapes = [(heads, head_dim), (key_heads, head_dim), (key_heads, value_dim)]
+    return [jnp.asarray(rng.normal(size=(batch, length, *shape)), dtype) for shape in shapes]
+
+
+CASES = {  # length, options of local_attention, options of draw_arrays; tiles of 128, or as many as the default takes
+    "one token": (1, {"window": 1}, {}),
+    "causal": (300, {"window": 140, "is_causal": True}, {"heads": 4, "key_heads": 2}),
+    "causal bfloat16": (257, {"window": 30, "is_causal": True}, {"dtype": jnp.bfloat16, "value_dim": 40}),
+    "all keys": (200, {"window": 200}, {"batch": 2, "head_dim": 24, "value_dim": 130}),
+    "even window": (384, {"window": 50}, {"dtype": jnp.bfloat16, "head_dim": 128, "value_dim": 128}),
+    "clipped": (290, {"window": 31, "edge": "clip"}, {"head_dim": 200, "value_dim": 256}),
+    "blocks": (300, {"window": 64, "stride": 64}, {}),
+    "strided causal": (260, {"window": 9, "stride": 4, "is_causal": True}, {"heads": 3, "key_heads": 3}),
+    "sinks": (400, {"window": 20, "is_causal": True, "sinks": 3}, {}),
+    "segments": (300, {"window": 101}, {"batch": 2, "segments": True}),
+    "segments, sinks": (290, {"window": 40, "is_causal": True, "sinks": 5}, {"segments": True, "dtype": jnp.bfloat16}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_reference(case, monkeypatch):
+    monkeypatch.setattr(banded_flash, "_BLOCKS", {})
+    monkeypatch.setattr(banded_flash, "_DEFAULT_BLOCKS", (128, 128))
+    length, options, arrays = CASES[case]
+    arrays = dict(arrays)
+    if arrays.pop("segments", False):
+        ids = np.sort(np.random.default_rng(0).integers(0, 4, (arrays.get("batch", 1), length)), axis=1)
+        options = options | {"segment_ids": jnp.asarray(ids, jnp.int32)}
+    query, key, value = draw_arrays(length, **arrays)
+    attend = functools.partial(local_attention, query, key, value, return_lse=True, **options)
+    out, lse = interpreted(attend, implementation="pallas_tpu")
+    expected, expected_lse = attend(implementation="reference")
+    tolerance = TOLERANCE[arrays.get("dtype", jnp.float32)]
+    assert out.dtype == query.dtype
+    assert lse.dtype == jnp.float32
+    np.testing.assert_allclose(out.astype(jnp.float32), expected.astype(jnp.float32), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_a_query_without_keys_gives_zero_and_other_tiles_are_never_read():
+    """Intervals may leave out queries, whole query tiles and keys; key tiles that nobody sees hold NaN here."""
+    starts, ends = np.zeros(384, int), np.zeros(384, int)
+    starts[130:140], ends[130:140] = 256, 300  # the second query tile sees a part of the third key tile; others nothing
+    query, key, value = draw_arrays(384)
+    unseen = (jnp.arange(384) < 256)[:, None, None]
+    out, lse = interpreted(
+        banded_flash_attention,
+        query,
+        jnp.where(unseen, jnp.nan, key),
+        jnp.where(unseen, jnp.nan, value),
+        starts=starts,
+        ends=ends,
+        scale=0.125,
+        block_q=128,
+        block_k=128,
+    )
+    sees = np.zeros(384, bool)
+    sees[130:140] = True
+    assert np.all(out[:, ~sees] == 0)
+    assert np.all(lse[:, ~sees] == -np.inf)
+    logits = 0.125 * jnp.einsum("btnh,bsh->btns", query[:, 130:140], key[:, 256:300, 0], precision="highest")
+    expected = jnp.einsum("btns,bsv->btnv", jax.nn.softmax(logits), value[:, 256:300, 0], precision="highest")
+    np.testing.assert_allclose(out[:, 130:140], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(lse[:, 130:140], jax.nn.logsumexp(logits, axis=-1), rtol=1e-5, atol=1e-5)
+
+
+def test_runs_give_the_same_bits_under_jit_and_not():
+    arrays = draw_arrays(260, dtype=jnp.bfloat16)
+    attend = functools.partial(local_attention, window=33, return_lse=True, implementation="pallas_tpu")
+    first, again = interpreted(attend, *arrays), interpreted(jax.jit(attend), *arrays)
+    for a, b in zip(first, again, strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_grad_and_jvp_through_the_kernel():
+    """Derivatives are the blocked form's, also in scale and through lse. (vmap: test_aot compiles it; JAX's interpret
+    mode does not run a batched kernel that says which grid axes are parallel.)"""
+    arrays = (*draw_arrays(140, head_dim=8, value_dim=8), jnp.float32(0.3))
+
+    def loss(query, key, value, scale, implementation):
+        out, lse = local_attention(
+            query, key, value, window=9, scale=scale, return_lse=True, implementation=implementation
+        )
+        return (out**2).sum() + jnp.sin(lse).sum()
+
+    def derivatives(implementation):
+        forward = functools.partial(loss, implementation=implementation)
+        return jax.value_and_grad(forward, argnums=(0, 1, 2, 3))(*arrays), jax.jvp(forward, arrays, arrays)
+
+    got, expected = interpreted(derivatives, "pallas_tpu"), derivatives("xla")
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_visits_are_exact(data):
+    """Against the dense mask: a tile is visited iff a query sees a key of it, and called full iff all see all."""
+    num_queries, num_keys = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30))
+    block_q, block_k = data.draw(st.sampled_from([1, 4, 7])), data.draw(st.sampled_from([1, 3, 8]))
+    sinks = data.draw(st.integers(0, 12))
+    interval = st.tuples(st.integers(-3, num_keys + 3), st.integers(-3, num_keys + 3))
+    starts, ends = np.array(data.draw(st.lists(interval, min_size=num_queries, max_size=num_queries))).T
+    keys = np.arange(num_keys)
+    sees = (keys < ends[:, None]) & ((keys >= starts[:, None]) | (keys < sinks))
+
+    visits = list_visits(starts, ends, num_keys, sinks=sinks, block_q=block_q, block_k=block_k)
+    previous = 0
+    for row, count in enumerate(visits.counts):
+        rows = sees[row * block_q : (row + 1) * block_q]
+        tiles = [
+            tile for tile in range(-(-num_keys // block_k)) if rows[:, tile * block_k : (tile + 1) * block_k].any()
+        ]
+        assert visits.key_tiles[row, :count].tolist() == tiles
+        previous = tiles[-1] if tiles else previous
+        assert np.all(visits.key_tiles[row, count:] == previous)  # nothing new is fetched
+        for tile in tiles:
+            first, end = tile * block_k, (tile + 1) * block_k  # the padding beyond the last key is not to be seen
+            full = (first >= visits.latest_start[row] or end <= sinks) and end <= visits.earliest_end[row]
+            assert full == (end <= num_keys and rows[:, first:end].all())
+
+
+def test_visits_grow_with_the_window_not_the_length():
+    position = np.arange(2**16)
+    visits = list_visits(position - 1023, position + 1, 2**16, block_q=512, block_k=512)
+    assert visits.key_tiles.shape == (128, 3)
+
+
+def shapes(length=256, head_dim=64, value_dim=64, dtype=jnp.bfloat16, **changed):
+    structs = [jax.ShapeDtypeStruct((1, length, 2, width), dtype) for width in (head_dim, head_dim, value_dim)]
+    return structs, {"starts": np.zeros(length, int), "ends": np.full(length, length)} | changed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"dtype": jnp.float16}, "all bfloat16 or all float32, got float16"),
+        ({"dtype": jnp.float64}, "all bfloat16 or all float32, got float64"),
+        ({"block_q": 100}, "block_q a positive multiple of 128, got 100"),
+        ({"block_q": 1024, "block_k": 2048}, "of VMEM, more than 16 MiB"),
+        ({"head_dim": 8192}, "head dims 8192 and 64 takes"),
+        ({"length": 2**17, "block_q": 128, "block_k": 128}, "1024 x 1024, take .* of scalar memory"),
+    ],
+)
+def test_refuses_with_the_reason(arguments, reason):
+    with jax.enable_x64(True):
+        arrays, options = shapes(**arguments)
+        assert refusal(*arrays, **options) is not None
+        with pytest.raises(ValueError, match=reason):
+            jax.eval_shape(functools.partial(banded_flash_attention, scale=1.0, **options), *arrays)
+
+
+def test_serves_what_it_should():
+    for head_dim in (1, 64, 80, 128, 256, 512):
+        for dtype in (jnp.bfloat16, jnp.float32):
+            arrays, options = shapes(4096, head_dim, head_dim, dtype)
+            assert refusal(*arrays, **options) is None
+    assert vmem_bytes(512, 1024, 128, 128, jnp.bfloat16) < vmem_bytes(512, 1024, 256, 128, jnp.bfloat16)
