@@ -265,7 +265,7 @@ def banded_flash_attention(
         return b, lax.div(n, np.int32(group)), key_tile(i, j, key_tiles), zero()
 
     in_specs = [
-        pl.BlockSpec((1,), lambda *_: (zero(),), memory_space=pltpu.SMEM),
+        pl.BlockSpec((1, 1), lambda *_: (zero(), zero()), memory_space=pltpu.SMEM),
         pl.BlockSpec(
             (None, _SUBLANES, block_q), lambda b, n, i, j, *_: (b if segment_ids is not None else zero(), zero(), i)
         ),
@@ -309,7 +309,7 @@ def banded_flash_attention(
         name="banded_flash_attention",
     )(
         *(jnp.asarray(scalar) for scalar in scalars),
-        jnp.asarray(scale, jnp.float32).reshape(1),
+        jnp.asarray(scale, jnp.float32).reshape(1, 1),
         table,
         heads_first(query, padded_queries, key_width),
         heads_first(key, padded_keys, key_width),
@@ -363,7 +363,7 @@ def _kernel(
         return sees
 
     def accumulate(masked: bool) -> None:
-        logits = scale_ref[0] * _dot(query_ref[...], key_ref[...], contract=(1, 1))
+        logits = scale_ref[0, 0] * _dot(query_ref[...], key_ref[...], contract=(1, 1))
         if masked:
             logits = jnp.where(visible(), logits, _MASKED)
         old_maximum = maximum_ref[...]

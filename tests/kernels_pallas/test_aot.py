@@ -37,6 +37,9 @@ def test_none_takes_the_kernel_on_a_tpu(tpu):
 def test_vmap_and_x64_compile():
     batched = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in (QUERY, KEY, KEY)]
     assert KERNEL in aot.compile_for_tpu(jax.vmap(loss), *batched, tpu="v5e").as_text()
+    scaled = jax.vmap(lambda x, scale: local_attention(x, x, x, window=9, scale=scale))
+    scales = jax.ShapeDtypeStruct((3,), jnp.float32)
+    assert KERNEL in aot.compile_for_tpu(scaled, batched[0], scales, tpu="v5e").as_text()
     with jax.enable_x64(True):
         assert KERNEL in aot.compile_for_tpu(loss, QUERY, KEY, KEY, SEGMENTS, tpu="v5e").as_text()
 
