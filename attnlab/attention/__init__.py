@@ -2,7 +2,7 @@
 
 from attnlab.attention import masks
 from attnlab.attention._dispatch import Choice, explain
-from attnlab.attention.dilated import dilated_attention
+from attnlab.attention.dilated import dilated_attention, dilated_step, init_dilated_cache
 from attnlab.attention.dot_product import (
     DotProductCache,
     dot_product_attention,
@@ -31,9 +31,11 @@ __all__ = [
     "LinearState",
     "LocalCache",
     "dilated_attention",
+    "dilated_step",
     "dot_product_attention",
     "dot_product_step",
     "explain",
+    "init_dilated_cache",
     "init_dot_product_cache",
     "init_linear_cache",
     "init_local_cache",

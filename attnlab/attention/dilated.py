@@ -9,9 +9,12 @@ of local attention apply, with their strides and causality. Paper: Dilated Neigh
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from attnlab.attention import masks
-from attnlab.attention.local import windowed_attention
+from attnlab.attention._checks import require
+from attnlab.attention.local import LocalCache, init_local_cache, local_step, windowed_attention
 
 Array = jax.Array
 
@@ -56,3 +59,54 @@ def dilated_attention(
         implementation=implementation,
     )
     return (out, lse) if return_lse else out
+
+
+def init_dilated_cache(
+    batch: int,
+    num_key_heads: int,
+    head_dim: int,
+    *,
+    window: int,
+    dilation: int,
+    value_dim: int | None = None,
+    dtype: Any = jnp.float32,
+) -> LocalCache:
+    """An empty cache for causal decoding: a local cache for each residue group, key [B, dilation, window, K, H]."""
+    require(dilation >= 1, "dilation", dilation, "must be at least 1")
+    group = init_local_cache(batch, num_key_heads, head_dim, window=window, value_dim=value_dim, dtype=dtype)
+    key, value = (jnp.repeat(x[:, None], dilation, axis=1) for x in (group.key, group.value))
+    return LocalCache(key, value, group.position)
+
+
+def dilated_step(
+    cache: LocalCache,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    window: int,
+    dilation: int,
+    stride: int = 1,
+    scale: float | None = None,
+) -> tuple[Array, LocalCache]:
+    """The next token of causal dilated attention: a step of local attention in the token's residue group.
+
+    Args:
+      cache: from init_dilated_cache with the same window and dilation.
+      query, key, value: the token's, [B, 1, N, H], [B, 1, K, H], [B, 1, K, V].
+
+    Returns:
+      (out [B, 1, N, V], the cache with the token added). For stride > 1 see local_step.
+
+    Complexity: O(window) time and O(window dilation) memory.
+    """
+    require(cache.key.shape[1] == dilation, "dilation", dilation, f"the cache was made for {cache.key.shape[1]}")
+    residue = cache.position % dilation
+    group = LocalCache(
+        *(lax.dynamic_index_in_dim(x, residue, axis=1, keepdims=False) for x in cache[:2]), cache.position // dilation
+    )
+    out, group = local_step(group, query, key, value, window=window, stride=stride, scale=scale)
+    keys, values = (
+        lax.dynamic_update_index_in_dim(old, new, residue, axis=1) for old, new in zip(cache[:2], group[:2])
+    )
+    return out, LocalCache(keys, values, cache.position + 1)

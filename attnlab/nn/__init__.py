@@ -1,11 +1,20 @@
 """Flax NNX layers. Parameters have no value until `initialize` draws them by path."""
 
 from attnlab.nn.layers import GatedMLP, Linear, RMSNorm, dropout, rotary_embedding
-from attnlab.nn.mixers import Attention, LinearAttention, LocalAttention, MixerCache, MixerFactory, SoftmaxAttention
+from attnlab.nn.mixers import (
+    Attention,
+    DilatedAttention,
+    LinearAttention,
+    LocalAttention,
+    MixerCache,
+    MixerFactory,
+    SoftmaxAttention,
+)
 from attnlab.nn.parameters import Parameters, bind, count_parameters, initialize, parameter, parameter_shapes
 
 __all__ = [
     "Attention",
+    "DilatedAttention",
     "GatedMLP",
     "Linear",
     "LinearAttention",

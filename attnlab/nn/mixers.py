@@ -79,7 +79,7 @@ class Attention(nnx.Module):
         """Shows a mechanism's own options and the shared ones in one signature, for help and for configs."""
         super().__init_subclass__(**kwargs)
         own = inspect.signature(cls.__init__).parameters
-        shared = inspect.signature(Attention.__init__).parameters
+        shared = inspect.signature(cls.__mro__[1].__init__).parameters
         named = [option for option in own.values() if option.kind is not option.VAR_KEYWORD]
         named += [option for option in shared.values() if option.name not in own]
         cls.__init__.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
@@ -214,6 +214,9 @@ class LocalAttention(Attention):
         super().__init__(features, **shared)
         self.window, self.stride, self.edge, self.sinks = window, stride, edge, sinks
 
+    def _dilation(self, space: tuple[int, ...]) -> tuple[int, ...]:
+        return (1,) * len(space)
+
     def _window(self, space: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(min(pair) for pair in zip(per_axis("window", self.window, len(space)), space))
 
@@ -232,15 +235,18 @@ class LocalAttention(Attention):
         )
 
     def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
-        (window,), (stride,) = per_axis("window", self.window, 1), per_axis("stride", self.stride, 1)
-        if stride > 1 and self.edge == "shift":
+        (window,) = per_axis("window", self.window, 1)
+        self._check_decodes()
+        return attention.init_local_cache(
+            batch, self.num_key_heads, self.head_dim, window=window, sinks=self.sinks, dtype=self.dtype
+        )
+
+    def _check_decodes(self) -> None:
+        if per_axis("stride", self.stride, 1) > (1,) and self.edge == "shift":
             raise ValueError(
                 'edge: got "shift" with a stride; the last window would depend on where the sequence ends, so decoding '
                 'needs edge="clip"'
             )
-        return attention.init_local_cache(
-            batch, self.num_key_heads, self.head_dim, window=window, sinks=self.sinks, dtype=self.dtype
-        )
 
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
         (window,), (stride,) = per_axis("window", self.window, 1), per_axis("stride", self.stride, 1)
@@ -252,18 +258,66 @@ class LocalAttention(Attention):
             space,
             window=self._window(space),
             stride=per_axis("stride", self.stride, rank),
-            dilation=(1,) * rank,
+            dilation=self._dilation(space),
             is_causal=(self.is_causal,) * rank,
             edge=self.edge,
         )
         bounds = [axis.bounds(np.arange(axis.length)) for axis in axes]
-        pairs = math.prod(int(np.sum(end - start)) for start, end in bounds)
+        seen = (np.sum(-(-(end - start) // axis.dilation)) for axis, (start, end) in zip(axes, bounds))
+        pairs = math.prod(map(int, seen))
         if self.sinks:
             pairs += int(np.sum(np.minimum(bounds[0][0], self.sinks)))
         return self._pair_flops(pairs)
 
     def state_size(self, length: int) -> int:
         return 2 * min(length, per_axis("window", self.window, 1)[0] + self.sinks) * self.num_key_heads * self.head_dim
+
+
+class DilatedAttention(LocalAttention):
+    """Every place sees a window of every `dilation`-th place: attention.dilated_attention.
+
+    Where the dilated window is longer than an axis, the dilation is lowered until it fits, then the window.
+    """
+
+    def __init__(self, features: int, *, dilation: int | tuple[int, ...], **local: Any):
+        super().__init__(features, **local)
+        if self.sinks:
+            raise ValueError(f"sinks: got {self.sinks}; dilated attention has none")
+        self.dilation = dilation
+
+    def _dilation(self, space: tuple[int, ...]) -> tuple[int, ...]:
+        dilation, window = per_axis("dilation", self.dilation, len(space)), self._window(space)
+        return tuple(min(d, length // k) for d, k, length in zip(dilation, window, space))
+
+    def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
+        return attention.dilated_attention(
+            query,
+            key,
+            value,
+            window=self._window(x.shape[1:-1]),
+            dilation=self._dilation(x.shape[1:-1]),
+            stride=self.stride,
+            is_causal=self.is_causal,
+            edge=self.edge,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+        )
+
+    def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
+        (window,), (dilation,) = self._window((max_length,)), self._dilation((max_length,))
+        self._check_decodes()
+        return attention.init_dilated_cache(
+            batch, self.num_key_heads, self.head_dim, window=window, dilation=dilation, dtype=self.dtype
+        )
+
+    def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
+        _, dilation, window = cache.key.shape[:3]
+        (stride,) = per_axis("stride", self.stride, 1)
+        return attention.dilated_step(cache, query, key, value, window=window, dilation=dilation, stride=stride)
+
+    def state_size(self, length: int) -> int:
+        (window,), (dilation,) = self._window((length,)), self._dilation((length,))
+        return 2 * min(length, window * dilation) * self.num_key_heads * self.head_dim
 
 
 class LinearAttention(Attention):

@@ -10,7 +10,15 @@ from attention_oracle import attention_oracle, window_by_definition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnlab import dilated_attention, dot_product_attention, init_local_cache, local_attention, local_step
+from attnlab import (
+    dilated_attention,
+    dilated_step,
+    dot_product_attention,
+    init_dilated_cache,
+    init_local_cache,
+    local_attention,
+    local_step,
+)
 from attnlab.attention import local
 
 IMPLEMENTATIONS = ["reference", "xla"]
@@ -243,6 +251,21 @@ def test_decoding_with_a_stride_equals_clipped_windows_at_any_length():
     for t in range(14):
         out, cache = step(cache, *(x[:, t : t + 1] for x in (query, key, value)))
         np.testing.assert_allclose(out[:, 0], expected[:, t], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("window", "dilation", "stride"), [(3, 4, 1), (5, 2, 3), (1, 3, 1), (4, 1, 1)])
+def test_dilated_decoding_equals_the_causal_form(window, dilation, stride):
+    query, key, value = draw_arrays(0, (21,), heads=4, key_heads=2)
+    options = {"window": window, "dilation": dilation, "stride": stride}
+    expected = run(dilated_attention, query, key, value, is_causal=True, edge="clip", **options)
+    cache = init_dilated_cache(2, 2, 4, window=window, dilation=dilation, value_dim=3)
+
+    def step(cache, token):
+        out, cache = dilated_step(cache, *(x[:, None] for x in token), **options)
+        return cache, out[:, 0]
+
+    _, got = jax.lax.scan(step, cache, tuple(jnp.moveaxis(x, 1, 0) for x in (query, key, value)))
+    np.testing.assert_allclose(jnp.moveaxis(got, 0, 1), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("differentiate", [False, True])

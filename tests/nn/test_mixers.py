@@ -15,6 +15,8 @@ MIXERS = {
     "local": functools.partial(nn.LocalAttention, window=5),
     "local_sinks": functools.partial(nn.LocalAttention, window=4, sinks=2),
     "local_stride": functools.partial(nn.LocalAttention, window=6, stride=3, edge="clip"),
+    "dilated": functools.partial(nn.DilatedAttention, window=3, dilation=4),
+    "dilated_stride": functools.partial(nn.DilatedAttention, window=4, dilation=3, stride=2, edge="clip"),
     "linear": functools.partial(nn.LinearAttention, feature_map="elu", normalize=True),
     "taylor": functools.partial(nn.LinearAttention, feature_map="taylor2", normalize=True, num_key_heads=2),
     "retention": functools.partial(nn.LinearAttention, decay="retention", rotary=True),
@@ -92,6 +94,7 @@ def test_bfloat16_is_computed_in_and_given_back(name):
 GRID_MIXERS = {
     "softmax": nn.SoftmaxAttention,
     "local": functools.partial(nn.LocalAttention, window=(3, 9)),
+    "dilated": functools.partial(nn.DilatedAttention, window=3, dilation=(1, 2)),
     "linear": functools.partial(nn.LinearAttention, feature_map="relu", normalize=True),
 }
 
@@ -125,6 +128,8 @@ def test_flops_count_the_pairs_that_are_seen():
     sinks = nn.LocalAttention(FEATURES, window=5, sinks=2, **options)
     seen = sum(len({*range(max(i - 4, 0), i + 1), *range(min(2, i + 1))}) for i in range(LENGTH))
     assert sinks.flops((LENGTH,)) - projections == 4 * FEATURES * seen
+    dilated = nn.DilatedAttention(FEATURES, window=3, dilation=4, **options)
+    assert dilated.flops((LENGTH,)) - projections == 4 * FEATURES * sum(min(i // 4 + 1, 3) for i in range(LENGTH))
     linear = nn.LinearAttention(FEATURES, **options)
     assert linear.flops((LENGTH,)) - projections == 4 * LENGTH * 4 * (FEATURES // 4) ** 2
     grid = nn.LocalAttention(FEATURES, window=(3, 5), is_causal=False)
