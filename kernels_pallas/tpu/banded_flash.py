@@ -51,9 +51,10 @@ _BLOCKS = {
 _DEFAULT_BLOCKS = (256, 256)  # at other widths
 _LANES = 128
 _SUBLANES = 8
-# What the compiler grants a kernel by default on every TPU from v4 on (scoped VMEM), in bytes.
+# What a kernel may take by vmem_bytes, which counts every temporary in full: libtpu compiled kernels of up to 25 MiB by
+# that count for v5e and v5p, and none of 32 MiB.
 VMEM_BUDGET = 16 * 2**20
-# Scalar memory that the tables of visits may take, in bytes; a core has at least twice that.
+# Scalar memory that the tables of visits may take, in bytes; v5e and v5p have 1 MiB.
 SMEM_BUDGET = 512 * 2**10
 # Stands for -inf in masked logits and in the maximum of no logits: finite, so that a difference of two is not NaN.
 _MASKED = np.float32(-0.7 * np.finfo(np.float32).max)
@@ -336,8 +337,7 @@ def _kernel(
     segments: bool,
 ) -> None:
     """One visit of a query tile to a key tile. The maximum and sum of a query are repeated over the lanes."""
-    key_segments_ref = refs[0] if segments else None
-    out_ref, lse_ref, maximum_ref, sum_ref, acc_ref = refs[-5:]
+    *key_segments_ref, out_ref, lse_ref, maximum_ref, sum_ref, acc_ref = refs  # the first is there with segments
     block_q, block_k = query_ref.shape[0], key_ref.shape[0]
     tile, visit = pl.program_id(2), pl.program_id(3)
     first_key = key_tiles_ref[tile * np.int32(longest) + visit] * np.int32(block_k)
@@ -359,7 +359,7 @@ def _kernel(
             sees |= index < sinks
         sees &= index < end
         if segments:
-            sees &= table[:, _SEGMENT : _SEGMENT + 1] == key_segments_ref[...]
+            sees &= table[:, _SEGMENT : _SEGMENT + 1] == key_segments_ref[0][...]
         return sees
 
     def accumulate(masked: bool) -> None:
