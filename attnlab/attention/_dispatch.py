@@ -36,9 +36,10 @@ class Choice:
     refused: Mapping[str, str]
 
     def __str__(self) -> str:
-        runs = ", ".join(f"{platform}: {name}" for platform, name in self.by_platform.items())
+        names = {"elsewhere": "elsewhere", "every platform": "on every platform"}
+        runs = ", ".join(f"{name} {names.get(where, f'on {where}')}" for where, name in self.by_platform.items())
         refused = "".join(f"\n  {name} cannot serve: {reason}" for name, reason in self.refused.items())
-        return f"{self.primitive} runs {runs}{refused}"
+        return f"{self.primitive}: {runs}{refused}"
 
 
 _recorder: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("attnlab_choices", default=None)

@@ -18,12 +18,13 @@ def test_explain_tells_the_choice_by_platform():
     (choice,) = explain(local_attention, LINE, LINE, LINE, window=4)
     assert dict(choice.by_platform) == {"tpu": "pallas_tpu", "elsewhere": "xla"}
     assert choice.refused == {}
+    assert str(choice) == "local_attention: pallas_tpu on tpu, xla elsewhere"
     (choice,) = explain(local_attention, IMAGE, IMAGE, IMAGE, window=3)
     assert dict(choice.by_platform) == {"every platform": "xla"}
     assert "one space axis" in choice.refused["pallas_tpu"]
     assert "pallas_tpu cannot serve" in str(choice)
     (choice,) = explain(local_attention, LINE, LINE, LINE, window=4, implementation="reference")
-    assert dict(choice.by_platform) == {"every platform": "reference"}
+    assert str(choice) == "local_attention: reference on every platform"
 
 
 def test_an_unknown_name_is_told_the_allowed_ones():
