@@ -67,7 +67,8 @@ def bench(
         for previous, length in zip((lengths[0], *lengths), lengths):
             arrays = jax.random.normal(jax.random.key(0), (3, 1, length, 4, 64))
             compiled = jax.jit(_gradient(function) if backward else function).lower(*arrays).compile()
-            temporary = compiled.memory_analysis().temp_size_in_bytes
+            memory: Any = compiled.memory_analysis()
+            temporary = memory.temp_size_in_bytes
             expected *= (length / previous) ** 2
             fits = temporary <= _MOST_BYTES and expected <= _MOST_SECONDS
             seconds = _best_time(compiled, arrays) if fits else None
@@ -100,7 +101,10 @@ def exponent(rows: Sequence[dict[str, Any]], name: str) -> float:
         for row in rows
         if row["mechanism"] == name and row["seconds"] is not None and row["length"] >= _FIT_FROM
     ]
-    return float(np.polyfit(*zip(*points), 1)[0]) if len(points) > 1 else math.nan
+    if len(points) < 2:
+        return math.nan
+    lengths, seconds = np.array(points).T
+    return float(np.polyfit(lengths, seconds, 1)[0])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -102,9 +102,8 @@ def dilated_step(
     """
     require(cache.key.shape[1] == dilation, "dilation", dilation, f"the cache was made for {cache.key.shape[1]}")
     residue = cache.position % dilation
-    group = LocalCache(
-        *(lax.dynamic_index_in_dim(x, residue, axis=1, keepdims=False) for x in cache[:2]), cache.position // dilation
-    )
+    keys, values = (lax.dynamic_index_in_dim(x, residue, axis=1, keepdims=False) for x in cache[:2])
+    group = LocalCache(keys, values, cache.position // dilation)
     out, group = local_step(group, query, key, value, window=window, stride=stride, scale=scale)
     keys, values = (
         lax.dynamic_update_index_in_dim(old, new, residue, axis=1) for old, new in zip(cache[:2], group[:2])

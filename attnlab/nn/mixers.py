@@ -79,7 +79,7 @@ class Attention(nnx.Module):
         """Shows a mechanism's own options and the shared ones in one signature, for help and for configs."""
         super().__init_subclass__(**kwargs)
         own = inspect.signature(cls.__init__).parameters
-        shared = inspect.signature(cls.__mro__[1].__init__).parameters
+        shared = inspect.signature(super(cls, cls).__init__).parameters
         named = [option for option in own.values() if option.kind is not option.VAR_KEYWORD]
         named += [option for option in shared.values() if option.name not in own]
         cls.__init__.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
