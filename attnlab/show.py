@@ -31,7 +31,7 @@ def show(model: LanguageModel | ImageClassifier, path: Path, *, length: int = 12
     weights = [np.asarray(_weights(block.mixer, space, seed)) for block in bound.layers]
     kinds = _kinds(bound)
     figure = Figure(figsize=(11, 3.6 * (len(kinds) + 1)), layout="constrained")
-    rows = list(np.atleast_1d(figure.subfigures(len(kinds) + 1, 1)))
+    rows: Any = figure.subfigures(len(kinds) + 1, 1)
     for row, layers in zip(rows, kinds.values()):
         _draw_layer(row, bound.layers[layers[0]].mixer, layers, weights[layers[0]], space)
     _draw_reach(rows[-1], [weight > 0 for weight in weights], space)
