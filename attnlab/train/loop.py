@@ -132,7 +132,7 @@ def train(
       experiment: what to train.
       workdir: folder for checkpoints and metrics; a second call goes on from the last checkpoint there, and one after
         the end gives the result at once. None keeps nothing.
-      fingerprint: the run's options by name. A workdir that holds a run with other options is refused.
+      fingerprint: the run's options by name. A workdir that holds a run with other options or data is refused.
       config_text: kept as workdir/config.gin.
 
     Raises:
@@ -140,7 +140,10 @@ def train(
       FloatingPointError: the loss is not finite. The last checkpoint stays.
       SystemExit: with status 143 after SIGTERM, once a checkpoint is written.
     """
-    folder = None if workdir is None else Workdir(workdir, fingerprint, config_text)
+    folder = None
+    if workdir is not None:
+        read = {f"data {name}": str(value) for name, value in experiment.task.describe().items()}
+        folder = Workdir(workdir, {**(fingerprint or {}), **read}, config_text)
     if folder is not None and (finished := folder.result()) is not None:
         return Result(**finished)
 

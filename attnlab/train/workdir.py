@@ -19,12 +19,12 @@ class Workdir:
     """Opens or makes the folder. Nothing in it is ever deleted but checkpoints older than the newest two, and rows of
     metrics later than the checkpoint that a run goes on from."""
 
-    def __init__(self, path: Path, fingerprint: Mapping[str, str] | None, config_text: str):
+    def __init__(self, path: Path, fingerprint: Mapping[str, str], config_text: str):
         self.path = path.absolute()
         self._metrics = self.path / "metrics.jsonl"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._claim({} if fingerprint is None else dict(fingerprint))
+            self._claim(dict(fingerprint))
             _replace_text(self.path / "config.gin", config_text)
         except OSError as error:
             raise UserError(f"workdir: cannot write to {path} ({error.strerror}); give another --workdir") from error

@@ -154,6 +154,16 @@ def test_a_workdir_of_another_run_is_refused(finished):
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 
+def test_a_workdir_of_a_run_on_other_data_is_refused(finished):
+    workdir, _ = finished
+    other = runs.experiment()
+    text = other.task.corpus.train.copy()
+    text[0] += 1
+    task = dataclasses.replace(other.task, corpus=dataclasses.replace(other.task.corpus, train=text))
+    with pytest.raises(UserError, match=r"holds a run with data sha256 \w+ there, \w+ now"):
+        train(dataclasses.replace(other, task=task), workdir=workdir, fingerprint=runs.FINGERPRINT)
+
+
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"workdir: cannot write to .*file/run"):
