@@ -2,6 +2,7 @@
 
 from attnlab.attention import masks
 from attnlab.attention._dispatch import Choice, explain
+from attnlab.attention.axial import axial_attention
 from attnlab.attention.dilated import dilated_attention, dilated_step, init_dilated_cache
 from attnlab.attention.dot_product import (
     DotProductCache,
@@ -9,6 +10,7 @@ from attnlab.attention.dot_product import (
     dot_product_step,
     init_dot_product_cache,
 )
+from attnlab.attention.inline import inline_attention
 from attnlab.attention.linear import (
     LinearState,
     init_linear_cache,
@@ -30,6 +32,7 @@ __all__ = [
     "DotProductCache",
     "LinearState",
     "LocalCache",
+    "axial_attention",
     "dilated_attention",
     "dilated_step",
     "dot_product_attention",
@@ -39,6 +42,7 @@ __all__ = [
     "init_dot_product_cache",
     "init_linear_cache",
     "init_local_cache",
+    "inline_attention",
     "lightning_log_decay",
     "linear_attention",
     "linear_step",

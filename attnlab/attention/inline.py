@@ -1,0 +1,74 @@
+"""InLine attention: linear attention over all places whose weights sum to 1 and tell different queries apart.
+
+    w_ts  = (1/S) (scale q_t . (k_s - kbar) + 1)        kbar the mean key; sum_s w_ts = 1, weights may be negative
+    out_t = sum_s w_ts v_s = (scale / S) q_t (K^T V) + (1 - scale q_t . kbar) vbar
+
+Not causal. The published layer adds a 3x3 depthwise convolution of v, which is not part of this function. Paper:
+Bridging the Divide: Reconsidering Softmax and Linear Attention (Han et al. 2024).
+"""
+
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+
+from attnlab.attention._checks import accumulator_dtype, check_query_key_value, default_scale, require, shape_text
+from attnlab.attention._dispatch import dispatch
+
+Array = jax.Array
+
+
+def inline_attention(
+    query: Array, key: Array, value: Array, *, scale: float | None = None, implementation: str | None = None
+) -> Array:
+    """Injective linear attention, not causal.
+
+    Args:
+      query: [B, *space, N, H], floating, with 1 to 3 space axes of T places together. key: [B, *space, K, H] and value:
+        [B, *space, K, V], of S >= 1 places, which may differ from the query's; K divides N.
+      scale: factor on q.k; None means H ** -0.5.
+      implementation: None, "reference" (all weights, O(T S)) or "xla" (sums over keys, O(T + S)).
+
+    Returns:
+      [B, *space, N, V] in query's dtype; sums are float32 (float64 for float64 inputs).
+
+    Raises:
+      ValueError, TypeError: at trace time, naming the argument.
+
+    Complexity of "xla": O((T + S) H V) time per head, O(T + S) memory.
+    """
+    check_query_key_value(query, key, value, space_ranks=(1, 2, 3), same_space=False)
+    require(0 not in key.shape[1:-2], "key", shape_text(key), "need at least one key")
+    out = dispatch(
+        "inline_attention",
+        IMPLEMENTATIONS,
+        implementation,
+        *(einops.rearrange(x, "B ... N H -> B (...) N H") for x in (query, key, value)),
+        scale=default_scale(scale, query.shape[-1]),
+    )
+    return out.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _reference(query: Array, key: Array, value: Array, *, scale: Any) -> Array:
+    dtype = accumulator_dtype(query, key, value)
+    group = query.shape[2] // key.shape[2]
+    q, k, v = query.astype(dtype), *(jnp.repeat(x.astype(dtype), group, axis=2) for x in (key, value))
+    centred = k - jnp.mean(k, axis=1, keepdims=True)
+    weights = (scale * jnp.einsum("BTNH,BSNH->BNTS", q, centred) + 1) / k.shape[1]
+    return jnp.einsum("BNTS,BSNV->BTNV", weights, v).astype(query.dtype)
+
+
+def _xla(query: Array, key: Array, value: Array, *, scale: Any) -> Array:
+    dtype = accumulator_dtype(query, key, value)
+    batch, length, heads, head_dim = query.shape
+    k, v = key.astype(dtype), value.astype(dtype)
+    # Query heads that share a key head are a group, G.
+    q = scale * query.astype(dtype).reshape(batch, length, k.shape[2], -1, head_dim)
+    # Centred before the product: k^T v of keys with a large common part would lose what tells them apart.
+    product = jnp.einsum("BSKH,BSKV->BKHV", k - jnp.mean(k, axis=1, keepdims=True), v) / k.shape[1]
+    out = jnp.einsum("BTKGH,BKHV->BTKGV", q, product) + jnp.mean(v, axis=1)[:, None, :, None]
+    return out.reshape(batch, length, heads, -1).astype(query.dtype)
+
+
+IMPLEMENTATIONS = {"reference": _reference, "xla": _xla}
