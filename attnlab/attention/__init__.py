@@ -2,6 +2,15 @@
 
 from attnlab.attention import masks
 from attnlab.attention._dispatch import Choice, explain
+from attnlab.attention.agent import (
+    AgentState,
+    agent_attention,
+    agent_bias,
+    agent_step,
+    causal_agent_attention,
+    init_agent_cache,
+    pool_agents,
+)
 from attnlab.attention.axial import axial_attention
 from attnlab.attention.dilated import dilated_attention, dilated_step, init_dilated_cache
 from attnlab.attention.dot_product import (
@@ -28,16 +37,22 @@ from attnlab.attention.local import (
 from attnlab.attention.merge import merge_attention
 
 __all__ = [
+    "AgentState",
     "Choice",
     "DotProductCache",
     "LinearState",
     "LocalCache",
+    "agent_attention",
+    "agent_bias",
+    "agent_step",
     "axial_attention",
+    "causal_agent_attention",
     "dilated_attention",
     "dilated_step",
     "dot_product_attention",
     "dot_product_step",
     "explain",
+    "init_agent_cache",
     "init_dilated_cache",
     "init_dot_product_cache",
     "init_linear_cache",
@@ -50,5 +65,6 @@ __all__ = [
     "local_step",
     "masks",
     "merge_attention",
+    "pool_agents",
     "retention_log_decay",
 ]
