@@ -323,8 +323,9 @@ def agent_step(
     _check_state("state", state, query, value, agents)
     dtype = accumulator_dtype(query, key, value, agents)
     state = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
-    scale = default_scale(scale, query.shape[-1])
-    return _causal_reference(query, key, value, agents.astype(dtype), state, scale=scale)
+    return _causal_reference(
+        query, key, value, agents.astype(dtype), state, scale=default_scale(scale, query.shape[-1])
+    )
 
 
 def _causal_reference(
