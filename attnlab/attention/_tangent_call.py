@@ -55,14 +55,13 @@ def _impl(*leaves: jax.Array, tangent: Callable, **_: Any) -> Any:
 
 @_tangent_call_p.def_abstract_eval
 def _abstract_eval(*avals: Any, tangent: Callable, **_: Any) -> Any:
-    return [jax.core.ShapedArray(out.shape, out.dtype) for out in jax.eval_shape(tangent, *avals)]
+    # Not by eval_shape, whose results lack the mesh axes over which values differ inside shard_map.
+    return jax.make_jaxpr(tangent)(*avals).out_avals
 
 
 def _transpose(cotangents: Any, *leaves: Any, tangent: Callable, transpose: Callable, num_residuals: int) -> Any:
     residuals, tangents = leaves[:num_residuals], leaves[num_residuals:]
-    avals = [leaf.aval if ad.is_undefined_primal(leaf) else leaf for leaf in tangents]
-    outs = jax.eval_shape(tangent, *residuals, *avals)
-    dense = [jnp.zeros(out.shape, out.dtype) if type(ct) is ad.Zero else ct for ct, out in zip(cotangents, outs)]
+    dense = [ad.instantiate_zeros(ct) for ct in cotangents]
     transposed = _tangent_call_p.bind(
         *residuals, *dense, tangent=transpose, transpose=tangent, num_residuals=num_residuals
     )

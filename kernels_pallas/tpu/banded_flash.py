@@ -51,8 +51,7 @@ _BLOCKS = {
 _DEFAULT_BLOCKS = (256, 256)  # at other widths
 _LANES = 128
 _SUBLANES = 8
-# What a kernel may take by vmem_bytes, which counts every temporary in full: libtpu compiled kernels of up to 25 MiB by
-# that count for v5e and v5p, and none of 32 MiB.
+# What a kernel may take by vmem_bytes; the compiler is held to it too. It is libtpu's own limit for v5e and v5p.
 VMEM_BUDGET = 16 * 2**20
 # Scalar memory that the tables of visits may take, in bytes; v5e and v5p have 1 MiB.
 SMEM_BUDGET = 512 * 2**10
@@ -126,14 +125,18 @@ def default_blocks(query: Any, key: Any, value: Any) -> tuple[int, int]:
 
 
 def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype: Any, *, segments: bool = False) -> int:
-    """VMEM that one step of the kernel takes: two buffers for every block, the running state, and the logits."""
+    """VMEM that the kernel takes at most: two buffers for every block, the running state, and a step's temporaries."""
     size = jnp.dtype(dtype).itemsize
     key_lanes, value_lanes = (_round_up(width, _LANES) for width in (head_dim, value_dim))
     blocks = size * (block_q * (key_lanes + value_lanes) + block_k * (key_lanes + value_lanes))
     rows = 4 * _SUBLANES * (2 * block_q + (block_k if segments else 0))  # table of queries, lse; segments of keys
     state = 4 * block_q * (2 * _LANES + value_lanes)
     logits = (4 + 4 + size) * block_q * block_k  # logits, weights, weights in the values' dtype
-    return 2 * (blocks + rows) + state + logits
+    columns = 4 * block_q * _LANES * (3 if segments else 2)  # the table of queries, one query a sublane
+    product = 4 * block_q * value_lanes  # of weights and values, before it is added to the output
+    # At full precision the operands of the logits are split into bfloat16 parts and remainders.
+    splits = 2 * size * (block_q + block_k) * key_lanes if size == 4 else 0
+    return 2 * (blocks + rows) + state + logits + columns + product + splits
 
 
 def refusal(
@@ -281,6 +284,11 @@ def banded_flash_attention(
     scalars = (visits.key_tiles.ravel(), visits.counts, visits.latest_start, visits.earliest_end)
     steps = batch * heads * int(visits.counts.sum())
     size = query.dtype.itemsize
+    # Inside shard_map: the results differ over the mesh axes over which any argument does.
+    arrays = (query, key, value, jnp.asarray(scale), *(segment_ids or ()))
+    over = jax.sharding.ManualAxisType(
+        varying=frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in arrays))
+    )
     out, lse = pl.pallas_call(
         functools.partial(_kernel, sinks=sinks, longest=longest, segments=segment_ids is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -298,10 +306,12 @@ def banded_flash_attention(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, heads, padded_queries, value_width), query.dtype),
-            jax.ShapeDtypeStruct((batch, heads, 1, padded_queries), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, padded_queries, value_width), query.dtype, manual_axis_type=over),
+            jax.ShapeDtypeStruct((batch, heads, 1, padded_queries), jnp.float32, manual_axis_type=over),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BUDGET
+        ),
         cost_estimate=pl.CostEstimate(
             flops=2 * steps * block_q * block_k * (key_width + value_width),
             transcendentals=steps * block_q * block_k,
