@@ -2,8 +2,11 @@
 
 from attnlab.nn.layers import GatedMLP, Linear, RMSNorm, dropout, rotary_embedding
 from attnlab.nn.mixers import (
+    AgentAttention,
     Attention,
+    AxialAttention,
     DilatedAttention,
+    InlineAttention,
     LinearAttention,
     LocalAttention,
     MixerCache,
@@ -13,9 +16,12 @@ from attnlab.nn.mixers import (
 from attnlab.nn.parameters import Parameters, bind, count_parameters, initialize, parameter, parameter_shapes
 
 __all__ = [
+    "AgentAttention",
     "Attention",
+    "AxialAttention",
     "DilatedAttention",
     "GatedMLP",
+    "InlineAttention",
     "Linear",
     "LinearAttention",
     "LocalAttention",

@@ -1,9 +1,11 @@
 """The few layers around a mixer. Parameters are float32; `dtype` is what is computed in."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 
@@ -20,7 +22,7 @@ class Linear(nnx.Module):
         *,
         use_bias: bool = False,
         initializer: Initializer | None = None,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: Any = jnp.float32,
     ):
         self.inputs = (inputs,) if isinstance(inputs, int) else inputs
         self.outputs = (outputs,) if isinstance(outputs, int) else outputs
@@ -49,7 +51,7 @@ class RMSNorm(nnx.Module):
 class GatedMLP(nnx.Module):
     """down(silu(gate x) * up x) (Shazeer 2020)."""
 
-    def __init__(self, features: int, hidden: int, *, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, features: int, hidden: int, *, dtype: Any = jnp.float32):
         self.gate = Linear(features, hidden, dtype=dtype)
         self.up = Linear(features, hidden, dtype=dtype)
         self.down = Linear(hidden, features, dtype=dtype)
@@ -87,3 +89,66 @@ def rotary_embedding(x: jax.Array, positions: jax.Array, *, base: float = 10_000
 def grid_positions(space: tuple[int, ...]) -> jax.Array:
     """The coordinates of every place of a grid: int32 [*space, len(space)]."""
     return jnp.stack(jnp.meshgrid(*(jnp.arange(length) for length in space), indexing="ij"), axis=-1)
+
+
+def depthwise_convolution(
+    x: jax.Array, kernel: jax.Array, *, is_causal: bool, segment_ids: jax.Array | None = None
+) -> jax.Array:
+    """Every channel convolved on its own, zeros around the space: y[p] = sum_o kernel[o] x[p + o - centre].
+
+    Args:
+      x: [B, *space, channels].
+      kernel: [*widths, channels], or [B, *widths, channels] for one an example. The centre of a width w is w div 2.
+      is_causal: the centre is the last offset, so that a token takes itself and earlier ones; one space axis.
+      segment_ids: int [B, T]; tokens of other segments count as zeros. One space axis.
+    """
+    space, rank = x.shape[1:-1], x.ndim - 2
+    widths = kernel.shape[-1 - rank : -1]
+    before = [width - 1 if is_causal else width // 2 for width in widths]
+    padding = [(0, 0), *((left, width - 1 - left) for left, width in zip(before, widths)), (0, 0)]
+    padded = jnp.pad(x, padding)
+    ids = None if segment_ids is None else jnp.pad(segment_ids, padding[:2], constant_values=-1)
+    out = jnp.zeros_like(x)
+    for offset in np.ndindex(*widths):
+        places = tuple(slice(start, start + length) for start, length in zip(offset, space))
+        tap = kernel[(..., *offset, slice(None))]
+        tap = tap.reshape(-1, *(1,) * rank, x.shape[-1])  # [B or 1, 1.., channels]
+        shifted = padded[(slice(None), *places)]
+        if ids is not None and segment_ids is not None:
+            shifted = jnp.where((ids[:, places[0]] == segment_ids)[..., None], shifted, 0)
+        out = out + tap * shifted
+    return out
+
+
+class DepthwiseConvolution(nnx.Module):
+    """depthwise_convolution with a learned kernel over this many places per space axis; causal ones decode."""
+
+    def __init__(
+        self, widths: tuple[int, ...], features: int, *, is_causal: bool, use_bias: bool, dtype: Any = jnp.float32
+    ):
+        if min(widths) < 1 or (is_causal and len(widths) > 1):
+            allowed = "one width of at least 1 where causal" if is_causal else "widths of at least 1"
+            raise ValueError(f"convolution: got widths {widths}; need {allowed}, or 0 for none")
+        self.widths, self.features, self.is_causal, self.dtype = widths, features, is_causal, dtype
+        self.taps = math.prod(widths)
+        self.kernel = parameter((*widths, features), normal(self.taps**-0.5))
+        self.bias = parameter((features,), zeros) if use_bias else None
+
+    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+        """x [B, *space, features] -> the same shape."""
+        if x.ndim - 2 != len(self.widths):
+            raise ValueError(
+                f"convolution: got widths {self.widths} for {x.ndim - 2} space axes; need a width for each"
+            )
+        kernel = self.kernel[...].astype(self.dtype)
+        y = depthwise_convolution(x, kernel, is_causal=self.is_causal, segment_ids=segment_ids)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+    def init_cache(self, batch: int) -> jax.Array:
+        """The inputs before the first token: zeros [batch, width - 1, features]."""
+        return jnp.zeros((batch, self.taps - 1, self.features), self.dtype)
+
+    def step(self, cache: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The next token x [B, 1, features] -> (y, cache)."""
+        inputs = jnp.concatenate([cache, x.astype(cache.dtype)], axis=1)
+        return self(inputs)[:, -1:], inputs[:, 1:]

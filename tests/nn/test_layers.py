@@ -1,4 +1,4 @@
-"""Layers: norms, rotary positions, dropout."""
+"""Layers: norms, rotary positions, dropout, depthwise convolutions."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attnlab import nn
-from attnlab.nn.layers import grid_positions
+from attnlab.nn.layers import depthwise_convolution, grid_positions
 
 
 def test_rotary_scores_depend_on_distance_alone():
@@ -47,3 +47,33 @@ def test_dropout_keeps_the_mean_and_is_off_without_a_key(rate):
     np.testing.assert_allclose(jnp.mean(dropped), 1, atol=0.01)
     np.testing.assert_allclose(jnp.mean(dropped == 0), rate, atol=0.01)
     assert nn.dropout(x, rate, None) is x
+
+
+@pytest.mark.parametrize(
+    ("space", "widths", "is_causal"), [((9,), (3,), False), ((9,), (4,), True), ((5, 6), (3, 5), False)]
+)
+def test_depthwise_convolution_equals_the_library_one(space, widths, is_causal):
+    x = jax.random.normal(jax.random.key(0), (2, *space, 3))
+    kernel = jax.random.normal(jax.random.key(1), (*widths, 3))
+    padding = [(w - 1, 0) if is_causal else (w // 2, w - 1 - w // 2) for w in widths]
+    axes = "YX"[: len(space)]
+    want = jax.lax.conv_general_dilated(
+        x,
+        kernel[..., None, :],
+        (1,) * len(space),
+        padding,
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+        feature_group_count=3,
+    )
+    np.testing.assert_allclose(depthwise_convolution(x, kernel, is_causal=is_causal), want, atol=1e-5)
+    each = depthwise_convolution(x, jnp.stack([kernel, 2 * kernel]), is_causal=is_causal)
+    np.testing.assert_allclose(each, want * jnp.array([1, 2]).reshape(2, *(1,) * (x.ndim - 1)), atol=1e-5)
+
+
+def test_a_convolution_of_packed_sequences_is_that_of_each():
+    x = jax.random.normal(jax.random.key(0), (1, 9, 3))
+    kernel = jax.random.normal(jax.random.key(1), (4, 3))
+    ids = jnp.array([[5, 5, 5, 5, 6, 6, 6, 6, 6]])
+    packed = depthwise_convolution(x, kernel, is_causal=True, segment_ids=ids)
+    apart = [depthwise_convolution(part, kernel, is_causal=True) for part in (x[:, :4], x[:, 4:])]
+    np.testing.assert_allclose(packed, jnp.concatenate(apart, axis=1), atol=1e-6)

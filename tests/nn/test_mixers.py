@@ -13,14 +13,22 @@ MIXERS = {
     "softmax": nn.SoftmaxAttention,
     "grouped": functools.partial(nn.SoftmaxAttention, num_key_heads=2, normalize_qk=True),
     "local": functools.partial(nn.LocalAttention, window=5),
-    "local_sinks": functools.partial(nn.LocalAttention, window=4, sinks=2),
+    "local_sinks": functools.partial(nn.LocalAttention, window=4, sinks=2, value_dim=3),
     "local_stride": functools.partial(nn.LocalAttention, window=6, stride=3, edge="clip"),
     "dilated": functools.partial(nn.DilatedAttention, window=3, dilation=4),
     "dilated_stride": functools.partial(nn.DilatedAttention, window=4, dilation=3, stride=2, edge="clip"),
     "linear": functools.partial(nn.LinearAttention, feature_map="elu", normalize=True),
-    "taylor": functools.partial(nn.LinearAttention, feature_map="taylor2", normalize=True, num_key_heads=2),
+    "taylor": functools.partial(
+        nn.LinearAttention, feature_map="taylor2", normalize=True, num_key_heads=2, head_dim=3, value_dim=5
+    ),
     "retention": functools.partial(nn.LinearAttention, decay="retention", rotary=True),
     "gated": functools.partial(nn.LinearAttention, decay="data"),
+    "gla": functools.partial(nn.LinearAttention, decay="channel", output_gate=True, num_key_heads=2),
+    "delta": functools.partial(nn.LinearAttention, beta=1.0, convolution=4),
+    "gated_delta": functools.partial(nn.LinearAttention, beta=2.0, decay="data", convolution=4, output_gate=True),
+    "agent": functools.partial(nn.AgentAttention, agents=3),
+    "agent_grouped": functools.partial(nn.AgentAttention, agents=4, num_key_heads=2, residual_convolution=0),
+    "softmax_convolved": functools.partial(nn.SoftmaxAttention, convolution=3, residual_convolution=5, num_key_heads=2),
 }
 FEATURES, LENGTH, BATCH = 16, 13, 2
 
@@ -67,17 +75,32 @@ def test_attention_weights_are_what_the_mechanism_applies_to_the_values(name):
     mixer, parameters, x, _ = causal(name)
     bound = nn.bind(mixer, parameters)
     weights = bound.attention_weights(x)
-    query, key, value = bound._project(x, jnp.arange(LENGTH)[:, None])
+    query, key, value, *_ = bound._heads(x, jnp.arange(LENGTH)[:, None], None)
+    want = bound.mix(query, key, value, x, None)
     value = jnp.repeat(value, mixer.num_heads // mixer.num_key_heads, axis=2)
-    want = bound.mix(query, key, bound.value(x), x, None)
     np.testing.assert_allclose(jnp.einsum("BNTS,BSNV->BTNV", weights, value), want, atol=1e-5)
     assert np.all(weights[:, :, *np.triu_indices(LENGTH, 1)] == 0)
 
 
 @pytest.mark.parametrize("name", MIXERS)
+def test_packed_sequences_do_not_see_each_other(name):
+    """The second sequence gives the same when the first one changes, whatever comes before it."""
+    mixer, parameters, x, _ = causal(name)
+    ids = jnp.broadcast_to(jnp.where(jnp.arange(LENGTH) < 6, 0, 1), (BATCH, LENGTH))
+    if not mixer.takes_segments:
+        with pytest.raises(ValueError, match="cannot keep packed sequences apart"):
+            nn.bind(mixer, parameters)(x, segment_ids=ids)
+        return
+    call = jax.jit(lambda parameters, x: nn.bind(mixer, parameters)(x, segment_ids=ids))
+    out, changed = call(parameters, x), call(parameters, x.at[:, :6].multiply(-2.0))
+    np.testing.assert_array_equal(out[:, 6:], changed[:, 6:])
+    assert np.any(out[:, :6] != changed[:, :6])
+
+
+@pytest.mark.parametrize("name", MIXERS)
 def test_state_size_is_what_the_cache_holds(name):
     mixer = causal(name)[0]
-    cache = mixer.init_mechanism_cache(1, LENGTH)
+    cache = mixer.init_cache(1, LENGTH)
     held = sum(leaf.size for leaf in jax.tree.leaves(cache) if jnp.issubdtype(leaf.dtype, jnp.floating))
     assert mixer.state_size(LENGTH) == held
 
@@ -96,6 +119,13 @@ GRID_MIXERS = {
     "local": functools.partial(nn.LocalAttention, window=(3, 9)),
     "dilated": functools.partial(nn.DilatedAttention, window=3, dilation=(1, 2)),
     "linear": functools.partial(nn.LinearAttention, feature_map="relu", normalize=True),
+    "l2vit": functools.partial(
+        nn.LinearAttention, feature_map="relu", normalizer_floor=0.5, residual_convolution=(3, 5)
+    ),
+    "axial": functools.partial(nn.AxialAttention, axis=1),
+    "agent": functools.partial(nn.AgentAttention, agents=(2, 3), bias_grid=(5, 6)),
+    "agent_learned": functools.partial(nn.AgentAttention, agents=4, num_key_heads=2),
+    "inline": nn.InlineAttention,
 }
 
 
@@ -106,6 +136,37 @@ def test_a_grid_keeps_its_shape(name):
     y = nn.bind(mixer, nn.initialize(mixer, jax.random.key(0)))(x)
     assert y.shape == x.shape
     assert np.all(np.isfinite(y))
+
+
+def test_l2vit_is_its_formula():
+    mixer = nn.LinearAttention(
+        FEATURES, is_causal=False, feature_map="relu", normalizer_floor=40.0, num_heads=2, rotary=False
+    )
+    x = 3 * jax.random.normal(jax.random.key(0), (1, 4, 5, FEATURES))
+    parameters = nn.initialize(mixer, jax.random.key(0))
+    parameters["temperature"] = jnp.array([1.5, -2.0])
+    bound = nn.bind(mixer, parameters)
+    query, key, value, *_ = bound._heads(x, jnp.zeros((4, 5, 2)), None)
+    q, k, v = (np.asarray(heads, np.float64).reshape(20, 2, 8) for heads in (query, key, value))
+    weights = np.einsum("tnh,snh->nts", np.maximum(q, 0), np.maximum(k, 0))
+    total = weights.sum(-1, keepdims=True)
+    assert np.any(total < 40)
+    assert np.any(total > 40)
+    want = np.einsum("nts,snh->tnh", weights / np.maximum(total, 40.0), v) * np.array([1.5, -2.0])[:, None]
+    np.testing.assert_allclose(bound.mix(query, key, value, x, None).reshape(20, 2, 8), want, rtol=1e-4, atol=1e-4)
+
+
+def test_inline_adds_a_convolution_of_the_values_that_depends_on_the_image():
+    mixer = nn.InlineAttention(FEATURES, is_causal=False, num_heads=2)
+    bound = nn.bind(mixer, nn.initialize(mixer, jax.random.key(0)))
+    x = jax.random.normal(jax.random.key(1), (2, 4, 5, FEATURES))
+    value = jnp.zeros((2, 4, 5, 2, 8)).at[:, 1, 2].set(1.0)
+    near = np.any(bound.finish(jnp.zeros_like(value), value, x) != 0, axis=(-1, -2))
+    want = np.zeros((4, 5), bool)
+    want[0:3, 1:4] = True
+    np.testing.assert_array_equal(near, np.stack([want, want]))
+    kernels = bound.finish(jnp.zeros_like(value), value, x)
+    assert np.any(kernels[0] != kernels[1])
 
 
 def test_a_window_longer_than_the_axis_is_cut_to_it():
@@ -132,6 +193,10 @@ def test_flops_count_the_pairs_that_are_seen():
     assert dilated.flops((LENGTH,)) - projections == 4 * FEATURES * sum(min(i // 4 + 1, 3) for i in range(LENGTH))
     linear = nn.LinearAttention(FEATURES, **options)
     assert linear.flops((LENGTH,)) - projections == 4 * LENGTH * 4 * (FEATURES // 4) ** 2
+    agent = nn.AgentAttention(FEATURES, agents=3, residual_convolution=0, **options)
+    assert agent.flops((LENGTH,)) - projections == 2 * 4 * FEATURES * 3 * LENGTH
+    axial = nn.AxialAttention(FEATURES, axis=-1, is_causal=False)
+    assert axial.flops((6, 7)) - 2 * 42 * FEATURES * 4 * FEATURES == 4 * FEATURES * 42 * 7
     grid = nn.LocalAttention(FEATURES, window=(3, 5), is_causal=False)
     assert grid.flops((6, 7)) - 2 * 42 * FEATURES * 4 * FEATURES == 4 * FEATURES * 42 * 15
 
@@ -143,6 +208,14 @@ def test_flops_count_the_pairs_that_are_seen():
         (lambda: nn.SoftmaxAttention(16, is_causal=True, num_key_heads=3), "num_key_heads: got 3"),
         (lambda: nn.LinearAttention(16, is_causal=True, decay="slow"), "decay: got 'slow'"),
         (lambda: nn.LinearAttention(16, is_causal=False, decay="data"), "is_causal=False"),
+        (lambda: nn.LinearAttention(16, is_causal=False, beta=1.0), "beta: got 1.0 with is_causal=False"),
+        (lambda: nn.LinearAttention(16, is_causal=True, normalizer_floor=1.0), "normalizer_floor"),
+        (lambda: nn.AgentAttention(16, is_causal=True, agents=(2, 2)), "pooling sees later tokens"),
+        (lambda: nn.AgentAttention(16, is_causal=True, agents=0), "agents: got 0"),
+        (lambda: nn.AxialAttention(16, is_causal=True, axis=0), "has no causal form"),
+        (lambda: nn.InlineAttention(16, is_causal=True), "has no causal form"),
+        (lambda: nn.SoftmaxAttention(16, is_causal=False, convolution=4), "convolution: got 4 with is_causal=False"),
+        (lambda: nn.SoftmaxAttention(16, is_causal=True, residual_convolution=(3, 3)), "one width"),
         (lambda: nn.SoftmaxAttention(16, is_causal=False).init_cache(1, 4), "only a causal mixer decodes"),
     ],
 )

@@ -1,0 +1,111 @@
+"""Attention through a few agents."""
+
+import math
+from typing import Any
+
+import jax
+
+import attnlab.attention as attention
+from attnlab.nn.mixers.base import Attention
+from attnlab.nn.parameters import normal, parameter
+
+Array = jax.Array
+
+_TABLE = 7  # Side of the tables that the position biases are resized from, as published.
+
+
+class AgentAttention(Attention):
+    """A few agents gather from all places, every place reads the agents: attention.agent_attention.
+
+    Causal, the agents are learned and have gathered from a token and those before it. A depthwise convolution of the
+    values is added unless residual_convolution=0: 3 x 3 on images, over 3 tokens on sequences.
+
+    Args:
+      agents: (p, r) pools the agents from the queries of an image on a grid of p x r; a number m learns m agents.
+      bias_grid: (Y, X), the grid of the inputs: adds learned position biases to both steps, as published for images
+        with pooled agents. None: no biases.
+    """
+
+    takes_segments = False
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        is_causal: bool,
+        agents: int | tuple[int, int],
+        bias_grid: tuple[int, int] | None = None,
+        rotary: bool = False,
+        residual_convolution: int | tuple[int, ...] | None = None,
+        **shared: Any,
+    ):
+        if residual_convolution is None:
+            residual_convolution = 3 if is_causal else (3, 3)
+        super().__init__(
+            features, is_causal=is_causal, rotary=rotary, residual_convolution=residual_convolution, **shared
+        )
+        if is_causal and not isinstance(agents, int):
+            raise ValueError(f"agents: got {agents} with is_causal=True; pooling sees later tokens, so give a number")
+        if bias_grid is not None and is_causal:
+            raise ValueError(f"bias_grid: got {bias_grid} with is_causal=True; the biases are for images")
+        self.grid = None if isinstance(agents, int) else (agents[0], agents[1])
+        count = agents if isinstance(agents, int) else math.prod(agents)
+        if count < 1:
+            raise ValueError(f"agents: got {agents}; need at least one")
+        self.count, heads = count, self.num_heads
+        # Like queries, whose channels have a variance of about 1 at first.
+        self.agents = parameter((count, heads, self.head_dim), normal(1.0)) if self.grid is None else None
+        self.has_biases = bias_grid is not None
+        if bias_grid is not None:
+            height, width = bias_grid
+            small = normal(0.02)
+            self.gather_table = parameter((heads, count, _TABLE, _TABLE), small)
+            self.gather_rows = parameter((1, heads, count, height, 1), small)
+            self.gather_columns = parameter((1, heads, count, 1, width), small)
+            self.broadcast_table = parameter((heads, count, _TABLE, _TABLE), small)
+            self.broadcast_rows = parameter((1, heads, height, 1, count), small)
+            self.broadcast_columns = parameter((1, heads, 1, width, count), small)
+
+    def _agents(self, query: Array) -> Array:
+        if self.grid is not None:
+            if query.ndim != 5:
+                raise ValueError(f"agents: got the grid {self.grid} for {query.ndim - 3} space axes; pooling needs 2")
+            return attention.pool_agents(query, self.grid)
+        assert self.agents is not None
+        return self.agents[...].astype(query.dtype)
+
+    def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
+        agents = self._agents(query)
+        if self.is_causal:
+            return attention.causal_agent_attention(query, key, value, agents, implementation=self.implementation)
+        gather = broadcast = None
+        if self.has_biases:
+            gather, broadcast = attention.agent_bias(
+                self.gather_table[...],
+                self.gather_rows[...],
+                self.gather_columns[...],
+                self.broadcast_table[...],
+                self.broadcast_rows[...],
+                self.broadcast_columns[...],
+            )
+        return attention.agent_attention(
+            query,
+            key,
+            value,
+            agents,
+            gather_bias=gather,
+            broadcast_bias=broadcast,
+            implementation=self.implementation,
+        )
+
+    def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
+        return attention.init_agent_cache(batch, self.num_heads, self.count, self.value_dim)
+
+    def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
+        return attention.agent_step(cache, query, key, value, self._agents(query))
+
+    def mechanism_flops(self, space: tuple[int, ...]) -> int:
+        return self.pair_flops(2 * math.prod(space) * self.count)
+
+    def mechanism_state_size(self, length: int) -> int:
+        return self.num_heads * self.count * (self.value_dim + 2)

@@ -1,0 +1,31 @@
+"""Attention along one axis at a time."""
+
+import math
+from typing import Any
+
+import jax
+
+import attnlab.attention as attention
+from attnlab.nn.mixers.base import Attention
+
+Array = jax.Array
+
+
+class AxialAttention(Attention):
+    """Every place sees its own line along one space axis: attention.axial_attention. Layers take the axes in turn.
+
+    Args:
+      axis: of an image's, 0 is Y (a place sees its column), 1 or -1 is X (its row).
+    """
+
+    has_causal_form = takes_segments = False
+
+    def __init__(self, features: int, *, axis: int, **shared: Any):
+        super().__init__(features, **shared)
+        self.axis = axis
+
+    def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
+        return attention.axial_attention(query, key, value, axis=self.axis, implementation=self.implementation)
+
+    def mechanism_flops(self, space: tuple[int, ...]) -> int:
+        return self.pair_flops(math.prod(space) * space[self.axis])

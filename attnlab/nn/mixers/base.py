@@ -1,0 +1,239 @@
+"""What all mixers share: layers that move information between places, [B, *space, D] -> [B, *space, D].
+
+Every mixer is projections to query, key and value, a mechanism of attnlab.attention between the heads, and a projection
+back. A mechanism is one subclass of Attention: what it computes, what it keeps to decode, and what that costs.
+"""
+
+import inspect
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from attnlab.nn.layers import DepthwiseConvolution, Linear, RMSNorm, grid_positions, rotary_embedding
+
+Array = jax.Array
+
+
+class MixerCache(NamedTuple):
+    """What a mixer keeps between decoding steps.
+
+    position: int32 [], the next token's. mechanism: the mechanism's own cache. convolved: the last inputs of each
+    convolution, [B, width - 1, channels], by its name.
+    """
+
+    position: Array
+    mechanism: Any
+    convolved: dict[str, Array]
+
+
+class Attention(nnx.Module):
+    """The part that all mixers share; a subclass is a mechanism.
+
+    Args:
+      features: D, the width in and out.
+      is_causal: whether a place may only see itself and those before it.
+      num_heads, num_key_heads: N query heads and K key heads (default N); N must be a multiple of K.
+      head_dim: H of queries and keys (default D / N).
+      value_dim: V of values (default H).
+      rotary: rotate queries and keys by position (each space axis turns its own share of H).
+      normalize_qk: RMS-normalise queries and keys over H, with learned gains.
+      convolution: width of a depthwise convolution with SiLU of queries, keys and values each, over a token and those
+        just before it (causal mixers; usual with linear attention, width 4); 0 is none.
+      residual_convolution: widths per space axis, (3, 3) for images or 3 for sequences, of a depthwise convolution of
+        the values that is added to the mechanism's output; of earlier tokens alone where causal. 0 is none.
+      implementation: passed to the primitive; None picks by platform.
+      dtype: what is computed in (parameters stay float32).
+    """
+
+    has_causal_form = True
+    takes_segments = True
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        is_causal: bool,
+        num_heads: int = 4,
+        num_key_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        rotary: bool = True,
+        normalize_qk: bool = False,
+        convolution: int = 0,
+        residual_convolution: int | tuple[int, ...] = 0,
+        implementation: str | None = None,
+        dtype: Any = jnp.float32,
+    ):
+        if is_causal and not self.has_causal_form:
+            raise ValueError(f"is_causal: got True; {type(self).__name__} has no causal form")
+        if head_dim is None and features % num_heads:
+            raise ValueError(f"num_heads: got {num_heads}; must divide features {features}, or give head_dim")
+        num_key_heads = num_heads if num_key_heads is None else num_key_heads
+        if num_heads % num_key_heads:
+            raise ValueError(f"num_key_heads: got {num_key_heads}; must divide num_heads {num_heads}")
+        self.features, self.is_causal, self.dtype = features, is_causal, dtype
+        self.num_heads, self.num_key_heads = num_heads, num_key_heads
+        self.head_dim = features // num_heads if head_dim is None else head_dim
+        self.value_dim = self.head_dim if value_dim is None else value_dim
+        self.rotary, self.implementation = rotary, implementation
+        self.query = Linear(features, (num_heads, self.head_dim), dtype=dtype)
+        self.key = Linear(features, (num_key_heads, self.head_dim), dtype=dtype)
+        self.value = Linear(features, (num_key_heads, self.value_dim), dtype=dtype)
+        self.output = Linear((num_heads, self.value_dim), features, dtype=dtype)
+        self.query_norm = RMSNorm(self.head_dim) if normalize_qk else None
+        self.key_norm = RMSNorm(self.head_dim) if normalize_qk else None
+        if convolution and not is_causal:
+            raise ValueError(f"convolution: got {convolution} with is_causal=False; it is over earlier tokens")
+        values = num_key_heads * self.value_dim
+        self.query_convolution = self._convolution(convolution, num_heads * self.head_dim)
+        self.key_convolution = self._convolution(convolution, num_key_heads * self.head_dim)
+        self.value_convolution = self._convolution(convolution, values)
+        self.residual_convolution = self._convolution(residual_convolution, values, use_bias=True)
+
+    def _convolution(
+        self, widths: int | tuple[int, ...], channels: int, *, use_bias: bool = False
+    ) -> DepthwiseConvolution | None:
+        if widths == 0:
+            return None
+        widths = (widths,) if isinstance(widths, int) else tuple(widths)
+        return DepthwiseConvolution(widths, channels, is_causal=self.is_causal, use_bias=use_bias, dtype=self.dtype)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Shows a mechanism's own options and the shared ones in one signature, for help and for configs."""
+        super().__init_subclass__(**kwargs)
+        own = inspect.signature(cls.__init__).parameters
+        shared = inspect.signature(super(cls, cls).__init__).parameters
+        named = [option for option in own.values() if option.kind is not option.VAR_KEYWORD]
+        named += [option for option in shared.values() if option.name not in own]
+        cls.__init__.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+
+    @abstractmethod
+    def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
+        """Heads [B, *space, N|K, H] -> [B, *space, N, V]; linear in value, of any width V. x: the input, for gates."""
+
+    @abstractmethod
+    def mechanism_flops(self, space: tuple[int, ...]) -> int:
+        """Floating-point operations (2 a multiply-add) between the heads, for one example, forward."""
+
+    # To decode; mechanisms without a causal form have none of these three.
+
+    def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
+        """What the mechanism keeps to decode up to max_length tokens."""
+        raise NotImplementedError
+
+    def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
+        """One token [B, 1, N|K, H] -> (out [B, 1, N, V], cache)."""
+        raise NotImplementedError
+
+    def mechanism_state_size(self, length: int) -> int:
+        """Numbers kept per example by the mechanism to decode the token after `length` tokens."""
+        raise NotImplementedError
+
+    def _heads(
+        self, x: Array, positions: Array, segment_ids: Array | None, convolved: dict[str, Array] | None = None
+    ) -> tuple[Array, Array, Array, Array | float, dict[str, Array]]:
+        """Query, key, value, what the convolution of the values adds to the output, and the convolutions' last inputs.
+
+        convolved: the inputs before x, in decoding.
+        """
+        kept: dict[str, Array] = {}
+
+        def convolve(name: str, heads: Array) -> Array:
+            layer = getattr(self, name)
+            channels = rearrange(heads, "... K H -> ... (K H)")
+            if convolved is None:
+                out = layer(channels, segment_ids=segment_ids)
+            else:
+                out, kept[name] = layer.step(convolved[name], channels)
+            return out.reshape(heads.shape)
+
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.query_convolution is not None:
+            query = jax.nn.silu(convolve("query_convolution", query))
+            key = jax.nn.silu(convolve("key_convolution", key))
+            value = jax.nn.silu(convolve("value_convolution", value))
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.rotary:
+            axes = positions.shape[-1]
+            if self.head_dim % (2 * axes):
+                raise ValueError(
+                    f"head_dim: got {self.head_dim}; rotary positions on {axes} axes need a multiple of {2 * axes}"
+                )
+            query, key = rotary_embedding(query, positions), rotary_embedding(key, positions)
+        added: Array | float = 0.0
+        if self.residual_convolution is not None:
+            added = jnp.repeat(convolve("residual_convolution", value), self.num_heads // self.num_key_heads, axis=-2)
+        return query, key, value, added, kept
+
+    def __call__(self, x: Array, *, segment_ids: Array | None = None) -> Array:
+        """x [B, *space, D] -> [B, *space, D]. segment_ids: int [B, T], packed sequences that do not see each other."""
+        if segment_ids is not None and not self.takes_segments:
+            raise ValueError(f"segment_ids: got some; {type(self).__name__} cannot keep packed sequences apart")
+        query, key, value, added, _ = self._heads(x, grid_positions(x.shape[1:-1]), segment_ids)
+        return self.output(self.finish(self.mix(query, key, value, x, segment_ids), value, x) + added)
+
+    def finish(self, out: Array, value: Array, x: Array) -> Array:
+        """Between the mechanism's output [B, *space, N, V] and the projection: nothing, unless a mechanism needs it."""
+        return out
+
+    def attention_weights(self, x: Array) -> Array:
+        """What each query takes of each value: x [B, *space, D] -> [B, N, T, S], places in raster order.
+
+        Read off the mechanism itself, which is linear in the values, by giving key s the s-th unit vector as its value.
+        Convolutions of the values and what `finish` does are not in it.
+        """
+        query, key, *_ = self._heads(x, grid_positions(x.shape[1:-1]), None)
+        places = math.prod(x.shape[1:-1])
+        unit = jnp.eye(places, dtype=self.dtype).reshape(1, *x.shape[1:-1], 1, places)
+        weights = self.mix(query, key, jnp.broadcast_to(unit, (*key.shape[:-1], places)), x, None)
+        return rearrange(flat(weights), "B T N S -> B N T S")
+
+    def init_cache(self, batch: int, max_length: int) -> MixerCache:
+        if not self.is_causal:
+            raise ValueError(f"{type(self).__name__}: only a causal mixer decodes; this one has is_causal=False")
+        convolved = {name: layer.init_cache(batch) for name, layer in self._convolutions().items()}
+        return MixerCache(jnp.zeros((), jnp.int32), self.init_mechanism_cache(batch, max_length), convolved)
+
+    def step(self, cache: MixerCache, x: Array) -> tuple[Array, MixerCache]:
+        """The next token x [B, 1, D] -> (y [B, 1, D], cache). Equals the call on the whole sequence at that place."""
+        query, key, value, added, convolved = self._heads(x, cache.position[None, None], None, cache.convolved)
+        out, mechanism = self.mechanism_step(cache.mechanism, query, key, value, x)
+        out = self.finish(out, value, x) + added
+        return self.output(out), MixerCache(cache.position + 1, mechanism, convolved)
+
+    def _convolutions(self) -> dict[str, DepthwiseConvolution]:
+        names = ("query_convolution", "key_convolution", "value_convolution", "residual_convolution")
+        return {name: layer for name in names if (layer := getattr(self, name)) is not None}
+
+    def state_size(self, length: int) -> int:
+        """Numbers kept per example to decode the token after `length` tokens."""
+        convolved = sum((layer.taps - 1) * layer.features for layer in self._convolutions().values())
+        return self.mechanism_state_size(length) + convolved
+
+    def flops(self, space: tuple[int, ...]) -> int:
+        """Floating-point operations of matrix products (2 a multiply-add) for one example of this space, forward."""
+        # Query and output, key and value.
+        channels = (self.num_heads + self.num_key_heads) * (self.head_dim + self.value_dim)
+        convolutions = sum(layer.taps * layer.features for layer in self._convolutions().values())
+        places = math.prod(space)
+        return 2 * places * (self.features * channels + convolutions) + self.mechanism_flops(space)
+
+    def pair_flops(self, pairs: int) -> int:
+        """Scores and weighted values for this many (query, key) pairs in every head."""
+        return 2 * pairs * self.num_heads * (self.head_dim + self.value_dim)
+
+
+# A mixer as models take it: a class above with its options bound, called as mixer(features, is_causal=..., dtype=...).
+MixerFactory = Callable[..., Attention]
+
+
+def flat(heads: Array) -> Array:
+    """[B, *space, N, H] -> [B, T, N, H] in raster order."""
+    return heads.reshape(heads.shape[0], -1, *heads.shape[-2:])

@@ -1,0 +1,199 @@
+"""States of fixed size: linear attention with its gates, and InLine attention for images."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+import attnlab.attention as attention
+from attnlab.nn.layers import Linear, RMSNorm, depthwise_convolution
+from attnlab.nn.mixers.base import Attention, flat
+from attnlab.nn.parameters import normal, ones, parameter, zeros
+
+Array = jax.Array
+
+_DECAYS = ("none", "retention", "data", "channel")
+# Of the two matrices that compute a decay per channel, and what its logarithm is divided by (Yang et al. 2023).
+_GATE_RANK, _GATE_DIVISOR = 16, 16.0
+
+
+class LinearAttention(Attention):
+    """A running sum of key-value products, one state of fixed size: attention.linear_attention.
+
+    Args:
+      decay: how the state forgets: "none"; "retention", RetNet's constant per head; "data", a gate per token and head
+        computed from x as in Mamba-2, log decay = -exp(a) softplus(w x + b); "channel", one per token, head and channel
+        of the key as in GLA, log decay = logsigmoid(W W' x + b) / 16.
+      beta: with a number, the delta rule, of strength beta * sigmoid(w x) per token and head, and queries and keys of
+        unit length: 1 is DeltaNet's, 2 lets the state's transition have negative eigenvalues. None: no delta rule.
+      feature_map: of queries and keys, as in linear_attention; None is the identity.
+      normalize: divide by the sum of the weights (needs a feature map that is positive). Without it the heads' outputs
+        are RMS-normalised, as their size grows with length.
+      normalizer_floor: with a number, divide by the sum of the weights or this, whichever is larger, and multiply by a
+        learned number per head, as L2ViT does (with 100 and "relu"). Not causal.
+      output_gate: multiply the heads' outputs by silu(W x).
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        decay: str = "none",
+        beta: float | None = None,
+        feature_map: str | Callable[[Array], Array] | None = None,
+        normalize: bool = False,
+        normalizer_floor: float | None = None,
+        output_gate: bool = False,
+        rotary: bool = False,
+        **shared: Any,
+    ):
+        super().__init__(features, rotary=rotary, **shared)
+        if decay not in _DECAYS:
+            raise ValueError(f"decay: got {decay!r}; need one of {', '.join(_DECAYS)}")
+        for name, given in (("decay", None if decay == "none" else decay), ("beta", beta)):
+            if given is not None and not self.is_causal:
+                raise ValueError(f"{name}: got {given!r} with is_causal=False, which has no order of tokens")
+        if normalizer_floor is not None and (normalize or self.is_causal):
+            raise ValueError(f"normalizer_floor: got {normalizer_floor}; needs normalize=False and is_causal=False")
+        self.decay, self.beta, self.feature_map = decay, beta, feature_map
+        self.normalize, self.normalizer_floor = normalize, normalizer_floor
+        self.output_norm = None if normalize or normalizer_floor is not None else RMSNorm(self.value_dim)
+        if normalizer_floor is not None:
+            self.temperature = parameter((self.num_heads,), ones)
+        self.output_gate = Linear(features, (self.num_heads, self.value_dim), dtype=self.dtype) if output_gate else None
+        self.strength = None if beta is None else Linear(features, self.num_heads, initializer=normal(0.02))
+        if decay == "data":
+            self.gate = Linear(features, self.num_heads, initializer=normal(0.02))
+            self.gate_bias = parameter((self.num_heads,), _gate_bias)
+            self.log_rate = parameter((self.num_heads,), zeros)
+        if decay == "channel":
+            self.gate_down = Linear(features, _GATE_RANK)
+            self.gate = Linear(_GATE_RANK, (self.num_heads, self.head_dim), use_bias=True)
+
+    def _recurrence(self, x: Array) -> dict[str, Any]:
+        """What both the call and the step pass on, for x [B, T, D]."""
+        log_decay: Array | None = None
+        if self.decay == "retention":
+            log_decay = attention.retention_log_decay(self.num_heads)
+        elif self.decay == "data":
+            steps = jax.nn.softplus(self.gate(x.astype(jnp.float32)) + self.gate_bias[...])
+            log_decay = -jnp.exp(self.log_rate[...]) * steps
+        elif self.decay == "channel":
+            log_decay = jax.nn.log_sigmoid(self.gate(self.gate_down(x.astype(jnp.float32)))) / _GATE_DIVISOR
+        beta: Array | None = None
+        if self.strength is not None and self.beta is not None:
+            beta = self.beta * jax.nn.sigmoid(self.strength(x.astype(jnp.float32)))
+        return {"log_decay": log_decay, "beta": beta, "feature_map": self.feature_map, "normalize": self.normalize}
+
+    def _unit(self, heads: Array) -> Array:
+        """Queries and keys of unit length, for the delta rule alone."""
+        if self.beta is None:
+            return heads
+        wide = heads.astype(jnp.float32)
+        norm = jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)
+        return (wide * norm).astype(heads.dtype)
+
+    def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
+        if self.normalizer_floor is not None:
+            return self._floored(query, key, value, self.normalizer_floor)
+        out = attention.linear_attention(
+            flat(self._unit(query)),
+            flat(self._unit(key)),
+            flat(value),
+            is_causal=self.is_causal,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+            **self._recurrence(x),
+        )
+        return out.reshape(*query.shape[:-1], value.shape[-1])
+
+    def _floored(self, query: Array, key: Array, value: Array, floor: float) -> Array:
+        """t q (K^T V) / max(q . sum k, floor), t learned per head."""
+        # A channel of ones adds up the weights.
+        value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1).astype(jnp.float32)
+        out = attention.linear_attention(
+            flat(query).astype(jnp.float32),
+            flat(key),
+            flat(value),
+            is_causal=False,
+            feature_map=self.feature_map,
+            scale=1.0,
+            implementation=self.implementation,
+        )
+        out = self.temperature[...][:, None] * out[..., :-1] / jnp.maximum(out[..., -1:], floor)
+        return out.reshape(*query.shape[:-1], value.shape[-1] - 1).astype(query.dtype)
+
+    def finish(self, out: Array, value: Array, x: Array) -> Array:
+        out = out if self.output_norm is None else self.output_norm(out)
+        return out if self.output_gate is None else out * jax.nn.silu(self.output_gate(x))
+
+    def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
+        return attention.init_linear_cache(
+            batch, self.num_heads, self.head_dim, self.value_dim, feature_map=self.feature_map, normalize=self.normalize
+        )
+
+    def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
+        return attention.linear_step(cache, self._unit(query), self._unit(key), value, **self._recurrence(x))
+
+    def mechanism_flops(self, space: tuple[int, ...]) -> int:
+        # A token writes k v^T into the state and reads q^T S from it; the delta rule first reads k^T S.
+        kv = jax.eval_shape(lambda: self.init_mechanism_cache(1, 1).kv)
+        return (4 if self.beta is None else 6) * math.prod(space) * kv.size
+
+    def mechanism_state_size(self, length: int) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: self.init_mechanism_cache(1, length))))
+
+
+def _gate_bias(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """softplus^-1 of steps spread evenly in log over [0.001, 0.1], so that heads start with memories of 10 to 1000."""
+    steps = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
+    return steps + jnp.log(-jnp.expm1(-steps))
+
+
+class InlineAttention(Attention):
+    """Every place sees every other through sums, with weights that add to 1: attention.inline_attention. Not causal.
+
+    Args:
+      residual: add a depthwise 3x3 convolution of the values whose kernel a small MLP per head computes from the mean
+        input (images alone), as published.
+    """
+
+    has_causal_form = takes_segments = False
+
+    def __init__(self, features: int, *, residual: bool = True, rotary: bool = False, **shared: Any):
+        super().__init__(features, rotary=rotary, **shared)
+        if residual and (self.num_heads, self.value_dim * self.num_heads) != (self.num_key_heads, features):
+            raise ValueError(
+                f"residual: got True with {self.num_heads} heads, {self.num_key_heads} key heads and values of "
+                f"{self.value_dim}; needs as many key heads, and values that make up the features {features}"
+            )
+        width = self.value_dim
+        if residual:
+            self.residual_hidden = parameter((self.num_heads, width, width), normal(width**-0.5))
+            # Small, so that the convolution starts out faint beside the attention.
+            self.residual_kernel = parameter((self.num_heads, width, 9 * width), normal(0.1 * width**-0.5))
+        self.residual = residual
+
+    def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
+        return attention.inline_attention(query, key, value, implementation=self.implementation)
+
+    def finish(self, out: Array, value: Array, x: Array) -> Array:
+        if not self.residual:
+            return out
+        if x.ndim != 4:
+            raise ValueError(f"residual: got True for {x.ndim - 2} space axes; the convolution is for images")
+        mean = rearrange(jnp.mean(x.astype(jnp.float32), axis=(1, 2)), "B (N H) -> B N H", N=self.num_heads)
+        hidden = jax.nn.gelu(jnp.einsum("BNH,NHF->BNF", mean, self.residual_hidden[...]))
+        kernel = jnp.einsum("BNH,NHF->BNF", hidden, self.residual_kernel[...])
+        kernel = rearrange(kernel, "B N (y x H) -> B y x (N H)", y=3, x=3).astype(self.dtype)
+        channels = rearrange(value, "... N H -> ... (N H)")
+        return out + depthwise_convolution(channels, kernel, is_causal=False).reshape(out.shape)
+
+    def mechanism_flops(self, space: tuple[int, ...]) -> int:
+        # k v^T and q^T S; the kernel's MLP and the convolution.
+        heads = 4 * math.prod(space) * self.num_heads * self.head_dim * self.value_dim
+        residual = self.num_heads * (20 * self.value_dim**2 + 18 * math.prod(space) * self.value_dim)
+        return heads + (residual if self.residual else 0)
