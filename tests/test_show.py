@@ -16,8 +16,9 @@ from attnlab.show import show
     [
         ["experiments/mixers/hybrid.gin", "--gin.WINDOW=8", "--length", "40"],
         ["experiments/image/digits.gin", "experiments/mixers/local.gin", "--gin.WINDOW=3"],
+        ["experiments/image/digits.gin", "experiments/mixers/axial.gin"],
     ],
-    ids=["language", "image"],
+    ids=["language", "image", "axial"],
 )
 def test_show_writes_a_picture(configs, tmp_path, capsys):
     out = tmp_path / "picture.png"
@@ -33,7 +34,7 @@ def test_the_numbers_in_the_picture_are_those_of_the_window(tmp_path, monkeypatc
     show(model, tmp_path / "unused.png", length=32)
     pairs = sum(min(i + 1, 5) for i in range(32))
     assert f"LocalAttention, layer 0, 1: {pairs / 32:.1f} of 32 keys a query" in titles
-    assert "tiles of 16 x 16: 3 of 4 visited, 0 full" in titles
+    assert "tiles of 16 x 16: 3 of 4 visited, 0 full;\nskipping the others is at most 1.3 times faster" in titles
     assert "receptive field of the last token: 9 of 32 tokens" in titles
 
 

@@ -182,6 +182,50 @@ def first_keys(count: int) -> Mask:
     return Mask(lambda query, key: (key[0] < count) & (query[0] >= 0))
 
 
+def blocks(size: int, *, shift: int = 0, axis: int = 0) -> Mask:
+    """Keys of the query's own block on one axis; the first block has `shift` tokens, and nothing wraps around.
+
+    On every axis, without and with a shift in alternate layers: Swin Transformer (Liu et al. 2021).
+    """
+    return Mask(lambda query, key: (query[axis] - shift) // size == (key[axis] - shift) // size)
+
+
+def power_blocks(size: int) -> Mask:
+    """Keys of the query's own block and of those 1, 2, 4, 8, ... blocks before it (PowerAttention, Chen et al. 2025).
+
+    Published: causal() & (power_blocks(256) | a window | first_keys(n)).
+    """
+
+    def sees(query: Coordinates, key: Coordinates) -> Any:
+        back = query[0] // size - key[0] // size
+        return (back >= 0) & (back & (back - 1) == 0)
+
+    return Mask(sees)
+
+
+def radial(frame_tokens: int, *, decay_factor: float = 1.0, block: int = 128) -> Mask:
+    """Radial attention over a video's tokens in raster order, frame after frame (Li et al. 2025). Not causal.
+
+    The same and the next frames are seen whole, and frame 0 by all. Further off, with f frames between and n tokens a
+    frame, a query sees the tokens within max(decay * decay_factor, block) of its own place in the frame, where decay =
+    2^(bits of n - bits of f); where decay < block, this in every floor(block / decay)-th frame alone.
+    """
+    bits = frame_tokens.bit_length()
+
+    def sees(query: Coordinates, key: Coordinates) -> Any:
+        frames, apart = abs(query[0] // frame_tokens - key[0] // frame_tokens), 0
+        for bit in range(20):  # the number of bits of `frames`, so up to a million frames
+            apart = apart + (frames >= 1 << bit)
+        distance = abs(query[0] % frame_tokens - key[0] % frame_tokens)
+        # In integers: decay = 2^(bits - apart) may be a fraction.
+        near = (distance <= block) | (distance * (1 << apart) <= decay_factor * (1 << bits))
+        every = block * (1 << apart) >> bits
+        kept = (every <= 1) | (frames % _maximum(every, 1) == 0)
+        return (frames <= 1) | (near & kept) | (key[0] < frame_tokens)
+
+    return Mask(sees)
+
+
 def _coordinates(shape: Sequence[int], xp: Any) -> Coordinates:
     """Coordinates of all tokens in row-major order: a [prod(shape)] array for each axis."""
     index = xp.arange(math.prod(shape))
@@ -237,6 +281,39 @@ def block_map(
         visited[row] = np.bincount(key_tiles, weights=sees.any(0), minlength=num_key_tiles) > 0
         full[row] = np.bincount(key_tiles, weights=sees.all(0), minlength=num_key_tiles) == keys_in_tile
     return BlockMap(visited, full)
+
+
+class TileVisits(NamedTuple):
+    """Key tiles that a query tile visits, on average and at worst, and how many there are in all."""
+
+    mean: float
+    worst: int
+    tiles: int
+
+    @property
+    def bound(self) -> float:
+        """How many times faster than attention to all tiles a kernel that skips tiles can be, on average."""
+        return self.tiles / self.mean
+
+
+def tile_visits(axes: Sequence[AxisWindow], query_tile: Sequence[int], key_tile: Sequence[int]) -> TileVisits:
+    """What a neighbourhood costs in tiles of these sizes, from its bounds alone: O(sum of lengths) time.
+
+    A query tile visits the box of key tiles around its windows; tiles do not mix the residue groups of a dilation.
+    """
+    mean, worst, tiles = 1.0, 1, 1
+    for axis, rows, columns in zip(axes, query_tile, key_tile, strict=True):
+        visits = []
+        for residue in range(axis.dilation):
+            length = axis.group_length(residue)
+            first = np.arange(0, length, rows)
+            last = np.minimum(first + rows, length) - 1
+            start, end = axis.group_bounds(first, length)[0], axis.group_bounds(last, length)[1]
+            visits.append(-(-end // columns) - start // columns)
+        each = np.concatenate(visits)
+        mean, worst = mean * float(each.mean()), worst * int(each.max())
+        tiles *= -(-axis.length // columns)
+    return TileVisits(mean, worst, tiles)
 
 
 def draw(mask: Mask, shape: Sequence[int], query: Sequence[int] | None = None, axes: Any = None) -> Any:

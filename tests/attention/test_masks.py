@@ -161,3 +161,84 @@ def test_drawing_shows_the_same_mask():
     everything, one = masks.draw(mask, (6, 7)), masks.draw(mask, (6, 7), query=(5, 0))
     np.testing.assert_array_equal(everything.images[0].get_array(), sees)
     np.testing.assert_array_equal(one.images[0].get_array(), sees[5 * 7].reshape(6, 7))
+
+
+def test_shifted_blocks_are_swins_windows():
+    """As the published model makes them: roll, cut into blocks, and part what the roll joined."""
+    length, size, shift = 16, 4, 2
+    rolled = np.roll(np.arange(length), -shift).reshape(-1, size)
+    want = np.zeros((length, length), bool)
+    for block in rolled:
+        for query, key in itertools.product(block, block):
+            want[query, key] = abs(query - key) < size
+    np.testing.assert_array_equal(masks.dense_mask(masks.blocks(size, shift=shift), (length,)), want)
+    both = masks.dense_mask(masks.blocks(size, shift=1, axis=0) & masks.blocks(3, shift=2, axis=1), (9, 8))
+    rows = masks.dense_mask(masks.blocks(size, shift=1), (9,))
+    columns = masks.dense_mask(masks.blocks(3, shift=2), (8,))
+    np.testing.assert_array_equal(both, np.kron(rows, columns).astype(bool))
+
+
+def test_unshifted_blocks_are_a_stride_of_the_whole_window():
+    local = masks.dense_mask(masks.neighborhood((6, 8), (3, 4), stride=(3, 4)), (6, 8))
+    np.testing.assert_array_equal(masks.dense_mask(masks.blocks(3, axis=0) & masks.blocks(4, axis=1), (6, 8)), local)
+
+
+def test_power_blocks_lie_a_power_of_two_back():
+    mask = masks.dense_mask(masks.power_blocks(3), (40,))
+    for query, key in itertools.product(range(40), range(40)):
+        assert bool(mask[query, key]) == (query // 3 - key // 3 in (0, 1, 2, 4, 8)), (query, key)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, 3.0])
+def test_radial_attention_equals_its_definition(factor):
+    tokens, frames, block = 40, 24, 8
+    mask = np.asarray(masks.dense_mask(masks.radial(tokens, decay_factor=factor, block=block), (tokens * frames,)))
+    seen = mask.reshape(frames, tokens, frames, tokens)
+    distance = np.abs(np.arange(tokens)[:, None] - np.arange(tokens))
+    for i, j in itertools.product(range(frames), range(frames)):
+        apart = abs(i - j)
+        decay = 2.0 ** (tokens.bit_length() - apart.bit_length())
+        want = distance <= max(decay * factor, block)
+        if decay < block and apart % int(block / decay):
+            want = np.zeros_like(want)
+        if apart <= 1 or j == 0:
+            want = np.ones_like(want)
+        np.testing.assert_array_equal(seen[i, :, j], want, err_msg=f"frames {i} and {j}")
+    assert 0.1 < mask.mean() < 0.9
+
+
+@pytest.mark.parametrize(
+    ("shape", "window", "stride", "tile", "mean", "bound"),
+    [
+        ((32768,), (2048,), (1,), (128,), 16.94, 15.1),
+        ((32768,), (2048,), (256,), (128,), 16, 16),
+        ((256, 256), (80, 80), (1, 1), (16, 8), 68.1, 7.5),
+        ((256, 256), (80, 80), (16, 16), (16, 8), 50, 10.24),
+        ((30, 48, 80), (18, 24, 24), (1, 1, 1), (2, 8, 8), None, 5.4),
+        ((30, 48, 80), (18, 24, 24), (16, 8, 8), (2, 8, 8), None, 11.1),
+    ],
+)
+def test_tile_visits_of_generalized_neighborhood_attention(shape, window, stride, tile, mean, bound):
+    axes = masks.axis_windows(
+        shape,
+        window=window,
+        stride=stride,
+        dilation=(1,) * len(shape),
+        is_causal=(False,) * len(shape),
+        edge="shift",
+    )
+    visits = masks.tile_visits(axes, tile, tile)
+    assert visits.bound == pytest.approx(bound, abs=0.06)
+    if mean is not None:
+        assert visits.mean == pytest.approx(mean, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"window": 9}, {"window": 12, "stride": 4, "is_causal": True}, {"window": 5, "edge": "clip"}]
+)
+def test_tile_visits_count_what_the_block_map_has(settings):
+    options = {"stride": 1, "is_causal": False, "edge": "shift", **settings}
+    axis = masks.AxisWindow(45, **options)
+    visited = masks.block_map(masks.neighborhood((45,), **settings), (45,), (8,), (4,)).visited.sum(axis=1)
+    visits = masks.tile_visits([axis], (8,), (4,))
+    assert visits == (visited.mean(), visited.max(), 12)
