@@ -71,6 +71,7 @@ def _draw_layer(row: Any, mixer: nn.Attention, layers: list[int], weights: np.nd
     blocks = padded.reshape(count, _TILE, count, _TILE)
     visited, full = blocks.any(axis=(1, 3)), blocks.all(axis=(1, 3))
     tiles.imshow(visited.astype(int) + full, cmap="Blues", vmin=0, vmax=2, interpolation="nearest")
+    tiles.locator_params(integer=True)
     tiles.set(
         title=f"tiles of {_TILE} x {_TILE}: {visited.sum()} of {count * count} visited, {full.sum()} full;\n"
         f"skipping the others is at most {count * count / max(visited.sum(), 1):.1f} times faster",

@@ -1,15 +1,17 @@
 """Argument checks shared by the primitives. All of them run at trace time, on shapes and dtypes alone."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
 
-def shape_text(array: Array) -> str:
+def shape_text(array: Any) -> str:
     return f"{jnp.dtype(array.dtype).name}[{','.join(map(str, array.shape))}]"
 
 
@@ -31,11 +33,18 @@ def check_array(name: str, array: Any, shape: Sequence[int | None], layout: str)
 
 
 def check_query_key_value(
-    query: Array, key: Array, value: Array, *, space_ranks: Sequence[int] = (1,), same_space: bool = True
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    space_ranks: Sequence[int] = (1,),
+    same_space: bool = True,
+    needs_tokens: bool = True,
 ) -> None:
     """Checks query [B,*T,N,H], key [B,*S,K,H], value [B,*S,K,V]: floating dtypes, ranks, lengths and heads.
 
     space_ranks: numbers of space axes allowed. same_space: whether query and key must have equal space axes.
+    needs_tokens: whether a query of no tokens is refused.
     """
     for name, array in (("query", query), ("key", key), ("value", value)):
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
@@ -50,6 +59,8 @@ def check_query_key_value(
             f"need rank {ranks}: [batch, *space, heads, head_dim]",
         )
         require(0 not in array.shape[-2:], name, shape_text(array), "heads and head_dim must be at least 1")
+        require(array.shape[0] != 0, name, shape_text(array), "batch must be at least 1")
+    require(0 not in query.shape or not needs_tokens, "query", shape_text(query), "need at least one token")
     require(key.ndim == query.ndim, "key", shape_text(key), f"must have the rank of query {shape_text(query)}")
     require(key.shape[0] == query.shape[0], "key", shape_text(key), f"must have query's batch, {query.shape[0]}")
     require(key.shape[-1] == query.shape[-1], "key", shape_text(key), f"must have query's head_dim, {query.shape[-1]}")
@@ -85,8 +96,20 @@ def per_axis(name: str, value: Any, rank: int, kind: type = int) -> tuple[Any, .
     return tuple(kind(item) for item in values)
 
 
-def default_scale(scale: float | None, head_dim: int) -> float | Array:
-    return head_dim**-0.5 if scale is None else scale
+def default_scale(scale: float | Array | None, head_dim: int) -> float | Array:
+    """The scale, a real number or a real array of no axes; None means head_dim ** -0.5."""
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, (jax.Array, np.ndarray, np.generic)):
+        require(scale.shape == (), "scale", shape_text(scale), "need a number, or an array of no axes")
+        dtype = scale.dtype
+        is_real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    else:
+        is_real = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        require(not is_real or math.isfinite(scale), "scale", scale, "need a finite number")
+    if not is_real:
+        raise TypeError(f"scale: got {scale!r}; need a real number")
+    return scale
 
 
 def accumulator_dtype(*arrays: Array) -> jnp.dtype:

@@ -90,7 +90,7 @@ def dispatch(
       implementations: "reference" and "xla" as functions, kernels as Kernel; all take (*arrays, **options).
       arrays: pytrees of arrays. options: static.
     """
-    if implementation is not None and implementation not in implementations:
+    if implementation is not None and implementation not in list(implementations):  # a list takes any type
         allowed = [name for name in IMPLEMENTATIONS if name in implementations]
         known = f"{primitive} has no such form" if implementation in IMPLEMENTATIONS else "no such name"
         raise ValueError(f"implementation: got {implementation!r} ({known}); need None or one of {allowed}")

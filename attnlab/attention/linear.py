@@ -110,7 +110,7 @@ def linear_attention(
     Complexity of "xla", per head: O(T (C (F + V) + F V)) time; O(T (H + V)) memory, and for gradients one state per
     chunk more, O(T F V / C); no T x T buffer.
     """
-    check_query_key_value(query, key, value)
+    check_query_key_value(query, key, value, needs_tokens=not is_causal)  # none leave the state alone
     batch, length, heads, head_dim = query.shape
     _check_options(query, log_decay, beta, feature_map, normalize, initial_state, value.shape[-1])
     if not is_causal:
@@ -244,6 +244,9 @@ def _check_options(
 ) -> None:
     batch, length, heads, head_dim = query.shape
     features = feature_width(feature_map, head_dim)
+    for name, given in (("log_decay", log_decay), ("beta", beta)):
+        if given is not None and jnp.issubdtype(getattr(given, "dtype", jnp.float32), jnp.complexfloating):
+            raise TypeError(f"{name}: got dtype {given.dtype}; need real numbers")
     if log_decay is not None:
         if not hasattr(log_decay, "shape"):
             raise TypeError(f"log_decay: got {type(log_decay).__name__}; need an array [N], [B, T, N] or [B, T, N, F]")

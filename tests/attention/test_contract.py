@@ -1,0 +1,239 @@
+"""What every mechanism promises, in every form: one table over mechanisms and implementations."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mechanisms import HEADS, MECHANISMS
+
+every_form = pytest.mark.parametrize("form", ["reference", "xla"])
+every_mechanism = pytest.mark.parametrize("name", MECHANISMS)
+
+
+def loss_of(name, form):
+    def loss(arrays, weights):
+        return jnp.sum(MECHANISMS[name](arrays, form).astype(jnp.float32) * weights)
+
+    return loss
+
+
+@functools.cache
+def program(name, form):
+    """(arrays, weights) -> output and gradients, compiled once a shape."""
+
+    def run(arrays, weights):
+        return MECHANISMS[name](arrays, form), jax.grad(loss_of(name, form))(arrays, weights)
+
+    return jax.jit(run)
+
+
+@functools.cache
+def expected(name):
+    """What the reference gives in float64 for the table's inputs: weights of the loss, output, gradients."""
+    arrays = MECHANISMS[name].inputs()
+    out = jax.eval_shape(lambda arrays: MECHANISMS[name](arrays, "reference"), arrays)
+    weights = np.random.default_rng(9).normal(size=out.shape).astype(np.float32)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (arrays, weights))
+        run = jax.jit(
+            lambda arrays, weights: (
+                MECHANISMS[name](arrays, "reference"),
+                jax.grad(lambda arrays: jnp.sum(MECHANISMS[name](arrays, "reference") * weights))(arrays),
+            )
+        )
+        out, gradients = jax.tree.map(np.asarray, run(*wide))
+    assert out.dtype == np.float64
+    return arrays, weights, out, gradients
+
+
+def assert_close(got, want, tolerance=2e-5):
+    """Within a share of each array's largest number, as cancellation leaves no more of the small ones."""
+    for leaf, other in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        leaf = np.asarray(leaf, np.float64)
+        np.testing.assert_allclose(other, leaf, rtol=0, atol=tolerance * max(1.0, np.abs(leaf).max()))
+
+
+def at(tree, index):
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+@every_form
+@every_mechanism
+def test_values_and_gradients_are_those_in_float64(name, form):
+    arrays, weights, want, gradients = expected(name)
+    out, got = program(name, form)(arrays, weights)
+    assert out.dtype == jnp.float32
+    assert_close(out, want)
+    assert_close(got, gradients)
+
+
+@every_form
+@every_mechanism
+def test_vmap_is_a_loop(name, form):
+    several = [MECHANISMS[name].inputs(seed=seed) for seed in range(2)]
+    weights = expected(name)[1]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *several)
+    run = jax.jit(jax.vmap(program(name, form), in_axes=(0, None)))
+    mapped = run(stacked, weights)
+    for number, arrays in enumerate(several):
+        assert_close(at(mapped, number), program(name, form)(arrays, weights))
+
+
+@every_form
+@every_mechanism
+def test_gradients_through_scan_and_remat_are_those_of_a_loop(name, form):
+    several = [MECHANISMS[name].inputs(seed=seed) for seed in range(2)]
+    weights = expected(name)[1]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *several)
+
+    @jax.jit
+    def scanned(stacked):
+        def step(total, arrays):
+            return total + jax.checkpoint(loss_of(name, form))(arrays, weights), None
+
+        return jax.lax.scan(step, 0.0, stacked)[0]
+
+    gradients = jax.grad(scanned)(stacked)
+    for number, arrays in enumerate(several):
+        assert_close(at(gradients, number), program(name, form)(arrays, weights)[1])
+
+
+@every_form
+@every_mechanism
+def test_bfloat16_goes_in_and_out_and_is_accumulated_in_float32(name, form):
+    arrays, _, want, _ = expected(name)
+    out = jax.jit(lambda arrays: MECHANISMS[name](arrays, form))(
+        jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), arrays)
+    )
+    assert out.dtype == jnp.bfloat16
+    # Rounding of inputs and output; RMS, as a single number may be the small difference of large ones.
+    error = np.asarray(out, np.float64) - want
+    assert np.sqrt(np.mean(error**2)) < 0.015 * np.sqrt(np.mean(want**2))
+
+
+@every_form
+@every_mechanism
+def test_grouped_heads_are_repeated_heads(name, form):
+    mechanism = MECHANISMS[name]
+    grouped = mechanism.inputs(key_heads=2)
+    repeated = {**grouped, **{x: np.repeat(grouped[x], HEADS // 2, axis=-2) for x in ("key", "value")}}
+    run = jax.jit(lambda arrays: mechanism(arrays, form))
+    assert_close(run(grouped), run(repeated))
+
+
+@every_form
+@pytest.mark.parametrize("name", [name for name, mechanism in MECHANISMS.items() if not mechanism.grid])
+def test_one_token_is_served(name, form):
+    mechanism = MECHANISMS[name]
+    ones = {option: 1 for option in ("window", "dilation") if option in mechanism.options}
+    out = mechanism(mechanism.inputs(length=1), form, **ones)
+    assert out.shape[1] == 1
+    assert np.all(np.isfinite(out))
+
+
+@every_mechanism
+def test_a_long_input_is_what_the_reference_gives(name):
+    """Many chunks, the last one not full."""
+    mechanism = MECHANISMS[name]
+    arrays = mechanism.inputs(length=1301, batch=1)
+    got, want = (jax.jit(functools.partial(mechanism, implementation=form))(arrays) for form in ("xla", "reference"))
+    assert_close(got, want, tolerance=1e-4)
+
+
+EDGES = {
+    "huge logits": lambda arrays: {**arrays, "query": 1e4 * arrays["query"]},
+    "huge keys": lambda arrays: {**arrays, "key": 1e4 * arrays["key"]},
+    "identical tokens": lambda arrays: {
+        **arrays,
+        **{x: np.ones_like(arrays[x]) * arrays[x][:, :1] for x in ("query", "key", "value")},
+    },
+    "all zeros": lambda arrays: {name: np.zeros_like(x) for name, x in arrays.items()},
+    "strong decays": lambda arrays: {name: x * 1000 if name == "log_decay" else x for name, x in arrays.items()},
+}
+
+
+@every_form
+@every_mechanism
+def test_values_and_gradients_are_finite_at_the_edges(name, form):
+    arrays, weights, *_ = expected(name)
+    for edge, change in EDGES.items():
+        if edge == "huge keys" and "beta" in arrays:
+            continue  # the delta rule is unstable by definition when beta |k|^2 is above 2
+        for leaf in jax.tree.leaves(program(name, form)(change(arrays), weights)):
+            assert np.all(np.isfinite(leaf)), edge
+
+
+def wrong_calls(name):
+    """Hundreds of calls with one thing wrong: (what, arrays, options)."""
+    mechanism = MECHANISMS[name]
+    arrays = mechanism.inputs()
+    for argument, array in arrays.items():
+        yield f"{argument} without its last axis", {**arrays, argument: array[..., 0]}, {}
+        yield f"{argument} of integers", {**arrays, argument: array.astype(np.int32)}, {}
+        yield f"{argument} complex", {**arrays, argument: array.astype(np.complex64)}, {}
+        yield f"{argument} a list", {**arrays, argument: array.tolist()}, {}
+        yield f"{argument} a string", {**arrays, argument: "x"}, {}
+        for axis in range(array.ndim):
+            if argument in ("query", "key", "value"):
+                yield f"{argument} with axis {axis} empty", {**arrays, argument: array.take([], axis=axis)}, {}
+            for length in {1, 2, 3, array.shape[axis] + 1, 2 * array.shape[axis]} - {array.shape[axis]}:
+                changed = array.take(np.arange(length) % array.shape[axis], axis=axis)
+                yield f"{argument} with {length} along axis {axis}", {**arrays, argument: changed}, {}
+    for argument in ("query", "key", "value"):
+        yield f"{argument} None", {**arrays, argument: None}, {}
+        yield f"{argument} with an axis more", {**arrays, argument: np.stack([arrays[argument]] * 2)}, {}
+    values = (None, 0, -1, 10**6, 2.5, "x", True, (), (1, 2, 3, 4), [None], float("nan"), object())
+    options = {*mechanism.options, *ALWAYS.get(name, ()), "implementation", "scale"}
+    for option in sorted(options):
+        for value in values:
+            yield f"{option}={value!r}", arrays, {option: value}
+
+
+# Options that the table leaves at their defaults.
+ALWAYS = {
+    "local, causal": ("stride", "edge", "sinks", "is_causal", "segment_ids"),
+    "dilated": ("stride", "edge"),
+    "dot_product": ("bias", "mask", "segment_ids"),
+    "agent": ("key_mask",),
+    "agent, causal": ("chunk_size", "initial_state"),
+    "linear": ("chunk_size", "initial_state", "log_decay", "beta", "segment_ids"),
+}
+
+
+@every_mechanism
+def test_a_wrong_call_raises_a_value_or_type_error_that_names_an_argument(name):
+    """What is served after all (a value wider than before, say) must give the output that its shapes promise."""
+    mechanism = MECHANISMS[name]
+    outcomes = {what: outcome_of(mechanism, arrays, options) for what, arrays, options in wrong_calls(name)}
+    arguments = [*mechanism.inputs(), *mechanism.options, *ALWAYS.get(name, ()), "implementation", "scale"]
+    query, value = (mechanism.inputs()[argument] for argument in ("query", "value"))
+    wrong, refused = {}, 0
+    for what, outcome in outcomes.items():
+        if isinstance(outcome, ValueError | TypeError):
+            refused += 1
+            if not any(argument in str(outcome) for argument in arguments):
+                wrong[what] = outcome
+        elif isinstance(outcome, Exception) or (
+            what.startswith(tuple(arguments[3:])) and outcome.shape != (*query.shape[:-1], value.shape[-1])
+        ):
+            wrong[what] = outcome
+    assert not wrong, "\n".join(f"{what}: {type(outcome).__name__}: {outcome}"[:300] for what, outcome in wrong.items())
+    assert refused >= 80
+
+
+def outcome_of(mechanism, arrays, options):
+    """The shape of the result, or the exception. Arrays are traced, the rest is static."""
+    static = {argument: x for argument, x in arrays.items() if not isinstance(x, np.ndarray)}
+    traced = {argument: x for argument, x in arrays.items() if isinstance(x, np.ndarray)}
+
+    def call(traced):
+        return mechanism.result(mechanism.function(**{**mechanism.options, **traced, **static, **options}))
+
+    with warnings.catch_warnings(action="error", category=DeprecationWarning):
+        try:
+            return jax.eval_shape(call, traced)
+        except Exception as error:
+            return error
