@@ -25,7 +25,8 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None, key: jax.Array | None) -> jax.Array:
         mixer_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-        x = x + dropout(self.mixer(self.mixer_norm(x), segment_ids=segment_ids), self.dropout_rate, mixer_key)
+        mixed = self.mixer(self.mixer_norm(x), segment_ids=segment_ids, is_training=key is not None)
+        x = x + dropout(mixed, self.dropout_rate, mixer_key)
         return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout_rate, mlp_key)
 
     def step(self, cache: MixerCache, x: jax.Array) -> tuple[jax.Array, MixerCache]:
@@ -70,11 +71,12 @@ def run(
     blocks: nnx.List, x: jax.Array, *, segment_ids: jax.Array | None, key: jax.Array | None, remat: bool
 ) -> jax.Array:
     """Applies the blocks in turn. remat: keep only each block's input for the backward and compute the rest again."""
+
+    def apply(block: Block, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        return block(x, segment_ids=segment_ids, key=key)
+
     for layer, block in enumerate(blocks):
         block_key = None if key is None else jax.random.fold_in(key, layer)
-
-        def apply(x: jax.Array, block: Block = block, block_key: jax.Array | None = block_key) -> jax.Array:
-            return block(x, segment_ids=segment_ids, key=block_key)
-
-        x = jax.checkpoint(apply)(x) if remat else apply(x)
+        # nnx's remat, for what a block's buffers learn comes out beside x.
+        x = (nnx.remat(apply) if remat else apply)(block, x, block_key)
     return x

@@ -13,12 +13,28 @@ from attnlab.nn.mixers import (
     MixerFactory,
     SoftmaxAttention,
 )
-from attnlab.nn.parameters import Parameters, bind, count_parameters, initialize, parameter, parameter_shapes
+from attnlab.nn.parameters import (
+    AuxiliaryLoss,
+    Buffer,
+    Parameters,
+    auxiliary_loss,
+    bind,
+    buffer,
+    count_parameters,
+    initialize,
+    learned,
+    merge,
+    parameter,
+    parameter_shapes,
+    split,
+)
 
 __all__ = [
     "AgentAttention",
     "Attention",
+    "AuxiliaryLoss",
     "AxialAttention",
+    "Buffer",
     "DilatedAttention",
     "GatedMLP",
     "InlineAttention",
@@ -30,11 +46,16 @@ __all__ = [
     "Parameters",
     "RMSNorm",
     "SoftmaxAttention",
+    "auxiliary_loss",
     "bind",
+    "buffer",
     "count_parameters",
     "dropout",
     "initialize",
+    "learned",
+    "merge",
     "parameter",
     "parameter_shapes",
     "rotary_embedding",
+    "split",
 ]

@@ -8,17 +8,29 @@ costs nothing, so parameters and FLOPs are counted before anything runs.
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+# (key, shape, dtype) -> array.
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 Model = TypeVar("Model", bound=nnx.Module)
 # A nested dict of arrays, keyed by attribute names and by positions in lists (as strings).
 Parameters = dict[str, Any]
+
+
+class Buffer(nnx.Variable):
+    """What a layer learns in training without a gradient, such as centroids; the training loop keeps what it becomes.
+
+    Float32, drawn by path as parameters are.
+    """
+
+
+class AuxiliaryLoss(nnx.Variable):
+    """What a layer adds to the loss in training; 0 until it does."""
 
 
 @functools.cache  # equal initialisers are one object, so that drawing compiles once
@@ -42,23 +54,45 @@ def parameter(shape: tuple[int, ...], initializer: Initializer) -> nnx.Param:
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), initializer=initializer)
 
 
-def _parameters(model: nnx.Module) -> Iterator[tuple[tuple[str, ...], nnx.Param]]:
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+def buffer(shape: tuple[int, ...], initializer: Initializer) -> Buffer:
+    """A Buffer without a value; `initialize` draws it."""
+    return Buffer(jax.ShapeDtypeStruct(shape, jnp.float32), initializer=initializer)
+
+
+def auxiliary_loss() -> AuxiliaryLoss:
+    """An AuxiliaryLoss without a value; `bind` makes it 0."""
+    return AuxiliaryLoss(jax.ShapeDtypeStruct((), jnp.float32))
+
+
+def _variables(model: nnx.Module, *kinds: type[nnx.Variable]) -> Iterator[tuple[tuple[str, ...], nnx.Variable]]:
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Any(*kinds))):
         yield tuple(map(str, path)), variable
 
 
-def initialize(model: nnx.Module, key: jax.Array) -> Parameters:
-    """Draws every parameter of a model from fold_in(key, sha256 of its path)."""
-    parameters: Parameters = {}
-    for path, variable in _parameters(model):
-        digest = hashlib.sha256("/".join(path).encode()).digest()
-        path_key = jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
-        place = parameters
+def _nested(flat: Iterable[tuple[tuple[str, ...], Any]]) -> Parameters:
+    nested: Parameters = {}
+    for path, value in flat:
+        place = nested
         for name in path[:-1]:
             place = place.setdefault(name, {})
+        place[path[-1]] = value
+    return nested
+
+
+def _at(values: Parameters, path: tuple[str, ...]) -> Any:
+    return functools.reduce(lambda place, name: place[name], path, values)
+
+
+def initialize(model: nnx.Module, key: jax.Array) -> Parameters:
+    """Draws every parameter and buffer of a model from fold_in(key, sha256 of its path)."""
+
+    def draw(path: tuple[str, ...], variable: nnx.Variable) -> jax.Array:
+        digest = hashlib.sha256("/".join(path).encode()).digest()
+        path_key = jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
         struct = variable.get_value()
-        place[path[-1]] = _draw(variable.get_metadata("initializer"), path_key, struct.shape, struct.dtype)
-    return parameters
+        return _draw(variable.get_metadata("initializer"), path_key, struct.shape, struct.dtype)
+
+    return _nested((path, draw(path, variable)) for path, variable in _variables(model, nnx.Param, Buffer))
 
 
 # One program a parameter: in one program for all, how XLA fuses its neighbours could change a parameter's last bit.
@@ -67,21 +101,43 @@ def _draw(initializer: Initializer, key: jax.Array, shape: tuple[int, ...], dtyp
     return initializer(key, shape, dtype)
 
 
-def bind(model: Model, parameters: Parameters) -> Model:
+def bind(model: Model, values: Parameters) -> Model:
     """The model with these values, ready to call. `model` itself stays as it is."""
     graph, state = nnx.split(model)
     flat = []
     for path, variable in nnx.to_flat_state(state):
-        value: Any = parameters
-        for name in path:
-            value = value[str(name)]
+        is_loss = isinstance(variable, AuxiliaryLoss)
+        value = jnp.zeros((), jnp.float32) if is_loss else _at(values, tuple(map(str, path)))
         flat.append((path, variable.replace(value)))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
+def split(model: nnx.Module, values: Parameters) -> tuple[Parameters, Parameters]:
+    """Values -> (parameters, to be trained by gradients; buffers)."""
+    parameters, buffers = (
+        _nested((path, _at(values, path)) for path, _ in _variables(model, kind)) for kind in (nnx.Param, Buffer)
+    )
+    return parameters, buffers
+
+
+def merge(parameters: Parameters, buffers: Parameters) -> Parameters:
+    """The inverse of split."""
+    merged = dict(parameters)
+    for name, value in buffers.items():
+        merged[name] = merge(merged[name], value) if name in merged else value
+    return merged
+
+
+def learned(bound: nnx.Module) -> tuple[Parameters, jax.Array]:
+    """After a call of a bound model in training: its buffers, and the sum of its auxiliary losses, float32 []."""
+    buffers = _nested((path, variable.get_value()) for path, variable in _variables(bound, Buffer))
+    losses = (variable.get_value() for _, variable in _variables(bound, AuxiliaryLoss))
+    return buffers, sum(losses, jnp.zeros((), jnp.float32))
+
+
 def parameter_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     """Shapes by path, such as {"layers/0/mixer/query/kernel": (128, 128)}."""
-    return {"/".join(path): variable.get_value().shape for path, variable in _parameters(model)}
+    return {"/".join(path): variable.get_value().shape for path, variable in _variables(model, nnx.Param)}
 
 
 def count_parameters(model: nnx.Module) -> int:

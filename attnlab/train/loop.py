@@ -111,9 +111,10 @@ class Result:
 
 
 class State(NamedTuple):
-    """All that a step changes. sums: metrics added up since the last row."""
+    """All that a step changes. buffers: what layers learn by themselves. sums: metrics added up since the last row."""
 
     parameters: nn.Parameters
+    buffers: nn.Parameters
     optimizer: optax.OptState
     step: jax.Array
     sums: dict[str, jax.Array]
@@ -198,7 +199,7 @@ def train(
                 seconds = items = 0.0
             if evaluating:
                 before = time.perf_counter()
-                metrics = evaluate(experiment, evaluate_function, state.parameters)
+                metrics = evaluate(experiment, evaluate_function, nn.merge(state.parameters, state.buffers))
                 record({"step": step, "split": "validation", **metrics, "seconds": time.perf_counter() - before})
                 _say(progress, f"step {step} of {steps}: validation loss {metrics['loss']:.4f}")
             if saving and folder is not None:
@@ -238,9 +239,10 @@ def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTrans
 
 
 def initial_state(experiment: Experiment, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
-    parameters = nn.initialize(experiment.model, jax.random.fold_in(key, _INITIAL_VALUES))
+    values = nn.initialize(experiment.model, jax.random.fold_in(key, _INITIAL_VALUES))
+    parameters, buffers = nn.split(experiment.model, values)
     zeros = {name: jnp.zeros((), jnp.float32) for name in (*loss_shapes(experiment)[1], "steps")}
-    return State(parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32), zeros)
+    return State(parameters, buffers, optimizer.init(parameters), jnp.zeros((), jnp.int32), zeros)
 
 
 def make_step(experiment: Experiment, optimizer: optax.GradientTransformation, key: jax.Array) -> Any:
@@ -249,24 +251,26 @@ def make_step(experiment: Experiment, optimizer: optax.GradientTransformation, k
     def step(state: State, batch: Batch) -> State:
         dropout_key = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), state.step)
 
-        def loss(parameters: nn.Parameters) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return _loss(experiment, parameters, batch, dropout_key)
+        def loss(parameters: nn.Parameters) -> tuple[jax.Array, tuple[dict[str, jax.Array], nn.Parameters]]:
+            return _loss(experiment, nn.merge(parameters, state.buffers), batch, dropout_key)
 
-        gradients, metrics = jax.grad(loss, has_aux=True)(state.parameters)
+        gradients, (metrics, buffers) = jax.grad(loss, has_aux=True)(state.parameters)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         added = {**metrics, "steps": jnp.ones(())}
         sums = {name: value + added.get(name, 0.0) for name, value in state.sums.items()}
-        return State(optax.apply_updates(state.parameters, updates), optimizer_state, state.step + 1, sums)
+        parameters = optax.apply_updates(state.parameters, updates)
+        return State(parameters, buffers, optimizer_state, state.step + 1, sums)
 
     return jax.jit(step, donate_argnums=0)
 
 
 def make_evaluation(experiment: Experiment) -> Callable[[nn.Parameters, Batch], dict[str, jax.Array]]:
-    return jax.jit(lambda parameters, batch: _loss(experiment, parameters, batch, None)[1])
+    """The jitted evaluation of a batch: all values of the model, batch -> metrics."""
+    return jax.jit(lambda values, batch: _loss(experiment, values, batch, None)[1][0])
 
 
 def evaluate(
-    experiment: Experiment, function: Callable[[nn.Parameters, Batch], dict[str, jax.Array]], parameters: nn.Parameters
+    experiment: Experiment, function: Callable[[nn.Parameters, Batch], dict[str, jax.Array]], values: nn.Parameters
 ) -> dict[str, float]:
     """Validation metrics: means over examples, the fillers of the last batch left out."""
     totals: dict[str, float] = {}
@@ -275,7 +279,7 @@ def evaluate(
         if number == experiment.evaluation_batches:
             break
         batch_weight = float(np.sum(batch["weight"]))
-        for name, value in function(parameters, _arrays(batch)).items():
+        for name, value in function(values, _arrays(batch)).items():
             totals[name] = totals.get(name, 0.0) + batch_weight * float(value)
         weight += batch_weight
     return {name: total / weight for name, total in totals.items()}
@@ -283,15 +287,20 @@ def evaluate(
 
 def loss_shapes(experiment: Experiment) -> tuple[Any, dict[str, Any]]:
     """Shapes of the training loss and its metrics; nothing is computed."""
-    parameters = jax.eval_shape(lambda: nn.initialize(experiment.model, jax.random.key(0)))
+    values = jax.eval_shape(lambda: nn.initialize(experiment.model, jax.random.key(0)))
     inputs = experiment.task.inputs(experiment.batch_size)
-    return jax.eval_shape(functools.partial(_loss, experiment, key=jax.random.key(0)), parameters, inputs)
+    loss, (metrics, _) = jax.eval_shape(functools.partial(_loss, experiment, key=jax.random.key(0)), values, inputs)
+    return loss, metrics
 
 
 def _loss(
-    experiment: Experiment, parameters: nn.Parameters, batch: Batch, key: jax.Array | None
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    return experiment.task.loss(nn.bind(experiment.model, parameters), batch, key=key)
+    experiment: Experiment, values: nn.Parameters, batch: Batch, key: jax.Array | None
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], nn.Parameters]]:
+    """The loss with what layers add to it, the metrics, and the buffers after this batch."""
+    model = nn.bind(experiment.model, values)
+    loss, metrics = experiment.task.loss(model, batch, key=key)
+    buffers, auxiliary = nn.learned(model)
+    return loss + auxiliary, (metrics, buffers)
 
 
 def _arrays(batch: Batch) -> Batch:

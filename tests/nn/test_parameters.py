@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from attnlab import nn
 from attnlab.models import LanguageModel
@@ -50,3 +51,40 @@ def test_bind_leaves_the_model_without_values():
     bound = nn.bind(model, nn.initialize(model, jax.random.key(0)))
     assert bound(jnp.zeros((1, 4), jnp.int32)).shape == (1, 4, 32)
     assert isinstance(model.embedding.get_value(), jax.ShapeDtypeStruct)
+
+
+class Counting(nn.SoftmaxAttention):
+    """Counts the batches that it was trained on, and adds 1 to the loss."""
+
+    def __init__(self, features, **options):
+        super().__init__(features, **options)
+        self.batches = nn.buffer((), jax.nn.initializers.zeros)
+        self.loss = nn.auxiliary_loss()
+
+    def mix_and_learn(self, *arguments):
+        self.batches.set_value(self.batches.get_value() + 1)
+        self.loss.set_value(jnp.ones(()))
+        return self.mix(*arguments)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_buffers_learn_in_training_alone(remat):
+    model = make(Counting, remat=remat)
+    values = nn.initialize(model, jax.random.key(0))
+    parameters, buffers = nn.split(model, values)
+    assert nn.count_parameters(model) == sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    assert jax.tree.structure(nn.merge(parameters, buffers)) == jax.tree.structure(values)
+
+    def loss(parameters, key):
+        bound = nn.bind(model, nn.merge(parameters, buffers))
+        out = bound(jnp.zeros((1, 4), jnp.int32), key=key)
+        learned, auxiliary = nn.learned(bound)
+        return jnp.mean(out**2) + auxiliary, (learned, auxiliary)
+
+    gradients, (learned, auxiliary) = jax.jit(jax.grad(loss, has_aux=True))(parameters, jax.random.key(1))
+    assert jax.tree.structure(gradients) == jax.tree.structure(parameters)
+    assert jax.tree.leaves(learned) == [1, 1]
+    assert auxiliary == 2
+    _, (learned, auxiliary) = jax.jit(lambda parameters: loss(parameters, None))(parameters)
+    assert jax.tree.leaves(learned) == [0, 0]
+    assert auxiliary == 0

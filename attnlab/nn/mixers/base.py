@@ -172,12 +172,20 @@ class Attention(nnx.Module):
             added = jnp.repeat(convolve("residual_convolution", value), self.num_heads // self.num_key_heads, axis=-2)
         return query, key, value, added, kept
 
-    def __call__(self, x: Array, *, segment_ids: Array | None = None) -> Array:
-        """x [B, *space, D] -> [B, *space, D]. segment_ids: int [B, T], packed sequences that do not see each other."""
+    def __call__(self, x: Array, *, segment_ids: Array | None = None, is_training: bool = False) -> Array:
+        """x [B, *space, D] -> [B, *space, D].
+
+        segment_ids: int [B, T], packed sequences that do not see each other. is_training: buffers learn from x.
+        """
         if segment_ids is not None and not self.takes_segments:
             raise ValueError(f"segment_ids: got some; {type(self).__name__} cannot keep packed sequences apart")
         query, key, value, added, _ = self._heads(x, grid_positions(x.shape[1:-1]), segment_ids)
-        return self.output(self.finish(self.mix(query, key, value, x, segment_ids), value, x) + added)
+        mix = self.mix_and_learn if is_training else self.mix
+        return self.output(self.finish(mix(query, key, value, x, segment_ids), value, x) + added)
+
+    def mix_and_learn(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
+        """mix in training: a mechanism with buffers sets them, and its auxiliary loss, to what follows from x."""
+        return self.mix(query, key, value, x, segment_ids)
 
     def finish(self, out: Array, value: Array, x: Array) -> Array:
         """Between the mechanism's output [B, *space, N, V] and the projection: nothing, unless a mechanism needs it."""
