@@ -35,6 +35,18 @@ from attnlab.attention.local import (
     local_step,
 )
 from attnlab.attention.merge import merge_attention
+from attnlab.attention.routing import (
+    RoutingAux,
+    RoutingCache,
+    RoutingState,
+    RoutingStatistics,
+    fit_routing,
+    init_routing,
+    init_routing_cache,
+    routing_attention,
+    routing_step,
+    update_routing,
+)
 
 __all__ = [
     "AgentState",
@@ -42,6 +54,10 @@ __all__ = [
     "DotProductCache",
     "LinearState",
     "LocalCache",
+    "RoutingAux",
+    "RoutingCache",
+    "RoutingState",
+    "RoutingStatistics",
     "agent_attention",
     "agent_bias",
     "agent_step",
@@ -52,11 +68,14 @@ __all__ = [
     "dot_product_attention",
     "dot_product_step",
     "explain",
+    "fit_routing",
     "init_agent_cache",
     "init_dilated_cache",
     "init_dot_product_cache",
     "init_linear_cache",
     "init_local_cache",
+    "init_routing",
+    "init_routing_cache",
     "inline_attention",
     "lightning_log_decay",
     "linear_attention",
@@ -67,4 +86,7 @@ __all__ = [
     "merge_attention",
     "pool_agents",
     "retention_log_decay",
+    "routing_attention",
+    "routing_step",
+    "update_routing",
 ]

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 import attnlab
@@ -40,10 +41,7 @@ class Mechanism:
         key = rng.normal(size=(*shape, key_heads, HEAD_DIM))
         value = rng.normal(size=(*shape, key_heads, VALUE_DIM))
         arrays = {"query": query, "key": key, "value": value, **self.arrays(rng, shape, key_heads)}
-        return {
-            name: np.asarray(x, dtype) if np.issubdtype(np.asarray(x).dtype, np.floating) else np.asarray(x)
-            for name, x in arrays.items()
-        }
+        return jax.tree.map(lambda x: np.asarray(x, dtype), arrays)
 
     def __call__(self, arrays, implementation=None, **options):
         return self.result(self.function(**arrays, **{**self.options, **options}, implementation=implementation))
@@ -78,6 +76,11 @@ def gates(rng, shape, key_heads):
     return {**decay(rng, shape, key_heads), **strength(rng, shape, key_heads)}
 
 
+def centroids(rng, shape, key_heads):
+    mu = rng.normal(size=(HEADS, 3, HEAD_DIM))
+    return {"state": attnlab.RoutingState(mu, np.ones((HEADS, 3)), mu)}
+
+
 MECHANISMS = {
     "dot_product": Mechanism(attnlab.dot_product_attention),
     "dot_product, causal": Mechanism(attnlab.dot_product_attention, {"is_causal": True}),
@@ -96,5 +99,14 @@ MECHANISMS = {
     "linear, decay per channel": Mechanism(attnlab.linear_attention, arrays=channel_decay),
     "linear, delta rule": Mechanism(attnlab.linear_attention, arrays=strength),
     "linear, gated delta rule": Mechanism(attnlab.linear_attention, arrays=gates),
+    "routing, strict": Mechanism(
+        attnlab.routing_attention, {"window": 4, "is_causal": True}, arrays=centroids, result=lambda pair: pair[0]
+    ),
+    "routing, global": Mechanism(
+        attnlab.routing_attention,
+        {"window": 4, "membership": "global", "normalize": "layer"},
+        arrays=centroids,
+        result=lambda pair: pair[0],
+    ),
     "inline": Mechanism(attnlab.inline_attention, grid=True),
 }

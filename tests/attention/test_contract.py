@@ -31,22 +31,32 @@ def program(name, form):
 
 
 @functools.cache
-def expected(name):
-    """What the reference gives in float64 for the table's inputs: weights of the loss, output, gradients."""
-    arrays = MECHANISMS[name].inputs()
-    out = jax.eval_shape(lambda arrays: MECHANISMS[name](arrays, "reference"), arrays)
-    weights = np.random.default_rng(9).normal(size=out.shape).astype(np.float32)
+def program_in_float64(name):
+    def run(arrays, weights):
+        def loss(arrays):
+            return jnp.sum(MECHANISMS[name](arrays, "reference") * weights)
+
+        return MECHANISMS[name](arrays, "reference"), jax.grad(loss)(arrays)
+
+    return jax.jit(run)
+
+
+def reference_in_float64(name, arrays, weights):
+    """Output and gradients of the reference in float64."""
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (arrays, weights))
-        run = jax.jit(
-            lambda arrays, weights: (
-                MECHANISMS[name](arrays, "reference"),
-                jax.grad(lambda arrays: jnp.sum(MECHANISMS[name](arrays, "reference") * weights))(arrays),
-            )
-        )
-        out, gradients = jax.tree.map(np.asarray, run(*wide))
+        out, gradients = jax.tree.map(np.asarray, program_in_float64(name)(*wide))
     assert out.dtype == np.float64
-    return arrays, weights, out, gradients
+    return out, gradients
+
+
+@functools.cache
+def expected(name):
+    """The table's inputs, weights of the loss, and what the reference gives for them in float64."""
+    arrays = MECHANISMS[name].inputs()
+    shape = jax.eval_shape(lambda arrays: MECHANISMS[name](arrays, "reference"), arrays).shape
+    weights = np.random.default_rng(9).normal(size=shape).astype(np.float32)
+    return arrays, weights, *reference_in_float64(name, arrays, weights)
 
 
 def assert_close(got, want, tolerance=2e-5):
@@ -104,14 +114,14 @@ def test_gradients_through_scan_and_remat_are_those_of_a_loop(name, form):
 @every_form
 @every_mechanism
 def test_bfloat16_goes_in_and_out_and_is_accumulated_in_float32(name, form):
-    arrays, _, want, _ = expected(name)
-    out = jax.jit(lambda arrays: MECHANISMS[name](arrays, form))(
-        jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), arrays)
-    )
+    arrays, weights, *_ = expected(name)
+    rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), arrays)
+    want, _ = reference_in_float64(name, rounded, weights)
+    out = jax.jit(lambda arrays: MECHANISMS[name](arrays, form))(rounded)
     assert out.dtype == jnp.bfloat16
-    # Rounding of inputs and output; RMS, as a single number may be the small difference of large ones.
+    # RMS, as a single number may be the small difference of large ones. Rounding the output alone costs 0.0017 of it.
     error = np.asarray(out, np.float64) - want
-    assert np.sqrt(np.mean(error**2)) < 0.015 * np.sqrt(np.mean(want**2))
+    assert np.sqrt(np.mean(error**2)) < 0.005 * np.sqrt(np.mean(want**2))
 
 
 @every_form
@@ -150,7 +160,7 @@ EDGES = {
         **arrays,
         **{x: np.ones_like(arrays[x]) * arrays[x][:, :1] for x in ("query", "key", "value")},
     },
-    "all zeros": lambda arrays: {name: np.zeros_like(x) for name, x in arrays.items()},
+    "all zeros": lambda arrays: jax.tree.map(np.zeros_like, arrays),
     "strong decays": lambda arrays: {name: x * 1000 if name == "log_decay" else x for name, x in arrays.items()},
 }
 
@@ -171,6 +181,12 @@ def wrong_calls(name):
     mechanism = MECHANISMS[name]
     arrays = mechanism.inputs()
     for argument, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            yield f"{argument} None", {**arrays, argument: None}, {}
+            for number, leaf in enumerate(array):
+                short = type(array)(*(x[:-1] if i == number else x for i, x in enumerate(array)))
+                yield f"{argument} with a short leaf {leaf.shape}, {number}", {**arrays, argument: short}, {}
+            continue
         yield f"{argument} without its last axis", {**arrays, argument: array[..., 0]}, {}
         yield f"{argument} of integers", {**arrays, argument: array.astype(np.int32)}, {}
         yield f"{argument} complex", {**arrays, argument: array.astype(np.complex64)}, {}
@@ -199,6 +215,7 @@ ALWAYS = {
     "dot_product": ("bias", "mask", "segment_ids"),
     "agent": ("key_mask",),
     "agent, causal": ("chunk_size", "initial_state"),
+    "routing, strict": ("membership", "normalize", "share_qk", "key_mask"),
     "linear": ("chunk_size", "initial_state", "log_decay", "beta", "segment_ids"),
 }
 
@@ -217,7 +234,7 @@ def test_a_wrong_call_raises_a_value_or_type_error_that_names_an_argument(name):
             if not any(argument in str(outcome) for argument in arguments):
                 wrong[what] = outcome
         elif isinstance(outcome, Exception) or (
-            what.startswith(tuple(arguments[3:])) and outcome.shape != (*query.shape[:-1], value.shape[-1])
+            not what.startswith(("query ", "key ", "value ")) and outcome.shape != (*query.shape[:-1], value.shape[-1])
         ):
             wrong[what] = outcome
     assert not wrong, "\n".join(f"{what}: {type(outcome).__name__}: {outcome}"[:300] for what, outcome in wrong.items())
@@ -226,8 +243,8 @@ def test_a_wrong_call_raises_a_value_or_type_error_that_names_an_argument(name):
 
 def outcome_of(mechanism, arrays, options):
     """The shape of the result, or the exception. Arrays are traced, the rest is static."""
-    static = {argument: x for argument, x in arrays.items() if not isinstance(x, np.ndarray)}
-    traced = {argument: x for argument, x in arrays.items() if isinstance(x, np.ndarray)}
+    traced = {argument: x for argument, x in arrays.items() if isinstance(x, np.ndarray | tuple)}
+    static = {argument: x for argument, x in arrays.items() if argument not in traced}
 
     def call(traced):
         return mechanism.result(mechanism.function(**{**mechanism.options, **traced, **static, **options}))
