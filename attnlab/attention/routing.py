@@ -10,7 +10,7 @@ With x a token's query or key, normalised (below), and mu_c the centroids of its
 
 "global" is the published choice and not causal, not even with is_causal=True: a later token can push an earlier one out
 of a cluster, so outputs before it change, though the gradient between them is zero. "strict" is causal under any
-perturbation and equals decoding step by step.
+perturbation and equals decoding step by step, to rounding: the blocks of "xla" depend on all tokens.
 
 Two normalisations are published:
 

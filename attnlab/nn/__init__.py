@@ -11,6 +11,7 @@ from attnlab.nn.mixers import (
     LocalAttention,
     MixerCache,
     MixerFactory,
+    RoutingAttention,
     SoftmaxAttention,
 )
 from attnlab.nn.parameters import (
@@ -45,6 +46,7 @@ __all__ = [
     "MixerFactory",
     "Parameters",
     "RMSNorm",
+    "RoutingAttention",
     "SoftmaxAttention",
     "auxiliary_loss",
     "bind",

@@ -5,6 +5,7 @@ from attnlab.nn.mixers.axial import AxialAttention
 from attnlab.nn.mixers.base import Attention, MixerCache, MixerFactory
 from attnlab.nn.mixers.linear import InlineAttention, LinearAttention
 from attnlab.nn.mixers.local import DilatedAttention, LocalAttention
+from attnlab.nn.mixers.routing import RoutingAttention
 from attnlab.nn.mixers.softmax import SoftmaxAttention
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "LocalAttention",
     "MixerCache",
     "MixerFactory",
+    "RoutingAttention",
     "SoftmaxAttention",
 ]

@@ -1,0 +1,162 @@
+"""Attention inside clusters of tokens."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import attnlab.attention as attention
+from attnlab.attention.routing import Membership, Normalize
+from attnlab.nn.mixers.base import Attention, flat
+from attnlab.nn.parameters import auxiliary_loss, buffer, normal, ones, zeros
+
+Array = jax.Array
+
+
+class RoutingAttention(Attention):
+    """A token attends to tokens of its own k-means cluster: attention.routing_attention.
+
+    The centroids are buffers: k-means of the first training batch, then an average over batches. A window longer than
+    the input is cut to it.
+
+    Args:
+      clusters: centroids a head.
+      window: keys a query sees at most; the published models have clusters * window = length.
+      membership: "strict", or the published "global", which is not causal (and does not decode).
+      normalize: "unit" or "layer", with the update of centroids that was published with it.
+      decay: of the centroids' average over batches.
+      commitment: weight of the tokens' squared distance to their centroids, added to the loss.
+      local_heads, local_window: this many of the heads attend to a sliding window instead, as in the published models.
+    """
+
+    takes_segments = False
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        clusters: int,
+        window: int,
+        membership: Membership = "strict",
+        normalize: Normalize = "unit",
+        decay: float = 0.999,
+        commitment: float = 1e-4,
+        local_heads: int = 0,
+        local_window: int = 64,
+        **shared: Any,
+    ):
+        super().__init__(features, **shared)
+        if not 0 <= local_heads < self.num_heads:
+            raise ValueError(f"local_heads: got {local_heads}; need 0 to {self.num_heads - 1}, fewer than num_heads")
+        if local_heads and self.num_key_heads != self.num_heads:
+            raise ValueError(f"local_heads: got {local_heads}; needs as many key heads as heads, {self.num_heads}")
+        self.clusters, self.window, self.membership, self.normalize = clusters, window, membership, normalize
+        self.decay, self.commitment = decay, commitment
+        self.local_heads, self.local_window = local_heads, local_window
+        routed = self.num_heads - local_heads
+        self.centroids = buffer((routed, clusters, self.head_dim), normal(self.head_dim**-0.5))
+        self.counts = buffer((routed, clusters), ones)
+        self.sums = buffer((routed, clusters, self.head_dim), zeros)
+        self.batches = buffer((), zeros)
+        self.commitment_loss = auxiliary_loss()
+
+    def _state(self) -> attention.RoutingState:
+        return attention.RoutingState(self.centroids[...], self.counts[...], self.sums[...])
+
+    def _attend(
+        self, query: Array, key: Array, value: Array, state: attention.RoutingState
+    ) -> tuple[Array, attention.RoutingAux]:
+        space = query.shape[1:-2]
+        query, key, value = flat(query), flat(key), flat(value)
+        split, length = self.local_heads, query.shape[1]
+        out, aux = attention.routing_attention(
+            query[:, :, split:],
+            key[:, :, split:],
+            value[:, :, split:],
+            state,
+            window=min(self.window, length),
+            is_causal=self.is_causal,
+            membership=self.membership,
+            normalize=self.normalize,
+            implementation=self.implementation,
+        )
+        if split:
+            near = attention.local_attention(
+                *(heads[:, :, :split] for heads in (query, key, value)),
+                window=min(self.local_window, length),
+                is_causal=self.is_causal,
+                implementation=self.implementation,
+            )
+            out = jnp.concatenate([near, out], axis=2)
+        return out.reshape(out.shape[0], *space, *out.shape[2:]), aux
+
+    def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
+        return self._attend(query, key, value, self._state())[0]
+
+    def mix_and_learn(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
+        group = self.num_heads // self.num_key_heads
+        tokens = (heads[:, :, self.local_heads :] for heads in (flat(query), jnp.repeat(flat(key), group, axis=2)))
+        tokens = jax.lax.stop_gradient(jnp.concatenate(list(tokens), axis=1))
+        state = jax.lax.cond(
+            self.batches[...] == 0,
+            lambda state: attention.fit_routing(tokens, state, normalize=self.normalize),
+            lambda state: state,
+            self._state(),
+        )
+        out, aux = self._attend(query, key, value, state)
+        rule = "ema" if self.normalize == "layer" else "unit"
+        state = attention.update_routing(state, aux.statistics, decay=self.decay, rule=rule)
+        self.centroids.set_value(state.centroids)
+        self.counts.set_value(state.counts)
+        self.sums.set_value(state.sums)
+        self.batches.set_value(self.batches[...] + 1)
+        self.commitment_loss.set_value(self.commitment * aux.loss.astype(jnp.float32))
+        return out
+
+    def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
+        if self.membership != "strict":
+            raise ValueError(f'membership: got {self.membership!r}; only "strict" decodes')
+        split, window = self.local_heads, min(self.window, max_length)
+        widths = {"value_dim": self.value_dim, "dtype": self.dtype}
+        routed = attention.init_routing_cache(
+            batch, self.num_heads - split, self.clusters, self.head_dim, window=window, **widths
+        )
+        if not split:
+            return routed, None
+        near = min(self.local_window, max_length)
+        return routed, attention.init_local_cache(batch, split, self.head_dim, window=near, **widths)
+
+    def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
+        routed, near = cache
+        split = self.local_heads
+        out, routed = attention.routing_step(
+            routed,
+            query[:, :, split:],
+            key[:, :, split:],
+            value[:, :, split:],
+            self._state(),
+            normalize=self.normalize,
+        )
+        if split:
+            window = near.key.shape[1]
+            close, near = attention.local_step(
+                near, query[:, :, :split], key[:, :, :split], value[:, :, :split], window=window
+            )
+            out = jnp.concatenate([close, out], axis=2)
+        return out, (routed, near)
+
+    def mechanism_flops(self, space: tuple[int, ...]) -> int:
+        length = math.prod(space)
+        routed, window = self.num_heads - self.local_heads, min(self.window, length)
+        # Queries and keys are compared with the centroids; each query sees at most `window` keys.
+        compare = 4 * length * routed * self.clusters * self.head_dim
+        queries = length if self.membership == "strict" else self.clusters * window
+        near = length * min(self.local_window, length) * self.local_heads
+        return compare + 2 * (queries * window * routed + near) * (self.head_dim + self.value_dim)
+
+    def mechanism_state_size(self, length: int) -> int:
+        split = self.local_heads
+        kept = (self.num_heads - split) * self.clusters * min(self.window, length)
+        kept += split * min(self.local_window, length)
+        return kept * (self.head_dim + self.value_dim)
