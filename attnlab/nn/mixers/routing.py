@@ -1,7 +1,7 @@
 """Attention inside clusters of tokens."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -96,8 +96,8 @@ class RoutingAttention(Attention):
 
     def mix_and_learn(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
         group = self.num_heads // self.num_key_heads
-        tokens = (heads[:, :, self.local_heads :] for heads in (flat(query), jnp.repeat(flat(key), group, axis=2)))
-        tokens = jax.lax.stop_gradient(jnp.concatenate(list(tokens), axis=1))
+        both = jnp.concatenate([flat(query), jnp.repeat(flat(key), group, axis=2)], axis=1)
+        tokens = jax.lax.stop_gradient(both[:, :, self.local_heads :])
         state = jax.lax.cond(
             self.batches[...] == 0,
             lambda state: attention.fit_routing(tokens, state, normalize=self.normalize),
@@ -105,7 +105,7 @@ class RoutingAttention(Attention):
             self._state(),
         )
         out, aux = self._attend(query, key, value, state)
-        rule = "ema" if self.normalize == "layer" else "unit"
+        rule: Literal["ema", "unit"] = "ema" if self.normalize == "layer" else "unit"
         state = attention.update_routing(state, aux.statistics, decay=self.decay, rule=rule)
         self.centroids.set_value(state.centroids)
         self.counts.set_value(state.counts)
