@@ -34,7 +34,14 @@ from attnlab.attention.local import (
     local_attention,
     local_step,
 )
+from attnlab.attention.local_linear import (
+    LocalLinearResiduals,
+    init_local_linear_cache,
+    local_linear_attention,
+    local_linear_step,
+)
 from attnlab.attention.merge import merge_attention
+from attnlab.attention.parallax import parallax_attention, parallax_step
 from attnlab.attention.routing import (
     RoutingAux,
     RoutingCache,
@@ -54,6 +61,7 @@ __all__ = [
     "DotProductCache",
     "LinearState",
     "LocalCache",
+    "LocalLinearResiduals",
     "RoutingAux",
     "RoutingCache",
     "RoutingState",
@@ -74,6 +82,7 @@ __all__ = [
     "init_dot_product_cache",
     "init_linear_cache",
     "init_local_cache",
+    "init_local_linear_cache",
     "init_routing",
     "init_routing_cache",
     "inline_attention",
@@ -81,9 +90,13 @@ __all__ = [
     "linear_attention",
     "linear_step",
     "local_attention",
+    "local_linear_attention",
+    "local_linear_step",
     "local_step",
     "masks",
     "merge_attention",
+    "parallax_attention",
+    "parallax_step",
     "pool_agents",
     "retention_log_decay",
     "routing_attention",

@@ -81,6 +81,10 @@ def centroids(rng, shape, key_heads):
     return {"state": attnlab.RoutingState(mu, np.ones((HEADS, 3)), mu)}
 
 
+def probe(rng, shape, key_heads):
+    return {"probe": 0.5 * rng.normal(size=(*shape, HEADS, HEAD_DIM))}
+
+
 MECHANISMS = {
     "dot_product": Mechanism(attnlab.dot_product_attention),
     "dot_product, causal": Mechanism(attnlab.dot_product_attention, {"is_causal": True}),
@@ -108,5 +112,8 @@ MECHANISMS = {
         arrays=centroids,
         result=lambda pair: pair[0],
     ),
+    "local-linear": Mechanism(attnlab.local_linear_attention, {"ridge": 2.0}),
+    "local-linear, window": Mechanism(attnlab.local_linear_attention, {"ridge": 2.0, "window": 5, "is_causal": False}),
+    "parallax": Mechanism(attnlab.parallax_attention, {"window": 5}, arrays=probe),
     "inline": Mechanism(attnlab.inline_attention, grid=True),
 }

@@ -216,6 +216,7 @@ ALWAYS = {
     "agent": ("key_mask",),
     "agent, causal": ("chunk_size", "initial_state"),
     "routing, strict": ("membership", "normalize", "share_qk", "key_mask"),
+    "local-linear": ("window", "tolerance", "max_iterations"),
     "linear": ("chunk_size", "initial_state", "log_decay", "beta", "segment_ids"),
 }
 

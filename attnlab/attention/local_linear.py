@@ -1,0 +1,367 @@
+"""Local linear attention: a ridge regression of values on keys around every query, weighted as softmax attention.
+
+For query t, with p_s = softmax_s(scale q_t . k_s) over the keys that it sees, kbar = sum p k and vbar = sum p v:
+
+    minimise over b, W    sum_s p_s |v_s - b - W (k_s - q)|^2 + ridge |W|^2          out_t = b
+
+    A = Cov_p(k, k) + ridge I        A x = q_t - kbar        out_t = vbar + Cov_p(v, k) x
+
+Weights of out on v: p_s (1 + (k_s - kbar) . x), which sum to 1 and can be negative. ridge -> infinity gives softmax
+attention; ridge -> 0 reproduces values that are an affine function of the keys. Paper: Local Linear Attention (Zuo et
+al. 2025), whose uncentred solution is rho = -x / (1 + (q - kbar) . x).
+
+Nothing of the size of T x S or T x H x H is made. The covariances are derivatives of softmax attention: adding
+e x . k_s to the logits tilts the weights, so that with f(q) = (kbar, vbar)
+
+    d/de f(scale q + e x) at e = 0    =    Cov_p(k, k) x, Cov_p(v, k) x
+
+and a forward derivative of attention, one pass over the keys, is the product that conjugate gradients take.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnlab.attention import dot_product, local, masks
+from attnlab.attention._checks import accumulator_dtype, check_query_key_value, default_scale, require, shape_text
+from attnlab.attention._dispatch import dispatch
+from attnlab.attention._softmax import softmax_parts
+from attnlab.attention.dot_product import DotProductCache, check_step, dense_attention, init_dot_product_cache
+
+Array = jax.Array
+
+
+class LocalLinearResiduals(NamedTuple):
+    """How the regressions were solved.
+
+    solution: x [B, T, N, H]. rho: [B, T, N, H], the paper's. iterations: int32 [B, T, N], of conjugate gradients (0 for
+    "reference"). residual: [B, T, N], |A x - (q - kbar)| / |q - kbar| as the iterations see it.
+    """
+
+    solution: Array
+    rho: Array
+    iterations: Array
+    residual: Array
+
+
+def local_linear_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    ridge: float | Array,
+    is_causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    tolerance: float = 1e-6,
+    max_iterations: int = 32,
+    return_residuals: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """Local linear attention; the module's docstring has the formulas. Keys of about unit length suit it best.
+
+    Args:
+      query: [B, T, N, H], floating. key: [B, T, K, H], value: [B, T, K, V]; K divides N.
+      ridge: > 0, a number or an array [], [N] or [B, T, N]; in units of the keys' variance, 0.01 to 10 in the paper.
+        Differentiable. Small ones ask for many iterations and for float32 inputs.
+      is_causal: a query sees itself and earlier keys.
+      window: it sees this many keys at most, as in local_attention. None: all.
+      scale: factor on the logits; None means H ** -0.5.
+      tolerance: a query's iterations stop once |A x - b| <= tolerance |b|, b = q - kbar; or after max_iterations.
+      return_residuals: return (out, LocalLinearResiduals).
+      implementation: None, "reference" or "xla".
+
+    Returns:
+      [B, T, N, V] in query's dtype. Solved in float32 (float64 for float64 inputs). Derivatives are those of the exact
+      solution, by one more solve: none goes through the iterations.
+
+    Raises:
+      ValueError, TypeError: at trace time, naming the argument.
+
+    Complexity of "xla", with S keys seen (T, or the window) and i iterations: O(T S (H (1 + i) + V)) time, O(T) memory.
+    """
+    check_query_key_value(query, key, value)
+    batch, length, heads, head_dim = query.shape
+    check_window(window, is_causal, length)
+    require(
+        isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool) and 0 < tolerance < 1,
+        "tolerance",
+        repr(tolerance),
+        "need a number between 0 and 1",
+    )
+    is_count = isinstance(max_iterations, int) and not isinstance(max_iterations, bool)
+    require(is_count and max_iterations >= 1, "max_iterations", repr(max_iterations), "need an int of at least 1")
+    out, residuals = dispatch(
+        "local_linear_attention",
+        IMPLEMENTATIONS,
+        implementation,
+        query,
+        key,
+        value,
+        _per_query(ridge, (batch, length, heads), accumulator_dtype(query, key, value)),
+        is_causal=is_causal,
+        window=window,
+        scale=default_scale(scale, head_dim),
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+    )
+    return (out, residuals) if return_residuals else out
+
+
+def _reference(
+    query: Array,
+    key: Array,
+    value: Array,
+    ridge: Array,
+    *,
+    is_causal: bool,
+    window: int | None,
+    scale: Any,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Array, LocalLinearResiduals]:
+    dtype = accumulator_dtype(query, key, value)
+    group = query.shape[2] // key.shape[2]
+    q, k, v = query.astype(dtype), *(jnp.repeat(x.astype(dtype), group, axis=2) for x in (key, value))
+    p = dense_weights(q, k, scale=scale, is_causal=is_causal, window=window)
+    key_mean = jnp.einsum("BNTS,BSNH->BTNH", p, k)
+    centred = k[:, None] - key_mean[:, :, None]  # [B, T, S, N, H]
+    covariance = jnp.einsum("BNTS,BTSNH,BTSNI->BTNHI", p, centred, centred)
+    # No key seen: the weights are 0, and so is the output.
+    matrix = covariance + ridge[..., None] * jnp.eye(query.shape[-1], dtype=dtype)
+    offset = q - key_mean
+    solution = jnp.linalg.solve(matrix, offset[..., None])[..., 0]
+    weights = p * (1 + jnp.einsum("BTSNH,BTNH->BNTS", centred, solution))
+    out = jnp.einsum("BNTS,BSNV->BTNV", weights, v)
+    zeros = jnp.zeros(query.shape[:3], dtype)
+    return out.astype(query.dtype), _residuals(solution, offset, zeros.astype(jnp.int32), zeros)
+
+
+def _xla(
+    query: Array,
+    key: Array,
+    value: Array,
+    ridge: Array,
+    *,
+    is_causal: bool,
+    window: int | None,
+    scale: Any,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Array, LocalLinearResiduals]:
+    attend = attention_of(key, is_causal=is_causal, window=window)
+    return _regress(attend, query, key, value, ridge, scale=scale, tolerance=tolerance, max_iterations=max_iterations)
+
+
+IMPLEMENTATIONS = {"reference": _reference, "xla": _xla}
+
+
+def _regress(
+    attend: Callable[[Array, Array], Array],
+    query: Array,
+    key: Array,
+    value: Array,
+    ridge: Array,
+    *,
+    scale: Any,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Array, LocalLinearResiduals]:
+    """attend(scaled query, values): softmax attention over the keys. ridge: [B, T, N, 1]."""
+    dtype = accumulator_dtype(query, key, value)
+    wide = query.astype(dtype)
+    scaled = scale * wide
+    offset = wide - attend(scaled, key)
+
+    def product(x: Array) -> Array:
+        return jax.jvp(lambda q: attend(q, key), (scaled,), (x,))[1] + ridge * x
+
+    def solve(product: Callable[[Array], Array], offset: Array) -> tuple[Array, tuple[Array, Array]]:
+        return _conjugate_gradients(product, offset, tolerance, max_iterations)
+
+    solution, (iterations, residual) = lax.custom_linear_solve(product, offset, solve, symmetric=True, has_aux=True)
+    mean, slope = jax.jvp(lambda q: attend(q, value), (scaled,), (solution,))
+    return (mean + slope).astype(query.dtype), _residuals(solution, offset, iterations, residual)
+
+
+def _conjugate_gradients(
+    product: Callable[[Array], Array], offset: Array, tolerance: float, max_iterations: int
+) -> tuple[Array, tuple[Array, Array]]:
+    """Solves product(x) = offset [B, T, N, H], a positive definite system for each [B, T, N]; (x, (steps, residual)).
+
+    A row that has converged is left alone; the loop ends when all have.
+    """
+
+    def dot(a: Array, b: Array) -> Array:
+        return jnp.sum(a * b, axis=-1, keepdims=True)
+
+    first = dot(offset, offset)
+    target = tolerance**2 * first
+
+    def is_active(square: Array) -> Array:
+        return square > target
+
+    def unfinished(carry: Any) -> Array:
+        *_, square, _, number = carry
+        return jnp.any(is_active(square)) & (number < max_iterations)
+
+    def step(carry: Any) -> Any:
+        x, rest, direction, square, steps, number = carry
+        active = is_active(square)
+        image = product(direction)
+        curvature = dot(direction, image)
+        # Rounding can make the curvature of a nearly singular system vanish; that row then stays where it is.
+        moves = active & (curvature > 0)
+        length = jnp.where(moves, square / jnp.where(moves, curvature, 1), 0)
+        x, rest = x + length * direction, rest - length * image
+        new_square = dot(rest, rest)
+        turn = jnp.where(active, new_square / jnp.where(active, square, 1), 0)
+        direction = jnp.where(active, rest + turn * direction, direction)
+        return x, rest, direction, new_square, steps + active[..., 0], number + 1
+
+    steps = jnp.zeros_like(first[..., 0], dtype=jnp.int32)
+    start = (jnp.zeros_like(offset), offset, offset, first, steps, jnp.zeros((), jnp.int32))
+    x, _, _, square, steps, _ = lax.while_loop(unfinished, step, start)
+    return x, (steps, jnp.sqrt(square / jnp.where(first > 0, first, 1))[..., 0])
+
+
+def _residuals(solution: Array, offset: Array, iterations: Array, residual: Array) -> LocalLinearResiduals:
+    # 1 + (q - kbar)^T A^-1 (q - kbar) >= 1
+    ratio = 1 + jnp.sum(offset * solution, axis=-1, keepdims=True)
+    return LocalLinearResiduals(solution, -solution / ratio, iterations, residual)
+
+
+# --- Shared with Parallax ---------------------------------------------------------------------------------------------
+
+
+def attention_of(key: Array, *, is_causal: bool, window: int | None) -> Callable[[Array, Array], Array]:
+    """attend(query, values) -> softmax attention over the keys with scale 1, blocked; query [B, T, N, H]."""
+
+    def attend(query: Array, values: Array) -> Array:
+        if window is None:
+            blocked: Any = dot_product.IMPLEMENTATIONS["xla"]
+            return blocked(query, key, values, None, None, None, is_causal=is_causal, scale=1.0)[0]
+        banded: Any = local.IMPLEMENTATIONS["xla"]
+        settings = {"window": (window,), "stride": (1,), "dilation": (1,), "is_causal": (is_causal,)}
+        return banded(query, key, values, None, edge="shift", sinks=0, scale=1.0, **settings)[0]
+
+    return attend
+
+
+def dense_weights(query: Array, key: Array, *, scale: Any, is_causal: bool, window: int | None) -> Array:
+    """Softmax weights [B, N, T, S] of query and key [B, T, N, H]."""
+    length = query.shape[1]
+    mask = masks.Mask(lambda query, key: (query[0] >= 0) & (key[0] >= 0))
+    if window is not None:
+        mask = masks.neighborhood((length,), window, is_causal=is_causal)
+    elif is_causal:
+        mask = masks.causal()
+    logits = scale * jnp.einsum("BTNH,BSNH->BNTS", query, key)
+    numerators, denominator, _ = softmax_parts(logits, masks.dense_mask(mask, (length,)))
+    return numerators / denominator
+
+
+def check_window(window: Any, is_causal: Any, length: int) -> None:
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal: got {is_causal!r}; need a bool")
+    if window is None:
+        return
+    require(isinstance(window, int) and not isinstance(window, bool), "window", repr(window), "need an int or None")
+    require(1 <= window <= length, "window", window, f"need 1 to the length, {length}")
+
+
+def _per_query(ridge: Any, shape: tuple[int, int, int], dtype: Any) -> Array:
+    """[B, T, N, 1]"""
+    if isinstance(ridge, (int, float)) and not isinstance(ridge, bool):
+        require(0 < ridge < math.inf, "ridge", ridge, "need a number above 0")
+    elif not (hasattr(ridge, "shape") and hasattr(ridge, "dtype") and jnp.issubdtype(ridge.dtype, jnp.floating)):
+        raise TypeError(f"ridge: got {type(ridge).__name__}; need a number or a floating array [], [N] or [B, T, N]")
+    ridge = jnp.asarray(ridge, dtype)
+    require(
+        ridge.shape in ((), shape[2:], shape),
+        "ridge",
+        shape_text(ridge),
+        f"need [], [N] = {shape[2:]} or {list(shape)}",
+    )
+    return jnp.broadcast_to(ridge, shape)[..., None]
+
+
+# --- Decoding ---------------------------------------------------------------------------------------------------------
+
+
+def init_local_linear_cache(
+    batch: int,
+    max_length: int,
+    num_key_heads: int,
+    head_dim: int,
+    *,
+    window: int | None = None,
+    value_dim: int | None = None,
+    dtype: Any = jnp.float32,
+) -> DotProductCache:
+    """An empty cache for causal decoding of local linear attention or Parallax, of at most max_length tokens; with a
+    window it keeps that many, and decodes any number."""
+    require(window is None or window >= 1, "window", window, "need at least 1")
+    slots = max_length if window is None else window
+    return init_dot_product_cache(batch, slots, num_key_heads, head_dim, value_dim=value_dim, dtype=dtype)
+
+
+def local_linear_step(
+    cache: DotProductCache,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    ridge: float | Array,
+    window: int | None = None,
+    scale: float | None = None,
+    tolerance: float = 1e-6,
+    max_iterations: int = 32,
+) -> tuple[Array, DotProductCache]:
+    """One more token of local_linear_attention(..., is_causal=True), in O(S (H + V)) an iteration with S keys cached.
+
+    Args:
+      cache: from init_local_linear_cache with the same window, or an earlier step.
+      query, key, value: [B, 1, N, H], [B, 1, K, H], [B, 1, K, V]. ridge: a number, [], [N] or [B, 1, N]. The rest as in
+        local_linear_attention.
+
+    Returns:
+      ([B, 1, N, V] in query's dtype, the cache with the token added). Without a window, out is NaN past max_length.
+    """
+    check_step(query, key, value, cache.key, cache.value)
+    cache, attend, fits = append(cache, key, value, window)
+    out, _ = _regress(
+        attend,
+        query,
+        cache.key,
+        cache.value,
+        _per_query(ridge, (query.shape[0], 1, query.shape[2]), accumulator_dtype(query, key, value)),
+        scale=default_scale(scale, query.shape[-1]),
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+    )
+    return jnp.where(fits, out, jnp.nan), cache
+
+
+def append(
+    cache: DotProductCache, key: Array, value: Array, window: int | None
+) -> tuple[DotProductCache, Callable[[Array, Array], Array], Array]:
+    """Adds a token: (cache, attend(query, values) over the keys cached now, whether the token still fitted)."""
+    slots = cache.key.shape[1]
+    require(window in (None, slots), "window", window, f"the cache was made for {slots}")
+    place = cache.length if window is None else cache.length % slots
+
+    def store(old: Array, new: Array) -> Array:
+        return lax.dynamic_update_slice(old, new.astype(old.dtype), (0, place, 0, 0))
+
+    cache = DotProductCache(store(cache.key, key), store(cache.value, value), cache.length + 1)
+    visible = jnp.arange(slots) < cache.length
+
+    def attend(query: Array, values: Array) -> Array:
+        return dense_attention(query, cache.key, values, visible=visible, scale=1.0)[0]
+
+    return cache, attend, (cache.length <= slots) | (window is not None)

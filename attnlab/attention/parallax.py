@@ -1,0 +1,129 @@
+"""Parallax: local linear attention whose regression is replaced by a learned direction, the probe r.
+
+    p_ts = softmax_s(scale q_t . k_s)       a_ts = r_t . k_s       abar_t = sum_s p_ts a_ts
+    out_t = sum_s p_ts (1 + abar_t - a_ts) v_s    =    vbar_t - Cov_p(v, k) r_t
+
+Weights sum to 1 and can be negative; r = 0 is softmax attention, and r = -x of local_linear.py is local linear
+attention. As there, the covariance is a forward derivative of softmax attention, so that one pass over the keys gives
+both terms. Released as Parallax in flash-linear-attention (2026), after Local Linear Attention (Zuo et al. 2025).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.attention._checks import accumulator_dtype, check_array, check_query_key_value, default_scale
+from attnlab.attention._dispatch import dispatch
+from attnlab.attention.dot_product import DotProductCache, check_step
+from attnlab.attention.local_linear import append, attention_of, check_window, dense_weights
+
+Array = jax.Array
+
+
+def parallax_attention(
+    query: Array,
+    probe: Array,
+    key: Array,
+    value: Array,
+    *,
+    is_causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Array:
+    """Parallax attention.
+
+    Args:
+      query: [B, T, N, H], floating. probe: the same shape; not scaled.
+      key: [B, T, K, H], value: [B, T, K, V]; K divides N.
+      is_causal: a query sees itself and earlier keys.
+      window: it sees this many keys at most, as in local_attention. None: all.
+      scale: factor on the logits; None means H ** -0.5.
+      implementation: None, "reference" or "xla".
+
+    Returns:
+      [B, T, N, V] in query's dtype.
+
+    Raises:
+      ValueError, TypeError: at trace time, naming the argument.
+
+    Complexity of "xla", with S keys seen (T, or the window): O(T S (H + V)) time, O(T) memory.
+    """
+    check_query_key_value(query, key, value)
+    _check_probe(probe, query)
+    check_window(window, is_causal, query.shape[1])
+    return dispatch(
+        "parallax_attention",
+        IMPLEMENTATIONS,
+        implementation,
+        query,
+        probe,
+        key,
+        value,
+        is_causal=is_causal,
+        window=window,
+        scale=default_scale(scale, query.shape[-1]),
+    )
+
+
+def _check_probe(probe: Array, query: Array) -> None:
+    check_array("probe", probe, query.shape, "query's shape")
+    if not jnp.issubdtype(probe.dtype, jnp.floating):
+        raise TypeError(f"probe: got dtype {probe.dtype}; need a floating dtype")
+
+
+def _reference(
+    query: Array, probe: Array, key: Array, value: Array, *, is_causal: bool, window: int | None, scale: Any
+) -> Array:
+    dtype = accumulator_dtype(query, probe, key, value)
+    group = query.shape[2] // key.shape[2]
+    q, r, k, v = (
+        *(x.astype(dtype) for x in (query, probe)),
+        *(jnp.repeat(x.astype(dtype), group, axis=2) for x in (key, value)),
+    )
+    p = dense_weights(q, k, scale=scale, is_causal=is_causal, window=window)
+    a = jnp.einsum("BTNH,BSNH->BNTS", r, k)
+    weights = p * (1 + jnp.sum(p * a, axis=-1, keepdims=True) - a)
+    return jnp.einsum("BNTS,BSNV->BTNV", weights, v).astype(query.dtype)
+
+
+def _xla(
+    query: Array, probe: Array, key: Array, value: Array, *, is_causal: bool, window: int | None, scale: Any
+) -> Array:
+    dtype = accumulator_dtype(query, probe, key, value)
+    attend = attention_of(key, is_causal=is_causal, window=window)
+    scaled = scale * query.astype(dtype)
+    mean, slope = jax.jvp(lambda q: attend(q, value), (scaled,), (probe.astype(dtype),))
+    return (mean - slope).astype(query.dtype)
+
+
+IMPLEMENTATIONS = {"reference": _reference, "xla": _xla}
+
+
+def parallax_step(
+    cache: DotProductCache,
+    query: Array,
+    probe: Array,
+    key: Array,
+    value: Array,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> tuple[Array, DotProductCache]:
+    """One more token of parallax_attention(..., is_causal=True), in O(S (H + V)) with S keys cached.
+
+    Args:
+      cache: from init_local_linear_cache with the same window, or an earlier step.
+      query, probe: [B, 1, N, H]. key: [B, 1, K, H]. value: [B, 1, K, V].
+
+    Returns:
+      ([B, 1, N, V] in query's dtype, the cache with the token added). Without a window, out is NaN past max_length.
+    """
+    check_step(query, key, value, cache.key, cache.value)
+    _check_probe(probe, query)
+    dtype = accumulator_dtype(query, probe, key, value)
+    cache, attend, fits = append(cache, key, value, window)
+    scaled = default_scale(scale, query.shape[-1]) * query.astype(dtype)
+    mean, slope = jax.jvp(lambda q: attend(q, cache.value), (scaled,), (probe.astype(dtype),))
+    return jnp.where(fits, mean - slope, jnp.nan).astype(query.dtype), cache
