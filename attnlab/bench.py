@@ -19,7 +19,26 @@ _MOST_BYTES, _MOST_SECONDS = 6 * 2**30, 20.0
 # The exponent of time is fitted over lengths from here on, where constant costs no longer show.
 _FIT_FROM = 4096
 
-# By name: a function of query, key, value [1, length, 4, 64], all causal.
+
+def _agents(q: jax.Array) -> jax.Array:
+    """[64, N, H]: as many fixed agents, made of queries."""
+    return q[0, :: q.shape[1] // 64][:64]
+
+
+def _square(x: jax.Array) -> jax.Array:
+    """[B, T, N, H] -> [B, Y, X, N, H], as square as a power of two allows."""
+    rows = 2 ** (int(math.log2(x.shape[1])) // 2)
+    return x.reshape(x.shape[0], rows, -1, *x.shape[2:])
+
+
+def _routing(q: jax.Array, k: jax.Array, v: jax.Array, membership: Any) -> jax.Array:
+    clusters = math.isqrt(q.shape[1])
+    state = attnlab.init_routing(jax.random.key(1), q.shape[2], clusters, q.shape[3])
+    out, _ = attnlab.routing_attention(q, k, v, state, window=clusters, is_causal=True, membership=membership)
+    return out
+
+
+# By name: a function of query, key, value [1, length, 4, 64]; causal unless named otherwise.
 MECHANISMS: dict[str, Callable[..., jax.Array]] = {
     "jax.nn dense": lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True),
     f"jax.nn dense, window {WINDOW}": lambda q, k, v: jax.nn.dot_product_attention(
@@ -30,6 +49,11 @@ MECHANISMS: dict[str, Callable[..., jax.Array]] = {
     f"dilated, window {WINDOW // 4}, dilation 4": lambda q, k, v: attnlab.dilated_attention(
         q, k, v, window=WINDOW // 4, dilation=4, is_causal=True
     ),
+    "routing, strict": lambda q, k, v: _routing(q, k, v, "strict"),
+    "routing, global": lambda q, k, v: _routing(q, k, v, "global"),
+    "axial, rows of an image": lambda q, k, v: attnlab.axial_attention(*map(_square, (q, k, v)), axis=1),
+    "agent, 64 agents": lambda q, k, v: attnlab.causal_agent_attention(q, k, v, _agents(q)),
+    "agent, 64 agents, not causal": lambda q, k, v: attnlab.agent_attention(q, k, v, _agents(q)),
     "linear, elu": lambda q, k, v: attnlab.linear_attention(q, k, v, feature_map="elu", normalize=True),
     "linear, retention": lambda q, k, v: attnlab.linear_attention(
         q, k, v, log_decay=attnlab.retention_log_decay(q.shape[2])
@@ -37,6 +61,11 @@ MECHANISMS: dict[str, Callable[..., jax.Array]] = {
     "linear, delta rule": lambda q, k, v: attnlab.linear_attention(
         q, k / jnp.linalg.norm(k, axis=-1, keepdims=True), v, beta=jnp.full(q.shape[:3], 0.5)
     ),
+    "inline, not causal": attnlab.inline_attention,
+    f"local-linear, window {WINDOW}": lambda q, k, v: attnlab.local_linear_attention(
+        q, k, v, ridge=10.0, window=WINDOW
+    ),
+    f"parallax, window {WINDOW}": lambda q, k, v: attnlab.parallax_attention(q, q, k, v, window=WINDOW),
 }
 
 

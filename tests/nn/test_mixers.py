@@ -32,6 +32,10 @@ MIXERS = {
     "routing_layer": functools.partial(
         nn.RoutingAttention, clusters=2, window=3, normalize="layer", local_heads=2, local_window=5, value_dim=3
     ),
+    "local_linear": functools.partial(nn.LocalLinearAttention, ridge=3.0, num_key_heads=2),
+    "local_linear_window": functools.partial(nn.LocalLinearAttention, ridge=3.0, window=5, value_dim=3),
+    "parallax": functools.partial(nn.ParallaxAttention, value_dim=3, num_key_heads=2),
+    "parallax_window": functools.partial(nn.ParallaxAttention, window=5, normalize_qk=False),
     "softmax_convolved": functools.partial(nn.SoftmaxAttention, convolution=3, residual_convolution=5, num_key_heads=2),
 }
 FEATURES, LENGTH, BATCH = 16, 13, 2
@@ -237,6 +241,9 @@ def test_flops_count_the_pairs_that_are_seen():
     assert dilated.flops((LENGTH,)) - projections == 4 * FEATURES * sum(min(i // 4 + 1, 3) for i in range(LENGTH))
     linear = nn.LinearAttention(FEATURES, **options)
     assert linear.flops((LENGTH,)) - projections == 4 * LENGTH * 4 * (FEATURES // 4) ** 2
+    parallax = nn.ParallaxAttention(FEATURES, window=5, **options)
+    pairs = sum(min(i + 1, 5) for i in range(LENGTH))
+    assert parallax.flops((LENGTH,)) - projections == 8 * FEATURES * pairs + 2 * LENGTH * FEATURES**2
     agent = nn.AgentAttention(FEATURES, agents=3, residual_convolution=0, **options)
     assert agent.flops((LENGTH,)) - projections == 2 * 4 * FEATURES * 3 * LENGTH
     axial = nn.AxialAttention(FEATURES, axis=-1, is_causal=False)

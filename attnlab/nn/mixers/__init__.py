@@ -5,6 +5,7 @@ from attnlab.nn.mixers.axial import AxialAttention
 from attnlab.nn.mixers.base import Attention, MixerCache, MixerFactory
 from attnlab.nn.mixers.linear import InlineAttention, LinearAttention
 from attnlab.nn.mixers.local import DilatedAttention, LocalAttention
+from attnlab.nn.mixers.local_linear import LocalLinearAttention, ParallaxAttention
 from attnlab.nn.mixers.routing import RoutingAttention
 from attnlab.nn.mixers.softmax import SoftmaxAttention
 
@@ -16,8 +17,10 @@ __all__ = [
     "InlineAttention",
     "LinearAttention",
     "LocalAttention",
+    "LocalLinearAttention",
     "MixerCache",
     "MixerFactory",
+    "ParallaxAttention",
     "RoutingAttention",
     "SoftmaxAttention",
 ]
