@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from attnlab.errors import UserError
 
@@ -137,11 +138,19 @@ def _show(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab import config
     from attnlab.show import show
 
-    # The default model comes first, so that a model among the configs takes its place.
-    sources = ["experiments/lm/quickstart.gin", *command.configs]
-    model = config.build(sources, overrides, root="Experiment").value.model
+    def model(base: str) -> Any:
+        # The default model comes first, so that a model among the configs takes its place.
+        return config.build([base, *command.configs], overrides, root="Experiment").value.model
+
+    try:
+        shown = model("experiments/lm/quickstart.gin")
+    except UserError as error:
+        try:
+            shown = model("experiments/image/digits.gin")  # for mixers of images
+        except UserError:
+            raise error from None
     out = command.out or Path("-".join(Path(source).stem for source in command.configs) + ".png")
-    show(model, out, length=command.length)
+    show(shown, out, length=command.length)
     print(out)
     return 0
 

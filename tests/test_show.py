@@ -16,9 +16,10 @@ from attnlab.show import show
     [
         ["experiments/mixers/hybrid.gin", "--gin.WINDOW=8", "--length", "40"],
         ["experiments/image/digits.gin", "experiments/mixers/local.gin", "--gin.WINDOW=3"],
-        ["experiments/image/digits.gin", "experiments/mixers/axial.gin"],
+        ["experiments/mixers/axial.gin"],
+        ["experiments/mixers/routing.gin", "--length", "50"],
     ],
-    ids=["language", "image", "axial"],
+    ids=["language", "image", "mixer of images", "routing"],
 )
 def test_show_writes_a_picture(configs, tmp_path, capsys):
     out = tmp_path / "picture.png"

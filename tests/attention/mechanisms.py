@@ -30,13 +30,11 @@ class Mechanism:
     grid: bool = False
     result: Callable[[Any], Any] = lambda out: out
 
-    def space(self, length=13):
-        return (4, 5) if self.grid else (length,)
-
-    def inputs(self, *, length=13, key_heads=HEADS, seed=0, batch=BATCH, dtype=np.float32):
-        """Query, key, value and further arrays by name."""
+    def inputs(self, *, length=13, side=None, key_heads=HEADS, seed=0, batch=BATCH, dtype=np.float32):
+        """Query, key, value and further arrays by name. side: of a square grid."""
         rng = np.random.default_rng(seed)
-        shape = (batch, *self.space(length))
+        grid = (4, 5) if side is None else (side, side)
+        shape = (batch, *(grid if self.grid else (length,)))
         query = rng.normal(size=(*shape, HEADS, HEAD_DIM))
         key = rng.normal(size=(*shape, key_heads, HEAD_DIM))
         value = rng.normal(size=(*shape, key_heads, VALUE_DIM))

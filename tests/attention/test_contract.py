@@ -153,6 +153,25 @@ def test_a_long_input_is_what_the_reference_gives(name):
     assert_close(got, want, tolerance=1e-4)
 
 
+@every_mechanism
+def test_memory_does_not_grow_with_length_squared(name):
+    """Temporary memory of the compiled gradient, at 1024 and at 4096 tokens: less than n^1.5's eight times."""
+    mechanism = MECHANISMS[name]
+
+    def temporary(side):
+        arrays = mechanism.inputs(length=side * side, batch=1, side=side)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+        given = 8 * sum(leaf.size for leaf in jax.tree.leaves(shapes))  # their own bytes, and those of their gradients
+
+        def loss(arrays):
+            return jnp.sum(mechanism(arrays, "xla") ** 2)
+
+        return jax.jit(jax.grad(loss)).lower(shapes).compile().memory_analysis().temp_size_in_bytes, given
+
+    (small, _), (large, given) = temporary(32), temporary(64)
+    assert large < 8 * max(small, given), (small, large, given)
+
+
 EDGES = {
     "huge logits": lambda arrays: {**arrays, "query": 1e4 * arrays["query"]},
     "huge keys": lambda arrays: {**arrays, "key": 1e4 * arrays["key"]},
