@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from kernels_pallas.tpu import banded_flash
+from kernels_pallas.tpu import banded_flash, banded_flash_backward
 
 # The smallest topology of each TPU generation that libtpu describes.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -84,6 +84,21 @@ def _banded_flash(shape: Shape) -> tuple[Callable[..., Any], list[jax.ShapeDtype
     return attend, arrays, banded_flash.vmem_bytes(*blocks, shape.head_dim, shape.head_dim, shape.dtype)
 
 
+def _banded_flash_gradients(shape: Shape) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct], int]:
+    starts, ends = shape.intervals()
+
+    def gradients(*arrays: Any) -> Any:
+        return banded_flash_backward.banded_flash_gradients(
+            *arrays, starts=starts, ends=ends, scale=shape.head_dim**-0.5
+        )
+
+    arrays = shape.arrays()
+    out, lse = arrays[0], jax.ShapeDtypeStruct(arrays[0].shape[:-1], jnp.float32)
+    blocks = banded_flash_backward.default_blocks(*arrays)
+    vmem = banded_flash_backward.vmem_bytes(*blocks, shape.head_dim, shape.head_dim, shape.dtype)
+    return gradients, [*arrays, out, lse, out, lse], vmem
+
+
 def _splash(shape: Shape) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct], None]:
     """JAX's own kernel for the same window, for comparison. Its layout is [N, T, H]; its mask counts keys before."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
@@ -97,6 +112,7 @@ def _splash(shape: Shape) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct
 
 KERNELS: dict[str, Callable[[Shape], tuple[Callable[..., Any], list[jax.ShapeDtypeStruct], int | None]]] = {
     "banded_flash": _banded_flash,
+    "banded_flash gradients": _banded_flash_gradients,
     "jax splash (to compare)": _splash,
 }
 

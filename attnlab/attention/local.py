@@ -371,26 +371,40 @@ def _pallas_tpu(
     query: Array, key: Array, value: Array, segment_ids: Array | None, *, scale: Any, **settings: Any
 ) -> tuple[Array, Array]:
     from kernels_pallas.tpu.banded_flash import banded_flash_attention
+    from kernels_pallas.tpu.banded_flash_backward import banded_flash_gradients
 
-    # The kernel gives values; derivatives of both modes are the blocked form's.
+    # Kernels give values and gradients; tangents, and derivatives of gradients, are the blocked form's.
     @jax.custom_jvp
     def attend(arrays: tuple[Any, ...], segment_ids: Array | None) -> tuple[Array, Array]:
         query, key, value, scale = arrays
         return banded_flash_attention(query, key, value, scale=scale, **_banded(query, segment_ids, **settings))
 
-    def blocked(residuals: Any) -> Callable[..., Any]:
-        _, segment_ids = residuals
+    def blocked(segment_ids: Array | None) -> Callable[..., Any]:
         return lambda query, key, value, scale: _xla(query, key, value, segment_ids, scale=scale, **settings)
 
     def tangent(residuals: Any, tangents: Any) -> Any:
-        return jax.jvp(blocked(residuals), residuals[0], tangents)[1]
+        arrays, segment_ids, _ = residuals
+        return jax.jvp(blocked(segment_ids), arrays, tangents)[1]
 
+    @jax.custom_jvp
     def transpose(residuals: Any, cotangents: Any) -> Any:
-        return jax.vjp(blocked(residuals), *residuals[0])[1](cotangents)
+        (query, key, value, scale), segment_ids, results = residuals
+        return banded_flash_gradients(
+            query, key, value, *results, *cotangents, scale=scale, **_banded(query, segment_ids, **settings)
+        )
+
+    @transpose.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        def of_blocked(residuals: Any, cotangents: Any) -> Any:
+            arrays, segment_ids, _ = residuals
+            return jax.vjp(blocked(segment_ids), *arrays)[1](cotangents)
+
+        return transpose(*primals), jax.jvp(of_blocked, primals, tangents)[1]
 
     @attend.defjvp
     def _(primals: Any, tangents: Any) -> Any:
-        return attend(*primals), tangent_call(tangent, transpose, primals, tangents[0])
+        results = attend(*primals)
+        return results, tangent_call(tangent, transpose, (*primals, results), tangents[0])
 
     return attend((query, key, value, jnp.asarray(scale, jnp.float32)), segment_ids)
 
@@ -398,13 +412,15 @@ def _pallas_tpu(
 def _pallas_tpu_refusal(
     query: Array, key: Array, value: Array, segment_ids: Array | None, *, scale: Any, **settings: Any
 ) -> str | None:
-    from kernels_pallas.tpu.banded_flash import refusal
+    from kernels_pallas.tpu import banded_flash, banded_flash_backward
 
     if query.ndim != 4:
         return f"serves one space axis so far, got {query.ndim - 3}"
     if settings["dilation"] != (1,):
         return f"serves dilation 1 so far, got {settings['dilation'][0]}"
-    return refusal(query, key, value, **_banded(query, segment_ids, **settings))
+    banded = _banded(query, segment_ids, **settings)
+    reasons = (kernel.refusal(query, key, value, **banded) for kernel in (banded_flash, banded_flash_backward))
+    return next(filter(None, reasons), None)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {

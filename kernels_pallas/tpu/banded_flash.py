@@ -1,4 +1,4 @@
-"""Banded flash attention for TPU, forward: every query sees one interval of keys, and the first `sinks` keys.
+"""Banded flash attention for TPU: every query sees one interval of keys, and the first `sinks` keys.
 
     out_t = sum_{s visible to t} softmax_s(scale q_t . k_s) v_s        visible: starts[t] <= s < ends[t], or
     lse_t = log sum_{s visible to t} exp(scale q_t . k_s)                       s < min(sinks, ends[t])
@@ -21,12 +21,14 @@ place.
 Numerics: products of bfloat16 operands are accumulated in float32; float32 operands are multiplied at full float32
 precision (Precision.HIGHEST, six passes of the matrix unit: a float32 call is about as accurate as XLA's at that
 setting, and several times slower than a bfloat16 one). The running maximum, sum and output are float32. Weights are
-rounded to the values' dtype before they multiply them. Two runs give the same bits.
+rounded to the values' dtype before they multiply them. Two runs give the same bits. Gradients are in
+banded_flash_backward.py.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,14 +51,14 @@ _BLOCKS = {
     (4, 256): (256, 512),
 }
 _DEFAULT_BLOCKS = (256, 256)  # at other widths
-_LANES = 128
-_SUBLANES = 8
+LANES = 128
+SUBLANES = 8
 # What a kernel may take by vmem_bytes; the compiler is held to it too. It is libtpu's own limit for v5e and v5p.
 VMEM_BUDGET = 16 * 2**20
 # Scalar memory that the tables of visits may take, in bytes; v5e and v5p have 1 MiB.
 SMEM_BUDGET = 512 * 2**10
 # Stands for -inf in masked logits and in the maximum of no logits: finite, so that a difference of two is not NaN.
-_MASKED = np.float32(-0.7 * np.finfo(np.float32).max)
+MASKED = np.float32(-0.7 * np.finfo(np.float32).max)
 # Constants in the kernel have dtypes: a Python float would be a float64 under jax_enable_x64.
 _ONE = np.float32(1)
 # Rows of the table of queries.
@@ -77,6 +79,25 @@ class Visits:
     latest_start: np.ndarray
     earliest_end: np.ndarray
 
+    def by_key_tile(self, num_key_tiles: int) -> tuple[np.ndarray, np.ndarray]:
+        """The lists the other way round: (query tiles that visit each key tile, padded alike; lengths of the lists)."""
+        visited = np.zeros((num_key_tiles, len(self.counts)), bool)
+        for row, count in enumerate(self.counts):
+            visited[self.key_tiles[row, :count], row] = True
+        return _lists(visited)
+
+
+def _lists(visited: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """bool [rows, tiles] -> the True ones of each row int32 [rows, longest], ascending, and how many they are."""
+    counts = visited.sum(1)
+    tiles = np.zeros((len(visited), max(1, counts.max())), np.int32)
+    last_tile = 0
+    for row, (seen, count) in enumerate(zip(visited, counts, strict=True)):
+        tiles[row, :count] = np.flatnonzero(seen)
+        last_tile = tiles[row, count - 1] if count else last_tile
+        tiles[row, count:] = last_tile
+    return tiles, counts.astype(np.int32)
+
 
 def list_visits(
     starts: np.ndarray, ends: np.ndarray, num_keys: int, *, sinks: int = 0, block_q: int, block_k: int
@@ -94,18 +115,11 @@ def list_visits(
         sees = first < last
         np.add.at(edges, (tile[sees], first[sees] // block_k), 1)
         np.add.at(edges, (tile[sees], (last[sees] - 1) // block_k + 1), -1)
-    visited = np.cumsum(edges, axis=1)[:, :-1] > 0
-    counts = visited.sum(1)
-    key_tiles = np.zeros((num_tiles, max(1, counts.max())), np.int32)
-    last_tile = 0
-    for row, (seen, count) in enumerate(zip(visited, counts, strict=True)):
-        key_tiles[row, :count] = np.flatnonzero(seen)
-        last_tile = key_tiles[row, count - 1] if count else last_tile
-        key_tiles[row, count:] = last_tile
+    key_tiles, counts = _lists(np.cumsum(edges, axis=1)[:, :-1] > 0)
     first_queries = np.arange(num_tiles) * block_q
     return Visits(
         key_tiles,
-        counts.astype(np.int32),
+        counts,
         np.maximum.reduceat(starts, first_queries).astype(np.int32),
         np.minimum.reduceat(ends, first_queries).astype(np.int32),
     )
@@ -119,20 +133,27 @@ def _without_sinks(starts: Any, ends: Any, num_keys: int, sinks: int) -> tuple[n
 
 def default_blocks(query: Any, key: Any, value: Any) -> tuple[int, int]:
     """(block_q, block_k) for arrays of these shapes and dtype, from a frozen table."""
+    return blocks_of(_BLOCKS, _DEFAULT_BLOCKS, query, key, value)
+
+
+def blocks_of(
+    table: dict[tuple[int, int], tuple[int, int]], default: tuple[int, int], query: Any, key: Any, value: Any
+) -> tuple[int, int]:
+    """A table's blocks for these arrays, cut to their lengths."""
     width = max(_padded_width(query.shape[-1]), _padded_width(value.shape[-1]))
-    block_q, block_k = _BLOCKS.get((jnp.dtype(query.dtype).itemsize, width), _DEFAULT_BLOCKS)
-    return min(block_q, _round_up(query.shape[1], _LANES)), min(block_k, _round_up(key.shape[1], _LANES))
+    block_q, block_k = table.get((jnp.dtype(query.dtype).itemsize, width), default)
+    return min(block_q, round_up(query.shape[1], LANES)), min(block_k, round_up(key.shape[1], LANES))
 
 
 def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype: Any, *, segments: bool = False) -> int:
     """VMEM that the kernel takes at most: two buffers for every block, the running state, and a step's temporaries."""
     size = jnp.dtype(dtype).itemsize
-    key_lanes, value_lanes = (_round_up(width, _LANES) for width in (head_dim, value_dim))
+    key_lanes, value_lanes = (round_up(width, LANES) for width in (head_dim, value_dim))
     blocks = size * (block_q * (key_lanes + value_lanes) + block_k * (key_lanes + value_lanes))
-    rows = 4 * _SUBLANES * (2 * block_q + (block_k if segments else 0))  # table of queries, lse; segments of keys
-    state = 4 * block_q * (2 * _LANES + value_lanes)
+    rows = 4 * SUBLANES * (2 * block_q + (block_k if segments else 0))  # table of queries, lse; segments of keys
+    state = 4 * block_q * (2 * LANES + value_lanes)
     logits = (4 + 4 + size) * block_q * block_k  # logits, weights, weights in the values' dtype
-    columns = 4 * block_q * _LANES * (3 if segments else 2)  # the table of queries, one query a sublane
+    columns = 4 * block_q * LANES * (3 if segments else 2)  # the table of queries, one query a sublane
     product = 4 * block_q * value_lanes  # of weights and values, before it is added to the output
     # At full precision the operands of the logits are split into bfloat16 parts and remainders.
     splits = 2 * size * (block_q + block_k) * key_lanes if size == 4 else 0
@@ -150,8 +171,13 @@ def refusal(
     segment_ids: tuple[Any, Any] | None = None,
     block_q: int | None = None,
     block_k: int | None = None,
+    default: Callable[..., tuple[int, int]] = default_blocks,
+    footprint: Callable[..., int] = vmem_bytes,
 ) -> str | None:
-    """Why banded_flash_attention cannot serve these arguments (arrays may be shape structs), or None if it can."""
+    """Why banded_flash_attention cannot serve these arguments (arrays may be shape structs), or None if it can.
+
+    default, footprint: the kernel's blocks and VMEM model.
+    """
     dtype = jnp.dtype(query.dtype)
     if dtype not in (jnp.bfloat16, jnp.float32) or not dtype == key.dtype == value.dtype:
         return f"needs query, key and value all bfloat16 or all float32, got {dtype}, {key.dtype} and {value.dtype}"
@@ -159,13 +185,13 @@ def refusal(
         return f"needs segment ids of at most 32 bits, got {segment_ids[0].dtype} and {segment_ids[1].dtype}"
     if 0 in query.shape or 0 in key.shape:
         return f"needs arrays that are not empty, got query {query.shape} and key {key.shape}"
-    default_q, default_k = default_blocks(query, key, value)
+    default_q, default_k = default(query, key, value)
     block_q, block_k = block_q or default_q, block_k or default_k
     for name, block in (("block_q", block_q), ("block_k", block_k)):
-        if block < 1 or block % _LANES:
-            return f"needs {name} a positive multiple of {_LANES}, got {block}"
+        if block < 1 or block % LANES:
+            return f"needs {name} a positive multiple of {LANES}, got {block}"
     widths = _padded_width(query.shape[-1]), _padded_width(value.shape[-1])
-    needed = vmem_bytes(block_q, block_k, *widths, dtype, segments=segment_ids is not None)
+    needed = footprint(block_q, block_k, *widths, dtype, segments=segment_ids is not None)
     if needed > VMEM_BUDGET:
         return (
             f"a tile of {block_q} queries x {block_k} keys at head dims {query.shape[-1]} and {value.shape[-1]} takes "
@@ -230,105 +256,185 @@ def banded_flash_attention(
         raise ValueError(f"banded_flash_attention: {reason}")
     default_q, default_k = default_blocks(query, key, value)
     block_q, block_k = block_q or default_q, block_k or default_k
-    batch, num_queries, heads, head_dim = query.shape
-    num_keys, key_heads, value_dim = value.shape[1:]
-    group = heads // key_heads
-    visits = list_visits(starts, ends, num_keys, sinks=sinks, block_q=block_q, block_k=block_k)
-    query_tiles, longest = visits.key_tiles.shape
-    key_width, value_width = _padded_width(head_dim), _padded_width(value_dim)
-    padded_queries, padded_keys = query_tiles * block_q, _round_up(num_keys, block_k)
-
-    def heads_first(x: Array, length: int, width: int) -> Array:
-        """[B, L, N, H] -> [B, N, length, width], padded with 0."""
-        x = jnp.swapaxes(x, 1, 2)
-        return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, width - x.shape[3])))
-
-    # Queries in the padding copy the last one's interval, so that they do not spoil a full tile.
-    bounds = np.zeros((1, _SUBLANES, padded_queries), np.int32)
-    bounds[0, :2] = np.pad(
-        np.stack(_without_sinks(starts, ends, num_keys, sinks)), ((0, 0), (0, padded_queries - num_queries)), "edge"
+    band = Band(
+        query,
+        key,
+        value,
+        starts=starts,
+        ends=ends,
+        sinks=sinks,
+        segment_ids=segment_ids,
+        block_q=block_q,
+        block_k=block_k,
     )
-    table: Array = jnp.asarray(bounds)
-    key_segments = []
-    if segment_ids is not None:
-        query_ids, key_ids = (ids.astype(jnp.int32) for ids in segment_ids)
-        query_ids = jnp.pad(query_ids, ((0, 0), (0, padded_queries - num_queries)))
-        table = jnp.broadcast_to(table, (batch, *table.shape[1:])).at[:, _SEGMENT].set(query_ids)
-        key_segments = [jnp.pad(key_ids, ((0, 0), (0, padded_keys - num_keys)))[:, None]]
+    visits, segments = band.visits, band.segments
+    query_tiles, longest = visits.key_tiles.shape
 
     def key_tile(i: Any, j: Any, key_tiles: Any) -> Any:
         return key_tiles[i * np.int32(longest) + j]
-
-    def zero() -> np.int32:
-        return np.int32(0)  # a Python int would be an int64 under jax_enable_x64
 
     def of_query(b: Any, n: Any, i: Any, j: Any, *_: Any) -> tuple[Any, ...]:
         return b, n, i, zero()
 
     def of_key(b: Any, n: Any, i: Any, j: Any, key_tiles: Any, *_: Any) -> tuple[Any, ...]:
-        return b, lax.div(n, np.int32(group)), key_tile(i, j, key_tiles), zero()
+        return b, lax.div(n, np.int32(band.group)), key_tile(i, j, key_tiles), zero()
 
     in_specs = [
         pl.BlockSpec((1, 1), lambda *_: (zero(), zero()), memory_space=pltpu.SMEM),
-        pl.BlockSpec(
-            (None, _SUBLANES, block_q), lambda b, n, i, j, *_: (b if segment_ids is not None else zero(), zero(), i)
-        ),
-        pl.BlockSpec((None, None, block_q, key_width), of_query),
-        pl.BlockSpec((None, None, block_k, key_width), of_key),
-        pl.BlockSpec((None, None, block_k, value_width), of_key),
+        pl.BlockSpec((None, SUBLANES, block_q), lambda b, n, i, j, *_: (b if segments else zero(), zero(), i)),
+        pl.BlockSpec((None, None, block_q, band.key_width), of_query),
+        pl.BlockSpec((None, None, block_k, band.key_width), of_key),
+        pl.BlockSpec((None, None, block_k, band.value_width), of_key),
     ]
-    if segment_ids is not None:
+    if segments:
         in_specs.append(
             pl.BlockSpec((None, 1, block_k), lambda b, n, i, j, tiles, *_: (b, zero(), key_tile(i, j, tiles)))
         )
     scalars = (visits.key_tiles.ravel(), visits.counts, visits.latest_start, visits.earliest_end)
-    steps = batch * heads * int(visits.counts.sum())
-    size = query.dtype.itemsize
-    # Inside shard_map: the results differ over the mesh axes over which any argument does.
-    arrays = (query, key, value, jnp.asarray(scale), *(segment_ids or ()))
-    over = jax.sharding.ManualAxisType(
-        varying=frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in arrays))
-    )
+    over = varying(query, key, value, jnp.asarray(scale), *(segment_ids or ()))
+    rows = (band.batch, band.heads)
     out, lse = pl.pallas_call(
-        functools.partial(_kernel, sinks=sinks, longest=longest, segments=segment_ids is not None),
+        functools.partial(_kernel, sinks=sinks, longest=longest, segments=segments),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(batch, heads, query_tiles, longest),
+            grid=(*rows, query_tiles, longest),
             in_specs=in_specs,
             out_specs=[
-                pl.BlockSpec((None, None, block_q, value_width), of_query),
+                pl.BlockSpec((None, None, block_q, band.value_width), of_query),
                 pl.BlockSpec((None, None, 1, block_q), lambda b, n, i, j, *_: (b, n, zero(), i)),
             ],
             scratch_shapes=[
-                pltpu.VMEM((block_q, _LANES), jnp.float32),
-                pltpu.VMEM((block_q, _LANES), jnp.float32),
-                pltpu.VMEM((block_q, value_width), jnp.float32),
+                pltpu.VMEM((block_q, LANES), jnp.float32),
+                pltpu.VMEM((block_q, LANES), jnp.float32),
+                pltpu.VMEM((block_q, band.value_width), jnp.float32),
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, heads, padded_queries, value_width), query.dtype, manual_axis_type=over),
-            jax.ShapeDtypeStruct((batch, heads, 1, padded_queries), jnp.float32, manual_axis_type=over),
+            jax.ShapeDtypeStruct((*rows, band.padded_queries, band.value_width), query.dtype, manual_axis_type=over),
+            jax.ShapeDtypeStruct((*rows, 1, band.padded_queries), jnp.float32, manual_axis_type=over),
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BUDGET
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * steps * block_q * block_k * (key_width + value_width),
-            transcendentals=steps * block_q * block_k,
-            bytes_accessed=(steps * block_k + batch * heads * padded_queries) * (key_width + value_width) * size,
-        ),
+        compiler_params=compiler_params(),
+        cost_estimate=band.cost(math.prod(rows) * int(visits.counts.sum()), (band.key_width, band.value_width)),
         name="banded_flash_attention",
     )(
         *(jnp.asarray(scalar) for scalar in scalars),
         jnp.asarray(scale, jnp.float32).reshape(1, 1),
-        table,
-        heads_first(query, padded_queries, key_width),
-        heads_first(key, padded_keys, key_width),
-        heads_first(value, padded_keys, value_width),
-        *key_segments,
+        band.table,
+        band.heads_first(query, band.padded_queries, band.key_width),
+        band.heads_first(key, band.padded_keys, band.key_width),
+        band.heads_first(value, band.padded_keys, band.value_width),
+        *band.key_segments,
     )
-    out, lse = out[:, :, :num_queries, :value_dim], lse[:, :, 0, :num_queries]
+    out, lse = out[:, :, : query.shape[1], : value.shape[-1]], lse[:, :, 0, : query.shape[1]]
     return jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
+
+
+class Band:
+    """A call's arrays as the kernels take them: heads first, padded to whole tiles, with the tables beside them.
+
+    table: int32 [1 or B, 8, padded queries]; rows START and END, the keys that a query sees, and SEGMENT.
+    key_segments: with segments, one array int32 [B, 1, padded keys].
+    """
+
+    def __init__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        starts: np.ndarray,
+        ends: np.ndarray,
+        sinks: int,
+        segment_ids: tuple[Array, Array] | None,
+        block_q: int,
+        block_k: int,
+    ):
+        self.batch, num_queries, self.heads, head_dim = query.shape
+        num_keys, key_heads, value_dim = value.shape[1:]
+        self.group = self.heads // key_heads
+        self.sinks, self.segments = sinks, segment_ids is not None
+        self.block_q, self.block_k, self.itemsize = block_q, block_k, query.dtype.itemsize
+        self.key_width, self.value_width = _padded_width(head_dim), _padded_width(value_dim)
+        self.padded_queries, self.padded_keys = round_up(num_queries, block_q), round_up(num_keys, block_k)
+        self.visits = list_visits(starts, ends, num_keys, sinks=sinks, block_q=block_q, block_k=block_k)
+        # Queries in the padding copy the last one's interval, so that they do not spoil a full tile.
+        past = self.padded_queries - num_queries
+        bounds = np.zeros((1, SUBLANES, self.padded_queries), np.int32)
+        bounds[0, :2] = np.pad(np.stack(_without_sinks(starts, ends, num_keys, sinks)), ((0, 0), (0, past)), "edge")
+        self.table: Array = jnp.asarray(bounds)
+        self.key_segments: list[Array] = []
+        if segment_ids is not None:
+            query_ids, key_ids = (ids.astype(jnp.int32) for ids in segment_ids)
+            query_ids = jnp.pad(query_ids, ((0, 0), (0, past)))
+            self.table = jnp.broadcast_to(self.table, (self.batch, *self.table.shape[1:]))
+            self.table = self.table.at[:, _SEGMENT].set(query_ids)
+            self.key_segments = [jnp.pad(key_ids, ((0, 0), (0, self.padded_keys - num_keys)))[:, None]]
+
+    @staticmethod
+    def heads_first(x: Array, length: int, width: int) -> Array:
+        """[B, L, N, H] -> [B, N, length, width], padded with 0."""
+        x = jnp.swapaxes(x, 1, 2)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, width - x.shape[3])))
+
+    def cost(self, steps: int, products: tuple[int, ...]) -> pl.CostEstimate:
+        """Of a kernel of this many visits. products: the head dim of each product of a visit's tiles."""
+        both = self.key_width + self.value_width
+        rows = steps * self.block_k + self.batch * self.heads * self.padded_queries
+        return pl.CostEstimate(
+            flops=2 * steps * self.block_q * self.block_k * sum(products),
+            transcendentals=steps * self.block_q * self.block_k,
+            bytes_accessed=rows * both * self.itemsize,
+        )
+
+
+def zero() -> np.int32:
+    return np.int32(0)  # a Python int would be an int64 under jax_enable_x64
+
+
+def varying(*arrays: Array) -> Any:
+    """Inside shard_map: the results of a kernel differ over the mesh axes over which any argument does."""
+    return jax.sharding.ManualAxisType(
+        varying=frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in arrays))
+    )
+
+
+def compiler_params() -> Any:
+    """Of grids whose last axis alone is a sum, held to VMEM_BUDGET."""
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BUDGET
+    )
+
+
+def visible(index: Array, start: Array, end: Array, segment: Array, *, sinks: int, key_segment: Any) -> Array:
+    """bool, where a query of these numbers sees the key of this index; all broadcast. key_segment None: no segments."""
+    sees = index >= start
+    if sinks:
+        sees |= index < sinks
+    sees &= index < end
+    if key_segment is not None:
+        sees &= segment == key_segment
+    return sees
+
+
+def visit(
+    accumulate: Callable[[bool], None],
+    *,
+    active: Array,
+    first_key: Array,
+    end_key: Array,
+    latest_start: Array,
+    earliest_end: Array,
+    sinks: int,
+    segments: bool,
+) -> None:
+    """Runs accumulate(masked) if the visit is one; without the element mask where every query sees every key."""
+    if segments:
+        pl.when(active)(lambda: accumulate(True))
+        return
+    after_start = (first_key >= latest_start) | (end_key <= sinks)
+    full = after_start & (end_key <= earliest_end)
+    pl.when(active & full)(lambda: accumulate(False))
+    pl.when(active & ~full)(lambda: accumulate(True))
 
 
 def _kernel(
@@ -349,59 +455,51 @@ def _kernel(
     """One visit of a query tile to a key tile. The maximum and sum of a query are repeated over the lanes."""
     *key_segments_ref, out_ref, lse_ref, maximum_ref, sum_ref, acc_ref = refs  # the first is there with segments
     block_q, block_k = query_ref.shape[0], key_ref.shape[0]
-    tile, visit = pl.program_id(2), pl.program_id(3)
-    first_key = key_tiles_ref[tile * np.int32(longest) + visit] * np.int32(block_k)
-    end_key = first_key + np.int32(block_k)
+    tile, step = pl.program_id(2), pl.program_id(3)
+    first_key = key_tiles_ref[tile * np.int32(longest) + step] * np.int32(block_k)
 
-    @pl.when(visit == 0)
+    @pl.when(step == 0)
     def _() -> None:
-        maximum_ref[...] = jnp.full_like(maximum_ref, _MASKED)
+        maximum_ref[...] = jnp.full_like(maximum_ref, MASKED)
         sum_ref[...] = jnp.zeros_like(sum_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    def visible() -> Array:
-        """bool [block_q, block_k]"""
-        table = jnp.transpose(table_ref[...])  # one query a sublane
-        start, end = table[:, _START : _START + 1], table[:, _END : _END + 1]
-        index = first_key + lax.broadcasted_iota(jnp.int32, (block_q, block_k), 1)
-        sees = index >= start
-        if sinks:
-            sees |= index < sinks
-        sees &= index < end
-        if segments:
-            sees &= table[:, _SEGMENT : _SEGMENT + 1] == key_segments_ref[0][...]
-        return sees
-
     def accumulate(masked: bool) -> None:
-        logits = scale_ref[0, 0] * _dot(query_ref[...], key_ref[...], contract=(1, 1))
+        logits = scale_ref[0, 0] * dot(query_ref[...], key_ref[...], contract=(1, 1))
         if masked:
-            logits = jnp.where(visible(), logits, _MASKED)
+            table = jnp.transpose(table_ref[...])  # one query a sublane
+            rows = (table[:, row : row + 1] for row in range(3))
+            segment = key_segments_ref[0][...] if segments else None
+            index = first_key + lax.broadcasted_iota(jnp.int32, (block_q, block_k), 1)
+            logits = jnp.where(visible(index, *rows, sinks=sinks, key_segment=segment), logits, MASKED)
         old_maximum = maximum_ref[...]
         maximum = jnp.maximum(old_maximum, jnp.max(logits, axis=1, keepdims=True))
-        # Where a query has seen no key yet the maximum is _MASKED and the weights are 1, not 0; the first key that it
+        # Where a query has seen no key yet the maximum is MASKED and the weights are 1, not 0; the first key that it
         # does see multiplies what they gave by `decay` = 0.
         weights = jnp.exp(logits - _lanes(maximum, block_k))
         decay = jnp.exp(old_maximum - maximum)
         maximum_ref[...] = maximum
         sum_ref[...] = decay * sum_ref[...] + jnp.sum(weights, axis=1, keepdims=True)
         values = value_ref[...]
-        acc_ref[...] = _lanes(decay, acc_ref.shape[1]) * acc_ref[...] + _dot(
+        acc_ref[...] = _lanes(decay, acc_ref.shape[1]) * acc_ref[...] + dot(
             weights.astype(values.dtype), values, contract=(1, 0)
         )
 
-    active = visit < counts_ref[tile]
-    if segments:
-        pl.when(active)(lambda: accumulate(masked=True))
-    else:
-        after_start = (first_key >= latest_start_ref[tile]) | (end_key <= sinks)
-        full = after_start & (end_key <= earliest_end_ref[tile])
-        pl.when(active & full)(lambda: accumulate(masked=False))
-        pl.when(active & ~full)(lambda: accumulate(masked=True))
+    visit(
+        accumulate,
+        active=step < counts_ref[tile],
+        first_key=first_key,
+        end_key=first_key + np.int32(block_k),
+        latest_start=latest_start_ref[tile],
+        earliest_end=earliest_end_ref[tile],
+        sinks=sinks,
+        segments=segments,
+    )
 
-    @pl.when(visit == longest - 1)
+    @pl.when(step == longest - 1)
     def _() -> None:
         maximum, total = maximum_ref[...], sum_ref[...]
-        empty = maximum <= _MASKED
+        empty = maximum <= MASKED
         total = jnp.where(empty, _ONE, total)
         inverse = jnp.where(empty, np.float32(0), _ONE / total)
         out_ref[...] = (acc_ref[...] * _lanes(inverse, acc_ref.shape[1])).astype(out_ref.dtype)
@@ -409,7 +507,7 @@ def _kernel(
         lse_ref[...] = jnp.transpose(lse)[:1]
 
 
-def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
@@ -417,12 +515,12 @@ def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
 
 def _lanes(x: Array, width: int) -> Array:
     """x [rows, 128], equal over the lanes, as [rows, width]."""
-    return x[:, :width] if width < _LANES else jnp.tile(x, (1, width // _LANES))
+    return x[:, :width] if width < LANES else jnp.tile(x, (1, width // LANES))
 
 
 def _padded_width(width: int) -> int:
-    return 64 if width <= 64 else _round_up(width, _LANES)
+    return 64 if width <= 64 else round_up(width, LANES)
 
 
-def _round_up(n: int, multiple: int) -> int:
+def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
