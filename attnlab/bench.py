@@ -82,7 +82,7 @@ def bench(
 
     Args:
       lengths: ascending.
-      only: parts of names; without any, all mechanisms.
+      only: names in MECHANISMS, whole or up to a comma; without any, all.
       backward: time the gradient of query, key and value as well.
       say: takes a line as each number comes.
 
@@ -93,7 +93,7 @@ def bench(
     _reuse_freed_memory()
     rows = []
     for name, function in MECHANISMS.items():
-        if only and not any(part in name for part in only):
+        if only and not any(f"{name},".startswith(f"{start},") for start in only):
             continue
         expected = 0.0
         for previous, length in zip((lengths[0], *lengths), lengths):

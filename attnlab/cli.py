@@ -86,7 +86,13 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     )
     lengths = [1024 * 2**power for power in range(7)]
     bench.add_argument("--lengths", type=int, nargs="+", default=lengths, help="default 1024 2048 ... 65536")
-    bench.add_argument("--only", nargs="+", default=[], metavar="NAME", help="mechanisms whose name has this part")
+    bench.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="mechanisms, as named in its table up to a comma: local, linear",
+    )
     bench.add_argument("--backward", action="store_true", help="time the gradient as well")
     bench.add_argument(
         "--workdir", type=Path, default=Path("runs/bench"), help="folder for results (default runs/bench)"
@@ -165,7 +171,7 @@ def _bench(command: argparse.Namespace, overrides: list[str]) -> int:
     rows = bench.bench(sorted(set(command.lengths)), only=command.only, backward=command.backward)
     if not rows:
         raise UserError(
-            f"only: no mechanism has {' or '.join(command.only)} in its name: {', '.join(bench.MECHANISMS)}"
+            f"only: no mechanism is named {' or '.join(command.only)}; there are: {'; '.join(bench.MECHANISMS)}"
         )
     passes = "forward and backward" if command.backward else "forward"
     bench.write(rows, command.workdir, f"Attention against length, {passes}, on {jax.devices()[0].device_kind}")

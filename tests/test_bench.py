@@ -29,7 +29,7 @@ def test_the_exponent_is_that_of_long_lengths():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--lengths", "8"], "lengths: got 8"), (["--only", "nothing"], "no mechanism has nothing in its name")],
+    [(["--lengths", "8"], "lengths: got 8"), (["--only", "nothing"], "no mechanism is named nothing")],
 )
 def test_mistakes_are_named(arguments, message, capsys):
     assert cli.main(["bench", *arguments, *([] if "--lengths" in arguments else ["--lengths", "256"])]) == 2

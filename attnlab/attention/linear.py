@@ -23,6 +23,7 @@ stands, loses no digits behind a strong decay, and a segment's first token drops
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,8 +39,9 @@ from attnlab.attention._checks import (
     shape_text,
 )
 from attnlab.attention._chunks import decayed_products, scan_chunks
-from attnlab.attention._dispatch import dispatch
+from attnlab.attention._dispatch import Kernel, dispatch
 from attnlab.attention._feature_maps import FeatureMap, apply_feature_map, feature_width, normalizer_epsilon
+from attnlab.attention._kernel_call import kernel_call
 
 _RESET = -1e30  # Finite, so that no rewriting of a sum into a product can make 0 * inf of it.
 
@@ -98,8 +100,8 @@ def linear_attention(
       segment_ids: [B, T] integers for packed sequences, each segment one run of equal ids: the state is dropped where
         the id changes. The initial state goes into the row's first segment, the returned state is the last segment's.
       chunk_size: tokens taken at once by "xla".
-      implementation: "reference" (a scan over tokens; where not causal, dense weights), "xla" (a scan over chunks) or
-        None to choose by platform.
+      implementation: "reference" (a scan over tokens; where not causal, dense weights), "xla" (a scan over chunks),
+        "pallas_tpu" (causal; bfloat16 or float32; chunks of 128) or None to choose by platform.
 
     Returns:
       [B, T, N, V] in query's dtype, or (that, LinearState) with return_state.
@@ -466,4 +468,108 @@ def _chunk(
     return LinearState(kv, k_sum), (out, total)
 
 
-IMPLEMENTATIONS = {"reference": _reference, "xla": _xla}
+# --- Pallas -----------------------------------------------------------------------------------------------------------
+
+
+def _operands(
+    query: Array,
+    key: Array,
+    value: Array,
+    log_decay: Array | None,
+    beta: Array | None,
+    state: LinearState,
+    segment_ids: Array | None,
+    *,
+    feature_map: FeatureMap,
+    scale: float | Array,
+) -> tuple[Any, ...]:
+    """The kernel's query, key, value, log_decay, beta and state. A sum of keys is kept as a value that is always 1."""
+    batch, length, heads, _ = query.shape
+    dtype = query.dtype
+    mapped = apply_feature_map(feature_map, query, key, scale, state.kv.dtype)
+    query, key = (x.astype(dtype) for x in mapped)
+    kv = state.kv
+    if state.k_sum is not None:
+        value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+        kv = jnp.concatenate([kv, state.k_sum[..., None]], axis=-1)
+    if log_decay is not None:
+        log_decay = log_decay if log_decay.ndim == 4 else jnp.broadcast_to(log_decay, (batch, length, heads))[..., None]
+    if segment_ids is not None:
+        log_decay = _drop_at_starts(log_decay, segment_ids, heads, state.kv.dtype)
+    if log_decay is not None:
+        log_decay = jnp.maximum(log_decay.astype(state.kv.dtype), _RESET)  # the kernel multiplies it by 0
+        log_decay = jnp.broadcast_to(log_decay, (batch, length, heads, log_decay.shape[-1]))
+        log_decay = log_decay[..., 0] if log_decay.shape[-1] == 1 else log_decay
+    return query, key, value, log_decay, beta, kv
+
+
+def _pallas_tpu(
+    query: Array,
+    key: Array,
+    value: Array,
+    log_decay: Array | None,
+    beta: Array | None,
+    state: LinearState,
+    segment_ids: Array | None,
+    *,
+    is_causal: bool,
+    feature_map: FeatureMap,
+    normalize: bool,
+    scale: float | Array,
+    chunk_size: int,
+) -> tuple[Array, LinearState]:
+    from kernels_pallas.tpu.chunked_linear import chunked_linear_attention, chunked_linear_gradients
+
+    out_dtype = query.dtype
+    sums = jnp.float32 if normalize else out_dtype
+
+    def kernel(arrays: Any, _: Any, keep: bool) -> tuple[Any, Any]:
+        out, state, *kept = chunked_linear_attention(*arrays, out_dtype=sums, keep_states=keep)
+        return (out, state), kept
+
+    def gradients(arrays: Any, _: Any, kept: Any, cotangents: Any) -> Any:
+        return chunked_linear_gradients(*arrays[:-1], *kept, *cotangents)
+
+    def blocked(arrays: Any, _: Any) -> Any:
+        *tokens, kv = arrays
+        settings: Any = {"is_causal": True, "feature_map": None, "normalize": False, "chunk_size": chunk_size}
+        run: Any = functools.partial(_xla, scale=1.0, **settings)
+        out, state = run(*tokens, LinearState(kv), None)
+        return out.astype(sums), state.kv
+
+    arrays = _operands(query, key, value, log_decay, beta, state, segment_ids, feature_map=feature_map, scale=scale)
+    out, kv = kernel_call(kernel, gradients, blocked, arrays)
+    width = value.shape[-1]
+    k_sum = None if state.k_sum is None else kv[..., width]
+    if normalize:
+        out = out[..., :width] / (out[..., width:] + normalizer_epsilon(feature_map))
+    return out[..., :width].astype(out_dtype), LinearState(kv[..., :width], k_sum)
+
+
+def _pallas_tpu_refusal(
+    query: Array,
+    key: Array,
+    value: Array,
+    log_decay: Array | None,
+    beta: Array | None,
+    state: LinearState,
+    segment_ids: Array | None,
+    *,
+    is_causal: bool,
+    feature_map: FeatureMap,
+    scale: Any,
+    **_: Any,
+) -> str | None:
+    from kernels_pallas.tpu.chunked_linear import refusal
+
+    if not is_causal:
+        return "serves causal calls; the others are two products of XLA"
+    operands = functools.partial(_operands, feature_map=feature_map, scale=1.0)
+    return refusal(*jax.eval_shape(operands, query, key, value, log_decay, beta, state, segment_ids)[:-1])
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
+    "reference": _reference,
+    "xla": _xla,
+    "pallas_tpu": Kernel(_pallas_tpu, _pallas_tpu_refusal),
+}

@@ -35,8 +35,8 @@ from attnlab.attention._checks import (
     require,
 )
 from attnlab.attention._dispatch import Kernel, dispatch
+from attnlab.attention._kernel_call import kernel_call
 from attnlab.attention._softmax import softmax_parts
-from attnlab.attention._tangent_call import tangent_call
 from attnlab.attention.dot_product import check_segment_ids, check_step, dense_attention
 
 Array = jax.Array
@@ -373,40 +373,23 @@ def _pallas_tpu(
     from kernels_pallas.tpu.banded_flash import banded_flash_attention
     from kernels_pallas.tpu.banded_flash_backward import banded_flash_gradients
 
-    # Kernels give values and gradients; tangents, and derivatives of gradients, are the blocked form's.
-    @jax.custom_jvp
-    def attend(arrays: tuple[Any, ...], segment_ids: Array | None) -> tuple[Array, Array]:
+    def kernel(arrays: Any, segment_ids: Any, keep: bool) -> tuple[Any, Any]:
         query, key, value, scale = arrays
-        return banded_flash_attention(query, key, value, scale=scale, **_banded(query, segment_ids, **settings))
+        results = banded_flash_attention(query, key, value, scale=scale, **_banded(query, segment_ids, **settings))
+        return results, results
 
-    def blocked(segment_ids: Array | None) -> Callable[..., Any]:
-        return lambda query, key, value, scale: _xla(query, key, value, segment_ids, scale=scale, **settings)
-
-    def tangent(residuals: Any, tangents: Any) -> Any:
-        arrays, segment_ids, _ = residuals
-        return jax.jvp(blocked(segment_ids), arrays, tangents)[1]
-
-    @jax.custom_jvp
-    def transpose(residuals: Any, cotangents: Any) -> Any:
-        (query, key, value, scale), segment_ids, results = residuals
+    def gradients(arrays: Any, segment_ids: Any, kept: Any, cotangents: Any) -> Any:
+        query, key, value, scale = arrays
         return banded_flash_gradients(
-            query, key, value, *results, *cotangents, scale=scale, **_banded(query, segment_ids, **settings)
+            query, key, value, *kept, *cotangents, scale=scale, **_banded(query, segment_ids, **settings)
         )
 
-    @transpose.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        def of_blocked(residuals: Any, cotangents: Any) -> Any:
-            arrays, segment_ids, _ = residuals
-            return jax.vjp(blocked(segment_ids), *arrays)[1](cotangents)
+    def blocked(arrays: Any, segment_ids: Any) -> Any:
+        query, key, value, scale = arrays
+        return _xla(query, key, value, segment_ids, scale=scale, **settings)
 
-        return transpose(*primals), jax.jvp(of_blocked, primals, tangents)[1]
-
-    @attend.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        results = attend(*primals)
-        return results, tangent_call(tangent, transpose, (*primals, results), tangents[0])
-
-    return attend((query, key, value, jnp.asarray(scale, jnp.float32)), segment_ids)
+    arrays = (query, key, value, jnp.asarray(scale, jnp.float32))
+    return kernel_call(kernel, gradients, blocked, arrays, segment_ids)
 
 
 def _pallas_tpu_refusal(

@@ -38,6 +38,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.tpu.common import (
+    LANES,
+    SMEM_BUDGET,
+    SUBLANES,
+    VMEM_BUDGET,
+    dot,
+    heads_first,
+    padded_width,
+    round_up,
+    varying,
+    zero,
+)
+
 Array = jax.Array
 
 # (queries in a tile, keys in a tile), by bytes of an element and padded head dim: the largest that leave half of
@@ -51,12 +64,6 @@ _BLOCKS = {
     (4, 256): (256, 512),
 }
 _DEFAULT_BLOCKS = (256, 256)  # at other widths
-LANES = 128
-SUBLANES = 8
-# What a kernel may take by vmem_bytes; the compiler is held to it too. It is libtpu's own limit for v5e and v5p.
-VMEM_BUDGET = 16 * 2**20
-# Scalar memory that the tables of visits may take, in bytes; v5e and v5p have 1 MiB.
-SMEM_BUDGET = 512 * 2**10
 # Stands for -inf in masked logits and in the maximum of no logits: finite, so that a difference of two is not NaN.
 MASKED = np.float32(-0.7 * np.finfo(np.float32).max)
 # Constants in the kernel have dtypes: a Python float would be a float64 under jax_enable_x64.
@@ -140,7 +147,7 @@ def blocks_of(
     table: dict[tuple[int, int], tuple[int, int]], default: tuple[int, int], query: Any, key: Any, value: Any
 ) -> tuple[int, int]:
     """A table's blocks for these arrays, cut to their lengths."""
-    width = max(_padded_width(query.shape[-1]), _padded_width(value.shape[-1]))
+    width = max(padded_width(query.shape[-1]), padded_width(value.shape[-1]))
     block_q, block_k = table.get((jnp.dtype(query.dtype).itemsize, width), default)
     return min(block_q, round_up(query.shape[1], LANES)), min(block_k, round_up(key.shape[1], LANES))
 
@@ -190,7 +197,7 @@ def refusal(
     for name, block in (("block_q", block_q), ("block_k", block_k)):
         if block < 1 or block % LANES:
             return f"needs {name} a positive multiple of {LANES}, got {block}"
-    widths = _padded_width(query.shape[-1]), _padded_width(value.shape[-1])
+    widths = padded_width(query.shape[-1]), padded_width(value.shape[-1])
     needed = footprint(block_q, block_k, *widths, dtype, segments=segment_ids is not None)
     if needed > VMEM_BUDGET:
         return (
@@ -320,9 +327,9 @@ def banded_flash_attention(
         *(jnp.asarray(scalar) for scalar in scalars),
         jnp.asarray(scale, jnp.float32).reshape(1, 1),
         band.table,
-        band.heads_first(query, band.padded_queries, band.key_width),
-        band.heads_first(key, band.padded_keys, band.key_width),
-        band.heads_first(value, band.padded_keys, band.value_width),
+        heads_first(query, band.padded_queries, band.key_width),
+        heads_first(key, band.padded_keys, band.key_width),
+        heads_first(value, band.padded_keys, band.value_width),
         *band.key_segments,
     )
     out, lse = out[:, :, : query.shape[1], : value.shape[-1]], lse[:, :, 0, : query.shape[1]]
@@ -354,7 +361,7 @@ class Band:
         self.group = self.heads // key_heads
         self.sinks, self.segments = sinks, segment_ids is not None
         self.block_q, self.block_k, self.itemsize = block_q, block_k, query.dtype.itemsize
-        self.key_width, self.value_width = _padded_width(head_dim), _padded_width(value_dim)
+        self.key_width, self.value_width = padded_width(head_dim), padded_width(value_dim)
         self.padded_queries, self.padded_keys = round_up(num_queries, block_q), round_up(num_keys, block_k)
         self.visits = list_visits(starts, ends, num_keys, sinks=sinks, block_q=block_q, block_k=block_k)
         # Queries in the padding copy the last one's interval, so that they do not spoil a full tile.
@@ -370,12 +377,6 @@ class Band:
             self.table = self.table.at[:, _SEGMENT].set(query_ids)
             self.key_segments = [jnp.pad(key_ids, ((0, 0), (0, self.padded_keys - num_keys)))[:, None]]
 
-    @staticmethod
-    def heads_first(x: Array, length: int, width: int) -> Array:
-        """[B, L, N, H] -> [B, N, length, width], padded with 0."""
-        x = jnp.swapaxes(x, 1, 2)
-        return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, width - x.shape[3])))
-
     def cost(self, steps: int, products: tuple[int, ...]) -> pl.CostEstimate:
         """Of a kernel of this many visits. products: the head dim of each product of a visit's tiles."""
         both = self.key_width + self.value_width
@@ -385,17 +386,6 @@ class Band:
             transcendentals=steps * self.block_q * self.block_k,
             bytes_accessed=rows * both * self.itemsize,
         )
-
-
-def zero() -> np.int32:
-    return np.int32(0)  # a Python int would be an int64 under jax_enable_x64
-
-
-def varying(*arrays: Array) -> Any:
-    """Inside shard_map: the results of a kernel differ over the mesh axes over which any argument does."""
-    return jax.sharding.ManualAxisType(
-        varying=frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in arrays))
-    )
 
 
 def compiler_params() -> Any:
@@ -507,20 +497,6 @@ def _kernel(
         lse_ref[...] = jnp.transpose(lse)[:1]
 
 
-def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _lanes(x: Array, width: int) -> Array:
     """x [rows, 128], equal over the lanes, as [rows, width]."""
     return x[:, :width] if width < LANES else jnp.tile(x, (1, width // LANES))
-
-
-def _padded_width(width: int) -> int:
-    return 64 if width <= 64 else round_up(width, LANES)
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.tpu import banded_flash as forward
+from kernels_pallas.tpu import common
 from kernels_pallas.tpu.banded_flash import Band
 
 Array = jax.Array
@@ -50,14 +51,14 @@ def default_blocks(query: Any, key: Any, value: Any) -> tuple[int, int]:
 def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype: Any, *, segments: bool = False) -> int:
     """VMEM that the larger of the two kernels takes at most, as in banded_flash.vmem_bytes."""
     size = jnp.dtype(dtype).itemsize
-    key_lanes, value_lanes = (forward.round_up(width, forward.LANES) for width in (head_dim, value_dim))
+    key_lanes, value_lanes = (common.round_up(width, common.LANES) for width in (head_dim, value_dim))
     both = key_lanes + value_lanes
     read = size * (block_q + block_k) * both  # query, dout; key, value
     written = size * max(block_q * key_lanes, block_k * both)
-    rows = 4 * forward.SUBLANES * (2 * block_q + (block_k if segments else 0))
+    rows = 4 * common.SUBLANES * (2 * block_q + (block_k if segments else 0))
     state = 4 * max(block_q * key_lanes, block_k * both)
     logits = (4 * 4 + 2 * size) * block_q * block_k  # logits, p, dp and dl; p and dl in the operands' dtype
-    columns = 4 * forward.LANES * (block_q * (5 if segments else 4) + (block_k if segments else 0))
+    columns = 4 * common.LANES * (block_q * (5 if segments else 4) + (block_k if segments else 0))
     splits = 2 * size * (block_q + block_k) * both if size == 4 else 0
     return 2 * (read + written + rows) + 2 * state + logits + columns + splits
 
@@ -110,7 +111,7 @@ def banded_flash_gradients(
     delta = jnp.sum(wide_gradient * out.astype(jnp.float32), axis=-1) - lse_gradient
     # A query that sees no key has no visible pair, whose weight would be exp(-inf + inf).
     finite_lse = jnp.where(lse == -jnp.inf, 0, lse)
-    numbers = jnp.zeros((query.shape[0], query.shape[2], forward.SUBLANES, band.padded_queries), jnp.float32)
+    numbers = jnp.zeros((query.shape[0], query.shape[2], common.SUBLANES, band.padded_queries), jnp.float32)
     for row, x in ((_LSE, finite_lse), (_DELTA, delta)):
         numbers = numbers.at[:, :, row, : query.shape[1]].set(jnp.swapaxes(x, 1, 2).astype(jnp.float32))
 
@@ -118,13 +119,13 @@ def banded_flash_gradients(
         jnp.asarray(scale, jnp.float32).reshape(1, 1),
         band.table,
         numbers,
-        band.heads_first(query, band.padded_queries, band.key_width),
-        band.heads_first(out_gradient.astype(query.dtype), band.padded_queries, band.value_width),
-        band.heads_first(key, band.padded_keys, band.key_width),
-        band.heads_first(value, band.padded_keys, band.value_width),
+        common.heads_first(query, band.padded_queries, band.key_width),
+        common.heads_first(out_gradient.astype(query.dtype), band.padded_queries, band.value_width),
+        common.heads_first(key, band.padded_keys, band.key_width),
+        common.heads_first(value, band.padded_keys, band.value_width),
         *band.key_segments,
     )
-    over = forward.varying(query, key, value, out_gradient, lse_gradient, jnp.asarray(scale), *(segment_ids or ()))
+    over = common.varying(query, key, value, out_gradient, lse_gradient, jnp.asarray(scale), *(segment_ids or ()))
     query_gradient = _query_gradient(band, arrays, query.dtype, over)
     key_gradient, value_gradient = _key_value_gradients(band, arrays, query.dtype, over)
 
@@ -144,27 +145,26 @@ def banded_flash_gradients(
 
 def _specs(band: Band, query_of: Callable[..., Any], key_of: Callable[..., Any]) -> list[Any]:
     """Blocks of the arrays of both kernels. query_of, key_of: grid indices -> (batch, head, tile)."""
-    zero = forward.zero
 
     def block(shape: tuple[int, ...], of: Callable[..., Any]) -> Any:
-        return pl.BlockSpec((None, None, *shape), lambda *indices: (*of(*indices), zero()))
+        return pl.BlockSpec((None, None, *shape), lambda *indices: (*of(*indices), common.zero()))
 
     def table(*indices: Any) -> tuple[Any, ...]:
         batch, _, tile = query_of(*indices)
-        return batch if band.segments else zero(), zero(), tile
+        return batch if band.segments else common.zero(), common.zero(), tile
 
     def numbers(*indices: Any) -> tuple[Any, ...]:
         batch, head, tile = query_of(*indices)
-        return batch, head, zero(), tile
+        return batch, head, common.zero(), tile
 
     def key_segments(*indices: Any) -> tuple[Any, ...]:
         batch, _, tile = key_of(*indices)
-        return batch, zero(), tile
+        return batch, common.zero(), tile
 
     specs = [
-        pl.BlockSpec((1, 1), lambda *_: (zero(), zero()), memory_space=pltpu.SMEM),
-        pl.BlockSpec((None, forward.SUBLANES, band.block_q), table),
-        pl.BlockSpec((None, None, forward.SUBLANES, band.block_q), numbers),
+        pl.BlockSpec((1, 1), lambda *_: (common.zero(), common.zero()), memory_space=pltpu.SMEM),
+        pl.BlockSpec((None, common.SUBLANES, band.block_q), table),
+        pl.BlockSpec((None, None, common.SUBLANES, band.block_q), numbers),
         block((band.block_q, band.key_width), query_of),
         block((band.block_q, band.value_width), query_of),
         block((band.block_k, band.key_width), key_of),
@@ -194,7 +194,7 @@ def _query_gradient(band: Band, arrays: tuple[Array, ...], dtype: Any, over: Any
             grid=(band.batch, band.heads, query_tiles, longest),
             in_specs=_specs(band, query_of, key_of),
             out_specs=pl.BlockSpec(
-                (None, None, band.block_q, band.key_width), lambda *indices: (*query_of(*indices), forward.zero())
+                (None, None, band.block_q, band.key_width), lambda *indices: (*query_of(*indices), common.zero())
             ),
             scratch_shapes=[pltpu.VMEM((band.block_q, band.key_width), jnp.float32)],
         ),
@@ -234,7 +234,7 @@ def _query_kernel(
     def accumulate(masked: bool) -> None:
         key = key_ref[...]
         numbers = jnp.transpose(numbers_ref[...])  # one query a sublane
-        logits = scale_ref[0, 0] * forward.dot(query_ref[...], key, contract=(1, 1))
+        logits = scale_ref[0, 0] * common.dot(query_ref[...], key, contract=(1, 1))
         if masked:
             table = jnp.transpose(table_ref[...])
             rows = (table[:, row : row + 1] for row in range(3))
@@ -242,9 +242,9 @@ def _query_kernel(
             index = first_key + lax.broadcasted_iota(jnp.int32, logits.shape, 1)
             logits = jnp.where(forward.visible(index, *rows, sinks=sinks, key_segment=segment), logits, forward.MASKED)
         weights = jnp.exp(logits - numbers[:, _LSE : _LSE + 1])
-        products = forward.dot(gradient_ref[...], value_ref[...], contract=(1, 1))
+        products = common.dot(gradient_ref[...], value_ref[...], contract=(1, 1))
         slopes = weights * (products - numbers[:, _DELTA : _DELTA + 1])
-        acc_ref[...] += forward.dot(slopes.astype(key.dtype), key, contract=(1, 0))
+        acc_ref[...] += common.dot(slopes.astype(key.dtype), key, contract=(1, 0))
 
     forward.visit(
         accumulate,
@@ -277,7 +277,7 @@ def _key_value_gradients(band: Band, arrays: tuple[Array, ...], dtype: Any, over
         return b, k, i
 
     def result(width: int) -> tuple[Any, Any, Any]:
-        spec = pl.BlockSpec((None, None, band.block_k, width), lambda *indices: (*key_of(*indices), forward.zero()))
+        spec = pl.BlockSpec((None, None, band.block_k, width), lambda *indices: (*key_of(*indices), common.zero()))
         shape = (band.batch, band.heads // group, band.padded_keys, width)
         struct = jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=over)
         return spec, struct, pltpu.VMEM((band.block_k, width), jnp.float32)
@@ -334,17 +334,17 @@ def _key_value_kernel(
 
     def accumulate(masked: bool) -> None:
         query, gradient = query_ref[...], gradient_ref[...]
-        logits = scale_ref[0, 0] * forward.dot(key_ref[...], query, contract=(1, 1))  # [keys, queries]
+        logits = scale_ref[0, 0] * common.dot(key_ref[...], query, contract=(1, 1))  # [keys, queries]
         if masked:
             rows = (table_ref[row : row + 1, :] for row in range(3))
             segment = jnp.transpose(key_segments_ref[0][...]) if segments else None
             index = first_key + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
             logits = jnp.where(forward.visible(index, *rows, sinks=sinks, key_segment=segment), logits, forward.MASKED)
         weights = jnp.exp(logits - numbers_ref[_LSE : _LSE + 1, :])
-        value_acc_ref[...] += forward.dot(weights.astype(gradient.dtype), gradient, contract=(1, 0))
-        products = forward.dot(value_ref[...], gradient, contract=(1, 1))
+        value_acc_ref[...] += common.dot(weights.astype(gradient.dtype), gradient, contract=(1, 0))
+        products = common.dot(value_ref[...], gradient, contract=(1, 1))
         slopes = weights * (products - numbers_ref[_DELTA : _DELTA + 1, :])
-        key_acc_ref[...] += forward.dot(slopes.astype(query.dtype), query, contract=(1, 0))
+        key_acc_ref[...] += common.dot(slopes.astype(query.dtype), query, contract=(1, 0))
 
     forward.visit(
         accumulate,

@@ -136,7 +136,7 @@ def test_biases_of_grids_that_shrink_and_differ(class_token):
 # --- The two steps ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     lengths=st.sampled_from([(1, 1), (9, 300), (200, 5)]),
     agents=st.sampled_from([1, 3, 130]),
@@ -308,7 +308,7 @@ def causal_oracle(query, key, value, agents, scale):
     return np.concatenate(rows, axis=1)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     length=st.sampled_from([1, 7, 16]),
     chunk_size=st.sampled_from([1, 3, 8, 64]),

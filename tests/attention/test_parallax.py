@@ -45,7 +45,7 @@ def test_vectors(form, wide, tolerance):
             np.testing.assert_allclose(got, data[name], atol=tolerance * max(1, np.abs(data[name]).max()), err_msg=name)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=5)
 @given(
     length=st.sampled_from([1, 9, 33]),
     key_heads=st.sampled_from([1, 2, 4]),

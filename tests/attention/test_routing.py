@@ -155,7 +155,7 @@ SHAPES = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(shape=SHAPES)
 def test_strict_is_its_definition(shape):
     query, key, value, state = arrays(
@@ -175,7 +175,7 @@ def test_strict_is_its_definition(shape):
         np.testing.assert_array_equal(aux.taken, 1)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 @given(shape=SHAPES, membership=st.sampled_from(["strict", "global"]), padded=st.booleans())
 def test_forms_agree_in_values_gradients_and_tangents(shape, membership, padded):
     query, key, value, state = arrays(

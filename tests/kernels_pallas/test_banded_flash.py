@@ -1,7 +1,4 @@
-"""Banded flash attention: its lists of tiles by brute force, its values in TPU interpret mode, and what it refuses.
-
-Interpret mode simulates the TPU's memories on the CPU: buffers start as NaN, and races are looked for.
-"""
+"""Banded flash attention: its lists of tiles by brute force, its values in TPU interpret mode, and what it refuses."""
 
 import functools
 
@@ -11,18 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import tpu as pltpu
+from interpret import interpreted
 
 from attnlab import local_attention
 from kernels_pallas.tpu import banded_flash, banded_flash_backward
 from kernels_pallas.tpu.banded_flash import banded_flash_attention, list_visits, refusal, vmem_bytes
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}  # bfloat16: weights are rounded to it, and so is the output
-
-
-def interpreted(function, *args, **options):
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")):
-        return jax.block_until_ready(function(*args, **options))
 
 
 def draw_arrays(length, *, batch=1, heads=2, key_heads=1, head_dim=64, value_dim=64, dtype=jnp.float32):

@@ -1,0 +1,152 @@
+"""Chunked linear attention: values, states and gradients in TPU interpret mode, and what the kernel refuses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from interpret import interpreted
+
+from attnlab import LinearState, linear_attention
+from kernels_pallas.tpu import chunked_linear
+
+TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}  # bfloat16: what is multiplied is rounded to it
+
+
+def draw(
+    length, *, decay=None, delta=False, segments=False, heads=2, key_heads=1, head_dim=64, value_dim=64, **options
+):
+    """(arrays of linear_attention by name, its other options)."""
+    rng = np.random.default_rng(length)
+    dtype, normalize = options.pop("dtype", jnp.float32), options.get("normalize", False)
+    shapes = {"query": (heads, head_dim), "key": (key_heads, head_dim), "value": (key_heads, value_dim)}
+    arrays = {name: rng.normal(size=(1, length, *shape)) for name, shape in shapes.items()}
+    arrays["key"] /= np.linalg.norm(arrays["key"], axis=-1, keepdims=True)
+    arrays = {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
+    gates = {"constant": (heads,), "token": (1, length, heads), "channel": (1, length, heads, head_dim)}
+    if decay:
+        arrays["log_decay"] = jnp.asarray(-rng.exponential(0.3, gates[decay]), jnp.float32)
+    if delta:
+        arrays["beta"] = jnp.asarray(rng.uniform(size=(1, length, heads)), jnp.float32)
+    if "feature_map" not in options:
+        kv = jnp.asarray(rng.normal(size=(1, heads, head_dim, value_dim)), jnp.float32)
+        k_sum = jnp.asarray(rng.uniform(1, 2, (1, heads, head_dim)), jnp.float32) if normalize else None
+        arrays["initial_state"] = LinearState(kv, k_sum)
+    if segments:
+        options["segment_ids"] = jnp.asarray(np.sort(rng.integers(0, 4, (1, length)), axis=1), jnp.int32)
+    return arrays, options
+
+
+CASES = {
+    "one token": (1, {"decay": "token"}),
+    "plain": (300, {"heads": 4, "key_heads": 2}),
+    "plain bfloat16": (256, {"dtype": jnp.bfloat16, "value_dim": 40}),
+    "elu, normalised": (200, {"feature_map": "elu", "normalize": True}),
+    "taylor2, normalised": (140, {"feature_map": "taylor2", "normalize": True, "head_dim": 16}),
+    "retention": (300, {"decay": "constant", "head_dim": 128, "value_dim": 128}),
+    "decay a token": (257, {"decay": "token", "head_dim": 24, "value_dim": 130}),
+    "decay a token, segments": (290, {"decay": "token", "segments": True, "dtype": jnp.bfloat16}),
+    "decay a channel": (150, {"decay": "channel"}),
+    "decay a channel, segments": (260, {"decay": "channel", "segments": True, "dtype": jnp.bfloat16}),
+    "delta": (200, {"delta": True}),
+    "gated delta": (260, {"delta": True, "decay": "token", "heads": 3, "key_heads": 3, "dtype": jnp.bfloat16}),
+    "gated delta a channel": (140, {"delta": True, "decay": "channel", "segments": True}),
+}
+QUICK = ("plain", "elu, normalised", "decay a token, segments", "decay a channel", "gated delta")
+
+
+def assert_close(got, want, tolerance):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
+def test_values_states_and_gradients_equal_the_reference_s(case):
+    length, drawn = CASES[case]
+    arrays, options = draw(length, **drawn)
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(lambda a: linear_attention(**a, return_state=True, **options), arrays)
+    weights = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes)
+
+    def run(arrays, implementation):
+        def loss(arrays):
+            results = linear_attention(**arrays, return_state=True, implementation=implementation, **options)
+            products = jax.tree.map(lambda x, w: jnp.sum(x.astype(jnp.float32) * w), results, weights)
+            return sum(jax.tree.leaves(products)), results
+
+        return jax.grad(loss, has_aux=True)(arrays)
+
+    got = interpreted(run, arrays, "pallas_tpu")
+    want = jax.jit(functools.partial(run, implementation="reference"))(arrays)
+    assert_close(got, want, TOLERANCE[drawn.get("dtype", jnp.float32)])
+
+
+def test_runs_give_the_same_bits():
+    arrays, _ = draw(200, decay="token", delta=True, dtype=jnp.bfloat16)
+
+    def run(arrays):
+        loss = lambda arrays: linear_attention(**arrays, implementation="pallas_tpu").astype(jnp.float32).sum()  # noqa: E731
+        return jax.value_and_grad(loss)(arrays)
+
+    for a, b in zip(*(jax.tree.leaves(interpreted(run, arrays)) for _ in range(2)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("decay", ["token", "channel"])
+def test_strong_decays_and_repeated_keys_stay_exact(decay):
+    """Decays that drop the state, -inf among them, and one key over and over, where inverses by powers fail."""
+    arrays, _ = draw(160, decay=decay, delta=True)
+    arrays["key"] = jnp.broadcast_to(arrays["key"][:, :1], arrays["key"].shape)
+    arrays["beta"] = jnp.ones_like(arrays["beta"])
+    strong = arrays["log_decay"].at[:, 40].set(-1000.0).at[:, 90].set(-jnp.inf)
+    arrays["log_decay"] = jnp.where(jnp.arange(160).reshape(1, -1, *(1,) * (strong.ndim - 2)) < 20, 0.0, strong)
+    got, want = (
+        run(jax.jit(functools.partial(linear_attention, implementation=form)), **arrays)
+        for run, form in ((interpreted, "pallas_tpu"), (lambda f, **a: f(**a), "reference"))
+    )
+    assert_close(got, want, 1e-5)
+
+
+def test_tangents_and_second_derivatives_are_the_blocked_form_s():
+    arrays, _ = draw(130, decay="token", head_dim=8, value_dim=8)
+
+    def derivatives(arrays, implementation):
+        loss = lambda arrays: (linear_attention(**arrays, implementation=implementation) ** 2).sum()  # noqa: E731
+        gradient = jax.grad(loss)
+        return jax.jvp(loss, (arrays,), (arrays,)), jax.jvp(gradient, (arrays,), (arrays,))[1]
+
+    got = interpreted(derivatives, arrays, "pallas_tpu")
+    assert_close(got, derivatives(arrays, "xla"), 1e-4)
+
+
+def structs(dtype=jnp.bfloat16, head_dim=64, value_dim=64, length=256):
+    return [jax.ShapeDtypeStruct((1, length, 2, width), dtype) for width in (head_dim, head_dim, value_dim)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "reason"),
+    [
+        ({"dtype": jnp.float16}, {}, "all bfloat16 or all float32, got float16"),
+        ({"head_dim": 128}, {"feature_map": "taylor2"}, "8385 features and 64 value channels take .* of VMEM"),
+        ({}, {"is_causal": False}, "serves causal calls"),
+    ],
+)
+def test_refuses_with_the_reason(arguments, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        jax.eval_shape(
+            functools.partial(linear_attention, implementation="pallas_tpu", **options), *structs(**arguments)
+        )
+
+
+def test_serves_the_head_dims_of_models():
+    for width in (1, 64, 80, 128, 256):
+        for dtype in (jnp.bfloat16, jnp.float32):
+            query, key, value = structs(dtype, width, width)
+            gates = jax.ShapeDtypeStruct(query.shape, jnp.float32), jax.ShapeDtypeStruct(query.shape[:3], jnp.float32)
+            for given in ((None, None), (None, gates[1]), gates):
+                assert chunked_linear.refusal(query, key, value, *given) is None, (width, dtype)
