@@ -57,10 +57,10 @@ class Shape(NamedTuple):
             for heads in (self.heads, self.key_heads, self.key_heads)
         ]
 
-    def intervals(self) -> tuple[np.ndarray, np.ndarray]:
-        """(starts, ends) of the keys that each query sees."""
+    def pattern(self, blocks: tuple[int, int]) -> banded_flash.Pattern:
         position = np.arange(self.length)
-        return np.maximum(position - self.window + 1, 0), position + 1
+        starts, ends = np.maximum(position - self.window + 1, 0), position + 1
+        return banded_flash.intervals(starts, ends, self.length, block_q=blocks[0], block_k=blocks[1])
 
 
 SHAPES = {
@@ -72,29 +72,25 @@ SHAPES = {
 
 
 def _banded_flash(shape: Shape) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct], int]:
-    starts, ends = shape.intervals()
-
-    def attend(query: Any, key: Any, value: Any) -> Any:
-        return banded_flash.banded_flash_attention(
-            query, key, value, starts=starts, ends=ends, scale=shape.head_dim**-0.5
-        )
-
     arrays = shape.arrays()
     blocks = banded_flash.default_blocks(*arrays)
+    pattern = shape.pattern(blocks)
+
+    def attend(query: Any, key: Any, value: Any) -> Any:
+        return banded_flash.banded_flash_attention(query, key, value, pattern=pattern, scale=shape.head_dim**-0.5)
+
     return attend, arrays, banded_flash.vmem_bytes(*blocks, shape.head_dim, shape.head_dim, shape.dtype)
 
 
 def _banded_flash_gradients(shape: Shape) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct], int]:
-    starts, ends = shape.intervals()
-
-    def gradients(*arrays: Any) -> Any:
-        return banded_flash_backward.banded_flash_gradients(
-            *arrays, starts=starts, ends=ends, scale=shape.head_dim**-0.5
-        )
-
     arrays = shape.arrays()
     out, lse = arrays[0], jax.ShapeDtypeStruct(arrays[0].shape[:-1], jnp.float32)
     blocks = banded_flash_backward.default_blocks(*arrays)
+    pattern = shape.pattern(blocks)
+
+    def gradients(*arrays: Any) -> Any:
+        return banded_flash_backward.banded_flash_gradients(*arrays, pattern=pattern, scale=shape.head_dim**-0.5)
+
     vmem = banded_flash_backward.vmem_bytes(*blocks, shape.head_dim, shape.head_dim, shape.dtype)
     return gradients, [*arrays, out, lse, out, lse], vmem
 

@@ -80,7 +80,7 @@ def local_attention(
       scale: factor on the logits; None means H ** -0.5.
       segment_ids: integers [B, *space]; a query sees keys of its own segment. Windows do not move for segments.
       return_lse: return (out, lse).
-      implementation: None, "reference", "xla", or "pallas_tpu" (one space axis; bfloat16 or float32).
+      implementation: None, "reference", "xla", or "pallas_tpu" (bfloat16 or float32).
 
     Returns:
       out [B, *space, N, V] in query's dtype; with return_lse also lse [B, *space, N], float32 (float64 for float64
@@ -358,54 +358,115 @@ def _join_tiles(x: Array, tiles: list[_Tiles], space: list[int]) -> Array:
     return x
 
 
-# All take (query, key, value, segment_ids) and the options of _xla, settings per axis as tuples; all give (out, lse).
-def _banded(query: Array, segment_ids: Array | None, *, sinks: int, **settings: Any) -> dict[str, Any]:
-    """The arguments of the banded flash kernel beside the arrays, for one space axis without dilation."""
-    (axis,) = masks.axis_windows(query.shape[1:-2], **settings)
-    starts, ends = axis.bounds(np.arange(axis.length))
-    pair = None if segment_ids is None else (segment_ids, segment_ids)
-    return {"starts": starts, "ends": ends, "sinks": sinks, "segment_ids": pair}
+# Tokens along each side of the kernels' tiles in several axes.
+_KERNEL_TILE = {2: (16, 16), 3: (8, 8, 4)}
+
+
+class _Layout(NamedTuple):
+    """How the kernels see the tokens: cut into tiles as _cut_tiles does, all in one axis.
+
+    bounds: per axis (starts, ends) of the places that a place sees, residue groups behind each other, each padded to
+    whole tiles; int [places].
+    """
+
+    tiles: list[_Tiles]
+    bounds: list[tuple[np.ndarray, np.ndarray]]
+
+    def cut(self, x: Array) -> Array:
+        """[B, *space, ...] -> [B, tokens, ...], 0 in the padding."""
+        x = jnp.moveaxis(_cut_tiles(x, self.tiles), 0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+    def join(self, x: Array, space: list[int]) -> Array:
+        """The inverse of cut."""
+        size = math.prod(t.size for t in self.tiles)
+        return _join_tiles(jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0), self.tiles, space)
+
+    def pattern(self, blocks: tuple[int, int], sinks: int) -> Any:
+        """The kernels' pattern. Several axes have blocks of their own, whole tiles."""
+        from kernels_pallas.tpu.banded_flash import boxes, intervals
+
+        if len(self.tiles) > 1:
+            return boxes(self.bounds, [t.size for t in self.tiles])
+        ((starts, ends),) = self.bounds
+        return intervals(starts, ends, len(starts), sinks=sinks, block_q=blocks[0], block_k=blocks[1])
+
+
+def _layout(space: Any, **settings: Any) -> _Layout:
+    axes = masks.axis_windows(space, **settings)
+    tiles, bounds = [], []
+    for axis, side in zip(axes, _KERNEL_TILE.get(len(axes), (None,)), strict=True):
+        group_length = -(-axis.length // axis.dilation)
+        size = side or group_length  # intervals need no alignment
+        padded = -(-group_length // size) * size
+        residue, index = np.repeat(np.arange(axis.dilation), padded), np.tile(np.arange(padded), axis.dilation)
+        length = axis.group_length(residue)
+        starts, ends = axis.group_bounds(np.minimum(index, length - 1), length)  # padding copies a group's last token
+        bounds.append((starts + residue * padded, ends + residue * padded))
+        first = residue[::size], index[::size]
+        tiles.append(_Tiles(size, 0, axis.dilation, group_length, axis.group_length(first[0]), *first, first[1]))
+    return _Layout(tiles, bounds)
 
 
 def _pallas_tpu(
-    query: Array, key: Array, value: Array, segment_ids: Array | None, *, scale: Any, **settings: Any
+    query: Array, key: Array, value: Array, segment_ids: Array | None, *, scale: Any, sinks: int, **settings: Any
 ) -> tuple[Array, Array]:
-    from kernels_pallas.tpu.banded_flash import banded_flash_attention
-    from kernels_pallas.tpu.banded_flash_backward import banded_flash_gradients
+    from kernels_pallas.tpu import banded_flash, banded_flash_backward
 
-    def kernel(arrays: Any, segment_ids: Any, keep: bool) -> tuple[Any, Any]:
-        query, key, value, scale = arrays
-        results = banded_flash_attention(query, key, value, scale=scale, **_banded(query, segment_ids, **settings))
+    space = list(query.shape[1:-2])
+    layout = _layout(space, **settings)
+    ids = None if segment_ids is None else layout.cut(segment_ids)
+    pair = None if ids is None else (ids, ids)
+
+    def pattern(module: Any, arrays: Any) -> Any:
+        return layout.pattern(module.default_blocks(*arrays), sinks)
+
+    def kernel(arrays: Any, pair: Any, keep: bool) -> tuple[Any, Any]:
+        *tokens, scale = arrays
+        results = banded_flash.banded_flash_attention(
+            *tokens, pattern=pattern(banded_flash, tokens), segment_ids=pair, scale=scale
+        )
         return results, results
 
-    def gradients(arrays: Any, segment_ids: Any, kept: Any, cotangents: Any) -> Any:
-        query, key, value, scale = arrays
-        return banded_flash_gradients(
-            query, key, value, *kept, *cotangents, scale=scale, **_banded(query, segment_ids, **settings)
+    def gradients(arrays: Any, pair: Any, kept: Any, cotangents: Any) -> Any:
+        *tokens, scale = arrays
+        return banded_flash_backward.banded_flash_gradients(
+            *tokens,
+            *kept,
+            *cotangents,
+            pattern=pattern(banded_flash_backward, tokens),
+            segment_ids=pair,
+            scale=scale,
         )
 
-    def blocked(arrays: Any, segment_ids: Any) -> Any:
-        query, key, value, scale = arrays
-        return _xla(query, key, value, segment_ids, scale=scale, **settings)
+    def blocked(arrays: Any, pair: Any) -> Any:
+        *tokens, scale = arrays
+        ids = None if pair is None else layout.join(pair[0], space)
+        query, key, value = (layout.join(x, space) for x in tokens)
+        return tuple(map(layout.cut, _xla(query, key, value, ids, scale=scale, sinks=sinks, **settings)))
 
-    arrays = (query, key, value, jnp.asarray(scale, jnp.float32))
-    return kernel_call(kernel, gradients, blocked, arrays, segment_ids)
+    arrays = (*(layout.cut(x) for x in (query, key, value)), jnp.asarray(scale, jnp.float32))
+    out, lse = kernel_call(kernel, gradients, blocked, arrays, pair)
+    return layout.join(out, space), layout.join(lse, space)
 
 
 def _pallas_tpu_refusal(
-    query: Array, key: Array, value: Array, segment_ids: Array | None, *, scale: Any, **settings: Any
+    query: Array, key: Array, value: Array, segment_ids: Array | None, *, scale: Any, sinks: int, **settings: Any
 ) -> str | None:
     from kernels_pallas.tpu import banded_flash, banded_flash_backward
 
-    if query.ndim != 4:
-        return f"serves one space axis so far, got {query.ndim - 3}"
-    if settings["dilation"] != (1,):
-        return f"serves dilation 1 so far, got {settings['dilation'][0]}"
-    banded = _banded(query, segment_ids, **settings)
-    reasons = (kernel.refusal(query, key, value, **banded) for kernel in (banded_flash, banded_flash_backward))
-    return next(filter(None, reasons), None)
+    layout = _layout(query.shape[1:-2], **settings)
+    arrays = jax.eval_shape(lambda *x: tuple(map(layout.cut, x)), query, key, value)
+    ids = None if segment_ids is None else (jax.eval_shape(layout.cut, segment_ids),) * 2
+    for module in (banded_flash, banded_flash_backward):
+        pattern = layout.pattern(module.default_blocks(*arrays), sinks)
+        reason = module.refusal(*arrays, pattern=pattern, segment_ids=ids)
+        if reason is not None:
+            return reason
+    return None
 
 
+# All take (query, key, value, segment_ids) and the options of _xla, settings per axis as tuples; all give (out, lse).
 IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
     "reference": _reference,
     "xla": _xla,

@@ -1,22 +1,22 @@
-"""Banded flash attention for TPU: every query sees one interval of keys, and the first `sinks` keys.
+"""Banded flash attention for TPU: every query sees a box of keys, in 1, 2 or 3 axes, and the first `sinks` keys.
 
     out_t = sum_{s visible to t} softmax_s(scale q_t . k_s) v_s        visible: starts[t] <= s < ends[t], or
     lse_t = log sum_{s visible to t} exp(scale q_t . k_s)                       s < min(sinks, ends[t])
 
-The intervals are known at trace time. Queries are cut into tiles; each has a list of the key tiles that any of its
-queries sees, and no other key tile is read from memory. The grid is (batch, heads, query tiles, visits), visits
-innermost: one step adds one key tile to the running softmax of one query tile (FlashAttention, Dao et al. 2022; the
-running maximum: Milakov & Gimelshein 2018).
+Queries and keys are cut into tiles. A list, made before the kernel runs, has the pairs of a query tile and a key tile
+in which some query sees some key, and no other key tile is read from memory. The grid is (batch, heads, pairs): one
+step adds one key tile to the running softmax of one query tile (FlashAttention, Dao et al. 2022; the running maximum:
+Milakov & Gimelshein 2018).
 
                   key tiles
-                0 1 2 3 4 5        visits    counts
-    query     0 # .                0 1 1     2         #: full, no element mask
-    tiles     1 . # .              0 1 2     3         .: partly seen
-              2   . # .            1 2 3     3
+                0 1 2 3 4 5
+    query     0 # .                  pairs: 00 01, 10 11 12, 21 22 23       #: full, no element mask
+    tiles     1 . # .                                                       .: partly seen
+              2   . # .
 
-Lists come by scalar prefetch, so that the pipeline knows the next tile early. A list shorter than the longest repeats
-its last tile, which is then not fetched again, and the step does nothing. Query heads that share a key head read it in
-place.
+The list comes by scalar prefetch, so that the pipeline knows the next tiles early. Query heads that share a key head
+read it in place. With several axes the caller orders the tokens so that a box of space is one tile (boxes below), and
+every key brings its coordinates.
 
 Numerics: products of bfloat16 operands are accumulated in float32; float32 operands are multiplied at full float32
 precision (Precision.HIGHEST, six passes of the matrix unit: a float32 call is about as accurate as XLA's at that
@@ -28,8 +28,8 @@ banded_flash_backward.py.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,52 +68,84 @@ _DEFAULT_BLOCKS = (256, 256)  # at other widths
 MASKED = np.float32(-0.7 * np.finfo(np.float32).max)
 # Constants in the kernel have dtypes: a Python float would be a float64 under jax_enable_x64.
 _ONE = np.float32(1)
-# Rows of the table of queries.
-_START, _END, _SEGMENT = range(3)
+# Rows of the tables of queries and of keys: START and END (queries) or COORDINATE (keys) of each axis, then SEGMENT.
+_SEGMENT = SUBLANES - 1
+# What a step does, as bits.
+_FIRST, _LAST, _ACTIVE, _FULL = (np.int32(2**bit) for bit in range(4))
+_HEAD_BIT = np.int32(4)  # and above it the query head, among those of its key head
+
+
+class Visits(NamedTuple):
+    """Pairs of tiles, one a grid step; all pairs of a row follow each other. int32 [lists, steps].
+
+    There is one list, or one for every row of the batch. flags: the first and the last step of a row, whether
+    the pair is looked at (a row without pairs has one step that is not), and whether every query sees every key.
+    """
+
+    rows: Any
+    columns: Any
+    flags: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Visits:
-    """Which key tiles each query tile visits. int32 arrays.
+class Pattern:
+    """Which keys the queries see, and in which tiles.
 
-    key_tiles: [query tiles, longest list], ascending; past the list's end the last visited tile again.
-    counts: [query tiles], lengths of the lists.
-    latest_start, earliest_end: [query tiles], over the tile's queries: a key tile that lies between them is full.
+    starts, ends: int32 [lists, axes, T]. coordinates: int32 [lists, axes, S], of one axis None: the key's number.
+    by_query: pairs (query tile, key tile); by_key: the same pairs as (key tile, query tile).
     """
 
-    key_tiles: np.ndarray
-    counts: np.ndarray
-    latest_start: np.ndarray
-    earliest_end: np.ndarray
-
-    def by_key_tile(self, num_key_tiles: int) -> tuple[np.ndarray, np.ndarray]:
-        """The lists the other way round: (query tiles that visit each key tile, padded alike; lengths of the lists)."""
-        visited = np.zeros((num_key_tiles, len(self.counts)), bool)
-        for row, count in enumerate(self.counts):
-            visited[self.key_tiles[row, :count], row] = True
-        return _lists(visited)
+    starts: Any
+    ends: Any
+    coordinates: Any
+    by_query: Visits
+    by_key: Visits
+    block_q: int
+    block_k: int
+    sinks: int = 0
 
 
-def _lists(visited: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """bool [rows, tiles] -> the True ones of each row int32 [rows, longest], ascending, and how many they are."""
-    counts = visited.sum(1)
-    tiles = np.zeros((len(visited), max(1, counts.max())), np.int32)
-    last_tile = 0
-    for row, (seen, count) in enumerate(zip(visited, counts, strict=True)):
-        tiles[row, :count] = np.flatnonzero(seen)
-        last_tile = tiles[row, count - 1] if count else last_tile
-        tiles[row, count:] = last_tile
-    return tiles, counts.astype(np.int32)
+def intervals(starts: Any, ends: Any, num_keys: int, *, sinks: int = 0, block_q: int, block_k: int) -> Pattern:
+    """Queries that see the keys starts <= s < ends and s < min(sinks, ends). starts, ends: int [T].
 
-
-def list_visits(
-    starts: np.ndarray, ends: np.ndarray, num_keys: int, *, sinks: int = 0, block_q: int, block_k: int
-) -> Visits:
-    """The lists for queries that see the keys starts <= s < ends and s < min(sinks, ends). starts, ends: int [T].
-
-    Exact: a tile is listed iff some query sees one of its keys. O(T + query tiles x key tiles) time and memory.
+    Exact: a pair is listed iff some query sees some key. O(T + query tiles x key tiles) time and memory.
     """
     starts, ends = _without_sinks(starts, ends, num_keys, sinks)
+    visited, full = _pairs(starts, ends, num_keys, sinks, block_q, block_k)
+    first, end = (x.astype(np.int32)[None, None] for x in (starts, ends))
+    return Pattern(first, end, None, *_both_ways(visited, full), block_q, block_k, sinks)
+
+
+def boxes(bounds: Sequence[tuple[np.ndarray, np.ndarray]], tile: Sequence[int]) -> Pattern:
+    """Queries of an N-D space that see the box of keys with starts <= coordinate < ends along every axis.
+
+    bounds: per axis (starts, ends), int [length], lengths multiples of `tile`. The tokens come tile by tile, row-major
+    in space and within a tile; one number of `tile` per axis, their product a tile's tokens.
+    """
+    sides = [len(starts) for starts, _ in bounds]
+    tables = [(*axis, np.arange(side)) for axis, side in zip(bounds, sides)]
+    rows = []
+    for field in range(3):
+        grids = np.meshgrid(*(table[field] for table in tables), indexing="ij")
+        rows.append(np.stack([_tiled(grid, tile) for grid in grids])[None].astype(np.int32))
+    visited, full = np.ones((1, 1), bool), np.ones((1, 1), bool)
+    for (starts, ends), side, step in zip(bounds, sides, tile):
+        along = _pairs(starts, ends, side, 0, step, step)
+        visited, full = np.kron(visited, along[0]), np.kron(full, along[1])
+    tokens = math.prod(tile)
+    return Pattern(rows[0], rows[1], rows[2], *_both_ways(visited, full), tokens, tokens)
+
+
+def _tiled(x: np.ndarray, tile: Sequence[int]) -> np.ndarray:
+    """[*space] -> [tokens], tile by tile."""
+    split = x.reshape([n for side, step in zip(x.shape, tile) for n in (side // step, step)])
+    return split.transpose(*range(0, split.ndim, 2), *range(1, split.ndim, 2)).ravel()
+
+
+def _pairs(
+    starts: np.ndarray, ends: np.ndarray, num_keys: int, sinks: int, block_q: int, block_k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """bool [query tiles, key tiles]: pairs in which some query sees some key, and in which all queries see all keys."""
     num_tiles = math.ceil(len(starts) / block_q)
     tile = np.arange(len(starts)) // block_q
     # Intervals of key tiles, as +1 where one begins and -1 after it ends.
@@ -122,14 +154,26 @@ def list_visits(
         sees = first < last
         np.add.at(edges, (tile[sees], first[sees] // block_k), 1)
         np.add.at(edges, (tile[sees], (last[sees] - 1) // block_k + 1), -1)
-    key_tiles, counts = _lists(np.cumsum(edges, axis=1)[:, :-1] > 0)
+    visited = np.cumsum(edges, axis=1)[:, :-1] > 0
     first_queries = np.arange(num_tiles) * block_q
-    return Visits(
-        key_tiles,
-        counts,
-        np.maximum.reduceat(starts, first_queries).astype(np.int32),
-        np.minimum.reduceat(ends, first_queries).astype(np.int32),
-    )
+    latest_start, earliest_end = np.maximum.reduceat(starts, first_queries), np.minimum.reduceat(ends, first_queries)
+    first = np.arange(visited.shape[1]) * block_k
+    after_start = (first >= latest_start[:, None]) | (first + block_k <= sinks)
+    return visited, visited & after_start & (first + block_k <= earliest_end[:, None])
+
+
+def _both_ways(visited: np.ndarray, full: np.ndarray) -> tuple[Visits, Visits]:
+    return list_visits(visited, full), list_visits(visited.T, full.T)
+
+
+def list_visits(visited: np.ndarray, full: np.ndarray) -> Visits:
+    """bool [rows, columns], twice -> the pairs of visited row by row."""
+    listed = visited.copy()
+    listed[~visited.any(axis=1), 0] = True
+    rows, columns = np.nonzero(listed)
+    flags = _ACTIVE * visited[rows, columns] + _FULL * full[rows, columns]
+    flags += _FIRST * (np.diff(rows, prepend=-1) != 0) + _LAST * (np.diff(rows, append=-1) != 0)
+    return Visits(*(x.astype(np.int32)[None] for x in (rows, columns, flags)))
 
 
 def _without_sinks(starts: Any, ends: Any, num_keys: int, sinks: int) -> tuple[np.ndarray, np.ndarray]:
@@ -152,15 +196,18 @@ def blocks_of(
     return min(block_q, round_up(query.shape[1], LANES)), min(block_k, round_up(key.shape[1], LANES))
 
 
-def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype: Any, *, segments: bool = False) -> int:
-    """VMEM that the kernel takes at most: two buffers for every block, the running state, and a step's temporaries."""
+def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype: Any, *, tables: int = 1) -> int:
+    """VMEM that the kernel takes at most: two buffers for every block, the running state, and a step's temporaries.
+
+    tables: 2 with a table of keys beside that of queries.
+    """
     size = jnp.dtype(dtype).itemsize
     key_lanes, value_lanes = (round_up(width, LANES) for width in (head_dim, value_dim))
     blocks = size * (block_q * (key_lanes + value_lanes) + block_k * (key_lanes + value_lanes))
-    rows = 4 * SUBLANES * (2 * block_q + (block_k if segments else 0))  # table of queries, lse; segments of keys
+    rows = 4 * SUBLANES * (2 * block_q + (block_k if tables > 1 else 0))  # table of queries, lse; table of keys
     state = 4 * block_q * (2 * LANES + value_lanes)
     logits = (4 + 4 + size) * block_q * block_k  # logits, weights, weights in the values' dtype
-    columns = 4 * block_q * LANES * (3 if segments else 2)  # the table of queries, one query a sublane
+    columns = 4 * block_q * LANES * (1 + tables)  # the table of queries, one query a sublane
     product = 4 * block_q * value_lanes  # of weights and values, before it is added to the output
     # At full precision the operands of the logits are split into bfloat16 parts and remainders.
     splits = 2 * size * (block_q + block_k) * key_lanes if size == 4 else 0
@@ -172,18 +219,13 @@ def refusal(
     key: Any,
     value: Any,
     *,
-    starts: np.ndarray,
-    ends: np.ndarray,
-    sinks: int = 0,
+    pattern: Pattern,
     segment_ids: tuple[Any, Any] | None = None,
-    block_q: int | None = None,
-    block_k: int | None = None,
-    default: Callable[..., tuple[int, int]] = default_blocks,
     footprint: Callable[..., int] = vmem_bytes,
 ) -> str | None:
     """Why banded_flash_attention cannot serve these arguments (arrays may be shape structs), or None if it can.
 
-    default, footprint: the kernel's blocks and VMEM model.
+    footprint: the kernel's VMEM model.
     """
     dtype = jnp.dtype(query.dtype)
     if dtype not in (jnp.bfloat16, jnp.float32) or not dtype == key.dtype == value.dtype:
@@ -192,24 +234,24 @@ def refusal(
         return f"needs segment ids of at most 32 bits, got {segment_ids[0].dtype} and {segment_ids[1].dtype}"
     if 0 in query.shape or 0 in key.shape:
         return f"needs arrays that are not empty, got query {query.shape} and key {key.shape}"
-    default_q, default_k = default(query, key, value)
-    block_q, block_k = block_q or default_q, block_k or default_k
+    block_q, block_k = pattern.block_q, pattern.block_k
     for name, block in (("block_q", block_q), ("block_k", block_k)):
         if block < 1 or block % LANES:
             return f"needs {name} a positive multiple of {LANES}, got {block}"
     widths = padded_width(query.shape[-1]), padded_width(value.shape[-1])
-    needed = footprint(block_q, block_k, *widths, dtype, segments=segment_ids is not None)
+    tables = 1 + (pattern.coordinates is not None or segment_ids is not None)
+    needed = footprint(block_q, block_k, *widths, dtype, tables=tables)
     if needed > VMEM_BUDGET:
         return (
             f"a tile of {block_q} queries x {block_k} keys at head dims {query.shape[-1]} and {value.shape[-1]} takes "
             f"{needed / 2**20:.1f} MiB of VMEM, more than {VMEM_BUDGET / 2**20:.0f} MiB"
         )
-    visits = list_visits(starts, ends, key.shape[1], sinks=sinks, block_q=block_q, block_k=block_k)
-    tables = sum(table.nbytes for table in dataclasses.astuple(visits))
-    if tables > SMEM_BUDGET:
+    # The gradients of keys go through the pairs once for every query head of a key head.
+    pairs = math.prod(pattern.by_query.rows.shape) * (query.shape[2] // key.shape[2])
+    if 3 * 4 * pairs > SMEM_BUDGET:
         return (
-            f"the lists of visited tiles, {' x '.join(map(str, visits.key_tiles.shape))}, take {tables / 2**10:.0f} "
-            f"KiB of scalar memory, more than {SMEM_BUDGET / 2**10:.0f} KiB"
+            f"the list of {pairs} pairs of tiles takes {12 * pairs / 2**10:.0f} KiB of scalar memory, more than "
+            f"{SMEM_BUDGET / 2**10:.0f} KiB"
         )
     return None
 
@@ -219,25 +261,19 @@ def banded_flash_attention(
     key: Array,
     value: Array,
     *,
-    starts: np.ndarray,
-    ends: np.ndarray,
-    sinks: int = 0,
+    pattern: Pattern,
     segment_ids: tuple[Array, Array] | None = None,
     scale: float | Array,
-    block_q: int | None = None,
-    block_k: int | None = None,
 ) -> tuple[Array, Array]:
-    """Attention of every query to the keys starts <= s < ends and s < min(sinks, ends).
+    """Attention of every query to the keys that the pattern says.
 
     Args:
       query: [B, T, N, H], bfloat16 or float32.
       key: [B, S, K, H] of the same dtype. K divides N: query head n reads key head n // (N / K).
       value: [B, S, K, V] of the same dtype.
-      starts, ends: int [T], known at trace time.
-      sinks: the first keys, visible to every query that ends after them.
+      pattern: `intervals` or `boxes` of T queries and S keys.
       segment_ids: integers ([B, T], [B, S]); a query sees keys of its own segment only.
       scale: factor on the logits, may be traced.
-      block_q, block_k: queries and keys in a tile, multiples of 128; None takes the frozen table's.
 
     Returns:
       out [B, T, N, V] in query's dtype, lse [B, T, N] float32. A query that sees no key: 0 and -inf.
@@ -245,210 +281,257 @@ def banded_flash_attention(
     Raises:
       ValueError: with refusal()'s reason.
 
-    Complexity: O(B N H x visited tiles x block_q x block_k) time. Memory beside the arguments: copies of them with
-    heads first, padded to whole tiles, and to 64 or a multiple of 128 in head dim.
+    Complexity: O(B N H x pairs x block_q x block_k) time. Memory beside the arguments: copies of them with heads
+    first, padded to whole tiles, and to 64 or a multiple of 128 in head dim.
     """
-    reason = refusal(
-        query,
-        key,
-        value,
-        starts=starts,
-        ends=ends,
-        sinks=sinks,
-        segment_ids=segment_ids,
-        block_q=block_q,
-        block_k=block_k,
-    )
+    reason = refusal(query, key, value, pattern=pattern, segment_ids=segment_ids)
     if reason is not None:
         raise ValueError(f"banded_flash_attention: {reason}")
-    default_q, default_k = default_blocks(query, key, value)
-    block_q, block_k = block_q or default_q, block_k or default_k
-    band = Band(
-        query,
-        key,
-        value,
-        starts=starts,
-        ends=ends,
-        sinks=sinks,
-        segment_ids=segment_ids,
-        block_q=block_q,
-        block_k=block_k,
-    )
-    visits, segments = band.visits, band.segments
-    query_tiles, longest = visits.key_tiles.shape
-
-    def key_tile(i: Any, j: Any, key_tiles: Any) -> Any:
-        return key_tiles[i * np.int32(longest) + j]
-
-    def of_query(b: Any, n: Any, i: Any, j: Any, *_: Any) -> tuple[Any, ...]:
-        return b, n, i, zero()
-
-    def of_key(b: Any, n: Any, i: Any, j: Any, key_tiles: Any, *_: Any) -> tuple[Any, ...]:
-        return b, lax.div(n, np.int32(band.group)), key_tile(i, j, key_tiles), zero()
-
-    in_specs = [
-        pl.BlockSpec((1, 1), lambda *_: (zero(), zero()), memory_space=pltpu.SMEM),
-        pl.BlockSpec((None, SUBLANES, block_q), lambda b, n, i, j, *_: (b if segments else zero(), zero(), i)),
-        pl.BlockSpec((None, None, block_q, band.key_width), of_query),
-        pl.BlockSpec((None, None, block_k, band.key_width), of_key),
-        pl.BlockSpec((None, None, block_k, band.value_width), of_key),
-    ]
-    if segments:
-        in_specs.append(
-            pl.BlockSpec((None, 1, block_k), lambda b, n, i, j, tiles, *_: (b, zero(), key_tile(i, j, tiles)))
-        )
-    scalars = (visits.key_tiles.ravel(), visits.counts, visits.latest_start, visits.earliest_end)
-    over = varying(query, key, value, jnp.asarray(scale), *(segment_ids or ()))
+    band = Band(query, key, value, pattern, segment_ids)
+    call = Call(band, pattern.by_query, band.heads)
     rows = (band.batch, band.heads)
-    out, lse = pl.pallas_call(
-        functools.partial(_kernel, sinks=sinks, longest=longest, segments=segments),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
-            grid=(*rows, query_tiles, longest),
-            in_specs=in_specs,
-            out_specs=[
-                pl.BlockSpec((None, None, block_q, band.value_width), of_query),
-                pl.BlockSpec((None, None, 1, block_q), lambda b, n, i, j, *_: (b, n, zero(), i)),
-            ],
-            scratch_shapes=[
-                pltpu.VMEM((block_q, LANES), jnp.float32),
-                pltpu.VMEM((block_q, LANES), jnp.float32),
-                pltpu.VMEM((block_q, band.value_width), jnp.float32),
-            ],
-        ),
+    over = varying(query, key, value, jnp.asarray(scale), *(segment_ids or ()))
+
+    def lse_block(*indices: Any) -> tuple[Any, ...]:
+        batch, head, tile = call.row(*indices)
+        return batch, head, zero(), tile
+
+    out, lse = call.run(
+        functools.partial(_kernel, band=band),
+        in_specs=[
+            call.scale,
+            call.table("query", call.row),
+            *([call.table("key", call.column)] if band.key_table is not None else []),
+            call.block(band.block_q, band.key_width, call.row),
+            call.block(band.block_k, band.key_width, call.key_head(call.column)),
+            call.block(band.block_k, band.value_width, call.key_head(call.column)),
+        ],
+        out_specs=[
+            call.block(band.block_q, band.value_width, call.row),
+            pl.BlockSpec((None, None, 1, band.block_q), lse_block),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((band.block_q, LANES), jnp.float32),
+            pltpu.VMEM((band.block_q, LANES), jnp.float32),
+            pltpu.VMEM((band.block_q, band.value_width), jnp.float32),
+        ],
         out_shape=[
             jax.ShapeDtypeStruct((*rows, band.padded_queries, band.value_width), query.dtype, manual_axis_type=over),
             jax.ShapeDtypeStruct((*rows, 1, band.padded_queries), jnp.float32, manual_axis_type=over),
         ],
-        compiler_params=compiler_params(),
-        cost_estimate=band.cost(math.prod(rows) * int(visits.counts.sum()), (band.key_width, band.value_width)),
+        products=(band.key_width, band.value_width),
         name="banded_flash_attention",
-    )(
-        *(jnp.asarray(scalar) for scalar in scalars),
-        jnp.asarray(scale, jnp.float32).reshape(1, 1),
-        band.table,
-        heads_first(query, band.padded_queries, band.key_width),
-        heads_first(key, band.padded_keys, band.key_width),
-        heads_first(value, band.padded_keys, band.value_width),
-        *band.key_segments,
+        arrays=[
+            jnp.asarray(scale, jnp.float32).reshape(1, 1),
+            *band.tables,
+            heads_first(query, band.padded_queries, band.key_width),
+            heads_first(key, band.padded_keys, band.key_width),
+            heads_first(value, band.padded_keys, band.value_width),
+        ],
     )
     out, lse = out[:, :, : query.shape[1], : value.shape[-1]], lse[:, :, 0, : query.shape[1]]
     return jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
 
 
 class Band:
-    """A call's arrays as the kernels take them: heads first, padded to whole tiles, with the tables beside them.
-
-    table: int32 [1 or B, 8, padded queries]; rows START and END, the keys that a query sees, and SEGMENT.
-    key_segments: with segments, one array int32 [B, 1, padded keys].
-    """
+    """A call's sizes, padded to whole tiles, and the tables of its queries and keys, int32 [1 or B, 8, tokens]."""
 
     def __init__(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        *,
-        starts: np.ndarray,
-        ends: np.ndarray,
-        sinks: int,
-        segment_ids: tuple[Array, Array] | None,
-        block_q: int,
-        block_k: int,
+        self, query: Array, key: Array, value: Array, pattern: Pattern, segment_ids: tuple[Array, Array] | None
     ):
         self.batch, num_queries, self.heads, head_dim = query.shape
-        num_keys, key_heads, value_dim = value.shape[1:]
-        self.group = self.heads // key_heads
-        self.sinks, self.segments = sinks, segment_ids is not None
-        self.block_q, self.block_k, self.itemsize = block_q, block_k, query.dtype.itemsize
+        num_keys, self.key_heads, value_dim = value.shape[1:]
+        self.group = self.heads // self.key_heads
+        self.sinks, self.segments = pattern.sinks, segment_ids is not None
+        self.block_q, self.block_k, self.itemsize = pattern.block_q, pattern.block_k, query.dtype.itemsize
         self.key_width, self.value_width = padded_width(head_dim), padded_width(value_dim)
-        self.padded_queries, self.padded_keys = round_up(num_queries, block_q), round_up(num_keys, block_k)
-        self.visits = list_visits(starts, ends, num_keys, sinks=sinks, block_q=block_q, block_k=block_k)
-        # Queries in the padding copy the last one's interval, so that they do not spoil a full tile.
-        past = self.padded_queries - num_queries
-        bounds = np.zeros((1, SUBLANES, self.padded_queries), np.int32)
-        bounds[0, :2] = np.pad(np.stack(_without_sinks(starts, ends, num_keys, sinks)), ((0, 0), (0, past)), "edge")
-        self.table: Array = jnp.asarray(bounds)
-        self.key_segments: list[Array] = []
-        if segment_ids is not None:
-            query_ids, key_ids = (ids.astype(jnp.int32) for ids in segment_ids)
-            query_ids = jnp.pad(query_ids, ((0, 0), (0, past)))
-            self.table = jnp.broadcast_to(self.table, (self.batch, *self.table.shape[1:]))
-            self.table = self.table.at[:, _SEGMENT].set(query_ids)
-            self.key_segments = [jnp.pad(key_ids, ((0, 0), (0, self.padded_keys - num_keys)))[:, None]]
+        self.padded_queries, self.padded_keys = round_up(num_queries, self.block_q), round_up(num_keys, self.block_k)
+        self.axes = pattern.starts.shape[1]
+        self.has_coordinates = pattern.coordinates is not None
+        # Queries in the padding copy the last one's interval, so that they do not spoil a full tile; keys in it have
+        # a coordinate that nobody sees.
+        bounds = [x[:, axis] for axis in range(self.axes) for x in (pattern.starts, pattern.ends)]
+        query_ids, key_ids = segment_ids or (None, None)
+        self.query_table = self._table(bounds, query_ids, self.padded_queries - num_queries, mode="edge")
+        self.key_table = None
+        if self.has_coordinates or self.segments:
+            places = [pattern.coordinates[:, axis] for axis in range(self.axes)] if self.has_coordinates else []
+            past = self.padded_keys - num_keys
+            self.key_table = self._table(places, key_ids, past, mode="constant", constant_values=-1)
 
-    def cost(self, steps: int, products: tuple[int, ...]) -> pl.CostEstimate:
-        """Of a kernel of this many visits. products: the head dim of each product of a visit's tiles."""
-        both = self.key_width + self.value_width
-        rows = steps * self.block_k + self.batch * self.heads * self.padded_queries
-        return pl.CostEstimate(
-            flops=2 * steps * self.block_q * self.block_k * sum(products),
-            transcendentals=steps * self.block_q * self.block_k,
-            bytes_accessed=rows * both * self.itemsize,
-        )
+    @property
+    def tables(self) -> list[Array]:
+        return [self.query_table] if self.key_table is None else [self.query_table, self.key_table]
 
-
-def compiler_params() -> Any:
-    """Of grids whose last axis alone is a sum, held to VMEM_BUDGET."""
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BUDGET
-    )
+    def _table(self, rows: list[Any], segment_ids: Array | None, past: int, **padding: Any) -> Array:
+        """Rows int32 [lists, tokens] and segment ids [B, tokens] -> [lists, 8, tokens + past]."""
+        tokens = rows[0].shape[1] if rows else segment_ids.shape[1]  # type: ignore[union-attr]
+        lists = rows[0].shape[0] if rows else 1
+        blank = [np.zeros((lists, tokens), np.int32)] * (SUBLANES - len(rows))
+        xp = np if all(isinstance(row, np.ndarray) for row in rows) else jnp
+        table = jnp.asarray(xp.pad(xp.stack([*rows, *blank], axis=1), ((0, 0), (0, 0), (0, past)), **padding))
+        if segment_ids is None:
+            return table
+        ids = jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, past)))
+        return jnp.broadcast_to(table, (self.batch, *table.shape[1:])).at[:, _SEGMENT].set(ids)
 
 
-def visible(index: Array, start: Array, end: Array, segment: Array, *, sinks: int, key_segment: Any) -> Array:
-    """bool, where a query of these numbers sees the key of this index; all broadcast. key_segment None: no segments."""
-    sees = index >= start
-    if sinks:
-        sees |= index < sinks
-    sees &= index < end
-    if key_segment is not None:
-        sees &= segment == key_segment
-    return sees
+class Call:
+    """A kernel over one list of pairs of tiles: its grid (batch, heads, steps), and where a step's blocks are.
+
+    heads: of the grid; the query's, or the key's, and then a step's flags say which query head of it.
+    """
+
+    def __init__(self, band: Band, visits: Visits, heads: int):
+        self.band, self.visits, self.heads = band, visits, heads
+        self.lists, self.steps = visits.rows.shape
+        self.scale = pl.BlockSpec((1, 1), lambda *_: (zero(), zero()), memory_space=pltpu.SMEM)
+
+    def step(self, b: Any, n: Any, s: Any) -> Any:
+        """A step's place in the tables."""
+        return s if self.lists == 1 else b * np.int32(self.steps) + s
+
+    def row(self, b: Any, n: Any, s: Any, rows: Any, columns: Any, flags: Any) -> tuple[Any, Any, Any]:
+        return b, n, rows[self.step(b, n, s)]
+
+    def column(self, b: Any, n: Any, s: Any, rows: Any, columns: Any, flags: Any) -> tuple[Any, Any, Any]:
+        return b, n, columns[self.step(b, n, s)]
+
+    def query_head(self, place: Callable[..., Any]) -> Callable[..., Any]:
+        """Of a grid over key heads."""
+
+        def placed(b: Any, n: Any, s: Any, rows: Any, columns: Any, flags: Any) -> tuple[Any, Any, Any]:
+            head = lax.shift_right_logical(flags[self.step(b, n, s)], _HEAD_BIT)
+            return b, n * np.int32(self.band.group) + head, place(b, n, s, rows, columns, flags)[2]
+
+        return placed
+
+    def key_head(self, place: Callable[..., Any]) -> Callable[..., Any]:
+        """Of a grid over query heads."""
+
+        def placed(*indices: Any) -> tuple[Any, Any, Any]:
+            b, n, tile = place(*indices)
+            return b, lax.div(n, np.int32(self.band.group)), tile
+
+        return placed
+
+    def block(self, rows: int, width: int, place: Callable[..., Any]) -> Any:
+        return pl.BlockSpec((None, None, rows, width), lambda *indices: (*place(*indices), zero()))
+
+    def table(self, which: str, place: Callable[..., Any]) -> Any:
+        table, block = {
+            "query": (self.band.query_table, self.band.block_q),
+            "key": (self.band.key_table, self.band.block_k),
+        }[which]
+        lists = table.shape[0]  # type: ignore[union-attr]
+
+        def index(*indices: Any) -> tuple[Any, ...]:
+            b, _, tile = place(*indices)
+            return zero() if lists == 1 else b, zero(), tile
+
+        return pl.BlockSpec((None, SUBLANES, block), index)
+
+    def run(
+        self,
+        kernel: Callable[..., None],
+        *,
+        in_specs: list[Any],
+        out_specs: Any,
+        scratch_shapes: list[Any],
+        out_shape: Any,
+        products: tuple[int, ...],
+        name: str,
+        arrays: list[Array],
+    ) -> Any:
+        """products: the head dim of each product of a step's tiles."""
+        band = self.band
+        steps = band.batch * self.heads * self.steps
+        tile = band.block_q * band.block_k
+        both = band.key_width + band.value_width
+        moved = steps * band.block_k + band.batch * band.heads * band.padded_queries
+
+        def body(rows: Any, columns: Any, flags: Any, *refs: Any) -> None:
+            place = self.step(*(pl.program_id(axis) for axis in range(3)))
+            kernel(rows[place], columns[place], flags[place], *refs)
+
+        return pl.pallas_call(
+            body,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=3,
+                grid=(band.batch, self.heads, self.steps),
+                in_specs=in_specs,
+                out_specs=out_specs,
+                scratch_shapes=scratch_shapes,
+            ),
+            out_shape=out_shape,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BUDGET
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=2 * steps * tile * sum(products),
+                transcendentals=steps * tile,
+                bytes_accessed=moved * both * band.itemsize,
+            ),
+            name=name,
+        )(*(jnp.asarray(x, jnp.int32).ravel() for x in self.visits), *arrays)
 
 
-def visit(
-    accumulate: Callable[[bool], None],
-    *,
-    active: Array,
-    first_key: Array,
-    end_key: Array,
-    latest_start: Array,
-    earliest_end: Array,
-    sinks: int,
-    segments: bool,
-) -> None:
-    """Runs accumulate(masked) if the visit is one; without the element mask where every query sees every key."""
+def has(flags: Array, flag: np.int32) -> Array:
+    return lax.bitwise_and(flags, flag) != 0
+
+
+def is_first(flags: Array) -> Array:
+    return has(flags, _FIRST)
+
+
+def is_last(flags: Array) -> Array:
+    return has(flags, _LAST)
+
+
+def visible(band: Band, queries: Array, keys: Array | None, first_key: Array, axis: int) -> Array:
+    """bool, where a query sees a key; the keys lie along `axis` of the result, the queries along the other.
+
+    queries: their table, one row (column) a number, so [block_q, 8] or [8, block_q]. keys: theirs, the other way.
+    """
+
+    def of(table: Any, row: int, along: int) -> Array:
+        return table[row : row + 1, :] if along == 1 else table[:, row : row + 1]
+
+    shape = (band.block_q, band.block_k) if axis == 1 else (band.block_k, band.block_q)
+    sees = None
+    for number in range(band.axes):
+        if band.has_coordinates:
+            place = of(keys, number, axis)
+        else:
+            place = first_key + lax.broadcasted_iota(jnp.int32, shape, axis)
+        here = place >= of(queries, 2 * number, 1 - axis)
+        if band.sinks:
+            here |= place < band.sinks
+        here &= place < of(queries, 2 * number + 1, 1 - axis)
+        sees = here if sees is None else sees & here
+    if band.segments:
+        same = of(queries, _SEGMENT, 1 - axis) == of(keys, _SEGMENT, axis)
+        sees = same if sees is None else sees & same
+    return sees  # type: ignore[return-value]
+
+
+def visit(accumulate: Callable[[bool], None], flags: Array, segments: bool) -> None:
+    """Runs accumulate(masked) if the pair is looked at; without the element mask where every query sees every key."""
+    active, full = has(flags, _ACTIVE), has(flags, _FULL)
     if segments:
         pl.when(active)(lambda: accumulate(True))
         return
-    after_start = (first_key >= latest_start) | (end_key <= sinks)
-    full = after_start & (end_key <= earliest_end)
     pl.when(active & full)(lambda: accumulate(False))
     pl.when(active & ~full)(lambda: accumulate(True))
 
 
-def _kernel(
-    key_tiles_ref: Any,
-    counts_ref: Any,
-    latest_start_ref: Any,
-    earliest_end_ref: Any,
-    scale_ref: Any,
-    table_ref: Any,
-    query_ref: Any,
-    key_ref: Any,
-    value_ref: Any,
-    *refs: Any,
-    sinks: int,
-    longest: int,
-    segments: bool,
-) -> None:
+def _kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band) -> None:
     """One visit of a query tile to a key tile. The maximum and sum of a query are repeated over the lanes."""
-    *key_segments_ref, out_ref, lse_ref, maximum_ref, sum_ref, acc_ref = refs  # the first is there with segments
-    block_q, block_k = query_ref.shape[0], key_ref.shape[0]
-    tile, step = pl.program_id(2), pl.program_id(3)
-    first_key = key_tiles_ref[tile * np.int32(longest) + step] * np.int32(block_k)
+    scale_ref, queries_ref, *refs = refs  # type: ignore[assignment]
+    keys_ref, *refs = refs if band.key_table is not None else (None, *refs)  # type: ignore[assignment]
+    query_ref, key_ref, value_ref, out_ref, lse_ref, maximum_ref, sum_ref, acc_ref = refs
 
-    @pl.when(step == 0)
+    @pl.when(is_first(flags))
     def _() -> None:
         maximum_ref[...] = jnp.full_like(maximum_ref, MASKED)
         sum_ref[...] = jnp.zeros_like(sum_ref)
@@ -457,16 +540,15 @@ def _kernel(
     def accumulate(masked: bool) -> None:
         logits = scale_ref[0, 0] * dot(query_ref[...], key_ref[...], contract=(1, 1))
         if masked:
-            table = jnp.transpose(table_ref[...])  # one query a sublane
-            rows = (table[:, row : row + 1] for row in range(3))
-            segment = key_segments_ref[0][...] if segments else None
-            index = first_key + lax.broadcasted_iota(jnp.int32, (block_q, block_k), 1)
-            logits = jnp.where(visible(index, *rows, sinks=sinks, key_segment=segment), logits, MASKED)
+            queries = jnp.transpose(queries_ref[...])  # one query a sublane
+            keys = None if keys_ref is None else keys_ref[...]
+            sees = visible(band, queries, keys, column * np.int32(band.block_k), axis=1)
+            logits = jnp.where(sees, logits, MASKED)
         old_maximum = maximum_ref[...]
         maximum = jnp.maximum(old_maximum, jnp.max(logits, axis=1, keepdims=True))
         # Where a query has seen no key yet the maximum is MASKED and the weights are 1, not 0; the first key that it
         # does see multiplies what they gave by `decay` = 0.
-        weights = jnp.exp(logits - _lanes(maximum, block_k))
+        weights = jnp.exp(logits - _lanes(maximum, band.block_k))
         decay = jnp.exp(old_maximum - maximum)
         maximum_ref[...] = maximum
         sum_ref[...] = decay * sum_ref[...] + jnp.sum(weights, axis=1, keepdims=True)
@@ -475,18 +557,9 @@ def _kernel(
             weights.astype(values.dtype), values, contract=(1, 0)
         )
 
-    visit(
-        accumulate,
-        active=step < counts_ref[tile],
-        first_key=first_key,
-        end_key=first_key + np.int32(block_k),
-        latest_start=latest_start_ref[tile],
-        earliest_end=earliest_end_ref[tile],
-        sinks=sinks,
-        segments=segments,
-    )
+    visit(accumulate, flags, band.segments)
 
-    @pl.when(step == longest - 1)
+    @pl.when(is_last(flags))
     def _() -> None:
         maximum, total = maximum_ref[...], sum_ref[...]
         empty = maximum <= MASKED

@@ -1,6 +1,7 @@
 """Banded flash attention: its lists of tiles by brute force, its values in TPU interpret mode, and what it refuses."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +11,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpret import interpreted
 
-from attnlab import local_attention
+from attnlab import dilated_attention, local_attention
 from kernels_pallas.tpu import banded_flash, banded_flash_backward
-from kernels_pallas.tpu.banded_flash import banded_flash_attention, list_visits, refusal, vmem_bytes
+from kernels_pallas.tpu.banded_flash import banded_flash_attention, intervals, refusal, vmem_bytes
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}  # bfloat16: weights are rounded to it, and so is the output
 
 
-def draw_arrays(length, *, batch=1, heads=2, key_heads=1, head_dim=64, value_dim=64, dtype=jnp.float32):
-    rng = np.random.default_rng(length)
+def draw_arrays(space, *, batch=1, heads=2, key_heads=1, head_dim=64, value_dim=64, dtype=jnp.float32):
+    rng = np.random.default_rng(space)
     shapes = [(heads, head_dim), (key_heads, head_dim), (key_heads, value_dim)]
-    return [jnp.asarray(rng.normal(size=(batch, length, *shape)), dtype) for shape in shapes]
+    return [jnp.asarray(rng.normal(size=(batch, *np.atleast_1d(space), *shape)), dtype) for shape in shapes]
+
+
+def draw_case(case):
+    """(function of query, key, value and options of local_attention, the arrays, tolerance)."""
+    space, options, arrays = CASES[case]
+    arrays = dict(arrays)
+    if arrays.pop("segments", False):
+        shape = (arrays.get("batch", 1), *np.atleast_1d(space))
+        ids = np.sort(np.random.default_rng(0).integers(0, 4, shape), axis=1)
+        options = options | {"segment_ids": jnp.asarray(ids, jnp.int32)}
+    attend = dilated_attention if "dilation" in options else local_attention
+    return (
+        functools.partial(attend, return_lse=True, **options),
+        draw_arrays(space, **arrays),
+        TOLERANCE[arrays.get("dtype", jnp.float32)],
+    )
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    for module in (banded_flash, banded_flash_backward):
+        monkeypatch.setattr(module, "_BLOCKS", {})
+        monkeypatch.setattr(module, "_DEFAULT_BLOCKS", (128, 128))
 
 
 CASES = {  # length, options of local_attention, options of draw_arrays; tiles of 128, or as many as the default takes
@@ -34,29 +58,25 @@ CASES = {  # length, options of local_attention, options of draw_arrays; tiles o
     "strided causal": (260, {"window": 9, "stride": 4, "is_causal": True}, {"heads": 3, "key_heads": 3}),
     "sinks": (400, {"window": 20, "is_causal": True, "sinks": 3}, {}),
     "segments": (300, {"window": 101}, {"batch": 2, "segments": True}),
+    "dilated": (300, {"window": 20, "dilation": 7, "is_causal": True}, {"heads": 4, "key_heads": 2}),
+    "grid": ((20, 33), {"window": (5, 8), "is_causal": (True, False)}, {"heads": 2, "key_heads": 2}),
+    "grid, dilated": ((40, 18), {"window": 3, "dilation": (2, 3)}, {"segments": True, "dtype": jnp.bfloat16}),
+    "volume": ((9, 5, 6), {"window": (3, 5, 4), "stride": (1, 2, 1)}, {}),
     "segments, sinks": (290, {"window": 40, "is_causal": True, "sinks": 5}, {"segments": True, "dtype": jnp.bfloat16}),
 }
 
 
 # Cases whose gradients are looked at in every run of the tests.
-QUICK = ("causal", "all keys", "segments, sinks")
+QUICK = ("causal", "grid, dilated", "segments, sinks")
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_reference(case, monkeypatch):
-    monkeypatch.setattr(banded_flash, "_BLOCKS", {})
-    monkeypatch.setattr(banded_flash, "_DEFAULT_BLOCKS", (128, 128))
-    length, options, arrays = CASES[case]
-    arrays = dict(arrays)
-    if arrays.pop("segments", False):
-        ids = np.sort(np.random.default_rng(0).integers(0, 4, (arrays.get("batch", 1), length)), axis=1)
-        options = options | {"segment_ids": jnp.asarray(ids, jnp.int32)}
-    query, key, value = draw_arrays(length, **arrays)
-    attend = functools.partial(local_attention, query, key, value, return_lse=True, **options)
-    out, lse = interpreted(attend, implementation="pallas_tpu")
-    expected, expected_lse = attend(implementation="reference")
-    tolerance = TOLERANCE[arrays.get("dtype", jnp.float32)]
-    assert out.dtype == query.dtype
+def test_equals_the_reference(case):
+    attend, arrays, tolerance = draw_case(case)
+    out, lse = interpreted(attend, *arrays, implementation="pallas_tpu")
+    expected, expected_lse = attend(*arrays, implementation="reference")
+    assert out.dtype == arrays[0].dtype
     assert lse.dtype == jnp.float32
     np.testing.assert_allclose(out.astype(jnp.float32), expected.astype(jnp.float32), rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
@@ -73,11 +93,8 @@ def test_a_query_without_keys_gives_zero_and_other_tiles_are_never_read():
         query,
         jnp.where(unseen, jnp.nan, key),
         jnp.where(unseen, jnp.nan, value),
-        starts=starts,
-        ends=ends,
+        pattern=intervals(starts, ends, 384, block_q=128, block_k=128),
         scale=0.125,
-        block_q=128,
-        block_k=128,
     )
     sees = np.zeros(384, bool)
     sees[130:140] = True
@@ -97,32 +114,22 @@ def test_runs_give_the_same_bits_under_jit_and_not():
         assert np.array_equal(a, b)
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(
     "case",
     [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
 )
-def test_gradients_equal_the_reference_s(case, monkeypatch):
-    for module in (banded_flash, banded_flash_backward):
-        monkeypatch.setattr(module, "_BLOCKS", {})
-        monkeypatch.setattr(module, "_DEFAULT_BLOCKS", (128, 128))
-    length, options, arrays = CASES[case]
-    arrays = dict(arrays)
-    if arrays.pop("segments", False):
-        ids = np.sort(np.random.default_rng(0).integers(0, 4, (arrays.get("batch", 1), length)), axis=1)
-        options = options | {"segment_ids": jnp.asarray(ids, jnp.int32)}
-    query, key, value = draw_arrays(length, **arrays)
+def test_gradients_equal_the_reference_s(case):
+    attend, (query, key, value), tolerance = draw_case(case)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(*query.shape[:-1], value.shape[-1])), jnp.float32)
 
     def loss(query, key, value, scale, implementation):
-        out, lse = local_attention(
-            query, key, value, scale=scale, return_lse=True, implementation=implementation, **options
-        )
+        out, lse = attend(query, key, value, scale=scale, implementation=implementation)
         return jnp.sum(out.astype(jnp.float32) * weights) + jnp.sum(jnp.sin(lse))
 
     def gradients(implementation):
         return jax.grad(loss, (0, 1, 2, 3))(query, key, value, jnp.float32(0.2), implementation)
 
-    tolerance = TOLERANCE[arrays.get("dtype", jnp.float32)]
     for got, want in zip(interpreted(gradients, "pallas_tpu"), gradients("reference"), strict=True):
         assert got.dtype == want.dtype
         want = np.asarray(want, np.float32)
@@ -136,7 +143,7 @@ def test_gradients_are_the_same_bits_again_and_unread_tiles_may_be_nan():
     query, key, value = draw_arrays(384)
     unseen = (jnp.arange(384) < 256)[:, None, None]
     key, value = (jnp.where(unseen, jnp.nan, x) for x in (key, value))
-    options = {"starts": starts, "ends": ends, "scale": 0.125, "block_q": 128, "block_k": 128}
+    options = {"pattern": intervals(starts, ends, 384, block_q=128, block_k=128), "scale": 0.125}
 
     def gradients(query, key, value):
         out, lse = banded_flash_attention(query, key, value, **options)
@@ -188,31 +195,54 @@ def test_visits_are_exact(data):
     keys = np.arange(num_keys)
     sees = (keys < ends[:, None]) & ((keys >= starts[:, None]) | (keys < sinks))
 
-    visits = list_visits(starts, ends, num_keys, sinks=sinks, block_q=block_q, block_k=block_k)
-    previous = 0
-    for row, count in enumerate(visits.counts):
-        rows = sees[row * block_q : (row + 1) * block_q]
-        tiles = [
-            tile for tile in range(-(-num_keys // block_k)) if rows[:, tile * block_k : (tile + 1) * block_k].any()
-        ]
-        assert visits.key_tiles[row, :count].tolist() == tiles
-        previous = tiles[-1] if tiles else previous
-        assert np.all(visits.key_tiles[row, count:] == previous)  # nothing new is fetched
-        for tile in tiles:
-            first, end = tile * block_k, (tile + 1) * block_k  # the padding beyond the last key is not to be seen
-            full = (first >= visits.latest_start[row] or end <= sinks) and end <= visits.earliest_end[row]
-            assert full == (end <= num_keys and rows[:, first:end].all())
+    pattern = intervals(starts, ends, num_keys, sinks=sinks, block_q=block_q, block_k=block_k)
+    tiles = [range(-(-count // block)) for count, block in ((num_queries, block_q), (num_keys, block_k))]
+    expected = {}
+    for i, j in itertools.product(*tiles):
+        pairs = sees[i * block_q : (i + 1) * block_q, j * block_k : (j + 1) * block_k]
+        if pairs.any():  # the padding beyond the last key is not to be seen
+            expected[i, j] = bool(pairs.all() and (j + 1) * block_k <= num_keys)
+    assert listed(pattern.by_query, len(tiles[0])) == expected
+    assert listed(pattern.by_key, len(tiles[1])) == {(j, i): full for (i, j), full in expected.items()}
+
+
+def listed(visits, rows):
+    """{pair that is looked at: whether it is full}; every row is there, begins once and ends once."""
+    first, last, active, full = ((visits.flags[0] & bit) != 0 for bit in (1, 2, 4, 8))
+    assert np.all(np.diff(visits.rows[0], prepend=-1) == first)
+    assert np.all(np.diff(visits.rows[0], append=rows) == last)
+    assert np.all(active | first & last)
+    pairs = zip(visits.rows[0].tolist(), visits.columns[0].tolist(), strict=True)
+    return {pair: bool(whole) for pair, looked, whole in zip(pairs, active, full, strict=True) if looked}
+
+
+def test_boxes_are_products_of_intervals():
+    """Tokens ordered tile by tile: the pairs of tiles of a space are those of its axes, each with each."""
+    window, tile, sides = 5, (4, 2), (8, 6)
+    bounds = [(np.maximum(np.arange(side) - window // 2, 0), np.minimum(np.arange(side) + 3, side)) for side in sides]
+    pattern = banded_flash.boxes(bounds, tile)
+    y, x = (pattern.coordinates[0, axis] for axis in range(2))
+    assert np.array_equal(y // 4 * 3 + x // 2, np.arange(48) // 8)
+    sees = np.ones((48, 48), bool)
+    for axis, place in enumerate((y, x)):
+        sees &= (place >= pattern.starts[0, axis][:, None]) & (place < pattern.ends[0, axis][:, None])
+    tiles = sees.reshape(6, 8, 6, 8)
+    assert listed(pattern.by_query, 6) == {
+        (i, j): bool(tiles[i, :, j].all()) for i in range(6) for j in range(6) if tiles[i, :, j].any()
+    }
 
 
 def test_visits_grow_with_the_window_not_the_length():
     position = np.arange(2**16)
-    visits = list_visits(position - 1023, position + 1, 2**16, block_q=512, block_k=512)
-    assert visits.key_tiles.shape == (128, 3)
+    pattern = intervals(position - 1023, position + 1, 2**16, block_q=512, block_k=512)
+    assert pattern.by_query.rows.shape == (1, 3 * 128 - 3)
 
 
-def shapes(length=256, head_dim=64, value_dim=64, dtype=jnp.bfloat16, **changed):
+def shapes(length=256, head_dim=64, value_dim=64, dtype=jnp.bfloat16, block_q=None, block_k=None):
     structs = [jax.ShapeDtypeStruct((1, length, 2, width), dtype) for width in (head_dim, head_dim, value_dim)]
-    return structs, {"starts": np.zeros(length, int), "ends": np.full(length, length)} | changed
+    default_q, default_k = banded_flash.default_blocks(*structs)
+    blocks = {"block_q": block_q or default_q, "block_k": block_k or default_k}
+    return structs, {"pattern": intervals(np.zeros(length, int), np.full(length, length), length, **blocks)}
 
 
 @pytest.mark.parametrize(
@@ -223,7 +253,10 @@ def shapes(length=256, head_dim=64, value_dim=64, dtype=jnp.bfloat16, **changed)
         ({"block_q": 100}, "block_q a positive multiple of 128, got 100"),
         ({"block_q": 1024, "block_k": 2048}, "of VMEM, more than 16 MiB"),
         ({"head_dim": 8192}, "head dims 8192 and 64 takes"),
-        ({"length": 2**17, "block_q": 128, "block_k": 128}, "1024 x 1024, take .* of scalar memory"),
+        (
+            {"length": 2**15, "block_q": 128, "block_k": 128},
+            "list of 65536 pairs of tiles takes 768 KiB of scalar memory",
+        ),
     ],
 )
 def test_refuses_with_the_reason(arguments, reason):

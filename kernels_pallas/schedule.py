@@ -1,0 +1,101 @@
+"""Cycles of a TPU kernel from the schedule that libtpu compiles, without a TPU.
+
+A TensorCore issues one bundle of instructions a cycle, in order. libtpu can write a kernel's bundles to files; here
+they are cut into the parts of a Pallas kernel:
+
+    before          outside the loop over the grid
+    every step      inside it: indices, copies to start and to wait for
+    regions         inside it, skipped by a branch: the bodies of pl.when, in the order of the source; how often each
+                    runs is known from the grid
+
+so that cycles = before + steps x every step + sum of region x its runs. Not in it: waiting for memory, and stalls of
+units that take longer than the schedule says. It is a bound from below for kernels that wait for memory, and close for
+those that compute.
+"""
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+# Predicated code shorter than this is the pipeline's own, and counted to every step.
+_LEAST = 24
+_BUNDLE = re.compile(r"^\s*(?:0x)?([0-9a-f]+)\s+(?:L[HBE]|P[BF]|CT)?\s*:")
+_BRANCH = re.compile(r"sbr\.rel \(.*?target = \$region(\d+)")
+
+
+class Schedule(NamedTuple):
+    """Bundles of a kernel's parts, and of those the ones that issue a matrix product's instruction."""
+
+    before: int
+    step: int
+    regions: tuple[int, ...]
+    matmuls: tuple[int, ...]
+
+    def cycles(self, steps: int, runs: Sequence[int]) -> int:
+        """Of a call of this many grid steps, whose regions run so often each."""
+        if len(runs) != len(self.regions):
+            raise ValueError(f"runs: got {len(runs)} counts; the kernel has regions of {self.regions} bundles")
+        return self.before + steps * self.step + sum(map(int.__mul__, self.regions, map(int, runs)))
+
+
+@contextlib.contextmanager
+def dumping() -> Iterator[Callable[[], dict[str, Schedule]]]:
+    """Has libtpu write schedules: to be entered before the process first compiles for a TPU.
+
+    Yields a function that gives the Schedule of every Pallas kernel compiled since it was last called, by name.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
+
+        def collect() -> dict[str, Schedule]:
+            found = {}
+            for bundles in sorted(Path(folder).glob("*-final_bundles.txt")):
+                text = bundles.read_text()
+                name = re.match(r"\d+-(.*?)(?:\.\d+)?-\d+-final_bundles", bundles.name)
+                if name is None or ("tpu_custom_call" not in text and "inlined_call_operand" not in text):
+                    continue
+                number = re.sub(r"-\d+-final_bundles.txt$", "", bundles.name)
+                (units,) = Path(folder).glob(f"{re.escape(number)}-*-final_hlo-static-per-bundle-utilization.txt")
+                if "sbr.rel" in text:
+                    found[name[1]] = parse(text, units.read_text())
+            for file in Path(folder).iterdir():
+                file.unlink()
+            return found
+
+        yield collect
+
+
+def parse(bundles: str, units: str) -> Schedule:
+    """bundles: the text of a final_bundles file. units: of its static-per-bundle-utilization file."""
+    lines = [line for line in bundles.splitlines() if _BUNDLE.match(line)]
+    rows = [row.split() for row in units.split("UTILIZATION:")[1].splitlines() if row.strip()]
+    matmul = [int(row[0]) > 0 for row in rows]
+    matmul += [False] * (len(lines) - len(matmul))
+    # The loop over the grid: from its mark to the branch back.
+    start = next((i for i, line in enumerate(lines) if " LB:" in line.split("{")[0]), None)
+    if start is None:
+        return Schedule(0, len(lines), (), ())
+    ends = {int(n): i for i, line in enumerate(lines) for n in re.findall(r"(?<!Start )(?:empty )region (\d+)", line)}
+    end = max(i for i, line in enumerate(lines) if re.search(r"loop exit test", line))
+    owner = [-1] * len(lines)
+    regions = []
+    for i in range(start, end):
+        for target in map(int, _BRANCH.findall(lines[i])):
+            if ends.get(target, -1) > i:
+                regions.append((i + 1, ends[target]))
+    # The first is the body of all steps but the pipeline's own; those in it are pl.when's.
+    kept = [(a, b) for a, b in regions if b - a >= _LEAST and not any(a < c and d <= b for c, d in regions)]
+    for number, (a, b) in enumerate(kept):
+        for i in range(a, b):
+            owner[i] = number
+    inside = range(start, len(lines))
+    size = tuple(sum(owner[i] == number for i in inside) for number in range(len(kept)))
+    products = tuple(sum(owner[i] == number and matmul[i] for i in inside) for number in range(len(kept)))
+    last = next((i for i in range(end, len(lines)) if "sbr.rel" in lines[i]), end)
+    step = sum(owner[i] == -1 for i in range(start, last + 1))
+    return Schedule(start + len(lines) - last - 1, step, size, products)
