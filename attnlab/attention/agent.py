@@ -64,10 +64,11 @@ def agent_attention(
       broadcast_bias: floating [B|1, N|1, T|1, m|1] or [N|1, T|1, m|1], added to those of queries and agents.
       key_mask: bool [B, *space] of key, True = attend. An agent that sees no key is seen by no query.
       scale: factor on the logits of both steps; None means H ** -0.5.
-      implementation: None, "reference" or "xla".
+      implementation: None, "reference", "xla", or "pallas_tpu" (without biases; bfloat16 or float32).
 
     Returns:
-      [B, *space, N, V] in query's dtype. Agents gather in float32 (float64 for float64 inputs). Where no key is visible
+      [B, *space, N, V] in query's dtype. Agents gather in float32 (float64 for float64 inputs; "pallas_tpu" rounds what
+      they have gathered to query's dtype). Where no key is visible
       the output is 0, with zero gradients.
 
     Raises:
@@ -130,7 +131,59 @@ def _two_steps(form: str) -> Callable[..., Array]:
     return run
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {form: _two_steps(form) for form in ("reference", "xla")}
+def _pallas_tpu(
+    query: Array,
+    key: Array,
+    value: Array,
+    agents: Array,
+    gather_bias: None,
+    broadcast_bias: None,
+    key_mask: Array | None,
+    *,
+    scale: Any,
+) -> Array:
+    """As _two_steps, but what is not to be seen is another segment, and agents gather in query's dtype."""
+    attend: Any = dot_product.IMPLEMENTATIONS["pallas_tpu"].call  # type: ignore[union-attr]
+    agents = agents.astype(query.dtype)
+    gathers, reads = None, None
+    if key_mask is not None:
+        hidden = (~key_mask[:, 0, 0]).astype(jnp.int32)  # [B, S]
+        gathers = (jnp.zeros(agents.shape[:2], jnp.int32), hidden)
+        reads = (
+            jnp.zeros(query.shape[:2], jnp.int32),
+            jnp.broadcast_to(hidden.min(1, keepdims=True), agents.shape[:2]),
+        )
+    gathered, _ = attend(agents, key, value, None, None, gathers, is_causal=False, scale=scale)
+    out, _ = attend(query, agents, gathered, None, None, reads, is_causal=False, scale=scale)
+    return out
+
+
+def _pallas_tpu_refusal(
+    query: Array,
+    key: Array,
+    value: Array,
+    agents: Array,
+    gather_bias: Array | None,
+    broadcast_bias: Array | None,
+    key_mask: Array | None,
+    *,
+    scale: Any,
+) -> str | None:
+    for name, given in (("gather_bias", gather_bias), ("broadcast_bias", broadcast_bias)):
+        if given is not None:
+            return f"has no {name}"
+    refusal = dot_product.IMPLEMENTATIONS["pallas_tpu"].refusal  # type: ignore[union-attr]
+    rounded = jax.ShapeDtypeStruct(agents.shape, query.dtype)
+    gathered = jax.ShapeDtypeStruct((*agents.shape[:-1], value.shape[-1]), query.dtype)
+    steps = ((rounded, key, value), (query, rounded, gathered))
+    reasons = (refusal(*step, None, None, None, is_causal=False, scale=1.0) for step in steps)
+    return next(filter(None, reasons), None)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
+    **{form: _two_steps(form) for form in ("reference", "xla")},
+    "pallas_tpu": Kernel(_pallas_tpu, _pallas_tpu_refusal),
+}
 
 
 # --- Agents and biases of the published image models ------------------------------------------------------------------
@@ -254,7 +307,7 @@ def causal_agent_attention(
       initial_state: of the tokens before the first (see init_agent_cache). Default: there are none.
       return_state: also return the AgentState after the last token.
       chunk_size: tokens taken at once by "xla".
-      implementation: None, "reference" (a scan over tokens) or "xla" (linear attention's scan over chunks).
+      implementation: None, "reference" (a scan over tokens), "xla" or "pallas_tpu" (linear attention's forms).
 
     Returns:
       [B, T, N, V] in query's dtype, or (that, AgentState) with return_state.
@@ -358,9 +411,19 @@ def _causal_reference(
     return jnp.moveaxis(out, 0, 1).astype(query.dtype), state
 
 
-def _causal_xla(
-    query: Array, key: Array, value: Array, agents: Array, state: AgentState, *, scale: Any, chunk_size: int
+def _causal_by_linear(
+    query: Array,
+    key: Array,
+    value: Array,
+    agents: Array,
+    state: AgentState,
+    *,
+    scale: Any,
+    chunk_size: int,
+    implementation: str = "xla",
+    operands: Any = None,
 ) -> tuple[Array, AgentState]:
+    """By one of linear_attention's forms. operands: dtype of what it multiplies, None for the accumulator's."""
     dtype, key_heads = agents.dtype, key.shape[2]
     largest, denominator, numerator = state
     largest = jax.lax.stop_gradient(largest)
@@ -375,16 +438,15 @@ def _causal_xla(
     # Log of the sum over the tokens before each one: the state's, then up to all but the last.
     sums = jax.lax.cumlogsumexp(jnp.concatenate([before[:, None], logits[:, :-1]], axis=1), axis=1)
     surplus = logits - sums
+    tokens = (shares / total, jax.nn.sigmoid(surplus), jnp.repeat(value, query.shape[2] // key_heads, axis=2))
     out, gathered = linear_attention(
-        shares / total,
-        jax.nn.sigmoid(surplus),
-        jnp.repeat(value, query.shape[2] // key_heads, axis=2),
+        *(x if operands is None else x.astype(operands) for x in tokens),
         log_decay=-jax.nn.softplus(surplus),
         scale=1.0,
         initial_state=LinearState(numerator / divisor[..., None]),
         return_state=True,
         chunk_size=chunk_size,
-        implementation="xla",
+        implementation=implementation,
     )
 
     new_largest = jnp.maximum(largest, jax.lax.stop_gradient(jnp.max(logits, axis=1, initial=-jnp.inf)))
@@ -393,7 +455,25 @@ def _causal_xla(
     return out.astype(query.dtype), AgentState(new_largest, denominator, gathered.kv * denominator[..., None])
 
 
-CAUSAL_IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {"reference": _causal_reference, "xla": _causal_xla}
+def _causal_pallas_tpu(query: Array, *arrays: Any, **options: Any) -> tuple[Array, AgentState]:
+    return _causal_by_linear(query, *arrays, implementation="pallas_tpu", operands=query.dtype, **options)
+
+
+def _causal_pallas_tpu_refusal(
+    query: Array, key: Array, value: Array, agents: Array, state: AgentState, *, scale: Any, chunk_size: int
+) -> str | None:
+    from kernels_pallas.tpu.chunked_linear import refusal
+
+    shares = jax.ShapeDtypeStruct((*query.shape[:3], agents.shape[1]), query.dtype)
+    repeated = jax.ShapeDtypeStruct((*query.shape[:3], value.shape[-1]), query.dtype)
+    return refusal(shares, shares, repeated, shares)
+
+
+CAUSAL_IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
+    "reference": _causal_reference,
+    "xla": _causal_by_linear,
+    "pallas_tpu": Kernel(_causal_pallas_tpu, _causal_pallas_tpu_refusal),
+}
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------

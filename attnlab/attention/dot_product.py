@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from attnlab.attention import masks
@@ -28,6 +29,7 @@ from attnlab.attention._checks import (
     shape_text,
 )
 from attnlab.attention._dispatch import Kernel, dispatch
+from attnlab.attention._kernel_call import kernel_call
 from attnlab.attention._softmax import softmax_parts
 
 Array = jax.Array
@@ -61,7 +63,7 @@ def dot_product_attention(
       scale: factor on the logits; None means H ** -0.5.
       segment_ids: integers [B, T] when T = S, or a pair ([B, T], [B, S]). Queries see keys of their own segment.
       return_lse: return (out, lse).
-      implementation: None, "reference" or "xla".
+      implementation: None, "reference", "xla", or "pallas_tpu" (without bias and mask; bfloat16 or float32).
 
     Returns:
       out [B, T, N, V] in query's dtype; with return_lse also lse [B, T, N], float32 (float64 for float64 inputs),
@@ -284,7 +286,74 @@ def _chunks(arrays: tuple[tuple[Array | None, int], ...], size: int) -> tuple[An
     return parts, join
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {"reference": _reference, "xla": _xla}
+def _pattern(module: Any, arrays: Any, is_causal: bool) -> Any:
+    """The banded kernels' pattern for one of their modules: one interval of keys a query."""
+    from kernels_pallas.tpu.banded_flash import intervals
+
+    queries, keys = arrays[0].shape[1], arrays[1].shape[1]
+    ends = np.minimum(np.arange(queries) + 1, keys) if is_causal else np.full(queries, keys)
+    block_q, block_k = module.default_blocks(*arrays)
+    return intervals(np.zeros(queries, int), ends, keys, block_q=block_q, block_k=block_k)
+
+
+def _pallas_tpu(
+    query: Array, key: Array, value: Array, bias: None, mask: None, segments: Any, *, is_causal: bool, scale: Any
+) -> tuple[Array, Array]:
+    from kernels_pallas.tpu import banded_flash, banded_flash_backward
+
+    def kernel(arrays: Any, segments: Any, keep: bool) -> tuple[Any, Any]:
+        *tokens, scale = arrays
+        pattern = _pattern(banded_flash, tokens, is_causal)
+        results = banded_flash.banded_flash_attention(*tokens, pattern=pattern, segment_ids=segments, scale=scale)
+        return results, results
+
+    def gradients(arrays: Any, segments: Any, kept: Any, cotangents: Any) -> Any:
+        *tokens, scale = arrays
+        pattern = _pattern(banded_flash_backward, tokens, is_causal)
+        return banded_flash_backward.banded_flash_gradients(
+            *tokens, *kept, *cotangents, pattern=pattern, segment_ids=segments, scale=scale
+        )
+
+    def blocked(arrays: Any, segments: Any) -> Any:
+        query, key, value, scale = arrays
+        return _xla(query, key, value, None, None, segments, is_causal=is_causal, scale=scale)
+
+    arrays = (query, key, value, jnp.asarray(scale, jnp.float32))
+    return kernel_call(kernel, gradients, blocked, arrays, segments)
+
+
+def _pallas_tpu_refusal(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    mask: Array | None,
+    segments: Any,
+    *,
+    is_causal: bool,
+    scale: Any,
+) -> str | None:
+    from kernels_pallas.tpu import banded_flash, banded_flash_backward
+
+    for name, given in (("bias", bias), ("mask", mask)):
+        if given is not None:
+            return f"has no {name}"
+    arrays = (query, key, value)
+    for module in (banded_flash, banded_flash_backward):
+        if 0 not in query.shape and 0 not in key.shape:
+            reason = module.refusal(*arrays, pattern=_pattern(module, arrays, is_causal), segment_ids=segments)
+        else:
+            reason = "needs arrays that are not empty"
+        if reason is not None:
+            return reason
+    return None
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
+    "reference": _reference,
+    "xla": _xla,
+    "pallas_tpu": Kernel(_pallas_tpu, _pallas_tpu_refusal),
+}
 
 
 class DotProductCache(NamedTuple):

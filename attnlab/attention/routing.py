@@ -23,11 +23,13 @@ Paper: Efficient Content-Based Sparse Attention with Routing Transformers (Roy e
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import einops
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnlab.attention._checks import (
     accumulator_dtype,
@@ -37,7 +39,8 @@ from attnlab.attention._checks import (
     require,
     shape_text,
 )
-from attnlab.attention._dispatch import dispatch
+from attnlab.attention._dispatch import Kernel, dispatch
+from attnlab.attention._kernel_call import kernel_call
 from attnlab.attention._softmax import softmax_parts
 
 Array = jax.Array
@@ -116,7 +119,7 @@ def routing_attention(
       share_qk: the queries serve as keys; key must be of query's shape and is not read.
       key_mask: bool [B, T], True = a token; padding is in no cluster, sees nothing and is not counted.
       scale: factor on the logits; None means H ** -0.5 for "unit" and 1 for "layer".
-      implementation: None, "reference" or "xla".
+      implementation: None, "reference", "xla", or "pallas_tpu" (share_qk only where causal; bfloat16 or float32).
 
     Returns:
       ([B, T, N, V] in query's dtype, RoutingAux). Where a query sees no key, or no centroid takes it, the output is 0,
@@ -172,6 +175,7 @@ def routing_attention(
         share_qk=share_qk,
         epsilon=_COUNT_EPSILON[normalize],
         scale=_scale(scale, normalize, head_dim),
+        operands=query.dtype,
     )
     aux = RoutingAux(
         weight * functools.reduce(jnp.add, losses),
@@ -335,6 +339,7 @@ def _reference(
     share_qk: bool,
     epsilon: float,
     scale: Any,
+    operands: Any,
 ) -> tuple[Array, Array]:
     length = query.shape[1]
     position = jnp.arange(length)
@@ -395,6 +400,7 @@ def _xla(
     key_mask: Array | None,
     *,
     membership: str,
+    operands: Any,
     **options: Any,
 ) -> tuple[Array, Array]:
     if membership == "global":
@@ -405,6 +411,44 @@ def _xla(
     mask_axis = None if key_mask is None else 0
     out = jax.vmap(over_heads, in_axes=(0, 0, 0, 0, 0, mask_axis))(query, key, value, *cluster, key_mask)
     return out, _taken_once(query, key_mask)
+
+
+class _Ranges(NamedTuple):
+    """Keys sorted by (cluster, position): order_k int32 [T], and rank_k, each key's place among them. Query t sees the
+    places first[t] <= place < end[t]; both grow along order_q, the queries sorted alike."""
+
+    order_k: Array
+    rank_k: Array
+    order_q: Array
+    first: Array
+    end: Array
+
+
+def _strict_ranges(
+    cluster_q: Array, cluster_k: Array, key_mask: Array | None, *, num_clusters: int, window: int, is_causal: bool
+) -> _Ranges:
+    """Of one head: clusters [T], key_mask bool [T]."""
+    length = cluster_q.shape[0]
+    position = jnp.arange(length)
+    if key_mask is not None:  # padding makes up a last cluster, which is not looked at
+        cluster_q, cluster_k = (jnp.where(key_mask, x, num_clusters) for x in (cluster_q, cluster_k))
+
+    order_k = jnp.argsort(cluster_k, stable=True)
+    rank_k = jnp.zeros(length, jnp.int32).at[order_k].set(position.astype(jnp.int32))
+    start_of = jnp.searchsorted(cluster_k[order_k], jnp.arange(num_clusters + 2)).astype(jnp.int32)
+    # Keys of the query's cluster up to its position: for a query among sorted (cluster, position) pairs of keys.
+    pairs_k = cluster_k[order_k] * length + order_k
+    now = jnp.searchsorted(pairs_k, cluster_q * length + position, side="right").astype(jnp.int32)
+    first, end = start_of[cluster_q], start_of[cluster_q + 1]
+    if is_causal:
+        end = now
+        first = jnp.maximum(first, now - window)
+    else:
+        first = jnp.maximum(first, now - (window - window // 2))
+        end = jnp.minimum(end, now + window // 2)
+    if key_mask is not None:
+        end = jnp.where(key_mask, end, first)
+    return _Ranges(order_k, rank_k, jnp.argsort(cluster_q, stable=True), first, end)
 
 
 def _strict_head(
@@ -425,33 +469,18 @@ def _strict_head(
 ) -> Array:
     """query [T, H], key [T, H], value [T, V], clusters [T] -> [T, V].
 
-    Keys are sorted by (cluster, position), so that what a query sees is one range of them, whose ends grow along the
-    queries sorted alike. Tiles of `tile` sorted keys; a query goes to the tile that its last key is in, and sees that
-    tile and the `back` tiles before it. Tiles take their queries in blocks of `tile` slots, some of them empty.
+    Tiles of `tile` sorted keys; a query goes to the tile that its last key is in, and sees that tile and the `back`
+    tiles before it. Tiles take their queries in blocks of `tile` slots, some of them empty.
     """
     length = query.shape[0]
     tile = max(16, min(256, -(-window // 2)))
     back = -(-(window - 1) // tile)
     tiles = -(-length // tile)
     position = jnp.arange(length)
-    if key_mask is not None:  # padding makes up a last cluster, which is not looked at
-        cluster_q, cluster_k = (jnp.where(key_mask, x, num_clusters) for x in (cluster_q, cluster_k))
-
-    order_k = jnp.argsort(cluster_k, stable=True)
-    rank_k = jnp.zeros(length, jnp.int32).at[order_k].set(position.astype(jnp.int32))
-    start_of = jnp.searchsorted(cluster_k[order_k], jnp.arange(num_clusters + 2)).astype(jnp.int32)
-    # Keys of the query's cluster up to its position: for a query among sorted (cluster, position) pairs of keys.
-    pairs_k = cluster_k[order_k] * length + order_k
-    now = jnp.searchsorted(pairs_k, cluster_q * length + position, side="right").astype(jnp.int32)
-    first, end = start_of[cluster_q], start_of[cluster_q + 1]
-    if is_causal:
-        end = now
-        first = jnp.maximum(first, now - window)
-    else:
-        first = jnp.maximum(first, now - (window - window // 2))
-        end = jnp.minimum(end, now + window // 2)
-    if key_mask is not None:
-        first, end = jnp.where(key_mask, first, 0), jnp.where(key_mask, end, 0)
+    ranges = _strict_ranges(
+        cluster_q, cluster_k, key_mask, num_clusters=num_clusters, window=window, is_causal=is_causal
+    )
+    order_k, first, end, rank_k = ranges.order_k, ranges.first, ranges.end, ranges.rank_k
     itself = rank_k if self_is_last else jnp.full(length, -1, jnp.int32)
 
     last_tile = jnp.maximum(end - 1, 0) // tile
@@ -496,6 +525,23 @@ def _strict_head(
     return out.reshape(blocks * tile, -1)[slot]
 
 
+def _members_of_both(
+    similarity: tuple[Array, Array], key_mask: Array | None, window: int, share_qk: bool
+) -> tuple[Array, Array]:
+    """Positions [B, N, c, w] of the queries and of the keys that each centroid takes; T, which no token has, for
+    padding. similarity: [B, T, N, c], twice."""
+    length = similarity[0].shape[1]
+
+    def members(similarity: Array) -> Array:
+        if key_mask is not None:
+            similarity = jnp.where(key_mask[:, :, None, None], similarity, -jnp.inf)
+        found, index = jax.lax.top_k(einops.rearrange(similarity, "B T N c -> B N c T"), window)
+        return jnp.where(found == -jnp.inf, length, index)
+
+    taken_q = members(similarity[0])
+    return taken_q, taken_q if share_qk else members(similarity[1])
+
+
 def _global_xla(
     query: Array,
     key: Array,
@@ -512,16 +558,7 @@ def _global_xla(
     scale: Any,
 ) -> tuple[Array, Array]:
     length = query.shape[1]
-    real = jnp.ones(query.shape[:2], bool) if key_mask is None else key_mask
-
-    def members(similarity: Array) -> Array:
-        """[B, T, N, c] -> positions [B, N, c, w]; `length`, which no token has, for padding."""
-        similarity = jnp.where(real[:, :, None, None], similarity, -jnp.inf)
-        found, index = jax.lax.top_k(einops.rearrange(similarity, "B T N c -> B N c T"), window)
-        return jnp.where(found == -jnp.inf, length, index)
-
-    taken_q = members(similarity[0])
-    taken_k = taken_q if share_qk else members(similarity[1])
+    taken_q, taken_k = _members_of_both(similarity, key_mask, window, share_qk)
 
     def head(query: Array, key: Array, value: Array, taken_q: Array, taken_k: Array) -> tuple[Array, Array]:
         """[T, H], [T, H], [T, V], positions [c, w] -> sums over clusters [T, V], how many took the query [T]."""
@@ -553,7 +590,210 @@ def _global_xla(
     return total / (count + epsilon)[..., None].astype(value.dtype), count
 
 
-IMPLEMENTATIONS = {"reference": _reference, "xla": _xla}
+# --- Pallas -----------------------------------------------------------------------------------------------------------
+
+
+class _Rows(NamedTuple):
+    """Routing as banded attention, each head of a sequence (strict), or each cluster of one (global), a row of a batch.
+
+    pattern: the kernels'. cut: query, key, value [B, N, T, H] -> [rows, tokens, 1, H]. join: [rows, tokens, V] ->
+    [B, N, T, V], sums over the clusters. count: [B, T, N], the clusters that took a query.
+    """
+
+    pattern: Any
+    cut: Callable[..., tuple[Array, ...]]
+    join: Callable[[Array], Array]
+    count: Array
+
+
+def _row_block(tokens: int, window: int) -> int:
+    return 256 if min(tokens, window) >= 256 else 128
+
+
+def _strict_rows(
+    similarity: Any,
+    cluster: tuple[Array, Array],
+    key_mask: Array | None,
+    *,
+    num_clusters: int,
+    window: int,
+    is_causal: bool,
+    self_is_last: bool,
+    share_qk: bool,
+) -> _Rows:
+    from kernels_pallas.tpu.banded_flash import traced_intervals
+
+    batch, length, heads = cluster[0].shape
+    ranges_of: Any = functools.partial(_strict_ranges, num_clusters=num_clusters, window=window, is_causal=is_causal)
+    mask_axis = None if key_mask is None else 0
+    ranges = jax.vmap(jax.vmap(ranges_of, in_axes=(1, 1, None)), in_axes=(0, 0, mask_axis))(*cluster, key_mask)
+    end = ranges.end
+    if self_is_last:  # causal: a query's own key is the last of its range, and counts if it is the only one
+        end = jnp.where(end - 1 > ranges.first, end - 1, end)
+    first, end = (
+        jnp.take_along_axis(x, ranges.order_q, axis=2).reshape(batch * heads, length) for x in (ranges.first, end)
+    )
+    block = _row_block(length, window)
+    pattern = traced_intervals(first, end, length, reach=window, block_q=block, block_k=block)
+    back = jnp.argsort(ranges.order_q, axis=2)
+
+    def ordered(x: Array, order: Array) -> Array:
+        return jnp.take_along_axis(x, order[..., None], axis=2)
+
+    def cut(*arrays: Array) -> tuple[Array, ...]:
+        orders = (ranges.order_q, ranges.order_k, ranges.order_k)
+        return tuple(ordered(x, order).reshape(batch * heads, length, 1, -1) for x, order in zip(arrays, orders))
+
+    def join(out: Array) -> Array:
+        return ordered(out.reshape(batch, heads, length, -1), back)
+
+    return _Rows(pattern, cut, join, _taken_once(cluster[0][..., None], key_mask))
+
+
+def _global_rows(
+    similarity: tuple[Array, Array],
+    cluster: Any,
+    key_mask: Array | None,
+    *,
+    num_clusters: int,
+    window: int,
+    is_causal: bool,
+    self_is_last: bool,
+    share_qk: bool,
+) -> _Rows:
+    from kernels_pallas.tpu.banded_flash import all_pairs
+
+    batch, length, heads, _ = similarity[0].shape
+    taken_q, taken_k = _members_of_both(similarity, key_mask, window, share_qk)
+    rows = batch * heads * num_clusters
+    place_q, place_k = (x.reshape(rows, window) for x in (taken_q, taken_k))
+    real_q, real_k = place_q < length, place_k < length
+    end = place_q + 1 if is_causal else jnp.full_like(place_q, length)
+    if self_is_last:  # causal: others are those before
+        earliest = jnp.min(jnp.where(real_k, place_k, length), axis=1, keepdims=True)
+        end = jnp.where(place_q > earliest, place_q, end)
+    pattern = all_pairs(
+        jnp.zeros_like(place_q),
+        jnp.where(real_q, end, 0),
+        jnp.where(real_k, place_k, -1),
+        block_q=_row_block(window, window),
+        block_k=_row_block(window, window),
+    )
+
+    def over_heads(function: Callable[..., Array]) -> Callable[..., Array]:
+        return jax.vmap(jax.vmap(function))
+
+    def cut(*arrays: Array) -> tuple[Array, ...]:
+        gather = over_heads(lambda x, place: x.at[place].get(mode="fill", fill_value=0))
+        places = (taken_q, taken_k, taken_k)
+        return tuple(gather(x, place).reshape(rows, window, 1, -1) for x, place in zip(arrays, places))
+
+    def join(out: Array) -> Array:
+        nothing = jnp.zeros((batch, heads, length, out.shape[-1]), out.dtype)
+        scatter = over_heads(lambda total, place, x: total.at[place].add(x, mode="drop"))
+        return scatter(nothing, taken_q, out.reshape(*taken_q.shape, -1))
+
+    return _Rows(pattern, cut, join, jnp.moveaxis(join(jnp.ones((rows, window, 1)))[..., 0], 1, 2).astype(jnp.int32))
+
+
+def _pallas_tpu(
+    query: Array,
+    key: Array,
+    value: Array,
+    similarity: tuple[Array, Array],
+    cluster: tuple[Array, Array],
+    key_mask: Array | None,
+    *,
+    membership: str,
+    scale: Any,
+    epsilon: float,
+    operands: Any,
+    **options: Any,
+) -> tuple[Array, Array]:
+    """Banded flash attention: "strict" over sorted keys, its lists of tiles computed with the clusters; "global" within
+    each cluster, with positions as coordinates."""
+    from kernels_pallas.tpu.banded_flash import banded_flash_attention
+    from kernels_pallas.tpu.banded_flash_backward import banded_flash_gradients
+
+    def prepare(routes: Any) -> tuple[_Rows, Callable[..., Any], Callable[..., Any]]:
+        rows = _strict_rows(*routes, **options) if membership == "strict" else _global_rows(*routes, **options)
+
+        def cut(arrays: Any) -> Any:
+            return rows.cut(*(jnp.moveaxis(x.astype(operands), 2, 1) for x in arrays))
+
+        def join(out: Array) -> Array:
+            return jnp.moveaxis(rows.join(out[:, :, 0].astype(query.dtype)), 1, 2)
+
+        return rows, cut, join
+
+    def kernel(arrays: Any, routes: Any, keep: bool) -> tuple[Any, Any]:
+        *tokens, scale = arrays
+        rows, cut, join = prepare(routes)
+        out, lse = banded_flash_attention(*cut(tokens), pattern=rows.pattern, scale=scale)
+        return (join(out), rows.count), (out, lse)
+
+    def gradients(arrays: Any, routes: Any, kept: Any, cotangents: Any) -> Any:
+        *tokens, scale = arrays
+        rows, cut, join = prepare(routes)
+        parts, back = jax.vjp(cut, tokens)
+        (to_out,) = jax.linear_transpose(join, kept[0])(cotangents[0])
+        differentiate: Any = functools.partial(banded_flash_gradients, pattern=rows.pattern, scale=scale)
+        *to_parts, to_scale = differentiate(*parts, *kept, to_out, jnp.zeros_like(kept[1]))
+        return (*back(tuple(to_parts))[0], to_scale)
+
+    def blocked(arrays: Any, routes: Any) -> Any:
+        *tokens, scale = arrays
+        run: Any = functools.partial(_xla, membership=membership, scale=scale, epsilon=epsilon, operands=operands)
+        out, count = run(*tokens, *routes, **options)
+        return (out if membership == "strict" else out * (count + epsilon)[..., None].astype(out.dtype)), count
+
+    arrays = (query, key, value, jnp.asarray(scale, jnp.float32))
+    out, count = kernel_call(kernel, gradients, blocked, arrays, (similarity, cluster, key_mask))
+    if membership == "global":
+        out = out / (count + epsilon)[..., None].astype(out.dtype)
+    return out, count
+
+
+def _pallas_tpu_refusal(
+    query: Array,
+    key: Array,
+    value: Array,
+    similarity: Any,
+    cluster: Any,
+    key_mask: Any,
+    *,
+    membership: str,
+    num_clusters: int,
+    window: int,
+    is_causal: bool,
+    self_is_last: bool,
+    operands: Any,
+    **_: Any,
+) -> str | None:
+    from kernels_pallas.tpu import banded_flash, banded_flash_backward
+
+    if self_is_last and not is_causal:
+        return "serves share_qk where it is causal: else a token's own key lies among those that it sees"
+    batch, length, heads, _head_dim = query.shape
+    is_strict = membership == "strict"
+    tokens = length if is_strict else window
+    block = _row_block(tokens, window)
+    rows = batch * heads * (1 if is_strict else num_clusters)
+    lists = (rows, banded_flash.num_pairs(length, length, reach=window, block_q=block, block_k=block))
+    none = np.broadcast_to(np.int32(0), lists if is_strict else (1, (-(-tokens // block)) ** 2))
+    visits = banded_flash.Visits(none, none, none)
+    coordinates = None if is_strict else none
+    pattern = banded_flash.Pattern(none, none, coordinates, visits, visits, block, block)
+    arrays = [jax.ShapeDtypeStruct((rows, tokens, 1, x.shape[-1]), operands) for x in (query, key, value)]
+    reasons = (module.refusal(*arrays, pattern=pattern) for module in (banded_flash, banded_flash_backward))
+    return next(filter(None, reasons), None)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
+    "reference": _reference,
+    "xla": _xla,
+    "pallas_tpu": Kernel(_pallas_tpu, _pallas_tpu_refusal),
+}
 
 
 # --- Decoding ---------------------------------------------------------------------------------------------------------

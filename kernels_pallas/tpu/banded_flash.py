@@ -136,6 +136,60 @@ def boxes(bounds: Sequence[tuple[np.ndarray, np.ndarray]], tile: Sequence[int]) 
     return Pattern(rows[0], rows[1], rows[2], *_both_ways(visited, full), tokens, tokens)
 
 
+def traced_intervals(starts: Any, ends: Any, num_keys: int, *, reach: int, block_q: int, block_k: int) -> Pattern:
+    """As intervals, for bounds that are computed with the arrays: int [B, T], a list for each row of the batch.
+
+    Both must grow along the queries, and every start must be at least the end before it minus `reach`; the lists are
+    then as long as num_pairs says.
+    """
+    batch, queries = starts.shape
+    tiles, key_tiles = -(-queries // block_q), -(-num_keys // block_k)
+    past = tiles * block_q - queries
+    by_tile = [jnp.pad(x, ((0, 0), (0, past)), mode="edge").reshape(batch, tiles, block_q) for x in (starts, ends)]
+    start, end = by_tile[0].min(-1), by_tile[1].max(-1)
+    first, last = start // block_k, jnp.maximum(end - 1, 0) // block_k  # of the key tiles; they grow along the tiles
+    key_tile = jnp.arange(key_tiles)
+    seen_first = jax.vmap(lambda last: jnp.searchsorted(last, key_tile, side="left"))(last)
+    seen_last = jax.vmap(lambda first: jnp.searchsorted(first, key_tile, side="right"))(first) - 1
+    pairs = num_pairs(queries, num_keys, reach=reach, block_q=block_q, block_k=block_k)
+    by_query = _list_ranges(first, jnp.where(end > start, last - first + 1, 0), pairs)
+    by_key = _list_ranges(jnp.minimum(seen_first, tiles - 1), jnp.maximum(seen_last - seen_first + 1, 0), pairs)
+    first_key, end_key = (x.astype(jnp.int32)[:, None] for x in (starts, ends))
+    return Pattern(first_key, end_key, None, by_query, by_key, block_q, block_k)
+
+
+def num_pairs(queries: int, keys: int, *, reach: int, block_q: int, block_k: int) -> int:
+    """Steps in a list of traced_intervals, at most: the ranges of tiles grow, and each begins `reach` before the last
+    one's end at the earliest. One more for every tile that sees, or is seen by, none."""
+    tiles, key_tiles = -(-queries // block_q), -(-keys // block_k)
+    return 2 * key_tiles + tiles * (-(-(reach - 1) // block_k) + 2)
+
+
+def _list_ranges(first: Array, counts: Array, steps: int) -> Visits:
+    """The pairs of each row with `counts` columns from `first` on; int [B, rows] -> lists of this many steps."""
+
+    def one(first: Array, counts: Array) -> tuple[Array, Array, Array]:
+        taken = jnp.maximum(counts, 1)
+        end = jnp.cumsum(taken)
+        step = jnp.arange(steps)
+        row = jnp.minimum(jnp.searchsorted(end, step, side="right"), len(end) - 1)
+        place = jnp.minimum(step, end[-1] - 1) - (end[row] - taken[row])
+        real = step < end[-1]
+        flags = jnp.where(real & (counts[row] > 0), _ACTIVE, 0)
+        flags |= jnp.where(real & (place == 0), _FIRST, 0) | jnp.where(step == end[row] - 1, _LAST, 0)
+        return row, first[row] + place, flags
+
+    return Visits(*(x.astype(jnp.int32) for x in jax.vmap(one)(first, counts)))
+
+
+def all_pairs(starts: Any, ends: Any, coordinates: Any, *, block_q: int, block_k: int) -> Pattern:
+    """Queries [B, T] that see the keys [B, S] with starts <= coordinate < ends, all int and maybe traced: every pair of
+    tiles is looked at."""
+    tiles = np.ones([-(-x.shape[1] // block) for x, block in ((starts, block_q), (coordinates, block_k))], bool)
+    first, end, place = (x.astype(jnp.int32)[:, None] for x in (starts, ends, coordinates))
+    return Pattern(first, end, place, *_both_ways(tiles, ~tiles), block_q, block_k)
+
+
 def _tiled(x: np.ndarray, tile: Sequence[int]) -> np.ndarray:
     """[*space] -> [tokens], tile by tile."""
     split = x.reshape([n for side, step in zip(x.shape, tile) for n in (side // step, step)])

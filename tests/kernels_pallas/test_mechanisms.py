@@ -1,0 +1,97 @@
+"""Mechanisms made of the kernels of others: values and gradients in TPU interpret mode against their references."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from interpret import interpreted
+
+from attnlab import (
+    agent_attention,
+    axial_attention,
+    causal_agent_attention,
+    dot_product_attention,
+    init_routing,
+    routing_attention,
+)
+
+
+def draw(query_shape, key_shape=None, agents=None, dtype=jnp.float32):
+    """Arrays [1, *space, N, 64] of query, key and value, and agents."""
+    rng = np.random.default_rng(7)
+    key_shape = key_shape or query_shape
+    shapes = {"query": query_shape, "key": key_shape, "value": key_shape}
+    shapes |= {"agents": (agents, query_shape[-1])} if agents else {}
+    return {name: jnp.asarray(rng.normal(size=(1, *shape, 64)), dtype) for name, shape in shapes.items()}
+
+
+def routed(window, clusters=4, **options):
+    def attend(query, key, value, **more):
+        state = init_routing(jax.random.key(0), query.shape[2], clusters, query.shape[3])
+        return routing_attention(query, key, value, state, window=window, **options, **more)[0]
+
+    return attend
+
+
+HIDDEN = jnp.arange(300)[None] % 3 > 0
+CASES = {  # function of the arrays, the arrays
+    "softmax": (dot_product_attention, draw((300, 4), (200, 2))),
+    "softmax, causal": (functools.partial(dot_product_attention, is_causal=True), draw((140, 2), (270, 2))),
+    "softmax, segments": (
+        functools.partial(dot_product_attention, segment_ids=jnp.arange(300)[None] // 70),
+        draw((300, 2), (300, 1), dtype=jnp.bfloat16),
+    ),
+    "axial": (functools.partial(axial_attention, axis=0, is_causal=True), draw((30, 5, 2))),
+    "agent": (agent_attention, draw((300, 2), (200, 1), agents=9)),
+    "agent, keys hidden": (
+        functools.partial(agent_attention, key_mask=HIDDEN),
+        draw((200, 2), (300, 2), agents=9, dtype=jnp.bfloat16),
+    ),
+    "agent, no key": (functools.partial(agent_attention, key_mask=HIDDEN & False), draw((9, 1), (300, 1), agents=3)),
+    "routing": (routed(40, is_causal=True), draw((300, 2), (300, 1))),
+    "routing, not causal": (routed(200, clusters=2, key_mask=HIDDEN), draw((300, 2), dtype=jnp.bfloat16)),
+    "routing, shared": (
+        routed(130, is_causal=True, share_qk=True, key_mask=HIDDEN, clusters=3),
+        draw((300, 2), dtype=jnp.float32),
+    ),
+    "routing, global": (routed(90, membership="global", normalize="layer", key_mask=HIDDEN), draw((300, 2), (300, 1))),
+    "routing, global, shared": (routed(140, membership="global", is_causal=True, share_qk=True), draw((300, 2))),
+    "agent, causal": (causal_agent_attention, draw((300, 2), (300, 1), agents=9)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_equal_the_reference_s(case):
+    attend, arrays = CASES[case]
+    shape = jax.eval_shape(lambda arrays: attend(**arrays), arrays).shape
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+
+    def run(arrays, implementation):
+        def loss(arrays):
+            out = attend(**arrays, implementation=implementation)
+            return jnp.sum(out.astype(jnp.float32) * weights), out
+
+        return jax.grad(loss, has_aux=True)(arrays)
+
+    got, want = interpreted(run, arrays, "pallas_tpu"), jax.jit(run, static_argnums=1)(arrays, "reference")
+    tolerance = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}[arrays["query"].dtype.type]
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+    ("attend", "options", "reason"),
+    [
+        (dot_product_attention, {"bias": jnp.zeros((1, 1, 9, 9))}, "has no bias"),
+        (dot_product_attention, {"mask": jnp.ones((1, 1, 9, 9), bool)}, "has no mask"),
+        (routed(4, share_qk=True), {}, "serves share_qk where it is causal"),
+        (agent_attention, {"agents": jnp.ones((3, 2, 64)), "gather_bias": jnp.zeros((1, 3, 9))}, "has no gather_bias"),
+    ],
+)
+def test_refuses_with_the_reason(attend, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        attend(**draw((9, 2)), **options, implementation="pallas_tpu")
