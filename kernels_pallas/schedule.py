@@ -14,10 +14,11 @@ those that compute.
 """
 
 import contextlib
+import glob
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,37 +33,39 @@ class Schedule(NamedTuple):
 
     before: int
     step: int
+    step_matmuls: int
     regions: tuple[int, ...]
     matmuls: tuple[int, ...]
 
     def cycles(self, steps: int, runs: Sequence[int]) -> int:
-        """Of a call of this many grid steps, whose regions run so often each."""
-        if len(runs) != len(self.regions):
+        """Of a call of this many grid steps, whose regions run so often each. Short bodies of pl.when may be no region
+        but predicated, and then they are in every step."""
+        if self.regions and len(runs) != len(self.regions):
             raise ValueError(f"runs: got {len(runs)} counts; the kernel has regions of {self.regions} bundles")
-        return self.before + steps * self.step + sum(map(int.__mul__, self.regions, map(int, runs)))
+        return (
+            self.before
+            + steps * self.step
+            + sum(size * int(run) for size, run in zip(self.regions, runs, strict=False))
+        )
 
 
 @contextlib.contextmanager
-def dumping() -> Iterator[Callable[[], dict[str, Schedule]]]:
+def dumping() -> Iterator[Callable[[Collection[str]], dict[str, Schedule]]]:
     """Has libtpu write schedules: to be entered before the process first compiles for a TPU.
 
-    Yields a function that gives the Schedule of every Pallas kernel compiled since it was last called, by name.
+    Yields a function: names of Pallas kernels -> the Schedule of those compiled since it was last called, by name.
     """
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
 
-        def collect() -> dict[str, Schedule]:
+        def collect(names: Collection[str]) -> dict[str, Schedule]:
             found = {}
-            for bundles in sorted(Path(folder).glob("*-final_bundles.txt")):
-                text = bundles.read_text()
-                name = re.match(r"\d+-(.*?)(?:\.\d+)?-\d+-final_bundles", bundles.name)
-                if name is None or ("tpu_custom_call" not in text and "inlined_call_operand" not in text):
-                    continue
-                number = re.sub(r"-\d+-final_bundles.txt$", "", bundles.name)
-                (units,) = Path(folder).glob(f"{re.escape(number)}-*-final_hlo-static-per-bundle-utilization.txt")
-                if "sbr.rel" in text:
-                    found[name[1]] = parse(text, units.read_text())
+            for file in Path(folder).iterdir():
+                match = re.fullmatch(r"(\d+-(.*?)(?:\.\d+)?)-\d+-final_bundles\.txt", file.name)
+                if match is not None and match[2] in names:
+                    units = Path(folder).glob(f"{glob.escape(match[1])}-*-final_hlo-static-per-bundle-utilization.txt")
+                    found[match[2]] = parse(file.read_text(), next(units).read_text())
             for file in Path(folder).iterdir():
                 file.unlink()
             return found
@@ -79,7 +82,7 @@ def parse(bundles: str, units: str) -> Schedule:
     # The loop over the grid: from its mark to the branch back.
     start = next((i for i, line in enumerate(lines) if " LB:" in line.split("{")[0]), None)
     if start is None:
-        return Schedule(0, len(lines), (), ())
+        return Schedule(0, len(lines), sum(matmul), (), ())
     ends = {int(n): i for i, line in enumerate(lines) for n in re.findall(r"(?<!Start )(?:empty )region (\d+)", line)}
     end = max(i for i, line in enumerate(lines) if re.search(r"loop exit test", line))
     owner = [-1] * len(lines)
@@ -97,5 +100,5 @@ def parse(bundles: str, units: str) -> Schedule:
     size = tuple(sum(owner[i] == number for i in inside) for number in range(len(kept)))
     products = tuple(sum(owner[i] == number and matmul[i] for i in inside) for number in range(len(kept)))
     last = next((i for i in range(end, len(lines)) if "sbr.rel" in lines[i]), end)
-    step = sum(owner[i] == -1 for i in range(start, last + 1))
-    return Schedule(start + len(lines) - last - 1, step, size, products)
+    every = [i for i in range(start, last + 1) if owner[i] == -1]
+    return Schedule(start + len(lines) - last - 1, len(every), sum(matmul[i] for i in every), size, products)

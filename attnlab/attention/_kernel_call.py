@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnlab.attention._partition import by_batch
 from attnlab.attention._tangent_call import tangent_call
 
 
@@ -26,13 +27,15 @@ def kernel_call(
       arrays: pytree of floating arrays. fixed: pytree that has no derivative (segment ids).
     """
 
+    batch = jax.tree.leaves(arrays)[0].shape[0]
+
     @jax.custom_jvp
     def attend(arrays: Any, fixed: Any) -> Any:
-        return kernel(arrays, fixed, False)[0]
+        return by_batch(lambda arrays, fixed: kernel(arrays, fixed, False)[0], batch, arrays, fixed)
 
     @jax.custom_jvp
     def attend_and_keep(arrays: Any, fixed: Any) -> Any:
-        return kernel(arrays, fixed, True)
+        return by_batch(lambda arrays, fixed: kernel(arrays, fixed, True), batch, arrays, fixed)
 
     def tangent(residuals: Any, tangents: Any) -> Any:
         arrays, fixed, _ = residuals
@@ -40,7 +43,7 @@ def kernel_call(
 
     @jax.custom_jvp
     def transpose(residuals: Any, cotangents: Any) -> Any:
-        return gradients(*residuals, cotangents)
+        return by_batch(gradients, batch, *residuals, cotangents)
 
     @transpose.defjvp
     def _(primals: Any, tangents: Any) -> Any:

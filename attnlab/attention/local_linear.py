@@ -18,17 +18,20 @@ e x . k_s to the logits tilts the weights, so that with f(q) = (kbar, vbar)
 and a forward derivative of attention, one pass over the keys, is the product that conjugate gradients take.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from attnlab.attention import dot_product, local, masks
 from attnlab.attention._checks import accumulator_dtype, check_query_key_value, default_scale, require, shape_text
-from attnlab.attention._dispatch import dispatch
+from attnlab.attention._dispatch import Kernel, dispatch
+from attnlab.attention._kernel_call import kernel_call
 from attnlab.attention._softmax import softmax_parts
 from attnlab.attention.dot_product import DotProductCache, check_step, dense_attention, init_dot_product_cache
 
@@ -73,7 +76,7 @@ def local_linear_attention(
       scale: factor on the logits; None means H ** -0.5.
       tolerance: a query's iterations stop once |A x - b| <= tolerance |b|, b = q - kbar; or after max_iterations.
       return_residuals: return (out, LocalLinearResiduals).
-      implementation: None, "reference" or "xla".
+      implementation: None, "reference", "xla", or "pallas_tpu" (bfloat16 or float32).
 
     Returns:
       [B, T, N, V] in query's dtype. Solved in float32 (float64 for float64 inputs). Derivatives are those of the exact
@@ -153,39 +156,33 @@ def _xla(
     tolerance: float,
     max_iterations: int,
 ) -> tuple[Array, LocalLinearResiduals]:
-    attend = attention_of(key, is_causal=is_causal, window=window)
-    return _regress(attend, query, key, value, ridge, scale=scale, tolerance=tolerance, max_iterations=max_iterations)
-
-
-IMPLEMENTATIONS = {"reference": _reference, "xla": _xla}
+    attention = blocked_attention(query, key, scale=scale, is_causal=is_causal, window=window)
+    return _regress(attention, query, key, value, ridge, tolerance=tolerance, max_iterations=max_iterations)
 
 
 def _regress(
-    attend: Callable[[Array, Array], Array],
+    attention: "SoftmaxWeights",
     query: Array,
     key: Array,
     value: Array,
     ridge: Array,
     *,
-    scale: Any,
     tolerance: float,
     max_iterations: int,
 ) -> tuple[Array, LocalLinearResiduals]:
-    """attend(scaled query, values): softmax attention over the keys. ridge: [B, T, N, 1]."""
+    """ridge: [B, T, N, 1]."""
     dtype = accumulator_dtype(query, key, value)
-    wide = query.astype(dtype)
-    scaled = scale * wide
-    offset = wide - attend(scaled, key)
+    offset = query.astype(dtype) - attention.mean(key)
 
     def product(x: Array) -> Array:
-        return jax.jvp(lambda q: attend(q, key), (scaled,), (x,))[1] + ridge * x
+        return attention.covariance(key, x) + ridge * x
 
     def solve(product: Callable[[Array], Array], offset: Array) -> tuple[Array, tuple[Array, Array]]:
         return _conjugate_gradients(product, offset, tolerance, max_iterations)
 
     solution, (iterations, residual) = lax.custom_linear_solve(product, offset, solve, symmetric=True, has_aux=True)
-    mean, slope = jax.jvp(lambda q: attend(q, value), (scaled,), (solution,))
-    return (mean + slope).astype(query.dtype), _residuals(solution, offset, iterations, residual)
+    out = attention.mean(value) + attention.covariance(value, solution)
+    return out.astype(query.dtype), _residuals(solution, offset, iterations, residual)
 
 
 def _conjugate_gradients(
@@ -235,11 +232,50 @@ def _residuals(solution: Array, offset: Array, iterations: Array, residual: Arra
     return LocalLinearResiduals(solution, -solution / ratio, iterations, residual)
 
 
+def _pallas_tpu(
+    query: Array,
+    key: Array,
+    value: Array,
+    ridge: Array,
+    *,
+    is_causal: bool,
+    window: int | None,
+    scale: Any,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Array, LocalLinearResiduals]:
+    attention = pallas_attention(query, key, scale=scale, is_causal=is_causal, window=window)
+    return _regress(attention, query, key, value, ridge, tolerance=tolerance, max_iterations=max_iterations)
+
+
+def _pallas_tpu_refusal(
+    query: Array, key: Array, value: Array, ridge: Array, *, is_causal: bool, window: int | None, **_: Any
+) -> str | None:
+    return pallas_refusal(query, key, value, is_causal=is_causal, window=window)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
+    "reference": _reference,
+    "xla": _xla,
+    "pallas_tpu": Kernel(_pallas_tpu, _pallas_tpu_refusal),
+}
+
+
 # --- Shared with Parallax ---------------------------------------------------------------------------------------------
 
 
-def attention_of(key: Array, *, is_causal: bool, window: int | None) -> Callable[[Array, Array], Array]:
-    """attend(query, values) -> softmax attention over the keys with scale 1, blocked; query [B, T, N, H]."""
+class SoftmaxWeights(NamedTuple):
+    """Sums under the softmax weights p of a query over its keys, in the accumulator's dtype.
+
+    mean: values [B, T, K, V] -> sum_s p_s v_s [B, T, N, V]. covariance: values, x [B, T, N, H] -> Cov_p(v, k) x.
+    """
+
+    mean: Callable[[Array], Array]
+    covariance: Callable[[Array, Array], Array]
+
+
+def blocked_attention(query: Array, key: Array, *, scale: Any, is_causal: bool, window: int | None) -> SoftmaxWeights:
+    """By the blocked forms of dot-product and local attention."""
 
     def attend(query: Array, values: Array) -> Array:
         if window is None:
@@ -249,7 +285,104 @@ def attention_of(key: Array, *, is_causal: bool, window: int | None) -> Callable
         settings = {"window": (window,), "stride": (1,), "dilation": (1,), "is_causal": (is_causal,)}
         return banded(query, key, values, None, edge="shift", sinks=0, scale=1.0, **settings)[0]
 
-    return attend
+    return weights_of(attend, scale * query.astype(accumulator_dtype(query, key)))
+
+
+def weights_of(attend: Callable[[Array, Array], Array], query: Array) -> SoftmaxWeights:
+    """attend(scaled query, values): softmax attention, whose forward derivative gives the covariance."""
+
+    def covariance(values: Array, x: Array) -> Array:
+        return jax.jvp(lambda query: attend(query, values), (query,), (x,))[1]
+
+    return SoftmaxWeights(lambda values: attend(query, values), covariance)
+
+
+def _bounds(length: int, is_causal: bool, window: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, ends) of the keys that each query sees."""
+    position = np.arange(length)
+    if window is None:
+        return np.zeros(length, int), position + 1 if is_causal else np.full(length, length)
+    return masks.window_bounds(position, length, window=window, stride=1, is_causal=is_causal, edge="shift")
+
+
+def pallas_attention(query: Array, key: Array, *, scale: Any, is_causal: bool, window: int | None) -> SoftmaxWeights:
+    """By the TPU kernels."""
+    from kernels_pallas.tpu import banded_covariance, banded_flash, banded_flash_backward
+
+    starts, ends = _bounds(query.shape[1], is_causal, window)
+
+    def pattern(module: Any, arrays: Any) -> Any:
+        block_q, block_k = module.default_blocks(*arrays)
+        return banded_flash.intervals(starts, ends, key.shape[1], block_q=block_q, block_k=block_k)
+
+    def weights(arrays: Any) -> SoftmaxWeights:
+        return blocked_attention(*arrays[:2], scale=arrays[-1], is_causal=is_causal, window=window)
+
+    def attend(arrays: Any, _: Any, keep: bool) -> tuple[Any, Any]:
+        *tokens, scale = arrays
+        out, lse = banded_flash.banded_flash_attention(*tokens, pattern=pattern(banded_flash, tokens), scale=scale)
+        return (out, lse), (out, lse)
+
+    def attend_gradients(arrays: Any, _: Any, kept: Any, cotangents: Any) -> Any:
+        *tokens, scale = arrays
+        module = banded_flash_backward
+        return module.banded_flash_gradients(*tokens, *kept, *cotangents, pattern=pattern(module, tokens), scale=scale)
+
+    def attend_blocked(arrays: Any, _: Any) -> Any:
+        query, _, value, _ = arrays
+        out = weights(arrays).mean(value).astype(query.dtype)
+        return out, jnp.zeros(query.shape[:3], jnp.float32)  # the lse's derivative is not asked for
+
+    scale = jnp.asarray(scale, jnp.float32)
+    means: list[tuple[Array, Array, Array]] = []  # (values, their mean, lse)
+
+    def mean_and_lse(values: Array) -> tuple[Array, Array]:
+        for known, mean, lse in means:
+            if known is values:
+                return mean, lse
+        # The lse is used as a constant: that it depends on query and key is part of the covariance's own gradients.
+        mean, lse = kernel_call(attend, attend_gradients, attend_blocked, (query, key, values, scale))
+        means.append((values, mean, lax.stop_gradient(lse)))
+        return mean, means[-1][2]
+
+    def covariance_kernel(arrays: Any, fixed: Any, keep: bool) -> tuple[Any, Any]:
+        *tokens, x, scale = arrays
+        run: Any = functools.partial(banded_covariance.banded_covariance, pattern=pattern(banded_covariance, tokens))
+        out = run(*tokens, x, *fixed[:2], scale=scale)
+        return out, out
+
+    def covariance_gradients(arrays: Any, fixed: Any, kept: Any, cotangent: Any) -> Any:
+        *tokens, x, scale = arrays
+        run: Any = banded_covariance.banded_covariance_gradients
+        settings = {"pattern": pattern(banded_covariance, tokens), "scale": scale}
+        return run(*tokens, x, *fixed, kept, cotangent, **settings)
+
+    def covariance_blocked(arrays: Any, _: Any) -> Any:
+        return weights(arrays).covariance(arrays[2], arrays[3])
+
+    def covariance(values: Array, x: Array) -> Array:
+        key_mean, lse = mean_and_lse(key)
+        fixed = lax.stop_gradient((lse, key_mean, mean_and_lse(values)[0]))
+        arrays = (query, key, values, x.astype(jnp.float32), scale)
+        return kernel_call(covariance_kernel, covariance_gradients, covariance_blocked, arrays, fixed)
+
+    return SoftmaxWeights(lambda values: mean_and_lse(values)[0].astype(jnp.float32), covariance)
+
+
+def pallas_refusal(query: Array, key: Array, value: Array, *, is_causal: bool, window: int | None) -> str | None:
+    from kernels_pallas.tpu import banded_covariance, banded_flash, banded_flash_backward
+
+    if 0 in query.shape or 0 in key.shape:
+        return "needs arrays that are not empty"
+    starts, ends = _bounds(query.shape[1], is_causal, window)
+    for values in (key, value):
+        for module in (banded_covariance, banded_flash, banded_flash_backward):
+            block_q, block_k = module.default_blocks(query, key, values)
+            pattern = banded_flash.intervals(starts, ends, key.shape[1], block_q=block_q, block_k=block_k)
+            reason = module.refusal(query, key, values, pattern=pattern)
+            if reason is not None:
+                return reason
+    return None
 
 
 def dense_weights(query: Array, key: Array, *, scale: Any, is_causal: bool, window: int | None) -> Array:
@@ -333,14 +466,14 @@ def local_linear_step(
       ([B, 1, N, V] in query's dtype, the cache with the token added). Without a window, out is NaN past max_length.
     """
     check_step(query, key, value, cache.key, cache.value)
-    cache, attend, fits = append(cache, key, value, window)
+    wide = query.astype(accumulator_dtype(query, key, value))
+    cache, attention, fits = append(cache, default_scale(scale, query.shape[-1]) * wide, key, value, window)
     out, _ = _regress(
-        attend,
+        attention,
         query,
         cache.key,
         cache.value,
-        _per_query(ridge, (query.shape[0], 1, query.shape[2]), accumulator_dtype(query, key, value)),
-        scale=default_scale(scale, query.shape[-1]),
+        _per_query(ridge, (query.shape[0], 1, query.shape[2]), wide.dtype),
         tolerance=tolerance,
         max_iterations=max_iterations,
     )
@@ -348,9 +481,9 @@ def local_linear_step(
 
 
 def append(
-    cache: DotProductCache, key: Array, value: Array, window: int | None
-) -> tuple[DotProductCache, Callable[[Array, Array], Array], Array]:
-    """Adds a token: (cache, attend(query, values) over the keys cached now, whether the token still fitted)."""
+    cache: DotProductCache, query: Array, key: Array, value: Array, window: int | None
+) -> tuple[DotProductCache, SoftmaxWeights, Array]:
+    """Adds a token: (cache, weights of the scaled query over the keys cached now, whether the token still fitted)."""
     slots = cache.key.shape[1]
     require(window in (None, slots), "window", window, f"the cache was made for {slots}")
     place = cache.length if window is None else cache.length % slots
@@ -364,4 +497,4 @@ def append(
     def attend(query: Array, values: Array) -> Array:
         return dense_attention(query, cache.key, values, visible=visible, scale=1.0)[0]
 
-    return cache, attend, (cache.length <= slots) | (window is not None)
+    return cache, weights_of(attend, query), (cache.length <= slots) | (window is not None)

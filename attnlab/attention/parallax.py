@@ -8,15 +8,23 @@ attention. As there, the covariance is a forward derivative of softmax attention
 both terms. Released as Parallax in flash-linear-attention (2026), after Local Linear Attention (Zuo et al. 2025).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from attnlab.attention._checks import accumulator_dtype, check_array, check_query_key_value, default_scale
-from attnlab.attention._dispatch import dispatch
+from attnlab.attention._dispatch import Kernel, dispatch
 from attnlab.attention.dot_product import DotProductCache, check_step
-from attnlab.attention.local_linear import append, attention_of, check_window, dense_weights
+from attnlab.attention.local_linear import (
+    append,
+    blocked_attention,
+    check_window,
+    dense_weights,
+    pallas_attention,
+    pallas_refusal,
+)
 
 Array = jax.Array
 
@@ -40,7 +48,7 @@ def parallax_attention(
       is_causal: a query sees itself and earlier keys.
       window: it sees this many keys at most, as in local_attention. None: all.
       scale: factor on the logits; None means H ** -0.5.
-      implementation: None, "reference" or "xla".
+      implementation: None, "reference", "xla", or "pallas_tpu" (bfloat16 or float32).
 
     Returns:
       [B, T, N, V] in query's dtype.
@@ -91,14 +99,29 @@ def _reference(
 def _xla(
     query: Array, probe: Array, key: Array, value: Array, *, is_causal: bool, window: int | None, scale: Any
 ) -> Array:
-    dtype = accumulator_dtype(query, probe, key, value)
-    attend = attention_of(key, is_causal=is_causal, window=window)
-    scaled = scale * query.astype(dtype)
-    mean, slope = jax.jvp(lambda q: attend(q, value), (scaled,), (probe.astype(dtype),))
-    return (mean - slope).astype(query.dtype)
+    attention = blocked_attention(query, key, scale=scale, is_causal=is_causal, window=window)
+    probe = probe.astype(accumulator_dtype(query, key))
+    return (attention.mean(value) - attention.covariance(value, probe)).astype(query.dtype)
 
 
-IMPLEMENTATIONS = {"reference": _reference, "xla": _xla}
+def _pallas_tpu(
+    query: Array, probe: Array, key: Array, value: Array, *, is_causal: bool, window: int | None, scale: Any
+) -> Array:
+    attention = pallas_attention(query, key, scale=scale, is_causal=is_causal, window=window)
+    return (attention.mean(value) - attention.covariance(value, probe)).astype(query.dtype)
+
+
+def _pallas_tpu_refusal(
+    query: Array, probe: Array, key: Array, value: Array, *, is_causal: bool, window: int | None, scale: Any
+) -> str | None:
+    return pallas_refusal(query, key, value, is_causal=is_causal, window=window)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
+    "reference": _reference,
+    "xla": _xla,
+    "pallas_tpu": Kernel(_pallas_tpu, _pallas_tpu_refusal),
+}
 
 
 def parallax_step(
@@ -123,7 +146,7 @@ def parallax_step(
     check_step(query, key, value, cache.key, cache.value)
     _check_probe(probe, query)
     dtype = accumulator_dtype(query, probe, key, value)
-    cache, attend, fits = append(cache, key, value, window)
     scaled = default_scale(scale, query.shape[-1]) * query.astype(dtype)
-    mean, slope = jax.jvp(lambda q: attend(q, cache.value), (scaled,), (probe.astype(dtype),))
-    return jnp.where(fits, mean - slope, jnp.nan).astype(query.dtype), cache
+    cache, attention, fits = append(cache, scaled, key, value, window)
+    out = attention.mean(cache.value) - attention.covariance(cache.value, probe.astype(dtype))
+    return jnp.where(fits, out, jnp.nan).astype(query.dtype), cache

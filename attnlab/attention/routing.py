@@ -597,13 +597,13 @@ class _Rows(NamedTuple):
     """Routing as banded attention, each head of a sequence (strict), or each cluster of one (global), a row of a batch.
 
     pattern: the kernels'. cut: query, key, value [B, N, T, H] -> [rows, tokens, 1, H]. join: [rows, tokens, V] ->
-    [B, N, T, V], sums over the clusters. count: [B, T, N], the clusters that took a query.
+    [B, N, T, V], sums over the clusters. times_taken: [B, T, N], by how many clusters a query was.
     """
 
     pattern: Any
     cut: Callable[..., tuple[Array, ...]]
     join: Callable[[Array], Array]
-    count: Array
+    times_taken: Array
 
 
 def _row_block(tokens: int, window: int) -> int:
@@ -730,11 +730,13 @@ def _pallas_tpu(
         *tokens, scale = arrays
         rows, cut, join = prepare(routes)
         out, lse = banded_flash_attention(*cut(tokens), pattern=rows.pattern, scale=scale)
-        return (join(out), rows.count), (out, lse)
+        # Kept with the batch in front again, by which a call is spread over devices.
+        return (join(out), rows.times_taken), tuple(x.reshape(arrays[0].shape[0], -1, *x.shape[1:]) for x in (out, lse))
 
     def gradients(arrays: Any, routes: Any, kept: Any, cotangents: Any) -> Any:
         *tokens, scale = arrays
         rows, cut, join = prepare(routes)
+        kept = [x.reshape(-1, *x.shape[2:]) for x in kept]
         parts, back = jax.vjp(cut, tokens)
         (to_out,) = jax.linear_transpose(join, kept[0])(cotangents[0])
         differentiate: Any = functools.partial(banded_flash_gradients, pattern=rows.pattern, scale=scale)

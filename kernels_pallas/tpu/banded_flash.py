@@ -53,11 +53,11 @@ from kernels_pallas.tpu.common import (
 
 Array = jax.Array
 
-# (queries in a tile, keys in a tile), by bytes of an element and padded head dim: the largest that leave half of
-# VMEM_BUDGET to the compiler, keys first, since a larger key tile spares rescalings of the running output.
+# (queries in a tile, keys in a tile), by bytes of an element and padded head dim. Of tiles that fit, 512 x 512 takes
+# the fewest cycles for a window of 1024 (kernels_pallas.aot): smaller ones issue more steps, larger ones see less.
 _BLOCKS = {
-    (2, 64): (512, 1024),
-    (2, 128): (512, 1024),
+    (2, 64): (512, 512),
+    (2, 128): (512, 512),
     (2, 256): (512, 512),
     (4, 64): (512, 512),
     (4, 128): (512, 512),
@@ -66,6 +66,9 @@ _BLOCKS = {
 _DEFAULT_BLOCKS = (256, 256)  # at other widths
 # Stands for -inf in masked logits and in the maximum of no logits: finite, so that a difference of two is not NaN.
 MASKED = np.float32(-0.7 * np.finfo(np.float32).max)
+# Scales nearer to 0 are taken for this, so that MASKED times a scale stays far below all other logits.
+_LEAST_SCALE = np.float32(1e-30)
+_LOG_2 = np.float32(np.log(2))
 # Constants in the kernel have dtypes: a Python float would be a float64 under jax_enable_x64.
 _ONE = np.float32(1)
 # Rows of the tables of queries and of keys: START and END (queries) or COORDINATE (keys) of each axis, then SEGMENT.
@@ -261,7 +264,7 @@ def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype:
     rows = 4 * SUBLANES * (2 * block_q + (block_k if tables > 1 else 0))  # table of queries, lse; table of keys
     state = 4 * block_q * (2 * LANES + value_lanes)
     logits = (4 + 4 + size) * block_q * block_k  # logits, weights, weights in the values' dtype
-    columns = 4 * block_q * LANES * (1 + tables)  # the table of queries, one query a sublane
+    columns = 4 * block_q * LANES * 8  # what tells a query's keys, one query a sublane
     product = 4 * block_q * value_lanes  # of weights and values, before it is added to the output
     # At full precision the operands of the logits are split into bfloat16 parts and remainders.
     splits = 2 * size * (block_q + block_k) * key_lanes if size == 4 else 0
@@ -345,6 +348,10 @@ def banded_flash_attention(
     call = Call(band, pattern.by_query, band.heads)
     rows = (band.batch, band.heads)
     over = varying(query, key, value, jnp.asarray(scale), *(segment_ids or ()))
+    # The running maximum is that of q.k, which takes a scale above 0; the scale goes into the exponent's own factor.
+    scale = jnp.asarray(scale, jnp.float32)
+    query = query * jnp.where(scale < 0, -1, 1).astype(query.dtype)
+    factor = jnp.maximum(jnp.abs(scale), _LEAST_SCALE) / _LOG_2
 
     def lse_block(*indices: Any) -> tuple[Any, ...]:
         batch, head, tile = call.row(*indices)
@@ -368,6 +375,7 @@ def banded_flash_attention(
             pltpu.VMEM((band.block_q, LANES), jnp.float32),
             pltpu.VMEM((band.block_q, LANES), jnp.float32),
             pltpu.VMEM((band.block_q, band.value_width), jnp.float32),
+            *band.query_numbers(),
         ],
         out_shape=[
             jax.ShapeDtypeStruct((*rows, band.padded_queries, band.value_width), query.dtype, manual_axis_type=over),
@@ -376,7 +384,7 @@ def banded_flash_attention(
         products=(band.key_width, band.value_width),
         name="banded_flash_attention",
         arrays=[
-            jnp.asarray(scale, jnp.float32).reshape(1, 1),
+            factor.reshape(1, 1),
             *band.tables,
             heads_first(query, band.padded_queries, band.key_width),
             heads_first(key, band.padded_keys, band.key_width),
@@ -412,6 +420,22 @@ class Band:
             places = [pattern.coordinates[:, axis] for axis in range(self.axes)] if self.has_coordinates else []
             past = self.padded_keys - num_keys
             self.key_table = self._table(places, key_ids, past, mode="constant", constant_values=-1)
+
+    def query_numbers(self) -> list[Any]:
+        """Scratch for what tells a query's keys: a number a row, repeated over the lanes."""
+        return [pltpu.VMEM((self.block_q, LANES), jnp.int32)] * (2 * self.axes + self.segments)
+
+    def read_queries(self, table: Any, numbers: Any) -> None:
+        """Fills the scratch from the tile's table."""
+        columns = jnp.transpose(table[...])
+        for place, ref in enumerate(numbers):
+            row = place if place < 2 * self.axes else _SEGMENT
+            ref[...] = jnp.broadcast_to(columns[:, row : row + 1], ref.shape)
+
+    def rows_of(self, table: Any) -> list[Array]:
+        """The same, a number a lane."""
+        rows = [*range(2 * self.axes), *([_SEGMENT] if self.segments else [])]
+        return [table[row : row + 1, :] for row in rows]
 
     @property
     def tables(self) -> list[Array]:
@@ -542,31 +566,27 @@ def is_last(flags: Array) -> Array:
     return has(flags, _LAST)
 
 
-def visible(band: Band, queries: Array, keys: Array | None, first_key: Array, axis: int) -> Array:
+def visible(band: Band, queries: Sequence[Array], keys: Array | None, first_key: Array, axis: int) -> Array:
     """bool, where a query sees a key; the keys lie along `axis` of the result, the queries along the other.
 
-    queries: their table, one row (column) a number, so [block_q, 8] or [8, block_q]. keys: theirs, the other way.
+    queries: START and END of each axis, then SEGMENT; each broadcasts against the result. keys: their table, a number a
+    row where axis is 1, a number a column where it is 0.
     """
-
-    def of(table: Any, row: int, along: int) -> Array:
-        return table[row : row + 1, :] if along == 1 else table[:, row : row + 1]
-
     shape = (band.block_q, band.block_k) if axis == 1 else (band.block_k, band.block_q)
-    sees = None
+
+    def of_key(row: int) -> Array:
+        assert keys is not None
+        return keys[row : row + 1, :] if axis == 1 else keys[:, row : row + 1]
+
+    parts = []
     for number in range(band.axes):
-        if band.has_coordinates:
-            place = of(keys, number, axis)
-        else:
-            place = first_key + lax.broadcasted_iota(jnp.int32, shape, axis)
-        here = place >= of(queries, 2 * number, 1 - axis)
-        if band.sinks:
-            here |= place < band.sinks
-        here &= place < of(queries, 2 * number + 1, 1 - axis)
-        sees = here if sees is None else sees & here
+        start, end = queries[2 * number : 2 * number + 2]
+        place = of_key(number) if band.has_coordinates else first_key + lax.broadcasted_iota(jnp.int32, shape, axis)
+        after = place >= start
+        parts += [after | (place < band.sinks) if band.sinks else after, place < end]
     if band.segments:
-        same = of(queries, _SEGMENT, 1 - axis) == of(keys, _SEGMENT, axis)
-        sees = same if sees is None else sees & same
-    return sees  # type: ignore[return-value]
+        parts.append(queries[2 * band.axes] == of_key(_SEGMENT))
+    return functools.reduce(jnp.logical_and, parts)
 
 
 def visit(accumulate: Callable[[bool], None], flags: Array, segments: bool) -> None:
@@ -583,31 +603,32 @@ def _kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band) -> 
     """One visit of a query tile to a key tile. The maximum and sum of a query are repeated over the lanes."""
     scale_ref, queries_ref, *refs = refs  # type: ignore[assignment]
     keys_ref, *refs = refs if band.key_table is not None else (None, *refs)  # type: ignore[assignment]
-    query_ref, key_ref, value_ref, out_ref, lse_ref, maximum_ref, sum_ref, acc_ref = refs
+    query_ref, key_ref, value_ref, out_ref, lse_ref, maximum_ref, sum_ref, acc_ref, *numbers = refs
 
     @pl.when(is_first(flags))
     def _() -> None:
         maximum_ref[...] = jnp.full_like(maximum_ref, MASKED)
         sum_ref[...] = jnp.zeros_like(sum_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
+        band.read_queries(queries_ref, numbers)
 
     def accumulate(masked: bool) -> None:
-        logits = scale_ref[0, 0] * dot(query_ref[...], key_ref[...], contract=(1, 1))
+        products = dot(query_ref[...], key_ref[...], contract=(1, 1))
         if masked:
-            queries = jnp.transpose(queries_ref[...])  # one query a sublane
+            queries = [over_lanes(ref[...], band.block_k) for ref in numbers]
             keys = None if keys_ref is None else keys_ref[...]
             sees = visible(band, queries, keys, column * np.int32(band.block_k), axis=1)
-            logits = jnp.where(sees, logits, MASKED)
+            products = jnp.where(sees, products, MASKED)
         old_maximum = maximum_ref[...]
-        maximum = jnp.maximum(old_maximum, jnp.max(logits, axis=1, keepdims=True))
+        maximum = jnp.maximum(old_maximum, jnp.max(products, axis=1, keepdims=True))
         # Where a query has seen no key yet the maximum is MASKED and the weights are 1, not 0; the first key that it
         # does see multiplies what they gave by `decay` = 0.
-        weights = jnp.exp(logits - _lanes(maximum, band.block_k))
-        decay = jnp.exp(old_maximum - maximum)
+        weights = jnp.exp2(scale_ref[0, 0] * (products - over_lanes(maximum, band.block_k)))
+        decay = jnp.exp2(scale_ref[0, 0] * (old_maximum - maximum))
         maximum_ref[...] = maximum
         sum_ref[...] = decay * sum_ref[...] + jnp.sum(weights, axis=1, keepdims=True)
         values = value_ref[...]
-        acc_ref[...] = _lanes(decay, acc_ref.shape[1]) * acc_ref[...] + dot(
+        acc_ref[...] = over_lanes(decay, acc_ref.shape[1]) * acc_ref[...] + dot(
             weights.astype(values.dtype), values, contract=(1, 0)
         )
 
@@ -619,11 +640,11 @@ def _kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band) -> 
         empty = maximum <= MASKED
         total = jnp.where(empty, _ONE, total)
         inverse = jnp.where(empty, np.float32(0), _ONE / total)
-        out_ref[...] = (acc_ref[...] * _lanes(inverse, acc_ref.shape[1])).astype(out_ref.dtype)
-        lse = jnp.where(empty, np.float32(-np.inf), maximum + jnp.log(total))
+        out_ref[...] = (acc_ref[...] * over_lanes(inverse, acc_ref.shape[1])).astype(out_ref.dtype)
+        lse = jnp.where(empty, np.float32(-np.inf), scale_ref[0, 0] * _LOG_2 * maximum + jnp.log(total))
         lse_ref[...] = jnp.transpose(lse)[:1]
 
 
-def _lanes(x: Array, width: int) -> Array:
+def over_lanes(x: Array, width: int) -> Array:
     """x [rows, 128], equal over the lanes, as [rows, width]."""
     return x[:, :width] if width < LANES else jnp.tile(x, (1, width // LANES))

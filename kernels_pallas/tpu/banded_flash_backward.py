@@ -38,8 +38,9 @@ _BLOCKS = {
     (4, 256): (256, 256),
 }
 _DEFAULT_BLOCKS = (128, 256)  # at other widths
-# Rows of the table of numbers that belong to a query.
+# Rows of the table of numbers that belong to a query. Exponents are of 2, which spares a product.
 _LSE, _DELTA = range(2)
+_LOG_2 = np.float32(np.log(2))
 
 
 def default_blocks(query: Any, key: Any, value: Any) -> tuple[int, int]:
@@ -57,7 +58,7 @@ def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype:
     rows = 4 * common.SUBLANES * (2 * block_q + (block_k if tables > 1 else 0))
     state = 4 * max(block_q * key_lanes, block_k * both)
     logits = (4 * 4 + 2 * size) * block_q * block_k  # logits, p, dp and dl; p and dl in the operands' dtype
-    columns = 4 * common.LANES * (block_q * (3 + tables) + (block_k if tables > 1 else 0))
+    columns = 4 * common.LANES * (block_q * 10 + (block_k if tables > 1 else 0))
     splits = 2 * size * (block_q + block_k) * both if size == 4 else 0
     return 2 * (read + written + rows) + 2 * state + logits + columns + splits
 
@@ -104,11 +105,11 @@ def banded_flash_gradients(
     # A query that sees no key has no visible pair, whose weight would be exp(-inf + inf).
     finite_lse = jnp.where(lse == -jnp.inf, 0, lse)
     numbers = jnp.zeros((query.shape[0], query.shape[2], common.SUBLANES, band.padded_queries), jnp.float32)
-    for row, x in ((_LSE, finite_lse), (_DELTA, delta)):
+    for row, x in ((_LSE, finite_lse / _LOG_2), (_DELTA, delta)):
         numbers = numbers.at[:, :, row, : query.shape[1]].set(jnp.swapaxes(x, 1, 2).astype(jnp.float32))
 
     arrays = [
-        jnp.asarray(scale, jnp.float32).reshape(1, 1),
+        jnp.asarray(scale / _LOG_2, jnp.float32).reshape(1, 1),
         *band.tables,
         numbers,
         common.heads_first(query, band.padded_queries, band.key_width),
@@ -118,7 +119,7 @@ def banded_flash_gradients(
     ]
     over = common.varying(query, key, value, out_gradient, lse_gradient, jnp.asarray(scale), *(segment_ids or ()))
     query_gradient = _query_gradient(band, pattern.by_query, arrays, query.dtype, over)
-    by_key = _for_every_head(pattern.by_key, band.group)
+    by_key = for_every_head(pattern.by_key, band.group)
     key_gradient, value_gradient = _key_value_gradients(band, by_key, arrays, query.dtype, over)
 
     def back(x: Array, length: int, width: int) -> Array:
@@ -135,7 +136,7 @@ def banded_flash_gradients(
     )
 
 
-def _for_every_head(visits: Visits, group: int) -> Visits:
+def for_every_head(visits: Visits, group: int) -> Visits:
     """A list's rows, each gone through once for every query head of a key head."""
     if group == 1:
         return visits
@@ -183,7 +184,11 @@ def _query_gradient(band: Band, visits: Visits, arrays: list[Array], dtype: Any,
         functools.partial(_query_kernel, band=band),
         in_specs=_specs(call, call.row, call.key_head(call.column)),
         out_specs=call.block(band.block_q, band.key_width, call.row),
-        scratch_shapes=[pltpu.VMEM((band.block_q, band.key_width), jnp.float32)],
+        scratch_shapes=[
+            pltpu.VMEM((band.block_q, band.key_width), jnp.float32),
+            *[pltpu.VMEM((band.block_q, common.LANES), jnp.float32)] * 2,
+            *band.query_numbers(),
+        ],
         out_shape=jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=over),
         products=(band.key_width, band.key_width, band.value_width),
         name="banded_flash_query_gradient",
@@ -202,31 +207,34 @@ def _unpack(band: Band, refs: Any) -> tuple[Any, ...]:
 def _query_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band) -> None:
     """One visit of a query tile to a key tile."""
     scale_ref, queries_ref, keys_ref, rest = _unpack(band, refs)
-    numbers_ref, query_ref, gradient_ref, key_ref, value_ref, out_ref, acc_ref = rest
+    numbers_ref, query_ref, gradient_ref, key_ref, value_ref, out_ref, acc_ref, lse_ref, delta_ref, *bounds = rest
 
     @pl.when(forward.is_first(flags))
     def _() -> None:
         acc_ref[...] = jnp.zeros_like(acc_ref)
+        numbers = jnp.transpose(numbers_ref[...])  # one query a sublane
+        for row, ref in ((_LSE, lse_ref), (_DELTA, delta_ref)):
+            ref[...] = jnp.broadcast_to(numbers[:, row : row + 1], ref.shape)
+        band.read_queries(queries_ref, bounds)
 
     def accumulate(masked: bool) -> None:
         key = key_ref[...]
-        numbers = jnp.transpose(numbers_ref[...])  # one query a sublane
         logits = scale_ref[0, 0] * common.dot(query_ref[...], key, contract=(1, 1))
         if masked:
-            queries = jnp.transpose(queries_ref[...])
+            queries = [forward.over_lanes(ref[...], band.block_k) for ref in bounds]
             keys = None if keys_ref is None else keys_ref[...]
             sees = forward.visible(band, queries, keys, column * np.int32(band.block_k), axis=1)
             logits = jnp.where(sees, logits, forward.MASKED)
-        weights = jnp.exp(logits - numbers[:, _LSE : _LSE + 1])
+        weights = jnp.exp2(logits - forward.over_lanes(lse_ref[...], band.block_k))
         products = common.dot(gradient_ref[...], value_ref[...], contract=(1, 1))
-        slopes = weights * (products - numbers[:, _DELTA : _DELTA + 1])
+        slopes = weights * (products - forward.over_lanes(delta_ref[...], band.block_k))
         acc_ref[...] += common.dot(slopes.astype(key.dtype), key, contract=(1, 0))
 
     forward.visit(accumulate, flags, band.segments)
 
     @pl.when(forward.is_last(flags))
     def _() -> None:
-        out_ref[...] = (scale_ref[0, 0] * acc_ref[...]).astype(out_ref.dtype)
+        out_ref[...] = (_LOG_2 * scale_ref[0, 0] * acc_ref[...]).astype(out_ref.dtype)
 
 
 def _key_value_gradients(band: Band, visits: Visits, arrays: list[Array], dtype: Any, over: Any) -> tuple[Array, Array]:
@@ -261,9 +269,10 @@ def _key_value_kernel(row: Array, column: Array, flags: Array, *refs: Any, band:
         logits = scale_ref[0, 0] * common.dot(key_ref[...], query, contract=(1, 1))  # [keys, queries]
         if masked:
             keys = None if keys_ref is None else jnp.transpose(keys_ref[...])
-            sees = forward.visible(band, queries_ref[...], keys, row * np.int32(band.block_k), axis=0)
+            queries = band.rows_of(queries_ref)
+            sees = forward.visible(band, queries, keys, row * np.int32(band.block_k), axis=0)
             logits = jnp.where(sees, logits, forward.MASKED)
-        weights = jnp.exp(logits - numbers_ref[_LSE : _LSE + 1, :])
+        weights = jnp.exp2(logits - numbers_ref[_LSE : _LSE + 1, :])
         value_acc_ref[...] += common.dot(weights.astype(gradient.dtype), gradient, contract=(1, 0))
         products = common.dot(value_ref[...], gradient, contract=(1, 1))
         slopes = weights * (products - numbers_ref[_DELTA : _DELTA + 1, :])
@@ -273,5 +282,5 @@ def _key_value_kernel(row: Array, column: Array, flags: Array, *refs: Any, band:
 
     @pl.when(forward.is_last(flags))
     def _() -> None:
-        key_out_ref[...] = (scale_ref[0, 0] * key_acc_ref[...]).astype(key_out_ref.dtype)
+        key_out_ref[...] = (_LOG_2 * scale_ref[0, 0] * key_acc_ref[...]).astype(key_out_ref.dtype)
         value_out_ref[...] = value_acc_ref[...].astype(value_out_ref.dtype)

@@ -50,10 +50,12 @@ def chunk(
 ) -> tuple[Array, Array]:
     """C tokens of one head.
 
-    state: [V, F] float32, transposed. query, key: [C, F]. value: [C, V]. log_decay: [1, C] or [C, F] float32.
+    state: [F, V] float32. query, key: [C, F]. value: [C, V]. log_decay: [1, C] or [C, F] float32.
     beta: [1, C] float32. Returns the state after them and their outputs [C, V], float32.
     """
     dtype = query.dtype
+    if beta is not None and log_decay is None:
+        log_decay = beta * np.float32(0)  # without one, libtpu 0.0.51 fails at some head dims for v6e and tpu7x
     into, from_key, onward, through = query, key, key, None
     if log_decay is not None:
         # Decay from before the chunk to each token, and from each token to the chunk's end.
@@ -63,20 +65,22 @@ def chunk(
             through = jnp.exp(jnp.sum(log_decay, axis=1, keepdims=True))
         else:
             before, after = (_prefix(which, log_decay) for which in (_until, _after))
-            through = jnp.exp(jnp.sum(log_decay, axis=0, keepdims=True))
+            total = jnp.sum(log_decay, axis=0, keepdims=True)
+            through = jnp.exp(jnp.transpose(jnp.broadcast_to(total, (SUBLANES, total.shape[1])))[:, :1])
         into, from_key, onward = (
             _times(x, jnp.exp(sums)) for x, sums in ((query, before), (key, before), (key, after))
         )
     if beta is not None:
         strength = jnp.sum(_where(_same, beta), axis=1, keepdims=True)
-        value = strength * (value.astype(jnp.float32) - _dot(from_key, state.astype(dtype), (1, 1)))
+        value = strength * (value.astype(jnp.float32) - _dot(from_key, state.astype(dtype), (1, 0)))
         system = strength * _decayed_products(key, key, log_decay, strict=True)
         value = _dot(_inverse(system), value, (1, 0))
+    # In this order: with the state last, libtpu 0.0.51 fails at head dim 64 for v6e and tpu7x.
     written = value.astype(dtype)
+    state_after = _dot(onward, written, (0, 0)) + (state if through is None else through * state)
+    from_state = _dot(into, state.astype(dtype), (1, 0))
     weights = _decayed_products(query, key, log_decay, strict=False)
-    out = _dot(weights.astype(dtype), written, (1, 0)) + _dot(into, state.astype(dtype), (1, 1))
-    added = _dot(written, onward, (0, 0))
-    return added + (state if through is None else through * state), out
+    return state_after, _dot(weights.astype(dtype), written, (1, 0)) + from_state
 
 
 def _decayed_products(query: Array, key: Array, log_decay: Array | None, *, strict: bool) -> Array:
@@ -264,7 +268,7 @@ def vmem_bytes(features: int, value_dim: int, dtype: Any, *, decay: str | None =
     keys, values = (round_up(width, LANES) for width in (features, value_dim))
     rows = CHUNK * (2 * keys + values)
     gates = 4 * CHUNK * (keys if decay == "channel" else SUBLANES) + 4 * CHUNK * SUBLANES
-    state = 4 * round_up(value_dim, SUBLANES) * keys
+    state = 4 * round_up(features, SUBLANES) * values
     blocks = (size + 4) * rows + size * CHUNK * values + 2 * gates + 3 * state
     squares = 4 * CHUNK * CHUNK * (8 + (4 if decay else 0) + (10 if delta else 0) + (8 if decay == "channel" else 0))
     wide = 4 * CHUNK * (3 * keys + 3 * values) * (2 if decay else 1)
@@ -315,7 +319,7 @@ def chunked_linear_attention(
 
     Returns:
       out [B, T, N, V], the state after the last token [B, N, F, V] float32, and with keep_states
-      [B, N, chunks, V, F] float32.
+      [B, N, chunks, F, V] float32.
 
     Raises:
       ValueError: with refusal()'s reason.
@@ -439,7 +443,7 @@ class _Call:
         self.batch, self.length, self.heads, _ = query.shape
         self.group = self.heads // key.shape[2]
         self.features, self.value_dim = (common.padded_width(x.shape[-1]) for x in (query, value))
-        self.widths = value.shape[-1], query.shape[-1]
+        self.widths = query.shape[-1], value.shape[-1]
         self.padded_length = round_up(self.length, CHUNK)
         self.chunks = self.padded_length // CHUNK
         self.backwards = backwards
@@ -450,8 +454,8 @@ class _Call:
             for x, width in ((query, self.features), (key, self.features), (value, self.value_dim))
         ]
         self.inputs = 3 + len(self.gates)
-        widths = [(0, self.value_dim - state.shape[3]), (0, self.features - state.shape[2])]
-        self.first = jnp.pad(jnp.swapaxes(state.astype(jnp.float32), 2, 3), [(0, 0), (0, 0), *widths])
+        widths = [(0, self.features - state.shape[2]), (0, self.value_dim - state.shape[3])]
+        self.first = jnp.pad(state.astype(jnp.float32), [(0, 0), (0, 0), *widths])
         self.over = common.varying(*(x for x in (query, key, value, log_decay, beta, state) if x is not None))
         self.itemsize = query.dtype.itemsize
 
@@ -491,12 +495,12 @@ class _Call:
         return pl.BlockSpec((None, None, 1, CHUNK), index), self._shape((1, self.padded_length), jnp.float32)
 
     def state(self) -> tuple[Any, Any]:
-        shape = (self.value_dim, self.features)
+        shape = (self.features, self.value_dim)
         spec = pl.BlockSpec((None, None, *shape), lambda b, n, c: (b, n, common.zero(), common.zero()))
         return spec, self._shape(shape, jnp.float32)
 
     def states(self) -> tuple[Any, Any]:
-        shape = (self.value_dim, self.features)
+        shape = (self.features, self.value_dim)
         spec = pl.BlockSpec(
             (None, None, None, *shape), lambda b, n, c: (b, n, self._place(c), common.zero(), common.zero())
         )
@@ -525,7 +529,7 @@ class _Call:
             in_specs=[*(spec for spec, _ in own), *specs],
             out_specs=list(out_specs),
             out_shape=list(out_shape),
-            scratch_shapes=[pltpu.VMEM((self.value_dim, self.features), jnp.float32)],
+            scratch_shapes=[pltpu.VMEM((self.features, self.value_dim), jnp.float32)],
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BUDGET
             ),
@@ -546,5 +550,5 @@ class _Call:
         return jnp.swapaxes(x[:, :, 0, : self.length], 1, 2).astype(gate.dtype)
 
     def from_state(self, x: Array) -> Array:
-        value_dim, features = self.widths
-        return jnp.swapaxes(x[:, :, :value_dim, :features], 2, 3)
+        features, value_dim = self.widths
+        return x[:, :, :features, :value_dim]

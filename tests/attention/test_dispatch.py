@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab import dilated_attention, explain, local_attention
+from attnlab import dilated_attention, dot_product_attention, explain, local_attention
 from attnlab.attention._tangent_call import tangent_call
 
 LINE = jax.ShapeDtypeStruct((1, 40, 2, 8), jnp.float32)
-IMAGE = jax.ShapeDtypeStruct((1, 6, 6, 2, 8), jnp.float32)
+IMAGE = jax.ShapeDtypeStruct((1, 6, 6, 2, 8), jnp.float64)
 
 
 def test_explain_tells_the_choice_by_platform():
@@ -19,9 +19,9 @@ def test_explain_tells_the_choice_by_platform():
     assert dict(choice.by_platform) == {"tpu": "pallas_tpu", "elsewhere": "xla"}
     assert choice.refused == {}
     assert str(choice) == "local_attention: pallas_tpu on tpu, xla elsewhere"
-    (choice,) = explain(local_attention, IMAGE, IMAGE, IMAGE, window=3)
+    (choice,) = explain(dot_product_attention, LINE, LINE, LINE, bias=jax.ShapeDtypeStruct((1, 1, 1, 40), jnp.float32))
     assert dict(choice.by_platform) == {"every platform": "xla"}
-    assert "one space axis" in choice.refused["pallas_tpu"]
+    assert "has no bias" in choice.refused["pallas_tpu"]
     assert "pallas_tpu cannot serve" in str(choice)
     (choice,) = explain(local_attention, LINE, LINE, LINE, window=4, implementation="reference")
     assert str(choice) == "local_attention: reference on every platform"
@@ -36,16 +36,16 @@ def test_an_unknown_name_is_told_the_allowed_ones():
 @pytest.mark.parametrize(
     ("attend", "array", "reason"),
     [
-        (functools.partial(local_attention, window=3), IMAGE, "one space axis so far, got 2"),
-        (functools.partial(dilated_attention, window=3, dilation=2), LINE, "dilation 1 so far, got 2"),
+        (functools.partial(dilated_attention, window=3, dilation=2), IMAGE, "float64"),
         (functools.partial(local_attention, window=3), jax.ShapeDtypeStruct(LINE.shape, jnp.float16), "float16"),
         (functools.partial(local_attention, window=3), jax.ShapeDtypeStruct((1, 8, 2, 8192), jnp.float32), "VMEM"),
     ],
 )
 def test_a_name_that_cannot_serve_says_why(attend, array, reason):
-    with pytest.raises(ValueError, match=f"'pallas_tpu' cannot serve this .* call: .*{reason}"):
-        jax.eval_shape(functools.partial(attend, implementation="pallas_tpu"), array, array, array)
-    jax.eval_shape(attend, array, array, array)  # None falls back
+    with jax.enable_x64(True):
+        with pytest.raises(ValueError, match=f"'pallas_tpu' cannot serve this .* call: .*{reason}"):
+            jax.eval_shape(functools.partial(attend, implementation="pallas_tpu"), array, array, array)
+        jax.eval_shape(attend, array, array, array)  # None falls back
 
 
 def test_none_runs_the_xla_form_on_a_cpu():

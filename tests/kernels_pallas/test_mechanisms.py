@@ -14,6 +14,8 @@ from attnlab import (
     causal_agent_attention,
     dot_product_attention,
     init_routing,
+    local_linear_attention,
+    parallax_attention,
     routing_attention,
 )
 
@@ -58,11 +60,31 @@ CASES = {  # function of the arrays, the arrays
     ),
     "routing, global": (routed(90, membership="global", normalize="layer", key_mask=HIDDEN), draw((300, 2), (300, 1))),
     "routing, global, shared": (routed(140, membership="global", is_causal=True, share_qk=True), draw((300, 2))),
+    "local-linear": (functools.partial(local_linear_attention, ridge=1.0), draw((200, 2), (200, 1))),
+    "local-linear, window": (
+        functools.partial(local_linear_attention, ridge=10.0, window=40),
+        draw((200, 2), (200, 1), dtype=jnp.bfloat16),
+    ),
+    "parallax": (lambda query, **arrays: parallax_attention(query, 0.3 * query, **arrays), draw((200, 4), (200, 2))),
     "agent, causal": (causal_agent_attention, draw((300, 2), (300, 1), agents=9)),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = (
+    "softmax, segments",
+    "axial",
+    "agent, keys hidden",
+    "agent, causal",
+    "routing",
+    "routing, global, shared",
+    "local-linear, window",
+    "parallax",
+)
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_values_and_gradients_equal_the_reference_s(case):
     attend, arrays = CASES[case]
     shape = jax.eval_shape(lambda arrays: attend(**arrays), arrays).shape
@@ -76,7 +98,8 @@ def test_values_and_gradients_equal_the_reference_s(case):
         return jax.grad(loss, has_aux=True)(arrays)
 
     got, want = interpreted(run, arrays, "pallas_tpu"), jax.jit(run, static_argnums=1)(arrays, "reference")
-    tolerance = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}[arrays["query"].dtype.type]
+    # What comes of conjugate gradients that stop at 1e-6 has a few digits less.
+    tolerance = {jnp.float32: 5e-5 if "linear" in case else 1e-5, jnp.bfloat16: 2e-2}[arrays["query"].dtype.type]
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.dtype == b.dtype
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
