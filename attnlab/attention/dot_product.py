@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from attnlab.attention import masks
+from attnlab.attention._banded import PatternOf, banded_attention, banded_refusal
 from attnlab.attention._checks import (
     accumulator_dtype,
     check_array,
@@ -29,7 +30,6 @@ from attnlab.attention._checks import (
     shape_text,
 )
 from attnlab.attention._dispatch import Kernel, dispatch
-from attnlab.attention._kernel_call import kernel_call
 from attnlab.attention._softmax import softmax_parts
 
 Array = jax.Array
@@ -286,40 +286,27 @@ def _chunks(arrays: tuple[tuple[Array | None, int], ...], size: int) -> tuple[An
     return parts, join
 
 
-def _pattern(module: Any, arrays: Any, is_causal: bool) -> Any:
-    """The banded kernels' pattern for one of their modules: one interval of keys a query."""
+def _pattern_of(is_causal: bool) -> PatternOf:
+    """One interval of keys a query."""
     from kernels_pallas.tpu.banded_flash import intervals
 
-    queries, keys = arrays[0].shape[1], arrays[1].shape[1]
-    ends = np.minimum(np.arange(queries) + 1, keys) if is_causal else np.full(queries, keys)
-    block_q, block_k = module.default_blocks(*arrays)
-    return intervals(np.zeros(queries, int), ends, keys, block_q=block_q, block_k=block_k)
+    def pattern(module: Any, arrays: Any) -> Any:
+        queries, keys = arrays[0].shape[1], arrays[1].shape[1]
+        ends = np.minimum(np.arange(queries) + 1, keys) if is_causal else np.full(queries, keys)
+        block_q, block_k = module.default_blocks(*arrays)
+        return intervals(np.zeros(queries, int), ends, keys, block_q=block_q, block_k=block_k)
+
+    return pattern
 
 
 def _pallas_tpu(
     query: Array, key: Array, value: Array, bias: None, mask: None, segments: Any, *, is_causal: bool, scale: Any
 ) -> tuple[Array, Array]:
-    from kernels_pallas.tpu import banded_flash, banded_flash_backward
-
-    def kernel(arrays: Any, segments: Any, keep: bool) -> tuple[Any, Any]:
-        *tokens, scale = arrays
-        pattern = _pattern(banded_flash, tokens, is_causal)
-        results = banded_flash.banded_flash_attention(*tokens, pattern=pattern, segment_ids=segments, scale=scale)
-        return results, results
-
-    def gradients(arrays: Any, segments: Any, kept: Any, cotangents: Any) -> Any:
-        *tokens, scale = arrays
-        pattern = _pattern(banded_flash_backward, tokens, is_causal)
-        return banded_flash_backward.banded_flash_gradients(
-            *tokens, *kept, *cotangents, pattern=pattern, segment_ids=segments, scale=scale
-        )
-
-    def blocked(arrays: Any, segments: Any) -> Any:
-        query, key, value, scale = arrays
+    def blocked(query: Array, key: Array, value: Array, segments: Any, scale: Any) -> Any:
         return _xla(query, key, value, None, None, segments, is_causal=is_causal, scale=scale)
 
-    arrays = (query, key, value, jnp.asarray(scale, jnp.float32))
-    return kernel_call(kernel, gradients, blocked, arrays, segments)
+    pattern_of = _pattern_of(is_causal)
+    return banded_attention(query, key, value, segments, scale=scale, pattern_of=pattern_of, blocked=blocked)
 
 
 def _pallas_tpu_refusal(
@@ -333,20 +320,10 @@ def _pallas_tpu_refusal(
     is_causal: bool,
     scale: Any,
 ) -> str | None:
-    from kernels_pallas.tpu import banded_flash, banded_flash_backward
-
     for name, given in (("bias", bias), ("mask", mask)):
         if given is not None:
             return f"has no {name}"
-    arrays = (query, key, value)
-    for module in (banded_flash, banded_flash_backward):
-        if 0 not in query.shape and 0 not in key.shape:
-            reason = module.refusal(*arrays, pattern=_pattern(module, arrays, is_causal), segment_ids=segments)
-        else:
-            reason = "needs arrays that are not empty"
-        if reason is not None:
-            return reason
-    return None
+    return banded_refusal(query, key, value, segments, _pattern_of(is_causal))
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {

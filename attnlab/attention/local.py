@@ -17,6 +17,7 @@ known at trace time; the tile attends to its box in one dense step under the mas
 With dilation the tokens are reordered by residue group first, and each group has tiles of its own.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ import numpy as np
 from jax import lax
 
 from attnlab.attention import masks
+from attnlab.attention._banded import MOST_TOKENS, banded_attention, banded_refusal
 from attnlab.attention._checks import (
     accumulator_dtype,
     check_query_key_value,
@@ -35,7 +37,6 @@ from attnlab.attention._checks import (
     require,
 )
 from attnlab.attention._dispatch import Kernel, dispatch
-from attnlab.attention._kernel_call import kernel_call
 from attnlab.attention._softmax import softmax_parts
 from attnlab.attention.dot_product import check_segment_ids, check_step, dense_attention
 
@@ -382,14 +383,15 @@ class _Layout(NamedTuple):
         size = math.prod(t.size for t in self.tiles)
         return _join_tiles(jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0), self.tiles, space)
 
-    def pattern(self, blocks: tuple[int, int], sinks: int) -> Any:
-        """The kernels' pattern. Several axes have blocks of their own, whole tiles."""
+    def pattern(self, sinks: int, module: Any, arrays: Any) -> Any:
+        """The pattern of a module of kernels. Several axes have tiles of their own."""
         from kernels_pallas.tpu.banded_flash import boxes, intervals
 
         if len(self.tiles) > 1:
             return boxes(self.bounds, [t.size for t in self.tiles])
         ((starts, ends),) = self.bounds
-        return intervals(starts, ends, len(starts), sinks=sinks, block_q=blocks[0], block_k=blocks[1])
+        block_q, block_k = module.default_blocks(*arrays)
+        return intervals(starts, ends, len(starts), sinks=sinks, block_q=block_q, block_k=block_k)
 
 
 def _layout(space: Any, **settings: Any) -> _Layout:
@@ -411,59 +413,37 @@ def _layout(space: Any, **settings: Any) -> _Layout:
 def _pallas_tpu(
     query: Array, key: Array, value: Array, segment_ids: Array | None, *, scale: Any, sinks: int, **settings: Any
 ) -> tuple[Array, Array]:
-    from kernels_pallas.tpu import banded_flash, banded_flash_backward
-
     space = list(query.shape[1:-2])
     layout = _layout(space, **settings)
-    ids = None if segment_ids is None else layout.cut(segment_ids)
-    pair = None if ids is None else (ids, ids)
 
-    def pattern(module: Any, arrays: Any) -> Any:
-        return layout.pattern(module.default_blocks(*arrays), sinks)
-
-    def kernel(arrays: Any, pair: Any, keep: bool) -> tuple[Any, Any]:
-        *tokens, scale = arrays
-        results = banded_flash.banded_flash_attention(
-            *tokens, pattern=pattern(banded_flash, tokens), segment_ids=pair, scale=scale
-        )
-        return results, results
-
-    def gradients(arrays: Any, pair: Any, kept: Any, cotangents: Any) -> Any:
-        *tokens, scale = arrays
-        return banded_flash_backward.banded_flash_gradients(
-            *tokens,
-            *kept,
-            *cotangents,
-            pattern=pattern(banded_flash_backward, tokens),
-            segment_ids=pair,
-            scale=scale,
-        )
-
-    def blocked(arrays: Any, pair: Any) -> Any:
-        *tokens, scale = arrays
+    def blocked(query: Array, key: Array, value: Array, pair: Any, scale: Any) -> Any:
+        query, key, value = (layout.join(x, space) for x in (query, key, value))
         ids = None if pair is None else layout.join(pair[0], space)
-        query, key, value = (layout.join(x, space) for x in tokens)
         return tuple(map(layout.cut, _xla(query, key, value, ids, scale=scale, sinks=sinks, **settings)))
 
-    arrays = (*(layout.cut(x) for x in (query, key, value)), jnp.asarray(scale, jnp.float32))
-    out, lse = kernel_call(kernel, gradients, blocked, arrays, pair)
+    ids = None if segment_ids is None else layout.cut(segment_ids)
+    query, key, value = map(layout.cut, (query, key, value))
+    out, lse = banded_attention(
+        query,
+        key,
+        value,
+        None if ids is None else (ids, ids),
+        scale=scale,
+        pattern_of=functools.partial(layout.pattern, sinks),
+        blocked=blocked,
+    )
     return layout.join(out, space), layout.join(lse, space)
 
 
 def _pallas_tpu_refusal(
     query: Array, key: Array, value: Array, segment_ids: Array | None, *, scale: Any, sinks: int, **settings: Any
 ) -> str | None:
-    from kernels_pallas.tpu import banded_flash, banded_flash_backward
-
+    if math.prod(query.shape[1:-2]) > MOST_TOKENS:
+        return f"serves up to {MOST_TOKENS} tokens, got {math.prod(query.shape[1:-2])}"
     layout = _layout(query.shape[1:-2], **settings)
-    arrays = jax.eval_shape(lambda *x: tuple(map(layout.cut, x)), query, key, value)
+    query, key, value = jax.eval_shape(lambda *x: tuple(map(layout.cut, x)), query, key, value)
     ids = None if segment_ids is None else (jax.eval_shape(layout.cut, segment_ids),) * 2
-    for module in (banded_flash, banded_flash_backward):
-        pattern = layout.pattern(module.default_blocks(*arrays), sinks)
-        reason = module.refusal(*arrays, pattern=pattern, segment_ids=ids)
-        if reason is not None:
-            return reason
-    return None
+    return banded_refusal(query, key, value, ids, functools.partial(layout.pattern, sinks))
 
 
 # All take (query, key, value, segment_ids) and the options of _xla, settings per axis as tuples; all give (out, lse).

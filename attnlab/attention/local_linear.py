@@ -29,6 +29,7 @@ import numpy as np
 from jax import lax
 
 from attnlab.attention import dot_product, local, masks
+from attnlab.attention._banded import PatternOf, banded_attention, banded_refusal
 from attnlab.attention._checks import accumulator_dtype, check_query_key_value, default_scale, require, shape_text
 from attnlab.attention._dispatch import Kernel, dispatch
 from attnlab.attention._kernel_call import kernel_call
@@ -305,32 +306,27 @@ def _bounds(length: int, is_causal: bool, window: int | None) -> tuple[np.ndarra
     return masks.window_bounds(position, length, window=window, stride=1, is_causal=is_causal, edge="shift")
 
 
-def pallas_attention(query: Array, key: Array, *, scale: Any, is_causal: bool, window: int | None) -> SoftmaxWeights:
-    """By the TPU kernels."""
-    from kernels_pallas.tpu import banded_covariance, banded_flash, banded_flash_backward
-
-    starts, ends = _bounds(query.shape[1], is_causal, window)
+def _pattern_of(is_causal: bool, window: int | None) -> PatternOf:
+    from kernels_pallas.tpu.banded_flash import intervals
 
     def pattern(module: Any, arrays: Any) -> Any:
+        length = arrays[0].shape[1]
+        starts, ends = _bounds(length, is_causal, window)
         block_q, block_k = module.default_blocks(*arrays)
-        return banded_flash.intervals(starts, ends, key.shape[1], block_q=block_q, block_k=block_k)
+        return intervals(starts, ends, length, block_q=block_q, block_k=block_k)
 
-    def weights(arrays: Any) -> SoftmaxWeights:
-        return blocked_attention(*arrays[:2], scale=arrays[-1], is_causal=is_causal, window=window)
+    return pattern
 
-    def attend(arrays: Any, _: Any, keep: bool) -> tuple[Any, Any]:
-        *tokens, scale = arrays
-        out, lse = banded_flash.banded_flash_attention(*tokens, pattern=pattern(banded_flash, tokens), scale=scale)
-        return (out, lse), (out, lse)
 
-    def attend_gradients(arrays: Any, _: Any, kept: Any, cotangents: Any) -> Any:
-        *tokens, scale = arrays
-        module = banded_flash_backward
-        return module.banded_flash_gradients(*tokens, *kept, *cotangents, pattern=pattern(module, tokens), scale=scale)
+def pallas_attention(query: Array, key: Array, *, scale: Any, is_causal: bool, window: int | None) -> SoftmaxWeights:
+    """By the TPU kernels."""
+    from kernels_pallas.tpu import banded_covariance
 
-    def attend_blocked(arrays: Any, _: Any) -> Any:
-        query, _, value, _ = arrays
-        out = weights(arrays).mean(value).astype(query.dtype)
+    pattern_of = _pattern_of(is_causal, window)
+    settings: Any = {"is_causal": is_causal, "window": window}
+
+    def attend_blocked(query: Array, key: Array, value: Array, _: None, scale: Any) -> Any:
+        out = blocked_attention(query, key, scale=scale, **settings).mean(value).astype(query.dtype)
         return out, jnp.zeros(query.shape[:3], jnp.float32)  # the lse's derivative is not asked for
 
     scale = jnp.asarray(scale, jnp.float32)
@@ -341,24 +337,27 @@ def pallas_attention(query: Array, key: Array, *, scale: Any, is_causal: bool, w
             if known is values:
                 return mean, lse
         # The lse is used as a constant: that it depends on query and key is part of the covariance's own gradients.
-        mean, lse = kernel_call(attend, attend_gradients, attend_blocked, (query, key, values, scale))
+        mean, lse = banded_attention(
+            query, key, values, None, scale=scale, pattern_of=pattern_of, blocked=attend_blocked
+        )
         means.append((values, mean, lax.stop_gradient(lse)))
         return mean, means[-1][2]
 
     def covariance_kernel(arrays: Any, fixed: Any, keep: bool) -> tuple[Any, Any]:
         *tokens, x, scale = arrays
-        run: Any = functools.partial(banded_covariance.banded_covariance, pattern=pattern(banded_covariance, tokens))
+        run: Any = functools.partial(banded_covariance.banded_covariance, pattern=pattern_of(banded_covariance, tokens))
         out = run(*tokens, x, *fixed[:2], scale=scale)
         return out, out
 
     def covariance_gradients(arrays: Any, fixed: Any, kept: Any, cotangent: Any) -> Any:
         *tokens, x, scale = arrays
         run: Any = banded_covariance.banded_covariance_gradients
-        settings = {"pattern": pattern(banded_covariance, tokens), "scale": scale}
-        return run(*tokens, x, *fixed, kept, cotangent, **settings)
+        pattern = pattern_of(banded_covariance, tokens)
+        return run(*tokens, x, *fixed, kept, cotangent, pattern=pattern, scale=scale)
 
     def covariance_blocked(arrays: Any, _: Any) -> Any:
-        return weights(arrays).covariance(arrays[2], arrays[3])
+        query, key, values, x, scale = arrays
+        return blocked_attention(query, key, scale=scale, **settings).covariance(values, x)
 
     def covariance(values: Array, x: Array) -> Array:
         key_mean, lse = mean_and_lse(key)
@@ -370,18 +369,15 @@ def pallas_attention(query: Array, key: Array, *, scale: Any, is_causal: bool, w
 
 
 def pallas_refusal(query: Array, key: Array, value: Array, *, is_causal: bool, window: int | None) -> str | None:
-    from kernels_pallas.tpu import banded_covariance, banded_flash, banded_flash_backward
+    from kernels_pallas.tpu import banded_covariance
 
-    if 0 in query.shape or 0 in key.shape:
-        return "needs arrays that are not empty"
-    starts, ends = _bounds(query.shape[1], is_causal, window)
+    pattern_of = _pattern_of(is_causal, window)
     for values in (key, value):
-        for module in (banded_covariance, banded_flash, banded_flash_backward):
-            block_q, block_k = module.default_blocks(query, key, values)
-            pattern = banded_flash.intervals(starts, ends, key.shape[1], block_q=block_q, block_k=block_k)
-            reason = module.refusal(query, key, values, pattern=pattern)
-            if reason is not None:
-                return reason
+        arrays = (query, key, values)
+        reason = banded_refusal(*arrays, None, pattern_of)
+        reason = reason or banded_covariance.refusal(*arrays, pattern=pattern_of(banded_covariance, arrays))
+        if reason is not None:
+            return reason
     return None
 
 

@@ -203,13 +203,10 @@ def _arrays(
     direction: Array,
     numbers: dict[int, Array],
 ) -> list[Array]:
-    table = jnp.zeros((band.batch, band.heads, common.SUBLANES, band.padded_queries), jnp.float32)
-    for row, x in numbers.items():
-        table = table.at[:, :, row, : query.shape[1]].set(jnp.swapaxes(x, 1, 2).astype(jnp.float32))
     return [
         jnp.asarray(scale, jnp.float32).reshape(1, 1),
         *band.tables,
-        table,
+        band.numbers(numbers),
         common.heads_first(query, band.padded_queries, band.key_width),
         common.heads_first(key, band.padded_keys, band.key_width),
         common.heads_first(value, band.padded_keys, band.value_width),
@@ -219,16 +216,8 @@ def _arrays(
 
 def _specs(call: Call, query_of: Callable[..., Any], key_of: Callable[..., Any]) -> list[Any]:
     band = call.band
-
-    def numbers(*indices: Any) -> tuple[Any, ...]:
-        batch, head, tile = query_of(*indices)
-        return batch, head, common.zero(), tile
-
     return [
-        call.scale,
-        call.table("query", query_of),
-        *([call.table("key", key_of)] if band.key_table is not None else []),
-        pl.BlockSpec((None, None, common.SUBLANES, band.block_q), numbers),
+        *call.of_pair(query_of, key_of),
         call.block(band.block_q, band.key_width, query_of),
         call.block(band.block_k, band.key_width, key_of),
         call.block(band.block_k, band.value_width, key_of),

@@ -437,6 +437,13 @@ class Band:
         rows = [*range(2 * self.axes), *([_SEGMENT] if self.segments else [])]
         return [table[row : row + 1, :] for row in rows]
 
+    def numbers(self, rows: dict[int, Array]) -> Array:
+        """[B, T, N] by row -> float32 [B, N, 8, T']."""
+        table = jnp.zeros((self.batch, self.heads, SUBLANES, self.padded_queries), jnp.float32)
+        for row, x in rows.items():
+            table = table.at[:, :, row, : x.shape[1]].set(jnp.swapaxes(x, 1, 2).astype(jnp.float32))
+        return table
+
     @property
     def tables(self) -> list[Array]:
         return [self.query_table] if self.key_table is None else [self.query_table, self.key_table]
@@ -495,6 +502,18 @@ class Call:
 
     def block(self, rows: int, width: int, place: Callable[..., Any]) -> Any:
         return pl.BlockSpec((None, None, rows, width), lambda *indices: (*place(*indices), zero()))
+
+    def of_pair(self, query_of: Callable[..., Any], key_of: Callable[..., Any]) -> list[Any]:
+        """The scale, the tables of queries and keys, and a table of numbers [B, N, 8, T'] that belong to queries."""
+
+        def numbers(*indices: Any) -> tuple[Any, ...]:
+            batch, head, tile = query_of(*indices)
+            return batch, head, zero(), tile
+
+        tables = [self.table("query", query_of)]
+        if self.band.key_table is not None:
+            tables.append(self.table("key", key_of))
+        return [self.scale, *tables, pl.BlockSpec((None, None, SUBLANES, self.band.block_q), numbers)]
 
     def table(self, which: str, place: Callable[..., Any]) -> Any:
         table, block = {

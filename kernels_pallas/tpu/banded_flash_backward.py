@@ -104,10 +104,7 @@ def banded_flash_gradients(
     delta = jnp.sum(wide_gradient * out.astype(jnp.float32), axis=-1) - lse_gradient
     # A query that sees no key has no visible pair, whose weight would be exp(-inf + inf).
     finite_lse = jnp.where(lse == -jnp.inf, 0, lse)
-    numbers = jnp.zeros((query.shape[0], query.shape[2], common.SUBLANES, band.padded_queries), jnp.float32)
-    for row, x in ((_LSE, finite_lse / _LOG_2), (_DELTA, delta)):
-        numbers = numbers.at[:, :, row, : query.shape[1]].set(jnp.swapaxes(x, 1, 2).astype(jnp.float32))
-
+    numbers = band.numbers({_LSE: finite_lse / _LOG_2, _DELTA: delta})
     arrays = [
         jnp.asarray(scale / _LOG_2, jnp.float32).reshape(1, 1),
         *band.tables,
@@ -160,16 +157,8 @@ def for_every_head(visits: Visits, group: int) -> Visits:
 def _specs(call: Call, query_of: Callable[..., Any], key_of: Callable[..., Any]) -> list[Any]:
     """Blocks of the arrays of both kernels. query_of, key_of: grid indices -> (batch, head, tile)."""
     band = call.band
-
-    def numbers(*indices: Any) -> tuple[Any, ...]:
-        batch, head, tile = query_of(*indices)
-        return batch, head, common.zero(), tile
-
     return [
-        call.scale,
-        call.table("query", query_of),
-        *([call.table("key", key_of)] if band.key_table is not None else []),
-        pl.BlockSpec((None, None, common.SUBLANES, band.block_q), numbers),
+        *call.of_pair(query_of, key_of),
         call.block(band.block_q, band.key_width, query_of),
         call.block(band.block_q, band.value_width, query_of),
         call.block(band.block_k, band.key_width, key_of),

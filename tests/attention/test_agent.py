@@ -292,7 +292,7 @@ def test_memory_is_linear_in_length(name):
 @pytest.mark.parametrize("function", MECHANISMS.values(), ids=MECHANISMS)
 def test_explain_names_the_form(function):
     first, *_ = explain(function, *arrays())
-    assert "agent_attention: xla on every platform" in str(first)
+    assert "agent_attention: pallas_tpu on tpu, xla elsewhere" in str(first)
 
 
 # --- Causal -----------------------------------------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_a_state_carries_values_and_gradients_over_a_cut(form):
         ({"broadcast_bias": jnp.zeros((4, 6, 3), bool)}, TypeError, "broadcast_bias: got dtype bool"),
         ({"key_mask": jnp.ones((2, 6), bool)}, ValueError, r"key_mask: got bool\[2,6\]"),
         ({"key_mask": jnp.ones((2, 7))}, TypeError, "key_mask: got dtype float32; need a bool mask"),
-        ({"implementation": "pallas_tpu"}, ValueError, "implementation: got 'pallas_tpu'"),
+        ({"implementation": "pallas_gpu"}, ValueError, "implementation: got 'pallas_gpu'"),
     ],
 )
 def test_wrong_calls_say_what_is_allowed(change, error, message):

@@ -10,6 +10,8 @@ import pytest
 from mechanisms import HEADS, MECHANISMS
 
 every_form = pytest.mark.parametrize("form", ["reference", "xla"])
+# The reference is plain JAX, whose vmap and scan are JAX's own.
+every_form_slowly = pytest.mark.parametrize("form", [pytest.param("reference", marks=pytest.mark.slow), "xla"])
 every_mechanism = pytest.mark.parametrize("name", MECHANISMS)
 
 
@@ -80,7 +82,7 @@ def test_values_and_gradients_are_those_in_float64(name, form):
     assert_close(got, gradients)
 
 
-@every_form
+@every_form_slowly
 @every_mechanism
 def test_vmap_is_a_loop(name, form):
     several = [MECHANISMS[name].inputs(seed=seed) for seed in range(2)]
@@ -92,7 +94,7 @@ def test_vmap_is_a_loop(name, form):
         assert_close(at(mapped, number), program(name, form)(arrays, weights))
 
 
-@every_form
+@every_form_slowly
 @every_mechanism
 def test_gradients_through_scan_and_remat_are_those_of_a_loop(name, form):
     several = [MECHANISMS[name].inputs(seed=seed) for seed in range(2)]
@@ -124,7 +126,7 @@ def test_bfloat16_goes_in_and_out_and_is_accumulated_in_float32(name, form):
     assert np.sqrt(np.mean(error**2)) < 0.005 * np.sqrt(np.mean(want**2))
 
 
-@every_form
+@every_form_slowly
 @every_mechanism
 def test_grouped_heads_are_repeated_heads(name, form):
     mechanism = MECHANISMS[name]

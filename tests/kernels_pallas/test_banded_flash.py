@@ -66,12 +66,17 @@ CASES = {  # length, options of local_attention, options of draw_arrays; tiles o
 }
 
 
-# Cases whose gradients are looked at in every run of the tests.
+# Cases whose values, and whose gradients too, are looked at in every run of the tests.
+QUICK_VALUES = ("one token", "causal bfloat16", "clipped", "sinks", "dilated", "volume")
 QUICK = ("causal", "grid, dilated", "segments, sinks")
 
 
+def slow_but(quick):
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+
+
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(QUICK_VALUES))
 def test_equals_the_reference(case):
     attend, arrays, tolerance = draw_case(case)
     out, lse = interpreted(attend, *arrays, implementation="pallas_tpu")
@@ -115,10 +120,7 @@ def test_runs_give_the_same_bits_under_jit_and_not():
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize(
-    "case",
-    [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
-)
+@pytest.mark.parametrize("case", slow_but(QUICK))
 def test_gradients_equal_the_reference_s(case):
     attend, (query, key, value), tolerance = draw_case(case)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(*query.shape[:-1], value.shape[-1])), jnp.float32)

@@ -70,16 +70,7 @@ CASES = {  # function of the arrays, the arrays
 }
 
 
-QUICK = (
-    "softmax, segments",
-    "axial",
-    "agent, keys hidden",
-    "agent, causal",
-    "routing",
-    "routing, global, shared",
-    "local-linear, window",
-    "parallax",
-)
+QUICK = ("axial", "agent, keys hidden", "routing", "local-linear, window")
 
 
 @pytest.mark.parametrize(

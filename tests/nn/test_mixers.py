@@ -119,7 +119,7 @@ def test_state_size_is_what_the_cache_holds(name):
 def test_bfloat16_is_computed_in_and_given_back(name):
     mixer = MIXERS[name](FEATURES, is_causal=True, dtype=jnp.bfloat16)
     _, parameters, x, call = causal(name)
-    y = nn.bind(mixer, parameters)(x.astype(jnp.bfloat16))
+    y = jax.jit(lambda parameters, x: nn.bind(mixer, parameters)(x))(parameters, x.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(jnp.float32), call(parameters, x), atol=0.08, rtol=0.08)
 
