@@ -71,8 +71,11 @@ _LEAST_SCALE = np.float32(1e-30)
 _LOG_2 = np.float32(np.log(2))
 # Constants in the kernel have dtypes: a Python float would be a float64 under jax_enable_x64.
 _ONE = np.float32(1)
-# Rows of the tables of queries and of keys: START and END (queries) or COORDINATE (keys) of each axis, then SEGMENT.
+# Rows of the tables of queries and of keys: START and WIDTH (queries) or COORDINATE (keys) of each axis, then SEGMENT.
+# START and WIDTH have their sign bit flipped: as int32, coordinate - START < WIDTH then is true iff the key is in the
+# interval, because below the interval the unsigned difference wraps to a large number.
 _SEGMENT = SUBLANES - 1
+_SIGN = np.int32(-(2**31))
 # What a step does, as bits.
 _FIRST, _LAST, _ACTIVE, _FULL = (np.int32(2**bit) for bit in range(4))
 _HEAD_BIT = np.int32(4)  # and above it the query head, among those of its key head
@@ -412,7 +415,8 @@ class Band:
         self.has_coordinates = pattern.coordinates is not None
         # Queries in the padding copy the last one's interval, so that they do not spoil a full tile; keys in it have
         # a coordinate that nobody sees.
-        bounds = [x[:, axis] for axis in range(self.axes) for x in (pattern.starts, pattern.ends)]
+        starts = pattern.starts - (pattern.starts - pattern.ends).clip(0)  # an empty interval begins where it ends
+        bounds = [x[:, axis] ^ _SIGN for axis in range(self.axes) for x in (starts, pattern.ends - starts)]
         query_ids, key_ids = segment_ids or (None, None)
         self.query_table = self._table(bounds, query_ids, self.padded_queries - num_queries, mode="edge")
         self.key_table = None
@@ -427,10 +431,9 @@ class Band:
 
     def read_queries(self, table: Any, numbers: Any) -> None:
         """Fills the scratch from the tile's table."""
-        columns = jnp.transpose(table[...])
         for place, ref in enumerate(numbers):
             row = place if place < 2 * self.axes else _SEGMENT
-            ref[...] = jnp.broadcast_to(columns[:, row : row + 1], ref.shape)
+            ref[...] = spread(table[row : row + 1, :])
 
     def rows_of(self, table: Any) -> list[Array]:
         """The same, a number a lane."""
@@ -588,10 +591,10 @@ def is_last(flags: Array) -> Array:
 def visible(band: Band, queries: Sequence[Array], keys: Array | None, first_key: Array, axis: int) -> Array:
     """bool, where a query sees a key; the keys lie along `axis` of the result, the queries along the other.
 
-    queries: START and END of each axis, then SEGMENT; each broadcasts against the result. keys: their table, a number a
-    row where axis is 1, a number a column where it is 0.
+    queries: START and WIDTH of each axis, then SEGMENT; each broadcasts against the result. keys: their table, a number
+    a row where axis is 1, a number a column where it is 0.
     """
-    shape = (band.block_q, band.block_k) if axis == 1 else (band.block_k, band.block_q)
+    keys_shape = (1, band.block_k) if axis == 1 else (band.block_k, 1)
 
     def of_key(row: int) -> Array:
         assert keys is not None
@@ -599,10 +602,11 @@ def visible(band: Band, queries: Sequence[Array], keys: Array | None, first_key:
 
     parts = []
     for number in range(band.axes):
-        start, end = queries[2 * number : 2 * number + 2]
-        place = of_key(number) if band.has_coordinates else first_key + lax.broadcasted_iota(jnp.int32, shape, axis)
-        after = place >= start
-        parts += [after | (place < band.sinks) if band.sinks else after, place < end]
+        start, width = queries[2 * number : 2 * number + 2]
+        number_of_key = first_key + lax.broadcasted_iota(jnp.int32, keys_shape, axis)
+        place = of_key(number) if band.has_coordinates else number_of_key
+        inside = place - start < width
+        parts.append(inside | (place < jnp.minimum(np.int32(band.sinks), start + width)) if band.sinks else inside)
     if band.segments:
         parts.append(queries[2 * band.axes] == of_key(_SEGMENT))
     return functools.reduce(jnp.logical_and, parts)
@@ -662,6 +666,11 @@ def _kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band) -> 
         out_ref[...] = (acc_ref[...] * over_lanes(inverse, acc_ref.shape[1])).astype(out_ref.dtype)
         lse = jnp.where(empty, np.float32(-np.inf), scale_ref[0, 0] * _LOG_2 * maximum + jnp.log(total))
         lse_ref[...] = jnp.transpose(lse)[:1]
+
+
+def spread(row: Array) -> Array:
+    """[1, rows] -> [rows, 128], equal over the lanes; a transposition costs less than a broadcast over lanes."""
+    return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))
 
 
 def over_lanes(x: Array, width: int) -> Array:

@@ -201,9 +201,8 @@ def _query_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Ban
     @pl.when(forward.is_first(flags))
     def _() -> None:
         acc_ref[...] = jnp.zeros_like(acc_ref)
-        numbers = jnp.transpose(numbers_ref[...])  # one query a sublane
         for row, ref in ((_LSE, lse_ref), (_DELTA, delta_ref)):
-            ref[...] = jnp.broadcast_to(numbers[:, row : row + 1], ref.shape)
+            ref[...] = forward.spread(numbers_ref[row : row + 1, :])
         band.read_queries(queries_ref, bounds)
 
     def accumulate(masked: bool) -> None:

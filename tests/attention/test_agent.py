@@ -276,6 +276,7 @@ def test_huge_logits_leave_values_and_gradients_finite(name, form):
     assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(run(*inputs)))
 
 
+@pytest.mark.slow  # the fast tests hold it to n^1.5, in test_contract.py
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_memory_is_linear_in_length(name):
     def temporary_bytes(length):

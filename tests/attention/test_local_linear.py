@@ -231,6 +231,7 @@ def test_decoding_equals_the_parallel_form(window):
     assert np.all(np.isnan(out[:, fits:]))
 
 
+@pytest.mark.slow  # the fast tests hold it to n^1.5, in test_contract.py
 def test_memory_grows_with_length_alone():
     def temporary(length, window):
         shape = jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)

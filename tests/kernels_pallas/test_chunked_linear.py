@@ -112,6 +112,7 @@ def test_strong_decays_and_repeated_keys_stay_exact(decay):
     assert_close(got, want, 1e-5)
 
 
+@pytest.mark.slow  # compiles for 20 s; the same seam is held by test_banded_flash.py
 def test_tangents_and_second_derivatives_are_the_blocked_form_s():
     arrays, _ = draw(130, decay="token", head_dim=8, value_dim=8)
 
