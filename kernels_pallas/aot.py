@@ -20,7 +20,14 @@ import numpy as np
 from jax.experimental import topologies
 
 from kernels_pallas import schedule
-from kernels_pallas.tpu import banded_covariance, banded_flash, banded_flash_backward, chunked_linear
+from kernels_pallas.tpu import (
+    banded_covariance,
+    banded_flash,
+    banded_flash_backward,
+    cached_flash,
+    chunked_linear,
+    linear_step,
+)
 
 # The smallest topology of each TPU generation that libtpu describes.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -186,6 +193,31 @@ def _chunked_linear(shape: Shape, *, decay: str | None, delta: bool, backward: b
     return Row(chunked_linear.chunked_linear_attention, arrays, vmem, {"chunked_linear_attention": grid})
 
 
+def _cached_flash(shape: Shape) -> Row:
+    """A step with a full cache of the window."""
+    cache = [jax.ShapeDtypeStruct((1, shape.window, shape.key_heads, shape.head_dim), shape.dtype)] * 2
+    query = jax.ShapeDtypeStruct((1, 1, shape.heads, shape.head_dim), shape.dtype)
+    visible, used = jax.ShapeDtypeStruct((1, shape.window), jnp.bool), jax.ShapeDtypeStruct((), jnp.int32)
+    vmem = cached_flash.vmem_bytes(
+        shape.window, shape.heads, shape.key_heads, shape.head_dim, shape.head_dim, shape.dtype
+    )
+    blocks = cached_flash.num_blocks(shape.window, shape.key_heads)
+    attend = functools.partial(cached_flash.cached_flash_attention, scale=shape.head_dim**-0.5)
+    return Row(
+        attend, [query, *cache, visible, used], vmem, {"cached_flash_attention": Grid(blocks, (1, blocks, 1), blocks)}
+    )
+
+
+def _linear_step(shape: Shape) -> Row:
+    state = jax.ShapeDtypeStruct((1, shape.heads, shape.head_dim, shape.head_dim), jnp.float32)
+    token = jax.ShapeDtypeStruct((1, shape.heads, shape.head_dim), jnp.float32)
+    beta = jax.ShapeDtypeStruct((1, shape.heads), jnp.float32)
+    steps = shape.heads // linear_step.block_heads(shape.heads, shape.head_dim, shape.head_dim)
+    vmem = linear_step.vmem_bytes(shape.heads, shape.head_dim, shape.head_dim)
+    grids = {"linear_step": Grid(steps, (steps,), steps)}
+    return Row(linear_step.linear_step, [state, token, token, token, token, beta], vmem, grids)
+
+
 def _splash(shape: Shape, *, backward: bool = False) -> Row:
     """JAX's own kernel for the same window at the same tiles, for comparison. Its layout is [N, T, H]; its mask counts
     keys before."""
@@ -242,6 +274,8 @@ KERNELS: dict[str, Callable[[Shape], Row]] = {
     },
     "covariance": _banded_covariance,
     "covariance gradients": _banded_covariance_gradients,
+    "decode, cache": _cached_flash,
+    "decode, linear": _linear_step,
 }
 # For comparison, JAX's.
 OTHERS: dict[str, Callable[[Shape], Row]] = {
@@ -293,16 +327,12 @@ def _measure(build: Callable[[Shape], Row], shape: Shape, tpu: str, collect: Cal
     found = collect(row.grids)
     seconds = f"{time.perf_counter() - started:.1f}"
     try:
-        cycles, bundles, matmuls, tiles = 0, 0.0, 0.0, 0
-        for name, grid in row.grids.items():
-            kernel = found[name]
-            cycles += kernel.cycles(grid.steps, grid.runs)
-            bundles += kernel.cycles(grid.steps, grid.runs)
-            matmuls += sum(n * run for n, run in zip(kernel.matmuls, grid.runs)) + kernel.step_matmuls * grid.steps
-            tiles = grid.tiles
+        counts = [found[name].cycles(grid.steps, grid.runs) for name, grid in row.grids.items()]
     except (KeyError, ValueError) as error:
         return ["yes", vmem, moved, "", f"unknown: {error}"[:60], "", seconds]
-    return ["yes", vmem, moved, f"{bundles / tiles:.0f}", f"{cycles:,}", f"{matmuls / bundles:.0%}", seconds]
+    cycles, matmuls = (sum(part) for part in zip(*counts))
+    (tiles,) = {grid.tiles for grid in row.grids.values()}
+    return ["yes", vmem, moved, f"{cycles / tiles:.0f}", f"{cycles:,}", f"{matmuls / cycles:.0%}", seconds]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ those that compute.
 
 import contextlib
 import glob
+import itertools
 import os
 import re
 import tempfile
@@ -37,16 +38,24 @@ class Schedule(NamedTuple):
     regions: tuple[int, ...]
     matmuls: tuple[int, ...]
 
-    def cycles(self, steps: int, runs: Sequence[int]) -> int:
-        """Of a call of this many grid steps, whose regions run so often each. Short bodies of pl.when may be no region
-        but predicated, and then they are in every step."""
-        if self.regions and len(runs) != len(self.regions):
+    def cycles(self, steps: int, runs: Sequence[int]) -> tuple[int, int]:
+        """Of a call of this many grid steps, whose bodies of pl.when run so often each; and of those cycles the ones
+        that issue a matrix product's instruction.
+
+        Short bodies may be predicated rather than skipped: they are in every step, and there are fewer regions than
+        bodies. Which ones is not known; what is returned is the most that it can be.
+        """
+        if len(self.regions) > len(runs):
             raise ValueError(f"runs: got {len(runs)} counts; the kernel has regions of {self.regions} bundles")
-        return (
-            self.before
-            + steps * self.step
-            + sum(size * int(run) for size, run in zip(self.regions, runs, strict=False))
-        )
+        totals = [
+            (
+                sum(size * int(run) for size, run in zip(self.regions, some, strict=True)),
+                sum(count * int(run) for count, run in zip(self.matmuls, some, strict=True)),
+            )
+            for some in itertools.combinations(runs, len(self.regions))
+        ]
+        bundles, matmuls = max(totals)
+        return self.before + steps * self.step + bundles, steps * self.step_matmuls + matmuls
 
 
 @contextlib.contextmanager

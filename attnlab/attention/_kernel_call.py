@@ -12,7 +12,7 @@ from attnlab.attention._tangent_call import tangent_call
 
 def kernel_call(
     kernel: Callable[..., tuple[Any, Any]],
-    gradients: Callable[..., Any],
+    gradients: Callable[..., Any] | None,
     blocked: Callable[..., Any],
     arrays: Any,
     fixed: Any = None,
@@ -22,7 +22,7 @@ def kernel_call(
 
     Args:
       kernel: (arrays, fixed, keep) -> (results, what gradients needs of them); with keep=False the second is not used.
-      gradients: (arrays, fixed, kept, cotangents of results) -> gradients, a pytree like arrays.
+      gradients: (arrays, fixed, kept, cotangents of results) -> gradients, a pytree like arrays. None: as the tangents.
       blocked: (arrays, fixed) -> the same results as the kernel's.
       arrays: pytree of floating arrays. fixed: pytree that has no derivative (segment ids).
     """
@@ -41,16 +41,18 @@ def kernel_call(
         arrays, fixed, _ = residuals
         return jax.jvp(lambda arrays: blocked(arrays, fixed), (arrays,), (tangents,))[1]
 
+    def of_blocked(residuals: Any, cotangents: Any) -> Any:
+        arrays, fixed, _ = residuals
+        return jax.vjp(lambda arrays: blocked(arrays, fixed), arrays)[1](cotangents)[0]
+
     @jax.custom_jvp
     def transpose(residuals: Any, cotangents: Any) -> Any:
+        if gradients is None:
+            return of_blocked(residuals, cotangents)
         return by_batch(gradients, batch, *residuals, cotangents)
 
     @transpose.defjvp
     def _(primals: Any, tangents: Any) -> Any:
-        def of_blocked(residuals: Any, cotangents: Any) -> Any:
-            arrays, fixed, _ = residuals
-            return jax.vjp(lambda arrays: blocked(arrays, fixed), arrays)[1](cotangents)[0]
-
         return transpose(*primals), jax.jvp(of_blocked, primals, tangents)[1]
 
     @attend.defjvp

@@ -88,12 +88,14 @@ def dilated_step(
     dilation: int,
     stride: int = 1,
     scale: float | None = None,
+    implementation: str | None = None,
 ) -> tuple[Array, LocalCache]:
     """The next token of causal dilated attention: a step of local attention in the token's residue group.
 
     Args:
       cache: from init_dilated_cache with the same window and dilation.
       query, key, value: the token's, [B, 1, N, H], [B, 1, K, H], [B, 1, K, V].
+      implementation: "xla", "pallas_tpu" or None.
 
     Returns:
       (out [B, 1, N, V], the cache with the token added). For stride > 1 see local_step.
@@ -104,7 +106,9 @@ def dilated_step(
     residue = cache.position % dilation
     keys, values = (lax.dynamic_index_in_dim(x, residue, axis=1, keepdims=False) for x in cache[:2])
     group = LocalCache(keys, values, cache.position // dilation)
-    out, group = local_step(group, query, key, value, window=window, stride=stride, scale=scale)
+    out, group = local_step(
+        group, query, key, value, window=window, stride=stride, scale=scale, implementation=implementation
+    )
     keys, values = (
         lax.dynamic_update_index_in_dim(old, new, residue, axis=1) for old, new in zip(cache[:2], group[:2])
     )

@@ -30,6 +30,7 @@ from attnlab.attention._checks import (
     shape_text,
 )
 from attnlab.attention._dispatch import Kernel, dispatch
+from attnlab.attention._kernel_call import kernel_call
 from attnlab.attention._softmax import softmax_parts
 
 Array = jax.Array
@@ -368,13 +369,20 @@ def check_step(query: Array, key: Array, value: Array, cached_key: Array, cached
 
 
 def dot_product_step(
-    cache: DotProductCache, query: Array, key: Array, value: Array, *, scale: float | None = None
+    cache: DotProductCache,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
 ) -> tuple[Array, DotProductCache]:
     """The next token of causal attention: the token's row of dot_product_attention(..., is_causal=True).
 
     Args:
       cache: of the tokens before.
       query, key, value: the token's, [B, 1, N, H], [B, 1, K, H], [B, 1, K, V].
+      implementation: "xla", "pallas_tpu" or None.
 
     Returns:
       (out [B, 1, N, V], the cache with the token added). Past max_length, which a compiled program cannot refuse, out
@@ -387,6 +395,67 @@ def dot_product_step(
     keys = lax.dynamic_update_slice(cache.key, key.astype(cache.key.dtype), at)
     values = lax.dynamic_update_slice(cache.value, value.astype(cache.value.dtype), at)
     visible = jnp.arange(keys.shape[1]) <= cache.length
-    out, _ = dense_attention(query, keys, values, visible=visible, scale=default_scale(scale, query.shape[-1]))
+    out = attend_to_cache(
+        "dot_product_step",
+        query,
+        keys,
+        values,
+        visible=visible,
+        used=cache.length + 1,
+        scale=default_scale(scale, query.shape[-1]),
+        implementation=implementation,
+    )
     out = jnp.where(cache.length < keys.shape[1], out, jnp.nan)
     return out, DotProductCache(keys, values, cache.length + 1)
+
+
+def attend_to_cache(
+    primitive: str,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    visible: Array,
+    used: Array,
+    scale: Any,
+    implementation: str | None,
+) -> Array:
+    """[B, 1, N, V]: a token's attention to a cache [B, S, K, H], [B, S, K, V].
+
+    visible: bool [S]. used: int [], no slot from this one on is visible.
+    """
+    # A row for each of the batch, so that devices share it as they share the batch.
+    visible = jnp.broadcast_to(visible, (query.shape[0], *visible.shape))
+    arrays = (query, key, value, visible, used, jnp.asarray(scale, accumulator_dtype(query, key, value)))
+    return dispatch(primitive, STEP_IMPLEMENTATIONS, implementation, *arrays)
+
+
+def _xla_step(query: Array, key: Array, value: Array, visible: Array, used: Array, scale: Array) -> Array:
+    return dense_attention(query, key, value, visible=visible[:, None, None], scale=scale)[0]
+
+
+def _pallas_tpu_step(query: Array, key: Array, value: Array, visible: Array, used: Array, scale: Array) -> Array:
+    from kernels_pallas.tpu.cached_flash import cached_flash_attention
+
+    def kernel(arrays: Any, fixed: Any, _: bool) -> tuple[Array, Any]:
+        *tokens, scale = arrays
+        return cached_flash_attention(*tokens, *fixed, scale=scale), ()
+
+    def plain(arrays: Any, fixed: Any) -> Array:
+        query, key, value, scale = arrays
+        visible, used = fixed
+        return _xla_step(query, key, value, visible, used, scale)
+
+    return kernel_call(kernel, None, plain, (query, key, value, scale), (visible, used))
+
+
+def _pallas_tpu_step_refusal(query: Any, key: Any, value: Any, *_: Any) -> str | None:
+    from kernels_pallas.tpu.cached_flash import refusal
+
+    return refusal(query, key, value)
+
+
+STEP_IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
+    "xla": _xla_step,
+    "pallas_tpu": Kernel(_pallas_tpu_step, _pallas_tpu_step_refusal),
+}

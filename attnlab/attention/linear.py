@@ -182,6 +182,7 @@ def linear_step(
     feature_map: FeatureMap = None,
     normalize: bool = False,
     scale: float | None = None,
+    implementation: str | None = None,
 ) -> tuple[Array, LinearState]:
     """One more token: linear_attention's next output and state, in O(F V) per head.
 
@@ -189,6 +190,7 @@ def linear_step(
       state: from init_linear_cache, an earlier step, or linear_attention(..., return_state=True).
       query, key, value: [B, 1, N, H], [B, 1, K, H], [B, 1, K, V].
       log_decay: [N], [B, 1, N] or [B, 1, N, F]. beta: [B, 1, N]. The rest as in linear_attention.
+      implementation: "xla", "pallas_tpu" or None.
 
     Returns:
       ([B, 1, N, V] in query's dtype, the state after this token).
@@ -196,15 +198,16 @@ def linear_step(
     check_query_key_value(query, key, value)
     require(query.shape[1] == 1, "query", shape_text(query), "need one token, [B, 1, N, H]")
     _check_options(query, log_decay, beta, feature_map, normalize, state, value.shape[-1], state_name="state")
-    return _reference(
+    return dispatch(
+        "linear_step",
+        STEP_IMPLEMENTATIONS,
+        implementation,
         query,
         key,
         value,
         log_decay,
         beta,
         jax.tree.map(lambda leaf: leaf.astype(accumulator_dtype(query, key, value)), state),
-        None,
-        is_causal=True,
         feature_map=feature_map,
         normalize=normalize,
         scale=default_scale(scale, query.shape[-1]),
@@ -572,4 +575,78 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
     "reference": _reference,
     "xla": _xla,
     "pallas_tpu": Kernel(_pallas_tpu, _pallas_tpu_refusal),
+}
+
+
+# --- A step of decoding -----------------------------------------------------------------------------------------------
+
+
+def _xla_step(
+    query: Array,
+    key: Array,
+    value: Array,
+    log_decay: Array | None,
+    beta: Array | None,
+    state: LinearState,
+    **options: Any,
+) -> tuple[Array, LinearState]:
+    return _reference(query, key, value, log_decay, beta, state, None, is_causal=True, **options)
+
+
+def _pallas_tpu_step(
+    query: Array,
+    key: Array,
+    value: Array,
+    log_decay: Array | None,
+    beta: Array | None,
+    state: LinearState,
+    *,
+    feature_map: FeatureMap,
+    normalize: bool,
+    scale: float | Array,
+) -> tuple[Array, LinearState]:
+    from kernels_pallas.tpu.linear_step import linear_step
+
+    out_dtype, heads = query.dtype, query.shape[2]
+    query, key = (x[:, 0] for x in apply_feature_map(feature_map, query, key, scale, jnp.float32))
+    key, value = (jnp.repeat(x, heads // x.shape[1], axis=1) for x in (key, value[:, 0].astype(jnp.float32)))
+    if log_decay is not None:
+        log_decay = log_decay.astype(jnp.float32)
+        log_decay = log_decay[:, 0] if log_decay.ndim > 1 else log_decay
+        log_decay = jnp.broadcast_to(log_decay if log_decay.ndim == 3 else log_decay[..., None], key.shape)
+    beta = None if beta is None else beta[:, 0].astype(jnp.float32)
+
+    def plain(arrays: Any, _: Any) -> Any:
+        kv, *now = arrays
+        query, key, value, log_decay, beta = jax.tree.map(lambda x: x[:, None], now)
+        state = LinearState(kv)
+        settings: Any = {"feature_map": None, "normalize": False, "scale": 1.0}
+        out, state = _xla_step(query, key, value, log_decay, beta, state, **settings)
+        return out[:, 0], state.kv
+
+    def kernel(arrays: Any, _: Any, keep: bool) -> Any:
+        kv, query, key, value, log_decay, beta = arrays
+        decay = None if log_decay is None else jnp.exp(log_decay)
+        return linear_step(kv, query, key, value, decay, beta), ()
+
+    out, kv = kernel_call(kernel, None, plain, (state.kv, query, key, value, log_decay, beta))
+    k_sum = state.k_sum
+    if k_sum is not None:
+        k_sum = (k_sum if log_decay is None else jnp.exp(log_decay) * k_sum) + key
+    if normalize:
+        out = out / (jnp.einsum("bnh,bnh->bn", query, k_sum)[..., None] + normalizer_epsilon(feature_map))
+    return out[:, None].astype(out_dtype), LinearState(kv, k_sum)
+
+
+def _pallas_tpu_step_refusal(
+    query: Any, key: Any, value: Any, log_decay: Any, beta: Any, state: LinearState, **_: Any
+) -> str | None:
+    from kernels_pallas.tpu.linear_step import refusal
+
+    return refusal(state.kv)
+
+
+STEP_IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
+    "xla": _xla_step,
+    "pallas_tpu": Kernel(_pallas_tpu_step, _pallas_tpu_step_refusal),
 }

@@ -38,7 +38,7 @@ from attnlab.attention._checks import (
 )
 from attnlab.attention._dispatch import Kernel, dispatch
 from attnlab.attention._softmax import softmax_parts
-from attnlab.attention.dot_product import check_segment_ids, check_step, dense_attention
+from attnlab.attention.dot_product import attend_to_cache, check_segment_ids, check_step, dense_attention
 
 Array = jax.Array
 
@@ -497,6 +497,7 @@ def local_step(
     sinks: int = 0,
     stride: int = 1,
     scale: float | None = None,
+    implementation: str | None = None,
 ) -> tuple[Array, LocalCache]:
     """The next token of causal local attention: its row of local_attention(..., is_causal=True).
 
@@ -506,6 +507,7 @@ def local_step(
     Args:
       cache: from init_local_cache with the same window and sinks.
       query, key, value: the token's, [B, 1, N, H], [B, 1, K, H], [B, 1, K, V].
+      implementation: "xla", "pallas_tpu" or None.
 
     Returns:
       (out [B, 1, N, V], the cache with the token added).
@@ -532,5 +534,14 @@ def local_step(
     start, _ = masks.window_bounds(position, position + 1, window=window, stride=stride, is_causal=True, edge="clip")
     in_slot = position - (position - jnp.arange(window)) % window  # the newest token that the slot holds
     visible = jnp.concatenate([jnp.arange(sinks) < start, in_slot >= start])
-    out, _ = dense_attention(query, keys, values, visible=visible, scale=default_scale(scale, query.shape[-1]))
+    out = attend_to_cache(
+        "local_step",
+        query,
+        keys,
+        values,
+        visible=visible,
+        used=sinks + jnp.minimum(position + 1, window),
+        scale=default_scale(scale, query.shape[-1]),
+        implementation=implementation,
+    )
     return out, LocalCache(keys, values, position + 1)

@@ -84,33 +84,27 @@ def test_values_and_gradients_are_those_in_float64(name, form):
 
 @every_form_slowly
 @every_mechanism
-def test_vmap_is_a_loop(name, form):
-    several = [MECHANISMS[name].inputs(seed=seed) for seed in range(2)]
+def test_vmap_scan_and_remat_are_a_loop(name, form):
+    """All three around the loss in one program, four inputs as [2 scanned, 2 mapped]: outputs and gradients."""
+    several = [MECHANISMS[name].inputs(seed=seed) for seed in range(4)]
     weights = expected(name)[1]
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *several)
-    run = jax.jit(jax.vmap(program(name, form), in_axes=(0, None)))
-    mapped = run(stacked, weights)
-    for number, arrays in enumerate(several):
-        assert_close(at(mapped, number), program(name, form)(arrays, weights))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves).reshape(2, 2, *leaves[0].shape), *several)
 
+    @jax.checkpoint
+    def loss(arrays):
+        out = MECHANISMS[name](arrays, form)
+        return jnp.sum(out * weights), out
 
-@every_form_slowly
-@every_mechanism
-def test_gradients_through_scan_and_remat_are_those_of_a_loop(name, form):
-    several = [MECHANISMS[name].inputs(seed=seed) for seed in range(2)]
-    weights = expected(name)[1]
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *several)
-
-    @jax.jit
     def scanned(stacked):
         def step(total, arrays):
-            return total + jax.checkpoint(loss_of(name, form))(arrays, weights), None
+            losses, outs = jax.vmap(loss)(arrays)
+            return total + jnp.sum(losses), outs
 
-        return jax.lax.scan(step, 0.0, stacked)[0]
+        return jax.lax.scan(step, 0.0, stacked)
 
-    gradients = jax.grad(scanned)(stacked)
+    gradients, outs = jax.jit(jax.grad(scanned, has_aux=True))(stacked)
     for number, arrays in enumerate(several):
-        assert_close(at(gradients, number), program(name, form)(arrays, weights)[1])
+        assert_close(at((outs, gradients), divmod(number, 2)), program(name, form)(arrays, weights))
 
 
 @every_form
@@ -170,8 +164,8 @@ def test_memory_does_not_grow_with_length_squared(name):
 
         return jax.jit(jax.grad(loss)).lower(shapes).compile().memory_analysis().temp_size_in_bytes, given
 
-    (small, _), (large, given) = temporary(32), temporary(64)
-    assert large < 8 * max(small, given), (small, large, given)
+    large, given = temporary(64)
+    assert large < 8 * given or large < 8 * temporary(32)[0]
 
 
 EDGES = {

@@ -1,0 +1,174 @@
+"""Kernels of a step of decoding, in TPU interpret mode, against the steps in plain JAX."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import attnlab
+from kernels_pallas.tpu import cached_flash
+from kernels_pallas.tpu.cached_flash import cached_flash_attention
+from tests.kernels_pallas.interpret import interpreted
+
+
+def draw(*shape, dtype=jnp.float32, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def token(batch, heads, key_heads, head_dim, value_dim, dtype=jnp.float32, seed=0):
+    shapes = [(batch, 1, heads, head_dim), (batch, 1, key_heads, head_dim), (batch, 1, key_heads, value_dim)]
+    return [draw(*shape, dtype=dtype, seed=seed + number) for number, shape in enumerate(shapes)]
+
+
+def local(fill, *, window, sinks=0, stride=1, heads=4, key_heads=2, dims=(16, 24), dtype=jnp.float32, batch=2):
+    """A step after `fill` tokens; slots that no token has written hold NaN, as they might."""
+    cache = attnlab.init_local_cache(
+        batch, key_heads, dims[0], window=window, sinks=sinks, value_dim=dims[1], dtype=dtype
+    )
+    key, value = (draw(*x.shape, dtype=dtype, seed=7) for x in cache[:2])
+    step = functools.partial(attnlab.local_step, window=window, sinks=sinks, stride=stride)
+    return (
+        step,
+        cache._replace(key=key, value=value, position=jnp.int32(fill)),
+        token(batch, heads, key_heads, *dims, dtype),
+    )
+
+
+def softmax(fill, *, length, heads=4, key_heads=1, dims=(16, 16), dtype=jnp.float32):
+    cache = attnlab.init_dot_product_cache(1, length, key_heads, dims[0], value_dim=dims[1], dtype=dtype)
+    key, value = (draw(*x.shape, dtype=dtype, seed=7) for x in cache[:2])
+    cache = cache._replace(key=key, value=value, length=jnp.int32(fill))
+    return attnlab.dot_product_step, cache, token(1, heads, key_heads, *dims, dtype)
+
+
+def dilated(fill, *, window, dilation):
+    cache = attnlab.init_dilated_cache(1, 2, 16, window=window, dilation=dilation)
+    key, value = (draw(*x.shape, seed=7) for x in cache[:2])
+    step = functools.partial(attnlab.dilated_step, window=window, dilation=dilation)
+    return step, cache._replace(key=key, value=value, position=jnp.int32(fill)), token(1, 2, 2, 16, 16)
+
+
+CACHES = {
+    "first token": lambda: local(0, window=40),
+    "full, wrapped": lambda: local(300, window=40),
+    "sinks": lambda: local(45, window=33, sinks=4),
+    "stride": lambda: local(45, window=16, stride=4),
+    "many blocks": lambda: local(1000, window=700, key_heads=4, batch=1),
+    "blocks unused": lambda: local(300, window=1500, key_heads=2, batch=1),
+    "three key heads": lambda: local(1000, window=900, heads=6, key_heads=3, batch=1),
+    "bfloat16": lambda: local(300, window=129, dims=(64, 64), dtype=jnp.bfloat16),
+    "softmax": lambda: softmax(100, length=3000),
+    "softmax, past the end": lambda: softmax(50, length=50),
+    "dilated": lambda: dilated(50, window=6, dilation=3),
+}
+QUICK = ("first token", "sinks", "blocks unused", "three key heads", "bfloat16", "dilated")
+
+
+@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CACHES])
+def test_a_step_equals_plain_jax_s(case):
+    step, cache, tokens = CACHES[case]()
+    out, after = interpreted(step, cache, *tokens, implementation="pallas_tpu")
+    want, want_after = step(cache, *tokens, implementation="xla")
+    tolerance = 2e-2 if out.dtype == jnp.bfloat16 else 1e-5
+    assert out.dtype == want.dtype
+    np.testing.assert_allclose(out.astype(jnp.float32), want.astype(jnp.float32), rtol=tolerance, atol=tolerance)
+    jax.tree.map(np.testing.assert_array_equal, after, want_after)
+
+
+def test_blocks_past_the_last_slot_in_use_are_not_read():
+    query, key, value = draw(1, 1, 2, 16), draw(1, 5000, 1, 16, seed=1), draw(1, 5000, 1, 16, seed=2)
+    unused = (jnp.arange(5000) >= 2048)[:, None, None]  # whole blocks
+    key, value = (jnp.where(unused, jnp.nan, x) for x in (key, value))
+    visible = (jnp.arange(5000) < 1500)[None]
+    out = interpreted(cached_flash_attention, query, key, value, visible, jnp.int32(1500), scale=0.3)
+    logits = 0.3 * jnp.einsum("bqnh,bskh->bns", query, key[:, :1500])
+    want = jnp.einsum("bns,bskh->bnh", jax.nn.softmax(logits), value[:, :1500])
+    np.testing.assert_allclose(out[:, 0], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 30.0])
+def test_any_scale(scale):
+    step, cache, tokens = CACHES["sinks"]()
+    step = functools.partial(step, scale=scale)
+    out, _ = interpreted(step, cache, *tokens, implementation="pallas_tpu")
+    np.testing.assert_allclose(out, step(cache, *tokens, implementation="xla")[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_of_local_attention_has_gradients():
+    step, cache, tokens = CACHES["sinks"]()
+
+    def gradients(implementation):
+        return jax.grad(
+            lambda *tokens: jnp.sum(step(cache, *tokens, implementation=implementation)[0] ** 2), (0, 1, 2)
+        )(*tokens)
+
+    for got, want in zip(interpreted(gradients, "pallas_tpu"), gradients("xla"), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+LINEAR = {
+    "plain": {},
+    "taylor2, normalised": {"feature_map": "taylor2", "normalize": True, "head_dim": 8},
+    "decay a head": {"decay": "head"},
+    "decay a token, bfloat16": {"decay": "token", "dtype": jnp.bfloat16},
+    "decay a channel, delta": {"decay": "channel", "delta": True, "value_dim": 130},
+    "gated delta, one head": {"decay": "token", "delta": True, "heads": 1, "key_heads": 1},
+    "seven heads": {"heads": 7, "key_heads": 7},
+    "sixteen heads": {"heads": 16, "key_heads": 4, "decay": "channel"},
+}
+QUICK_LINEAR = ("taylor2, normalised", "decay a token, bfloat16", "decay a channel, delta")
+
+
+def linear(
+    *, heads=4, key_heads=2, head_dim=16, value_dim=24, decay=None, delta=False, dtype=jnp.float32, batch=2, **options
+):
+    state = attnlab.init_linear_cache(batch, heads, head_dim, value_dim, **options)
+    state = jax.tree.map(lambda x: jnp.abs(draw(*x.shape, seed=5)), state)
+    query, key, value = token(batch, heads, key_heads, head_dim, value_dim, dtype)
+    shape = {"head": (heads,), "token": (batch, 1, heads), "channel": (batch, 1, heads, head_dim)}.get(decay)
+    gates = {} if shape is None else {"log_decay": -jnp.abs(draw(*shape, seed=8))}
+    gates |= {"beta": jax.nn.sigmoid(draw(batch, 1, heads, seed=9))} if delta else {}
+    return functools.partial(attnlab.linear_step, **gates, **options), state, (query, key / 4, value)
+
+
+@pytest.mark.parametrize("case", [c if c in QUICK_LINEAR else pytest.param(c, marks=pytest.mark.slow) for c in LINEAR])
+def test_a_linear_step_equals_plain_jax_s(case):
+    step, state, tokens = linear(**LINEAR[case])
+    got = interpreted(step, state, *tokens, implementation="pallas_tpu")
+    want = step(state, *tokens, implementation="xla")
+    tolerance = 1e-2 if got[0].dtype == jnp.bfloat16 else 1e-5
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
+
+
+def test_a_linear_step_has_gradients():
+    step, state, tokens = linear(decay="token", delta=True)
+
+    def gradients(implementation):
+        def loss(state, tokens):
+            out, after = step(state, *tokens, implementation=implementation)
+            return jnp.sum(out**2) + jnp.sum(after.kv**3)
+
+        return jax.grad(loss, (0, 1))(state, tokens)
+
+    for got, want in zip(
+        jax.tree.leaves(interpreted(gradients, "pallas_tpu")), jax.tree.leaves(gradients("xla")), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_step_cannot_serve_it_names():
+    step, cache, tokens = local(3, window=4)
+    with pytest.raises(ValueError, match="needs query and cache all bfloat16 or all float32, got float16"):
+        step(cache, *(x.astype(jnp.float16) for x in tokens), implementation="pallas_tpu")
+    with pytest.raises(ValueError, match="no such name"):
+        step(cache, *tokens, implementation="cuda")
+    wide = jax.ShapeDtypeStruct((1, 4096, 8, 4096), jnp.float32)
+    assert "MiB of VMEM" in cached_flash.refusal(jax.ShapeDtypeStruct((1, 1, 64, 4096), jnp.float32), wide, wide)
+    step, state, tokens = linear(head_dim=2048, value_dim=2048, heads=1, key_heads=1, batch=1)
+    with pytest.raises(ValueError, match="MiB of VMEM"):
+        step(state, *tokens, implementation="pallas_tpu")
