@@ -24,7 +24,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -228,8 +227,8 @@ def _specs(call: Call, query_of: Callable[..., Any], key_of: Callable[..., Any])
 class _Tile:
     """What all three kernels compute of a pair of tiles, [queries, keys] (transposed: [keys, queries])."""
 
-    def __init__(self, band: Band, refs: Any, first_key: Array, *, transposed: bool = False):
-        self.band, self.transposed, self.first_key = band, transposed, first_key
+    def __init__(self, band: Band, refs: Any, query_tile: Array, key_tile: Array, *, transposed: bool = False):
+        self.band, self.tiles, self.transposed = band, (query_tile, key_tile), transposed
         self.scale, self.queries, *refs = refs
         self.keys = None
         if band.key_table is not None:
@@ -255,9 +254,9 @@ class _Tile:
                 queries, keys = self.band.rows_of(self.queries), None if keys is None else jnp.transpose(keys)
             else:
                 columns = jnp.transpose(self.queries[...])
-                queries = [columns[:, row : row + 1] for row in range(2 * self.band.axes)]
+                queries = [columns[:, row : row + 1] for row in self.band.rows]
             axis = 0 if self.transposed else 1
-            sees = forward.visible(self.band, queries, keys, self.first_key, axis=axis)
+            sees = forward.visible(self.band, *self.tiles, queries, keys, axis=axis)
             logits = jnp.where(sees, logits, forward.MASKED)
         return jnp.exp(logits - self.number(_LSE))
 
@@ -290,7 +289,7 @@ def _clear(flags: Array, *sums: Any) -> None:
 
 
 def _forward_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band) -> None:
-    tile = _Tile(band, refs, column * np.int32(band.block_k))
+    tile = _Tile(band, refs, row, column)
     out_ref, total = tile.rest
     _clear(flags, total)
 
@@ -305,7 +304,7 @@ def _forward_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: B
 
 
 def _query_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band) -> None:
-    tile = _Tile(band, refs, column * np.int32(band.block_k))
+    tile = _Tile(band, refs, row, column)
     gradient_ref, query_out, direction_out, to_query, to_direction = tile.rest
     _clear(flags, to_query, to_direction)
 
@@ -324,7 +323,7 @@ def _query_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Ban
 
 
 def _key_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band) -> None:
-    tile = _Tile(band, refs, row * np.int32(band.block_k), transposed=True)
+    tile = _Tile(band, refs, column, row, transposed=True)
     gradient_ref, key_out, value_out, to_key, to_value = tile.rest
     _clear(flags, to_key, to_value)
 

@@ -99,6 +99,8 @@ class Pattern:
 
     starts, ends: int32 [lists, axes, T]. coordinates: int32 [lists, axes, S], of one axis None: the key's number.
     by_query: pairs (query tile, key tile); by_key: the same pairs as (key tile, query tile).
+    diagonals: (offset, width) where query t sees the keys t + offset <= s < t + offset + width that there are, and the
+    sinks: then the kernels read no bounds.
     """
 
     starts: Any
@@ -109,6 +111,7 @@ class Pattern:
     block_q: int
     block_k: int
     sinks: int = 0
+    diagonals: tuple[int, int] | None = None
 
 
 def intervals(starts: Any, ends: Any, num_keys: int, *, sinks: int = 0, block_q: int, block_k: int) -> Pattern:
@@ -116,10 +119,25 @@ def intervals(starts: Any, ends: Any, num_keys: int, *, sinks: int = 0, block_q:
 
     Exact: a pair is listed iff some query sees some key. O(T + query tiles x key tiles) time and memory.
     """
-    starts, ends = _without_sinks(starts, ends, num_keys, sinks)
+    starts, ends = np.maximum(np.asarray(starts), 0), np.minimum(np.asarray(ends), num_keys)
+    diagonals = _diagonals(starts, ends, num_keys, block_k)
+    starts = np.where(starts <= sinks, 0, starts)  # an interval that touches the sinks begins with them
     visited, full = _pairs(starts, ends, num_keys, sinks, block_q, block_k)
     first, end = (x.astype(np.int32)[None, None] for x in (starts, ends))
-    return Pattern(first, end, None, *_both_ways(visited, full), block_q, block_k, sinks)
+    return Pattern(first, end, None, *_both_ways(visited, full), block_q, block_k, sinks, diagonals)
+
+
+def _diagonals(starts: np.ndarray, ends: np.ndarray, num_keys: int, block_k: int) -> tuple[int, int] | None:
+    """Pattern.diagonals of these intervals, or None if they are no band."""
+    query = np.arange(len(starts))
+    cut_starts, cut_ends = starts == 0, ends == num_keys
+    offset = -len(starts) if cut_starts.all() else int((starts - query)[~cut_starts][0])
+    end = num_keys if cut_ends.all() else int((ends - query)[~cut_ends][0])
+    seen_past_the_end = num_keys % block_k and query[-1] + end > num_keys
+    is_band = np.array_equal(starts, np.maximum(query + offset, 0)) and np.array_equal(
+        ends, np.minimum(query + end, num_keys)
+    )
+    return (offset, end - offset) if is_band and end > offset and not seen_past_the_end else None
 
 
 def boxes(bounds: Sequence[tuple[np.ndarray, np.ndarray]], tile: Sequence[int]) -> Pattern:
@@ -234,12 +252,6 @@ def list_visits(visited: np.ndarray, full: np.ndarray) -> Visits:
     flags = _ACTIVE * visited[rows, columns] + _FULL * full[rows, columns]
     flags += _FIRST * (np.diff(rows, prepend=-1) != 0) + _LAST * (np.diff(rows, append=-1) != 0)
     return Visits(*(x.astype(np.int32)[None] for x in (rows, columns, flags)))
-
-
-def _without_sinks(starts: Any, ends: Any, num_keys: int, sinks: int) -> tuple[np.ndarray, np.ndarray]:
-    """The intervals cut to the keys there are; one that touches the sinks begins at 0."""
-    starts, ends = np.maximum(np.asarray(starts), 0), np.minimum(np.asarray(ends), num_keys)
-    return np.where(starts <= sinks, 0, starts), ends
 
 
 def default_blocks(query: Any, key: Any, value: Any) -> tuple[int, int]:
@@ -411,7 +423,9 @@ class Band:
         self.block_q, self.block_k, self.itemsize = pattern.block_q, pattern.block_k, query.dtype.itemsize
         self.key_width, self.value_width = padded_width(head_dim), padded_width(value_dim)
         self.padded_queries, self.padded_keys = round_up(num_queries, self.block_q), round_up(num_keys, self.block_k)
-        self.axes = pattern.starts.shape[1]
+        self.axes, self.diagonals = pattern.starts.shape[1], pattern.diagonals
+        # The table's rows that the kernels read.
+        self.rows = [*range(0 if self.diagonals else 2 * self.axes), *([_SEGMENT] if self.segments else [])]
         self.has_coordinates = pattern.coordinates is not None
         # Queries in the padding copy the last one's interval, so that they do not spoil a full tile; keys in it have
         # a coordinate that nobody sees.
@@ -427,18 +441,16 @@ class Band:
 
     def query_numbers(self) -> list[Any]:
         """Scratch for what tells a query's keys: a number a row, repeated over the lanes."""
-        return [pltpu.VMEM((self.block_q, LANES), jnp.int32)] * (2 * self.axes + self.segments)
+        return [pltpu.VMEM((self.block_q, LANES), jnp.int32)] * len(self.rows)
 
     def read_queries(self, table: Any, numbers: Any) -> None:
         """Fills the scratch from the tile's table."""
-        for place, ref in enumerate(numbers):
-            row = place if place < 2 * self.axes else _SEGMENT
+        for row, ref in zip(self.rows, numbers, strict=True):
             ref[...] = spread(table[row : row + 1, :])
 
     def rows_of(self, table: Any) -> list[Array]:
         """The same, a number a lane."""
-        rows = [*range(2 * self.axes), *([_SEGMENT] if self.segments else [])]
-        return [table[row : row + 1, :] for row in rows]
+        return [table[row : row + 1, :] for row in self.rows]
 
     def numbers(self, rows: dict[int, Array]) -> Array:
         """[B, T, N] by row -> float32 [B, N, 8, T']."""
@@ -588,13 +600,18 @@ def is_last(flags: Array) -> Array:
     return has(flags, _LAST)
 
 
-def visible(band: Band, queries: Sequence[Array], keys: Array | None, first_key: Array, axis: int) -> Array:
+def visible(
+    band: Band, query_tile: Array, key_tile: Array, queries: Sequence[Array], keys: Array | None, axis: int
+) -> Array:
     """bool, where a query sees a key; the keys lie along `axis` of the result, the queries along the other.
 
-    queries: START and WIDTH of each axis, then SEGMENT; each broadcasts against the result. keys: their table, a number
-    a row where axis is 1, a number a column where it is 0.
+    queries: the numbers of band.rows; each broadcasts against the result. keys: their table, a number a row where axis
+    is 1, a number a column where it is 0.
     """
-    keys_shape = (1, band.block_k) if axis == 1 else (band.block_k, 1)
+
+    def places(tile: Array, block: int, axis: int, shift: int = 0) -> Array:
+        shape = (1, block) if axis == 1 else (block, 1)
+        return tile * np.int32(block) + np.int32(shift) + lax.broadcasted_iota(jnp.int32, shape, axis)
 
     def of_key(row: int) -> Array:
         assert keys is not None
@@ -602,13 +619,16 @@ def visible(band: Band, queries: Sequence[Array], keys: Array | None, first_key:
 
     parts = []
     for number in range(band.axes):
-        start, width = queries[2 * number : 2 * number + 2]
-        number_of_key = first_key + lax.broadcasted_iota(jnp.int32, keys_shape, axis)
-        place = of_key(number) if band.has_coordinates else number_of_key
+        if band.diagonals:
+            start = places(query_tile, band.block_q, 1 - axis, band.diagonals[0]) ^ _SIGN
+            width: Any = np.int32(band.diagonals[1]) ^ _SIGN
+        else:
+            start, width = queries[2 * number : 2 * number + 2]
+        place = of_key(number) if band.has_coordinates else places(key_tile, band.block_k, axis)
         inside = place - start < width
         parts.append(inside | (place < jnp.minimum(np.int32(band.sinks), start + width)) if band.sinks else inside)
     if band.segments:
-        parts.append(queries[2 * band.axes] == of_key(_SEGMENT))
+        parts.append(queries[-1] == of_key(_SEGMENT))
     return functools.reduce(jnp.logical_and, parts)
 
 
@@ -640,7 +660,7 @@ def _kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band) -> 
         if masked:
             queries = [over_lanes(ref[...], band.block_k) for ref in numbers]
             keys = None if keys_ref is None else keys_ref[...]
-            sees = visible(band, queries, keys, column * np.int32(band.block_k), axis=1)
+            sees = visible(band, row, column, queries, keys, axis=1)
             products = jnp.where(sees, products, MASKED)
         old_maximum = maximum_ref[...]
         maximum = jnp.maximum(old_maximum, jnp.max(products, axis=1, keepdims=True))
@@ -664,8 +684,12 @@ def _kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band) -> 
         total = jnp.where(empty, _ONE, total)
         inverse = jnp.where(empty, np.float32(0), _ONE / total)
         out_ref[...] = (acc_ref[...] * over_lanes(inverse, acc_ref.shape[1])).astype(out_ref.dtype)
-        lse = jnp.where(empty, np.float32(-np.inf), scale_ref[0, 0] * _LOG_2 * maximum + jnp.log(total))
-        lse_ref[...] = jnp.transpose(lse)[:1]
+        # Both in one transposition, of which a row each is read.
+        lanes = lax.broadcasted_iota(jnp.int32, maximum.shape, 1)
+        both = jnp.transpose(jnp.where(lanes == 0, maximum, total))
+        maximum, total = both[:1], both[1:2]
+        lse = scale_ref[0, 0] * _LOG_2 * maximum + jnp.log(total)
+        lse_ref[...] = jnp.where(maximum <= MASKED, np.float32(-np.inf), lse)
 
 
 def spread(row: Array) -> Array:

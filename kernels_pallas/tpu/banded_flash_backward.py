@@ -211,7 +211,7 @@ def _query_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Ban
         if masked:
             queries = [forward.over_lanes(ref[...], band.block_k) for ref in bounds]
             keys = None if keys_ref is None else keys_ref[...]
-            sees = forward.visible(band, queries, keys, column * np.int32(band.block_k), axis=1)
+            sees = forward.visible(band, row, column, queries, keys, axis=1)
             logits = jnp.where(sees, logits, forward.MASKED)
         weights = jnp.exp2(logits - forward.over_lanes(lse_ref[...], band.block_k))
         products = common.dot(gradient_ref[...], value_ref[...], contract=(1, 1))
@@ -258,7 +258,7 @@ def _key_value_kernel(row: Array, column: Array, flags: Array, *refs: Any, band:
         if masked:
             keys = None if keys_ref is None else jnp.transpose(keys_ref[...])
             queries = band.rows_of(queries_ref)
-            sees = forward.visible(band, queries, keys, row * np.int32(band.block_k), axis=0)
+            sees = forward.visible(band, column, row, queries, keys, axis=0)
             logits = jnp.where(sees, logits, forward.MASKED)
         weights = jnp.exp2(logits - numbers_ref[_LSE : _LSE + 1, :])
         value_acc_ref[...] += common.dot(weights.astype(gradient.dtype), gradient, contract=(1, 0))

@@ -111,6 +111,29 @@ def test_a_query_without_keys_gives_zero_and_other_tiles_are_never_read():
     np.testing.assert_allclose(lse[:, 130:140], jax.nn.logsumexp(logits, axis=-1), rtol=1e-5, atol=1e-5)
 
 
+@given(
+    lengths=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    offset=st.integers(-320, 320),
+    width=st.integers(1, 320),
+    shifted=st.none() | st.integers(0, 299),
+)
+def test_a_band_is_recognised_and_nothing_else(lengths, offset, width, shifted):
+    queries, keys = lengths
+    starts = np.maximum(np.arange(queries) + offset, 0)
+    ends = np.minimum(np.arange(queries) + offset + width, keys)
+    if shifted is not None:
+        starts[shifted % queries] += 1
+    found = intervals(starts, ends, keys, block_q=128, block_k=128).diagonals
+    tiled = np.arange(-(-keys // 128) * 128)  # the kernel's keys, with padding
+    sees = (starts[:, None] <= tiled) & (tiled < ends[:, None])
+    if found is None:
+        past_the_end = keys % 128 != 0 and queries - 1 + offset + width > keys
+        assert shifted is not None or past_the_end or not sees.any() or (ends <= starts).any()
+    else:
+        first = (np.arange(queries) + found[0])[:, None]
+        assert np.array_equal(sees, (first <= tiled) & (tiled < first + found[1]))
+
+
 def test_sinks_are_seen_before_the_end_of_an_empty_interval_too():
     starts, ends = np.array([9, 9, 3, 0] * 32), np.array([2, 0, 12, 0] * 32)
     query, key, value = draw_arrays(128)

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpret import interpreted
 
 import attnlab
 from kernels_pallas.tpu import cached_flash
 from kernels_pallas.tpu.cached_flash import cached_flash_attention
-from tests.kernels_pallas.interpret import interpreted
 
 
 def draw(*shape, dtype=jnp.float32, seed=0):
