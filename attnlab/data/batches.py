@@ -10,7 +10,7 @@ import numpy as np
 
 def endless(source: Any, batch_size: int, seed: int) -> grain.IterDataset:
     """Batches for training, without end: each epoch in an order of its own that the seed decides."""
-    return _prefetched(grain.MapDataset.source(source).shuffle(seed=seed).repeat().batch(batch_size))
+    return prefetched(grain.MapDataset.source(source).shuffle(seed=seed).repeat().batch(batch_size))
 
 
 def one_pass(source: Any, batch_size: int) -> grain.IterDataset:
@@ -18,10 +18,11 @@ def one_pass(source: Any, batch_size: int) -> grain.IterDataset:
 
     Every batch has "weight", float32 [batch]: 1 for an example, 0 for the copies that fill the last batch up.
     """
-    return _prefetched(grain.MapDataset.source(_Filled(source, batch_size)).batch(batch_size))
+    return prefetched(grain.MapDataset.source(_Filled(source, batch_size)).batch(batch_size))
 
 
-def _prefetched(batches: grain.MapDataset) -> grain.IterDataset:
+def prefetched(batches: grain.MapDataset) -> grain.IterDataset:
+    """The batches in order, some drawn ahead by a thread."""
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
 
 

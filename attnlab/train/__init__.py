@@ -1,6 +1,15 @@
 """Training: tasks, and a loop that goes on where it stopped."""
 
 from attnlab.train.loop import Experiment, OptimizerOptions, Result, train
-from attnlab.train.tasks import ImageClassificationTask, LanguageTask, Task
+from attnlab.train.tasks import ImageClassificationTask, LanguageTask, SequenceTask, Task
 
-__all__ = ["Experiment", "ImageClassificationTask", "LanguageTask", "OptimizerOptions", "Result", "Task", "train"]
+__all__ = [
+    "Experiment",
+    "ImageClassificationTask",
+    "LanguageTask",
+    "OptimizerOptions",
+    "Result",
+    "SequenceTask",
+    "Task",
+    "train",
+]

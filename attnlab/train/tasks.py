@@ -40,6 +40,16 @@ def _weighted_means(batch: Batch, **metrics: jax.Array) -> dict[str, jax.Array]:
     return {name: jnp.sum(values * weight) / jnp.sum(weight) for name, values in metrics.items()}
 
 
+def _sequence_costs(model: LanguageModel, length: int) -> dict[str, Any]:
+    return {
+        "unit": "token",
+        "units": length,
+        "flops": model.flops(length) / length,
+        "state_size": model.state_size(length),
+        "length": length,
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class LanguageTask:
     """Next-byte prediction: mean cross entropy in nats a byte."""
@@ -72,14 +82,69 @@ class LanguageTask:
         return {**self.corpus.describe(), "sequence length": self.sequence_length}
 
     def costs(self, model: LanguageModel) -> dict[str, Any]:
-        length = self.sequence_length
-        return {
-            "unit": "token",
-            "units": length,
-            "flops": model.flops(length) / length,
-            "state_size": model.state_size(length),
-            "length": length,
-        }
+        return _sequence_costs(model, self.sequence_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceTask:
+    """Synthetic sequences (attnlab.data.sequences): mean cross entropy, in nats, of the places that are asked for.
+
+    "accuracy" is their share answered right, "solved" that of examples with every answer right. Evaluation also tells
+    accuracy by the source's groups: with a batch size that is a multiple of their number these are exact means.
+
+    Args:
+      source: draws the examples.
+      validation_examples: the same ones for every seed.
+    """
+
+    source: data.SequenceSource
+    validation_examples: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.validation_examples < 1:
+            raise ValueError(f"validation_examples: got {self.validation_examples}; need at least 1")
+
+    def batches(self, split: str, batch_size: int, seed: int) -> grain.IterDataset:
+        return data.sequence_batches(
+            self.source, split, batch_size=batch_size, seed=seed, validation_examples=self.validation_examples
+        )
+
+    def loss(
+        self, model: LanguageModel, batch: Batch, *, key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        # Logits are computed where they are asked for, which is at few places of many.
+        places = jnp.argsort(batch["targets"] == data.IGNORED, axis=-1, stable=True)[:, : self.source.answers]
+        targets = jnp.take_along_axis(batch["targets"], places, axis=-1)
+        asked = targets != data.IGNORED
+        logits = model(batch["inputs"], places=places, key=key)
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+        right = asked & (jnp.argmax(logits, axis=-1) == targets)
+        count = jnp.sum(asked, axis=-1)
+        accuracy = jnp.sum(right, axis=-1) / count
+        means = _weighted_means(
+            batch,
+            loss=jnp.sum(losses * asked, axis=-1) / count,
+            accuracy=accuracy,
+            solved=jnp.sum(right, axis=-1) == count,
+        )
+        if key is None:
+            weight = data.weight_of(batch)
+            for number, name in enumerate(self.source.groups):
+                inside = weight * (batch["group"] == number)
+                means[f"accuracy, {name}"] = jnp.sum(accuracy * inside) / jnp.maximum(jnp.sum(inside), 1)
+        return means["loss"], means
+
+    def inputs(self, batch_size: int) -> Batch:
+        tokens = jax.ShapeDtypeStruct((batch_size, self.source.length), jnp.int32)
+        group = {"group": jax.ShapeDtypeStruct((batch_size,), jnp.int32)} if self.source.groups else {}
+        return {"inputs": tokens, "targets": tokens, **group}
+
+    def describe(self) -> dict[str, Any]:
+        options = dataclasses.asdict(self.source)  # type: ignore[call-overload]
+        return {"source": type(self.source).__name__, **options, "validation examples": self.validation_examples}
+
+    def costs(self, model: LanguageModel) -> dict[str, Any]:
+        return _sequence_costs(model, self.source.length)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import attnlab
 from attnlab import local_attention
 from kernels_pallas import aot
 
@@ -35,6 +36,26 @@ def test_none_takes_the_kernel_on_a_tpu(tpu):
     calls = [line for line in gradient.as_text().splitlines() if KERNEL in line]
     for name in ("banded_flash_attention", "banded_flash_query_gradient", "banded_flash_key_value_gradients"):
         assert any(name in line for line in calls), name
+
+
+@pytest.mark.parametrize("tpu", ["v5p", "v6e"])
+def test_decoding_in_a_scan_takes_the_kernels(tpu):
+    def decode(window, state, tokens):
+        def step(caches, token):
+            window, state = caches
+            near, window = attnlab.local_step(window, *token, window=70)
+            far, state = attnlab.linear_step(state, *token, log_decay=jnp.full(4, -0.1))
+            return (window, state), near + far
+
+        return jax.lax.scan(step, (window, state), tokens)
+
+    window, state = jax.eval_shape(
+        lambda: (attnlab.init_local_cache(2, 2, 80, window=70, dtype=jnp.bfloat16), attnlab.init_linear_cache(2, 4, 80))
+    )
+    tokens = [jax.ShapeDtypeStruct((9, 2, 1, heads, 80), jnp.bfloat16) for heads in (4, 2, 2)]
+    compiled = aot.compile_for_tpu(decode, window, state, tokens, tpu=tpu).as_text()
+    assert "cached_flash_attention" in compiled
+    assert "linear_step" in compiled
 
 
 def test_vmap_and_x64_compile():

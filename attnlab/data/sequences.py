@@ -1,0 +1,287 @@
+"""Synthetic sequences that ask for one ability each: recall, copying, selecting, following a state.
+
+An example is {"inputs": int32 [length], "targets": int32 [length]}, a target of -1 asking nothing; some sources add
+"group", int32, by which accuracy is told apart. Example i of a seed is always the same and is drawn when it is asked
+for, so that training never sees one twice and nothing is stored.
+"""
+
+import dataclasses
+import itertools
+from typing import Any, ClassVar, Protocol
+
+import grain
+import numpy as np
+
+from attnlab.data.batches import one_pass, prefetched
+
+IGNORED = -1
+# Validation is the same for all seeds of training. Seeds of training count up from 0 and do not reach it.
+_VALIDATION_SEED = 2**31
+_ENDLESS = 2**31 - 1
+
+
+class SequenceSource(Protocol):
+    """What draws examples.
+
+    length, vocabulary: of inputs and targets. answers: places that an example asks for, at most. groups: names of the
+    numbers in "group", or empty.
+    """
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def answers(self) -> int: ...
+
+    @property
+    def groups(self) -> tuple[str, ...]: ...
+
+    def draw(self, rng: np.random.Generator, index: int) -> dict[str, np.ndarray]:
+        """Example number `index`, from this stream."""
+
+
+def sequence_batches(
+    source: SequenceSource, split: str, *, batch_size: int, seed: int, validation_examples: int
+) -> grain.IterDataset:
+    """Batches of examples: "train" without end, never an example twice; "validation" one pass over its own."""
+    if split == "train":
+        return prefetched(grain.MapDataset.source(_Drawn(source, seed, _ENDLESS)).batch(batch_size))
+    return one_pass(_Drawn(source, _VALIDATION_SEED, validation_examples), batch_size)
+
+
+class _Drawn(grain.sources.RandomAccessDataSource):
+    def __init__(self, source: SequenceSource, seed: int, count: int):
+        self._source, self._seed, self._count = source, seed, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self._source.draw(np.random.default_rng((self._seed, index)), index)
+
+
+def _example(inputs: np.ndarray, targets: np.ndarray, **more: int) -> dict[str, np.ndarray]:
+    return {name: np.asarray(x, np.int32) for name, x in {"inputs": inputs, "targets": targets, **more}.items()}
+
+
+def _need(condition: bool, name: str, value: Any, needed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}: got {value}; {needed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiQueryRecall:
+    """MQAR (Arora et al. 2023, Zoology): k1 v1 ... kN vN, then keys again at places drawn from a power law, each asking
+    for its value; the places between hold random tokens.
+
+    Args:
+      length, pairs: length >= 4 pairs. An example whose `pairs` is a tuple draws one of its numbers by index, and the
+        accuracy is told by it.
+      vocabulary: keys from [1, vocabulary / 2), values from [vocabulary / 2, vocabulary).
+      power: a; slot i of the queries is drawn in proportion to i^(a - 1), so small a asks early.
+    """
+
+    length: int = 64
+    pairs: int | tuple[int, ...] = 4
+    vocabulary: int = 8192
+    power: float = 0.01
+
+    def __post_init__(self) -> None:
+        most = max(self._pairs)
+        _need(min(self._pairs) >= 1, "pairs", self.pairs, "need at least 1")
+        _need(
+            self.length % 2 == 0 and self.length >= 4 * most, "length", self.length, f"need an even one >= {4 * most}"
+        )
+        _need(self.vocabulary // 2 > most, "vocabulary", self.vocabulary, f"need more than {2 * most}")
+
+    @property
+    def _pairs(self) -> tuple[int, ...]:
+        return (self.pairs,) if isinstance(self.pairs, int) else tuple(self.pairs)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return () if isinstance(self.pairs, int) else tuple(f"{pairs} pairs" for pairs in self.pairs)
+
+    @property
+    def answers(self) -> int:
+        return max(self._pairs)
+
+    def draw(self, rng: np.random.Generator, index: int) -> dict[str, np.ndarray]:
+        group = index % len(self._pairs)
+        pairs, half = self._pairs[group], self.vocabulary // 2
+        keys = 1 + rng.choice(half - 1, pairs, replace=False)
+        values = half + rng.choice(self.vocabulary - half, pairs, replace=False)
+        inputs = rng.integers(self.vocabulary, size=self.length)
+        inputs[0 : 2 * pairs : 2], inputs[1 : 2 * pairs : 2] = keys, values
+        slots = np.arange(1, (self.length - 2 * pairs) // 2 + 1)
+        chance = slots ** (self.power - 1.0)
+        asked = 2 * pairs + 2 * rng.choice(len(slots), pairs, replace=False, p=chance / chance.sum())
+        targets = np.full(self.length, IGNORED)
+        inputs[asked], targets[asked] = keys, values
+        return _example(inputs, targets, **({"group": group} if self.groups else {}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """Random tokens, a separator, and the tokens again: all of the second time is asked for.
+
+    length: even; half of it tokens. vocabulary: the separator is token 0.
+    """
+
+    length: int = 64
+    vocabulary: int = 32
+    groups: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        _need(self.length % 2 == 0 and self.length >= 2, "length", self.length, "need an even one, at least 2")
+        _need(self.vocabulary >= 2, "vocabulary", self.vocabulary, "need at least 2")
+
+    @property
+    def answers(self) -> int:
+        return self.length // 2
+
+    def draw(self, rng: np.random.Generator, index: int) -> dict[str, np.ndarray]:
+        half = self.length // 2
+        tokens = rng.integers(1, self.vocabulary, size=half)
+        inputs = np.concatenate([tokens, [0], tokens[:-1]])
+        return _example(inputs, np.concatenate([np.full(half, IGNORED), tokens]))
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectiveCopy:
+    """Tokens scattered among blanks, then as many separators, at which the tokens are asked for in order (Gu and Dao
+    2023): what to keep depends on the content.
+
+    length: of it all. tokens: how many are to be copied. vocabulary: 0 is the blank, 1 the separator.
+    """
+
+    length: int = 128
+    tokens: int = 16
+    vocabulary: int = 32
+    groups: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        _need(1 <= self.tokens <= self.length // 2, "tokens", self.tokens, f"need 1 to {self.length // 2}")
+        _need(self.vocabulary >= 3, "vocabulary", self.vocabulary, "need at least 3")
+
+    @property
+    def answers(self) -> int:
+        return self.tokens
+
+    def draw(self, rng: np.random.Generator, index: int) -> dict[str, np.ndarray]:
+        before = self.length - self.tokens
+        tokens = rng.integers(2, self.vocabulary, size=self.tokens)
+        inputs, targets = np.zeros(self.length, int), np.full(self.length, IGNORED)
+        inputs[np.sort(rng.choice(before, self.tokens, replace=False))] = tokens
+        inputs[before:], targets[before:] = 1, tokens
+        return _example(inputs, targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Induction:
+    """Random tokens in which a trigger comes twice, the second time at the end: what followed the first is asked for
+    (Fu et al. 2023).
+
+    vocabulary: 0 is the trigger.
+    """
+
+    length: int = 64
+    vocabulary: int = 32
+    groups: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        _need(self.length >= 3, "length", self.length, "need at least 3")
+        _need(self.vocabulary >= 2, "vocabulary", self.vocabulary, "need at least 2")
+
+    @property
+    def answers(self) -> int:
+        return 1
+
+    def draw(self, rng: np.random.Generator, index: int) -> dict[str, np.ndarray]:
+        inputs = rng.integers(1, self.vocabulary, size=self.length)
+        first = rng.integers(self.length - 2)
+        inputs[[first, self.length - 1]] = 0
+        targets = np.full(self.length, IGNORED)
+        targets[-1] = inputs[first + 1]
+        return _example(inputs, targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Permutations:
+    """Composition of permutations of `points` things (3: S3, 5: S5): at every place the product of all so far is asked
+    for, which takes a state (Merrill et al. 2024).
+
+    An input is the number of a permutation in lexicographic order; the target is p_t o ... o p_1.
+    """
+
+    length: int = 32
+    points: int = 3
+    groups: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        _need(self.length >= 1, "length", self.length, "need at least 1")
+        _need(2 <= self.points <= 6, "points", self.points, "need 2 to 6")
+
+    @property
+    def vocabulary(self) -> int:
+        return len(_permutations(self.points))
+
+    @property
+    def answers(self) -> int:
+        return self.length
+
+    def draw(self, rng: np.random.Generator, index: int) -> dict[str, np.ndarray]:
+        table = _permutations(self.points)
+        inputs = rng.integers(len(table), size=self.length)
+        digits = self.points ** np.arange(self.points)  # a permutation as a number, to find it in the table
+        numbers = {int(code): number for number, code in enumerate(table @ digits)}
+        products = itertools.accumulate(table[inputs], lambda before, now: now[before])
+        return _example(inputs, np.array([numbers[int(product @ digits)] for product in products]))
+
+
+def _permutations(points: int) -> np.ndarray:
+    """[points!, points], in lexicographic order."""
+    return np.array(list(itertools.permutations(range(points))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Needle:
+    """One key and its value in a haystack of random tokens; the key at the end asks for the value.
+
+    Args:
+      length: of the sequence.
+      distances: tokens from the needle's key to the question's; examples take them in turn, and the accuracy is told
+        by distance.
+      vocabulary: a third each for keys, values and the haystack.
+    """
+
+    length: int = 256
+    distances: tuple[int, ...] = (16, 64, 128, 255)
+    vocabulary: int = 96
+
+    def __post_init__(self) -> None:
+        _need(self.length >= 3, "length", self.length, "need at least 3")
+        _need(self.vocabulary >= 3, "vocabulary", self.vocabulary, "need at least 3")
+        inside = all(2 <= distance < self.length for distance in self.distances)
+        _need(bool(self.distances) and inside, "distances", self.distances, f"need numbers from 2 to {self.length - 1}")
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return tuple(f"distance {distance}" for distance in self.distances)
+
+    @property
+    def answers(self) -> int:
+        return 1
+
+    def draw(self, rng: np.random.Generator, index: int) -> dict[str, np.ndarray]:
+        group, third = index % len(self.distances), self.vocabulary // 3
+        inputs = rng.integers(2 * third, self.vocabulary, size=self.length)
+        key, value = rng.integers(third), third + rng.integers(third)
+        place = int(self.length - 1 - self.distances[group])
+        inputs[place], inputs[place + 1], inputs[-1] = key, value, key
+        targets = np.full(self.length, IGNORED)
+        targets[-1] = value
+        return _example(inputs, targets, group=group)

@@ -1,0 +1,60 @@
+"""Tasks: what a loss and an accuracy are of."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import data, models, nn
+from attnlab.train import SequenceTask
+
+SOURCE = data.MultiQueryRecall(length=16, pairs=(1, 2, 4), vocabulary=32)
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    """A task, a model, a batch of validation, and the task's metrics."""
+    task = SequenceTask(SOURCE, validation_examples=10)
+    model = models.LanguageModel(vocabulary=32, mixers=[nn.SoftmaxAttention], depth=1, features=16)
+    model = nn.bind(model, nn.initialize(model, jax.random.key(0)))
+    batch = list(task.batches("validation", 6, 0))[-1]
+    return task, model, batch, jax.jit(lambda batch: task.loss(model, batch, key=None)[1])(batch)
+
+
+def test_places_pick_rows_of_the_logits(evaluated):
+    _, model, batch, _ = evaluated
+    places = jnp.asarray(np.random.default_rng(0).integers(16, size=(6, 3)))
+    picked = model(batch["inputs"], places=places)
+    everywhere = model(batch["inputs"])
+    np.testing.assert_allclose(picked, jnp.take_along_axis(everywhere, places[..., None], 1), rtol=1e-5, atol=1e-6)
+
+
+def test_metrics_of_sequences_are_means_over_what_is_asked(evaluated):
+    """In numpy, over all places, with the last batch's fillers left out."""
+    _, model, batch, metrics = evaluated
+    logits = np.asarray(model(batch["inputs"]), np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    losses, right, solved = [], [], []
+    for row, targets, weight in zip(logits, batch["targets"], batch["weight"], strict=True):
+        asked = np.flatnonzero(targets != data.IGNORED)
+        chance = row[asked] - np.log(np.exp(row[asked]).sum(-1, keepdims=True))
+        hits = row[asked].argmax(-1) == targets[asked]
+        if weight:
+            losses.append(-np.mean(chance[np.arange(len(asked)), targets[asked]]))
+            right.append(hits.mean())
+            solved.append(hits.all())
+    assert 0 < len(losses) < 6
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], np.mean(right), rtol=1e-6)
+    np.testing.assert_allclose(metrics["solved"], np.mean(solved), rtol=1e-6)
+    groups = np.asarray(batch["group"])[: len(right)]
+    for number, name in enumerate(SOURCE.groups):
+        wanted = np.mean(np.array(right)[groups == number]) if np.any(groups == number) else 0
+        np.testing.assert_allclose(metrics[f"accuracy, {name}"], wanted, rtol=1e-6)
+
+
+def test_a_task_describes_its_source():
+    described = SequenceTask(SOURCE).describe()
+    assert described["source"] == "MultiQueryRecall"
+    assert described["pairs"] == (1, 2, 4)
+    assert SequenceTask(SOURCE).inputs(5)["group"].shape == (5,)
