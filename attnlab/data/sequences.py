@@ -202,8 +202,8 @@ class Induction:
 
     def draw(self, rng: np.random.Generator, index: int) -> dict[str, np.ndarray]:
         inputs = rng.integers(1, self.vocabulary, size=self.length)
-        first = rng.integers(self.length - 2)
-        inputs[[first, self.length - 1]] = 0
+        first = int(rng.integers(self.length - 2))
+        inputs[first] = inputs[-1] = 0
         targets = np.full(self.length, IGNORED)
         targets[-1] = inputs[first + 1]
         return _example(inputs, targets)
