@@ -1,5 +1,7 @@
 """Configs: gin files wire objects, later sources win, and nothing misspelled passes."""
 
+import math
+
 import pytest
 
 from attnlab import config
@@ -16,7 +18,24 @@ def build(*overrides, sources=(BASE,), root="LanguageModel"):
     return config.build(list(sources), overrides, root=root)
 
 
-def test_every_config_that_comes_along_builds_what_it_is_for():
+def write_data(folder):
+    """Files in the formats of the configs that read some: by config, the override that names them."""
+    (folder / "input.txt").write_text("to be, or not to be\n" * 200)
+    for part in ("train", "valid"):
+        (folder / f"{part}.txt").write_text("a rose is a rose\n" * 200)
+    for part in ("train", "t10k"):
+        for what, shape in (("images", (3, 28, 28)), ("labels", (3,))):
+            head = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
+            (folder / f"{part}-{what}").write_bytes(head + bytes(math.prod(shape)))
+    return {
+        "experiments/lm/shakespeare.gin": f"TEXT='{folder / 'input.txt'}'",
+        "experiments/lm/wikitext2.gin": f"TEXT='{folder}'",
+        "experiments/image/mnist.gin": f"IMAGES='{folder}'",
+    }
+
+
+def test_every_config_that_comes_along_builds_what_it_is_for(tmp_path):
+    overrides = write_data(tmp_path)
     assert len(config.shipped()) >= 10
     for path in config.shipped():
         assert config.describe(path), f"{path} says nothing of itself in its first line"
@@ -25,7 +44,8 @@ def test_every_config_that_comes_along_builds_what_it_is_for():
             base, root = (IMAGES, "ImageClassifier") if path in FOR_IMAGES else (BASE, "LanguageModel")
             config.build([base, path], root=root)
         else:
-            config.build([path], root="Ablation" if kind == "sweeps" else "Experiment")
+            given = [overrides[path]] if path in overrides else []
+            config.build([path], given, root="Ablation" if kind == "sweeps" else "Experiment")
 
 
 @pytest.mark.parametrize("mixer", [path for path in config.shipped() if "/mixers/" in path and path not in FOR_IMAGES])

@@ -1,7 +1,7 @@
 """Data through grain: sources by index, the same batches in the same order for every model."""
 
 from attnlab.data.batches import weight_of
-from attnlab.data.images import LabelledImages, digits, image_batches
+from attnlab.data.images import LabelledImages, cifar10, digits, idx_images, image_batches, imagenet_npz
 from attnlab.data.sequences import (
     IGNORED,
     Copy,
@@ -13,7 +13,7 @@ from attnlab.data.sequences import (
     SequenceSource,
     sequence_batches,
 )
-from attnlab.data.text import Corpus, embedded_text, text_batches, text_files
+from attnlab.data.text import Corpus, characters, embedded_text, text_batches, text_files, words
 
 __all__ = [
     "IGNORED",
@@ -26,11 +26,16 @@ __all__ = [
     "Permutations",
     "SelectiveCopy",
     "SequenceSource",
+    "characters",
+    "cifar10",
     "digits",
     "embedded_text",
+    "idx_images",
     "image_batches",
+    "imagenet_npz",
     "sequence_batches",
     "text_batches",
     "text_files",
     "weight_of",
+    "words",
 ]

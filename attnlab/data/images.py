@@ -1,19 +1,25 @@
-"""Labelled images."""
+"""Labelled images: scikit-learn's digits, and the file formats of MNIST, CIFAR-10 and downsampled ImageNet."""
 
 import dataclasses
 import functools
+import gzip
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 
 from attnlab.data.batches import endless, one_pass
+from attnlab.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelledImages:
-    """Images in two parts: pixels float32 in [0, 1], [count, Y, X, channels]; labels int32 [count]."""
+    """Images in two parts: pixels uint8 or float32 in [0, 1], [count, Y, X, channels]; labels int32 [count].
+
+    Batches hold float32 in [0, 1].
+    """
 
     name: str
     classes: int
@@ -47,6 +53,89 @@ def digits() -> LabelledImages:
     )
 
 
+@functools.cache
+def idx_images(path: str) -> LabelledImages:
+    """MNIST, Fashion-MNIST and others of their format, from a folder with the four idx files, plain or .gz.
+
+    train-images*, train-labels*, t10k-images*, t10k-labels*; the test images are for validation.
+    """
+    folder = _folder("idx_images", path)
+    parts = []
+    for part in ("train", "t10k"):
+        images, labels = (_idx(_only("idx_images", folder, f"{part}-{what}*")) for what in ("images", "labels"))
+        if images.ndim != 3 or labels.shape != images.shape[:1]:
+            raise UserError(f"idx_images: {path} has {part} images {images.shape} and labels {labels.shape}")
+        parts += [images[..., None], labels.astype(np.int32)]
+    return LabelledImages(folder.name, int(parts[1].max()) + 1, *parts)
+
+
+def _idx(file: Path) -> np.ndarray:
+    """An idx file of bytes: 0, 0, 8 (unsigned byte), rank, sizes as big-endian int32, then the bytes."""
+    content = file.read_bytes()
+    content = gzip.decompress(content) if file.suffix == ".gz" else content
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
+        raise UserError(f"idx_images: {file} is no idx file of bytes")
+    start = 4 + 4 * content[3]
+    shape = tuple(int(size) for size in np.frombuffer(content[4:start], ">i4"))
+    if len(content) - start != np.prod(shape):
+        raise UserError(f"idx_images: {file} says {shape} and holds {len(content) - start} bytes; download it again")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+@functools.cache
+def cifar10(path: str) -> LabelledImages:
+    """CIFAR-10's binary version, from the folder with data_batch_*.bin and test_batch.bin; the latter validates."""
+    folder = _folder("cifar10", path)
+    parts: list[np.ndarray] = []
+    for pattern in ("data_batch_*.bin", "test_batch.bin"):
+        files = sorted(folder.glob(pattern))
+        if not files:
+            raise UserError(f"cifar10: need {pattern} in {path}; found none (the binary version, not Python's)")
+        content = np.concatenate([np.frombuffer(file.read_bytes(), np.uint8) for file in files])
+        if len(content) % 3073:
+            raise UserError(f"cifar10: {pattern} in {path} hold {len(content)} bytes; need a multiple of 3073")
+        records = content.reshape(-1, 3073)
+        images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        parts += [np.ascontiguousarray(images), records[:, 0].astype(np.int32)]
+    return LabelledImages("CIFAR-10", 10, *parts)
+
+
+@functools.cache
+def imagenet_npz(path: str) -> LabelledImages:
+    """Downsampled ImageNet (32 or 64 pixels a side), from the folder with train_data_batch_*.npz and val_data.npz."""
+    folder = _folder("imagenet_npz", path)
+    parts: list[np.ndarray] = []
+    for pattern in ("train_data*.npz", "val_data*.npz"):
+        files = sorted(folder.glob(pattern))
+        if not files:
+            raise UserError(f"imagenet_npz: need {pattern} in {path}; found none")
+        loaded = [np.load(file) for file in files]
+        rows = np.concatenate([part["data"] for part in loaded])
+        side = round((rows.shape[1] / 3) ** 0.5)
+        if rows.shape[1] != 3 * side * side:
+            raise UserError(f"imagenet_npz: {pattern} in {path} hold rows of {rows.shape[1]} numbers; need 3 side^2")
+        labels = np.concatenate([np.asarray(part["labels"]) for part in loaded]) - 1  # counted from 1 in the files
+        images = rows.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
+        parts += [np.ascontiguousarray(images), labels.astype(np.int32)]
+    return LabelledImages(folder.name, 1000, *parts)
+
+
+def _folder(function: str, path: str) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{function}: no folder {path}")
+    return folder
+
+
+def _only(function: str, folder: Path, pattern: str) -> Path:
+    files = sorted(folder.glob(pattern))
+    if len(files) != 1:
+        raise UserError(
+            f"{function}: need one file {pattern} in {folder}; found {', '.join(file.name for file in files) or 'none'}"
+        )
+    return files[0]
+
+
 class _Examples(grain.sources.RandomAccessDataSource):
     def __init__(self, images: np.ndarray, labels: np.ndarray):
         self._images, self._labels = images, labels
@@ -55,7 +144,9 @@ class _Examples(grain.sources.RandomAccessDataSource):
         return len(self._labels)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"image": self._images[index], "label": self._labels[index]}
+        image = self._images[index]
+        pixels = image if image.dtype == np.float32 else image.astype(np.float32) / np.float32(255)
+        return {"image": pixels, "label": self._labels[index]}
 
 
 def image_batches(images: LabelledImages, split: str, *, batch_size: int, seed: int) -> grain.IterDataset:

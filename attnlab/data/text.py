@@ -1,7 +1,8 @@
-"""Text as bytes: the source of Python's standard library, or files of one's own."""
+"""Text as bytes, characters or words: the source of Python's standard library, or files of one's own."""
 
 import dataclasses
 import functools
+import gzip
 import hashlib
 import sysconfig
 from collections.abc import Iterable
@@ -20,23 +21,25 @@ _NOT_EMBEDDED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Text in two parts that share no file.
+    """Text as tokens, in two parts that share none.
 
-    name: where it is from. train, validation: uint8 [bytes]; documents end with a zero byte. A token is a byte, so the
-    vocabulary is 256.
+    name: where it is from. train, validation: integers [tokens] below `vocabulary`. unit: what a token is, "byte",
+    "character" or "word"; documents of bytes end with a zero.
     """
 
     name: str
     train: np.ndarray
     validation: np.ndarray
+    unit: str = "byte"
+    vocabulary: int = 256
 
     def describe(self) -> dict[str, Any]:
         """Sizes and a hash of the content, which tells whether two runs read the same text."""
         content = hashlib.sha256(self.train.tobytes() + b"\0" + self.validation.tobytes()).hexdigest()
         return {
             "source": self.name,
-            "train bytes": len(self.train),
-            "validation bytes": len(self.validation),
+            f"train {self.unit}s": len(self.train),
+            f"validation {self.unit}s": len(self.validation),
             "sha256": content,
         }
 
@@ -76,10 +79,59 @@ def text_files(path: str) -> Corpus:
     return _checked(_split_by_file(root.name, root, files), root)
 
 
+@functools.cache
+def characters(path: str) -> Corpus:
+    """The characters of a UTF-8 file, the last tenth for validation; the vocabulary is those that occur, in order.
+
+    Of tiny Shakespeare (input.txt) that is nanoGPT's split: 1,003,854 and 111,540 characters of 65.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"characters: no file {path}")
+    try:
+        text = file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"characters: {path} is not UTF-8 ({error.reason} at byte {error.start})") from error
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    found, tokens = np.unique(codes, return_inverse=True)
+    tokens = tokens.astype(np.int32)
+    cut = int(0.9 * len(tokens))
+    return _checked(Corpus(file.name, tokens[:cut], tokens[cut:], "character", len(found)), file)
+
+
+@functools.cache
+def words(path: str, held_out: str = "valid") -> Corpus:
+    """Words between blanks, as in WikiText: a folder with one file train* and one valid*, plain or .gz.
+
+    Every line ends with a word of its own, "<eos>". The vocabulary is that of the training file, WikiText-2's 33,278; a
+    word that is not in it becomes "<unk>", which WikiText has.
+
+    Args:
+      path: the folder.
+      held_out: beginning of the name of the file for validation, "valid" or "test".
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"words: no folder {path}")
+    texts = []
+    for part in ("train", held_out):
+        files = sorted(file for file in folder.iterdir() if file.name.removeprefix("wiki.").startswith(part))
+        if len(files) != 1:
+            named = ", ".join(file.name for file in files) or "none"
+            raise UserError(f"words: need one file {part}* in {path}; found {named}")
+        content = files[0].read_bytes()
+        text = (gzip.decompress(content) if files[0].suffix == ".gz" else content).decode()
+        texts.append([word for line in text.splitlines() for word in (*line.split(), "<eos>")])
+    numbers = {word: number for number, word in enumerate(sorted({*texts[0], "<unk>"}))}
+    unknown = numbers["<unk>"]
+    train, validation = (np.array([numbers.get(word, unknown) for word in text], np.int32) for text in texts)
+    return _checked(Corpus(folder.name, train, validation, "word", len(numbers)), folder)
+
+
 def _checked(corpus: Corpus, root: Path) -> Corpus:
     for part, text in (("train", corpus.train), ("validation", corpus.validation)):
         if len(text) < 2:
-            raise UserError(f"text_files: {root} leaves {len(text)} bytes for {part}; give more text, or more files")
+            raise UserError(f"text: {root} leaves {len(text)} {corpus.unit}s for {part}; give more text, or more files")
     return corpus
 
 
@@ -93,7 +145,7 @@ def _split_by_file(name: str, root: Path, files: Iterable[Path]) -> Corpus:
 
 
 class _Windows(grain.sources.RandomAccessDataSource):
-    """{"tokens": int32 [length + 1]}, starting every `step` bytes."""
+    """{"tokens": int32 [length + 1]}, starting every `step` tokens."""
 
     def __init__(self, text: np.ndarray, length: int, step: int):
         self._text, self._length, self._step = text, length, step
@@ -110,12 +162,13 @@ def text_batches(corpus: Corpus, split: str, *, sequence_length: int, batch_size
     """{"tokens": int32 [batch, sequence_length + 1]}, inputs and, shifted by one, targets.
 
     "train": endless; windows that start anywhere in the text, shuffled by seed. "validation": one pass over windows
-    side by side, so that no byte is predicted twice, in the order of the text; see one_pass for its weights.
+    side by side, so that no token is predicted twice, in the order of the text; see one_pass for its weights.
     """
     text = corpus.train if split == "train" else corpus.validation
     if len(text) < sequence_length + 1:
         raise UserError(
-            f"sequence_length: got {sequence_length}; the {split} text of {corpus.name} has only {len(text)} bytes"
+            f"sequence_length: got {sequence_length}; the {split} text of {corpus.name} has only {len(text)} "
+            f"{corpus.unit}s"
         )
     if split == "train":
         return endless(_Windows(text, sequence_length, 1), batch_size, seed)

@@ -190,6 +190,7 @@ def train(
             items += (step - segment_step) * experiment.batch_size * units
             if logging:
                 row = _means(state.sums)
+                row |= task.derived(row)
                 if not math.isfinite(row["loss"]):
                     where = "" if folder is None else f"; the last checkpoint is in {folder.path}"
                     raise FloatingPointError(f"loss is {row['loss']} at step {step}{where}")
@@ -282,7 +283,8 @@ def evaluate(
         for name, value in function(values, _arrays(batch)).items():
             totals[name] = totals.get(name, 0.0) + batch_weight * float(value)
         weight += batch_weight
-    return {name: total / weight for name, total in totals.items()}
+    means = {name: total / weight for name, total in totals.items()}
+    return means | experiment.task.derived(means)
 
 
 def loss_shapes(experiment: Experiment) -> tuple[Any, dict[str, Any]]:

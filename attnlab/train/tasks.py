@@ -1,12 +1,12 @@
 """Tasks: where batches come from, and what a model's answer to one is worth."""
 
 import dataclasses
+import math
 from typing import Any, Protocol
 
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from attnlab import data
@@ -23,6 +23,9 @@ class Task(Protocol):
 
     def loss(self, model: Any, batch: Batch, *, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss and the metrics (means over the batch, "loss" among them). key: for dropout; None is evaluation."""
+
+    def derived(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Further metrics, which follow from the means over an evaluation or over the steps of a row."""
 
     def inputs(self, batch_size: int) -> Batch:
         """Shapes and dtypes of a training batch."""
@@ -52,7 +55,7 @@ def _sequence_costs(model: LanguageModel, length: int) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageTask:
-    """Next-byte prediction: mean cross entropy in nats a byte."""
+    """Prediction of the next token of a text: mean cross entropy in nats a token, and as bits or perplexity."""
 
     corpus: data.Corpus
     sequence_length: int = 256
@@ -65,6 +68,10 @@ class LanguageTask:
     def loss(
         self, model: LanguageModel, batch: Batch, *, key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        if model.vocabulary < self.corpus.vocabulary:
+            raise ValueError(
+                f"vocabulary: got {model.vocabulary}; the tokens of {self.corpus.name} need {self.corpus.vocabulary}"
+            )
         targets = batch["tokens"][:, 1:]
         logits = model(batch["tokens"][:, :-1], key=key)
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -73,7 +80,13 @@ class LanguageTask:
             loss=jnp.mean(losses, axis=-1),
             accuracy=jnp.mean(jnp.argmax(logits, axis=-1) == targets, axis=-1),
         )
-        return means["loss"], {**means, "bits_per_byte": means["loss"] / np.log(2)}
+        return means["loss"], means
+
+    def derived(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Of the mean loss, in the units of the literature."""
+        if self.corpus.unit == "word":
+            return {"perplexity": math.exp(min(metrics["loss"], 700.0))}
+        return {f"bits_per_{self.corpus.unit}": metrics["loss"] / math.log(2)}
 
     def inputs(self, batch_size: int) -> Batch:
         return {"tokens": jax.ShapeDtypeStruct((batch_size, self.sequence_length + 1), jnp.int32)}
@@ -134,6 +147,9 @@ class SequenceTask:
                 means[f"accuracy, {name}"] = jnp.sum(accuracy * inside) / jnp.maximum(jnp.sum(inside), 1)
         return means["loss"], means
 
+    def derived(self, metrics: dict[str, float]) -> dict[str, float]:
+        return {}
+
     def inputs(self, batch_size: int) -> Batch:
         tokens = jax.ShapeDtypeStruct((batch_size, self.source.length), jnp.int32)
         group = {"group": jax.ShapeDtypeStruct((batch_size,), jnp.int32)} if self.source.groups else {}
@@ -166,6 +182,9 @@ class ImageClassificationTask:
             accuracy=jnp.argmax(logits, axis=-1) == batch["label"],
         )
         return means["loss"], means
+
+    def derived(self, metrics: dict[str, float]) -> dict[str, float]:
+        return {}
 
     def inputs(self, batch_size: int) -> Batch:
         shape = (batch_size, *self.images.train_images.shape[1:])

@@ -1,5 +1,6 @@
 """Data: splits share nothing, batches depend on (source, batch size, seed) alone, one pass sees every example once."""
 
+import gzip
 import subprocess
 import sys
 
@@ -117,3 +118,80 @@ def test_bad_paths_and_lengths_are_named(tmp_path):
     corpus = data.text_files(str(tmp_path / "some.txt"))
     with pytest.raises(UserError, match=r"sequence_length: got 64; the validation text of some\.txt has only 10 bytes"):
         data.text_batches(corpus, "validation", sequence_length=64, batch_size=1, seed=0)
+
+
+def test_characters_are_numbered_in_order_and_cut_at_nine_tenths(tmp_path):
+    text = "naïve zebra\n" * 7
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    corpus = data.characters(str(tmp_path / "text.txt"))
+    alphabet = sorted(set(text))
+    assert (corpus.unit, corpus.vocabulary) == ("character", len(alphabet))
+    assert "".join(alphabet[i] for i in np.concatenate([corpus.train, corpus.validation])) == text
+    assert len(corpus.train) == int(0.9 * len(text))
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(UserError, match="is not UTF-8"):
+        data.characters(str(tmp_path / "latin.txt"))
+    with pytest.raises(UserError, match="no file"):
+        data.characters(str(tmp_path / "missing.txt"))
+
+
+def test_words_are_those_of_the_training_file(tmp_path):
+    (tmp_path / "train.txt.gz").write_bytes(gzip.compress(b"the cat <unk> sat\n\nthe end\n"))
+    (tmp_path / "valid.txt").write_text("the dog sat\n")
+    (tmp_path / "test.txt").write_text("end\n" * 3)
+    corpus = data.words(str(tmp_path))
+    vocabulary = sorted({"the", "cat", "<unk>", "sat", "end", "<eos>"})
+    assert corpus.vocabulary == 6
+    spoken = [vocabulary[i] for i in corpus.train]
+    assert spoken == ["the", "cat", "<unk>", "sat", "<eos>", "<eos>", "the", "end", "<eos>"]
+    assert [vocabulary[i] for i in corpus.validation] == ["the", "<unk>", "sat", "<eos>"]
+    assert len(data.words(str(tmp_path), held_out="test").validation) == 6
+    (tmp_path / "train.old").write_text("x")
+    with pytest.raises(UserError, match=r"need one file train\* .*found train.old, train.txt.gz"):
+        data.words(str(tmp_path), held_out="valid ")
+
+
+def idx(array):
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+
+
+def test_idx_files_are_read_as_they_are(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 5), ("t10k", 3)):
+        images, labels = rng.integers(256, size=(count, 4, 6), dtype=np.uint8), np.arange(count, dtype=np.uint8)
+        arrays[part] = images, labels
+        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
+    read = data.idx_images(str(tmp_path))
+    assert read.classes == 5
+    assert np.array_equal(read.train_images[..., 0], arrays["train"][0])
+    assert np.array_equal(read.validation_labels, arrays["t10k"][1])
+    batch = next(iter(data.image_batches(read, "validation", batch_size=3, seed=0)))
+    assert batch["image"].dtype == np.float32
+    np.testing.assert_allclose(batch["image"][..., 0] * 255, arrays["t10k"][0], atol=1e-4)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(arrays["t10k"][1])[:-1])
+    data.idx_images.cache_clear()
+    with pytest.raises(UserError, match="download it again"):
+        data.idx_images(str(tmp_path))
+
+
+def test_cifar_and_imagenet_files_are_read_channels_last(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(4, 32, 32, 3), dtype=np.uint8)
+    rows = images.transpose(0, 3, 1, 2).reshape(4, -1)
+    labels = np.array([3, 1, 9, 0], np.uint8)
+    for name, some in (("data_batch_1", [0, 1]), ("data_batch_2", [2]), ("test_batch", [3])):
+        (tmp_path / f"{name}.bin").write_bytes(np.concatenate([labels[some, None], rows[some]], axis=1).tobytes())
+    read = data.cifar10(str(tmp_path))
+    assert np.array_equal(read.train_images, images[:3])
+    assert np.array_equal(read.validation_images, images[3:])
+    assert list(read.train_labels) == [3, 1, 9]
+    np.savez(tmp_path / "train_data_batch_1.npz", data=rows[:3], labels=[1, 1000, 7], mean=rows.mean(0))
+    np.savez(tmp_path / "val_data.npz", data=rows[3:], labels=[2])
+    read = data.imagenet_npz(str(tmp_path))
+    assert np.array_equal(read.train_images, images[:3])
+    assert list(read.train_labels) == [0, 999, 6]
+    for function in (data.cifar10, data.imagenet_npz, data.idx_images):
+        with pytest.raises(UserError, match="no folder"):
+            function(str(tmp_path / "missing"))
