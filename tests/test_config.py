@@ -20,17 +20,20 @@ def build(*overrides, sources=(BASE,), root="LanguageModel"):
 
 def write_data(folder):
     """Files in the formats of the configs that read some: by config, the override that names them."""
+    text, images = folder / "text", folder / "images"
+    text.mkdir()
+    images.mkdir()
     (folder / "input.txt").write_text("to be, or not to be\n" * 200)
     for part in ("train", "valid"):
-        (folder / f"{part}.txt").write_text("a rose is a rose\n" * 200)
+        (text / f"{part}.txt").write_text("a rose is a rose\n" * 200)
     for part in ("train", "t10k"):
         for what, shape in (("images", (3, 28, 28)), ("labels", (3,))):
             head = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
-            (folder / f"{part}-{what}").write_bytes(head + bytes(math.prod(shape)))
+            (images / f"{part}-{what}").write_bytes(head + bytes(math.prod(shape)))
     return {
         "experiments/lm/shakespeare.gin": f"TEXT='{folder / 'input.txt'}'",
-        "experiments/lm/wikitext2.gin": f"TEXT='{folder}'",
-        "experiments/image/mnist.gin": f"IMAGES='{folder}'",
+        "experiments/lm/wikitext2.gin": f"TEXT='{text}'",
+        "experiments/image/mnist.gin": f"IMAGES='{images}'",
     }
 
 
