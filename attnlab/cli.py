@@ -1,4 +1,4 @@
-"""The command line: `attnlab train | ablate | report | show | bench | list`."""
+"""The command line: `attnlab train | ablate | report | show | bench | regress | list`."""
 
 import argparse
 import sys
@@ -99,6 +99,17 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     )
     bench.set_defaults(run=_bench)
 
+    regress = commands.add_parser(
+        "regress",
+        help="regression at test time, without training",
+        description="How well untrained mechanisms answer a linear map from examples in their context.",
+    )
+    regress.add_argument("--seeds", type=int, default=20, help="sequences of each kind (default 20)")
+    regress.add_argument(
+        "--workdir", type=Path, default=Path("runs/regress"), help="folder for results (default runs/regress)"
+    )
+    regress.set_defaults(run=_regress)
+
     listing = commands.add_parser(
         "list", help="list mixers, tasks and configs", description="List mixers, tasks and the configs that come along."
     )
@@ -176,6 +187,18 @@ def _bench(command: argparse.Namespace, overrides: list[str]) -> int:
     passes = "forward and backward" if command.backward else "forward"
     bench.write(rows, command.workdir, f"Attention against length, {passes}, on {jax.devices()[0].device_kind}")
     print(f"\n{bench.table(rows)}\n\n{command.workdir / 'bench.png'}")
+    return 0
+
+
+def _regress(command: argparse.Namespace, overrides: list[str]) -> int:
+    from attnlab import regress
+
+    if command.seeds < 1:
+        raise UserError(f"seeds: got {command.seeds}; need at least 1")
+    shown = regress.write(
+        command.workdir, seeds=range(command.seeds), command=f"attnlab regress --seeds {command.seeds}"
+    )
+    print(f"{shown}\n\n{command.workdir / 'regression.png'}")
     return 0
 
 

@@ -20,9 +20,10 @@ ALLOWED = {
     "train": {"train", "models", "data", "nn", "attention", "errors"},
     "ablate": {"ablate", "train", "models", "data", "nn", "attention", "errors", "config", ""},
     "bench": {""},
+    "regress": {""},
     "show": {"models", "nn", "attention"},
     "config": {"errors", "ablate", "train", "models", "data", "nn"},
-    "cli": {"errors", "config", "show", "bench", "ablate", "train", "models", "data", "nn"},
+    "cli": {"errors", "config", "show", "bench", "regress", "ablate", "train", "models", "data", "nn"},
     "errors": set(),
     "__init__": {"attention"},
 }

@@ -44,6 +44,10 @@ def _by_seed(rows: Sequence[Row], arm: str) -> dict[int, float]:
     return {row["seed"]: row["final"][row["metric"]] for row in _finished(rows, arm)}
 
 
+def _better(row: Row) -> str:
+    return "higher" if row["higher_is_better"] else "lower"
+
+
 def _spread(values: Sequence[float]) -> str:
     mean = f"{np.mean(values):.4f}"
     return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.4f}"
@@ -65,23 +69,15 @@ def _count(number: float) -> str:
 def _table(rows: Sequence[Row], arms: Sequence[str]) -> list[list[str]]:
     """Header and a row an arm."""
     metric, baseline, unit = rows[0]["metric"], rows[0]["baseline"], rows[0]["unit"]
-    table = [
-        [
-            "arm",
-            f"validation {metric}",
-            f"minus {baseline} [95 % CI]",
-            "parameters",
-            f"FLOPs/{unit}",
-            f"{unit}s/s",
-            "decode state",
-            "seeds",
-        ]
-    ]
+    decodes = rows[0]["state_size"] is not None
+    head = ["arm", f"validation {metric}", f"minus {baseline} [95 % CI]", "parameters", f"FLOPs/{unit}", f"{unit}s/s"]
+    table = [[*head, *(["decode state"] if decodes else []), "seeds"]]
     for arm in arms:
         done = _finished(rows, arm)
         some = next(row for row in rows if row["arm"] == arm)
         if not done:
-            table.append([arm, "failed", "", f"{some['parameters']:,}", _count(some["flops"]), "", "", "0"])
+            costs = [f"{some['parameters']:,}", _count(some["flops"]), ""]
+            table.append([arm, "failed", "", *costs, *([""] if decodes else []), "0"])
             continue
         values = _by_seed(rows, arm)
         base = _by_seed(rows, baseline)
@@ -99,7 +95,7 @@ def _table(rows: Sequence[Row], arms: Sequence[str]) -> list[list[str]]:
                 f"{some['parameters']:,}",
                 _count(some["flops"]),
                 _count(float(np.mean([row["items_per_second"] for row in done]))),
-                "" if some["state_size"] is None else _count(some["state_size"]),
+                *([_count(some["state_size"])] if decodes else []),
                 str(len(done)),
             ]
         )
@@ -117,8 +113,8 @@ def _note(rows: Sequence[Row]) -> str:
     row = rows[0]
     length = "" if row["state_size"] is None else f" Decode state: numbers kept to decode after {row['length']} tokens."
     return (
-        f"Lower is better. ±: standard deviation over seeds. Differences are paired by seed, with Student's t "
-        f"interval. FLOPs: forward, matrix products only, 2 a multiply-add.{length}\n\n"
+        f"{_better(row).capitalize()} is better. ±: standard deviation over seeds. Differences are paired by seed, "
+        f"with Student's t interval. FLOPs: forward, matrix products only, 2 a multiply-add.{length}\n\n"
         f"{_shared(rows)}\n\nRepeat with: `{row['command']}`"
     )
 
@@ -203,7 +199,7 @@ def _colours(arms: Sequence[str]) -> list[str]:
 
 def _differences(rows: Sequence[Row], arms: Sequence[str], metric: str) -> Callable[[Any, Any], None]:
     """A dot a seed, and the mean with its interval, relative to the baseline."""
-    baseline = rows[0]["baseline"]
+    baseline, side = rows[0]["baseline"], "right" if rows[0]["higher_is_better"] else "left"
 
     def draw(figure: Any, axes: Any) -> None:
         base = _by_seed(rows, baseline)
@@ -220,7 +216,7 @@ def _differences(rows: Sequence[Row], arms: Sequence[str], metric: str) -> Calla
         axes.axvline(0, color=_INK, linewidth=1)
         axes.set_yticks(range(len(others)), list(reversed(others)))
         axes.set_ylim(-0.6, len(others) - 0.4)
-        axes.set_xlabel(f"validation {metric} minus {baseline}'s (left is better)")
+        axes.set_xlabel(f"validation {metric} minus {baseline}'s ({side} is better)")
         axes.grid(alpha=0.2, axis="x")
 
     return draw
@@ -246,6 +242,25 @@ def _against_cost(rows: Sequence[Row], arms: Sequence[str], metric: str, cost: s
         axes.set_xlabel(names[cost])
         axes.set_ylabel(f"validation {metric}")
         axes.grid(alpha=0.2)
+
+    return draw
+
+
+def _by_group(rows: Sequence[Row], arms: Sequence[str], names: Sequence[str]) -> Callable[[Any, Any], None]:
+    """A line an arm over the metric's groups, "accuracy, 4 pairs" and so on: means over seeds, a dot a seed."""
+
+    def draw(figure: Any, axes: Any) -> None:
+        for arm, colour in zip(arms, _colours(arms)):
+            done = _finished(rows, arm)
+            if done:
+                values = np.array([[row["final"][name] for name in names] for row in done])
+                axes.plot(values.mean(axis=0), color=colour, linewidth=2, label=arm)
+                for line in values:
+                    axes.plot(line, "o", color=colour, alpha=0.5, markersize=4)
+        axes.set_xticks(range(len(names)), [name.partition(", ")[2] for name in names])
+        axes.set_ylabel(names[0].partition(", ")[0])
+        axes.grid(alpha=0.2)
+        axes.legend()
 
     return draw
 
@@ -289,7 +304,7 @@ def _verdict(rows: Sequence[Row], arms: Sequence[str]) -> str:
             sentences.append(f"{size}, but {difference.seeds} seeds cannot tell this from no difference.")
         else:
             sentences.append(f"{size}, and the 95 % interval excludes no difference.")
-    return f"Validation {metric}, lower is better: " + " ".join(sentences)
+    return f"Validation {metric}, {_better(rows[0])} is better: " + " ".join(sentences)
 
 
 def _page(question: str, metric: str, rows: Sequence[Row], arms: Sequence[str], table: Sequence[Sequence[str]]) -> str:
@@ -322,6 +337,9 @@ def _page(question: str, metric: str, rows: Sequence[Row], arms: Sequence[str], 
         else ("state_size", "Quality against memory")
     )
     figures.append(_svg(_against_cost(rows, arms, metric, cost), width=5.6, height=3.2, title=title))
+    groups = [name for name in next((row["final"] for row in rows if row["status"] == "finished"), {}) if ", " in name]
+    if groups:
+        figures.append(_svg(_by_group(rows, arms, groups), width=5.6, height=3.8, title="By group, at the end"))
     failures = "".join(
         f"<p>{html.escape(row['arm'])}, seed {row['seed']}, failed: {html.escape(row['error'])}</p>"
         for row in rows

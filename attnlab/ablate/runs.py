@@ -29,7 +29,8 @@ class Ablation:
       arms: by name, what makes the arm: a config file, or a list of files and bindings, read after the sweep's.
       seeds: every arm runs with each; a seed fixes initial values, batches and dropout alike.
       baseline: the arm that the others are compared with.
-      metric: the validation metric that is compared; lower is better.
+      metric: the validation metric that is compared.
+      higher_is_better: as of an accuracy.
     """
 
     question: str
@@ -37,6 +38,7 @@ class Ablation:
     seeds: Sequence[int]
     baseline: str
     metric: str = "loss"
+    higher_is_better: bool = False
 
     def __post_init__(self) -> None:
         if not self.arms:
@@ -101,10 +103,10 @@ def run_ablation(
 
 def describe_run(ablation: Ablation, arm: str, experiment: Experiment, config_text: str) -> dict[str, Any]:
     """What is known of a run before it starts: what it is, what it costs, and what it runs on."""
-    baseline_note = {"question": ablation.question, "baseline": ablation.baseline, "metric": ablation.metric}
+    asked = {name: getattr(ablation, name) for name in ("question", "baseline", "metric", "higher_is_better")}
     shapes = nn.parameter_shapes(experiment.model)
     return {
-        **baseline_note,
+        **asked,
         "arm": arm,
         "seed": experiment.seed,
         "parameter_shapes": {path: list(shape) for path, shape in shapes.items()},

@@ -15,6 +15,7 @@ def row(arm, seed, loss, **changes):
         "question": "Is <b> better?",
         "baseline": "base",
         "metric": "loss",
+        "higher_is_better": False,
         "arm": arm,
         "seed": seed,
         "status": "finished",
@@ -93,4 +94,20 @@ def test_images_have_no_decode_state(tmp_path):
     )
     assert "FLOPs/image" in table
     assert "Quality against compute" in page
-    assert "Decode state:" not in table
+    assert "decode state" not in table.lower()
+
+
+def test_an_accuracy_is_better_when_higher_and_is_drawn_by_group(tmp_path):
+    def accurate(arm, seed, accuracy):
+        final = {"accuracy": accuracy, "accuracy, 1 pairs": 1.0, "accuracy, 4 pairs": 2 * accuracy - 1.0}
+        history = [
+            {"step": step, "split": split, "accuracy": accuracy} for step in (1, 2) for split in ("train", "validation")
+        ]
+        return row(arm, seed, 0.0, metric="accuracy", higher_is_better=True, final=final, history=history)
+
+    page, table = report([accurate(arm, 0, value) for arm, value in (("base", 0.9), ("low", 0.6))], tmp_path)
+    assert "Higher is better." in table
+    assert "Validation accuracy, higher is better: low ends 0.3000 below base" in page
+    assert "right is better" in page
+    assert "By group, at the end" in page
+    assert page.count("4 pairs") == 1
