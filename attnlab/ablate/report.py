@@ -1,5 +1,6 @@
-"""The report of an ablation: a Markdown table, and one HTML page that needs nothing beside it."""
+"""The report of an ablation: a Markdown table, a CSV of the runs, and one HTML page that needs nothing beside it."""
 
+import csv
 import html
 import io
 import math
@@ -11,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib import ticker
 
-from attnlab.ablate.statistics import Difference, paired_difference
+from attnlab.ablate.statistics import Difference, paired_difference, seeds_needed
 
 Row = Mapping[str, Any]
 
@@ -22,14 +23,28 @@ _INK = "#010203"
 
 
 def write_report(rows: Sequence[Row], workdir: Path) -> Path:
-    """Writes workdir/results.md and workdir/report.html from the rows of results.jsonl; gives the page's path."""
+    """Writes workdir/results.md, results.csv and report.html from the rows of results.jsonl; gives the page's path."""
     arms = _arms(rows)
     table = _table(rows, arms)
     question, metric = rows[0]["question"], rows[0]["metric"]
     (workdir / "results.md").write_text(f"# {question}\n\n{_markdown(table)}\n\n{_note(rows)}\n")
+    _write_csv(rows, workdir / "results.csv")
     page = workdir / "report.html"
     page.write_text(_page(question, metric, rows, arms, table))
     return page
+
+
+def _write_csv(rows: Sequence[Row], path: Path) -> None:
+    """A line a run: arm, seed, what it cost, and every metric of the last evaluation."""
+    costs = ["parameters", "flops", "state_size", "items_per_second", "seconds", "compile_seconds"]
+    metrics = list(dict.fromkeys(name for row in rows for name in row.get("final", {})))
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["arm", "seed", "status", *(f"validation {name}" for name in metrics), *costs])
+        for row in rows:
+            final = row.get("final", {})
+            values = [final.get(name, "") for name in metrics] + [row.get(name, "") for name in costs]
+            writer.writerow([row["arm"], row["seed"], row["status"], *values])
 
 
 def _arms(rows: Sequence[Row]) -> list[str]:
@@ -301,7 +316,11 @@ def _verdict(rows: Sequence[Row], arms: Sequence[str]) -> str:
         if math.isnan(difference.low):
             sentences.append(f"{size} (one seed, so no interval).")
         elif difference.low <= 0 <= difference.high:
-            sentences.append(f"{size}, but {difference.seeds} seeds cannot tell this from no difference.")
+            more = ""
+            if abs(difference.mean) > 0.1 * difference.deviation:  # else it takes more seeds than anybody runs
+                needed = seeds_needed(difference.deviation, difference.mean)
+                more = f"; if it is real, {needed} would in 4 of 5 repeats"
+            sentences.append(f"{size}, but {difference.seeds} seeds cannot tell this from no difference{more}.")
         else:
             sentences.append(f"{size}, and the 95 % interval excludes no difference.")
     return f"Validation {metric}, {_better(rows[0])} is better: " + " ".join(sentences)

@@ -53,7 +53,12 @@ def test_table_words_and_pictures(tmp_path):
     assert "| base | 2.1000 ± 0.1000 | baseline | 8 | 1.23 k | 1.5 k | 2.05 k | 3 |" in table
     assert "| low | 1.6033 ± 0.1002 | -0.4967 [-0.5110, -0.4823] |" in table
     assert "low ends 0.4967 below base, and the 95 % interval excludes no difference." in page
-    assert "3 seeds cannot tell this from no difference" in page
+    assert "3 seeds cannot tell this from no difference; if it is real," not in page  # its mean is 0
+    assert "3 seeds cannot tell this from no difference." in page
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert lines[0].startswith("arm,seed,status,validation loss,parameters,flops,state_size")
+    assert lines[1].startswith("base,0,finished,2.0,8,1234.0,2048")
+    assert len(lines) == 1 + 9
     assert "low 50.0%, same 50.0%" in table
     assert "Is &lt;b&gt; better?" in page
     assert page.count("<svg") == 4

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from attnlab.ablate import paired_difference
+from attnlab.ablate import paired_difference, seeds_needed
 
 
 def test_equals_the_paired_t_test_of_scipy():
@@ -48,3 +48,28 @@ def test_the_interval_covers_as_often_as_it_says():
         got = paired_difference(dict(enumerate(samples)), dict.fromkeys(range(4), 0.0))
         covered += got.low <= 0.3 <= got.high
     assert 0.93 < covered / 2000 < 0.97
+
+
+def test_the_bootstrap_is_near_the_t_interval_with_many_seeds_and_the_same_every_time():
+    samples = dict(enumerate(np.random.default_rng(2).normal(0.3, 1.0, size=200)))
+    got, again = (paired_difference(samples, dict.fromkeys(samples, 0.0)) for _ in range(2))
+    assert got == again
+    np.testing.assert_allclose([got.bootstrap_low, got.bootstrap_high], [got.low, got.high], atol=0.02)
+    np.testing.assert_allclose(got.deviation, np.std(list(samples.values()), ddof=1))
+
+
+def test_as_many_seeds_as_are_needed_find_a_difference_in_four_of_five_repeats():
+    random = np.random.default_rng(3)
+    seeds = seeds_needed(1.0, 0.8)
+
+    def found(seeds):
+        samples = random.normal(0.8, 1.0, size=(4000, seeds))
+        return np.mean(stats.ttest_1samp(samples, 0.0, axis=1).pvalue < 0.05)
+
+    assert 0.79 < found(seeds) < 0.86
+    assert found(seeds - 1) < 0.81
+    assert seeds_needed(0.0, 1.0) == 2
+    assert seeds_needed(2.0, -1.6) == seeds
+    assert 7000 < seeds_needed(30.0, 1.0) < 7200  # the normal distribution's (1.96 + 0.84)^2 900
+    with pytest.raises(ValueError, match="difference: got 0"):
+        seeds_needed(1.0, 0.0)
