@@ -70,7 +70,7 @@ CASES = {  # function of the arrays, the arrays
 }
 
 
-QUICK = ("axial", "agent, keys hidden", "routing", "local-linear, window")
+QUICK = ("axial", "routing", "local-linear, window")
 
 
 @pytest.mark.parametrize(

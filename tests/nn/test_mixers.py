@@ -83,10 +83,14 @@ def test_a_later_token_changes_nothing_before_it(name):
 @pytest.mark.parametrize("name", MIXERS)
 def test_attention_weights_are_what_the_mechanism_applies_to_the_values(name):
     mixer, parameters, x, _ = causal(name)
-    bound = nn.bind(mixer, parameters)
-    weights = bound.attention_weights(x)
-    query, key, value, *_ = bound._heads(x, jnp.arange(LENGTH)[:, None], None)
-    want = bound.mix(query, key, value, x, None)
+
+    @jax.jit
+    def both(parameters, x):
+        bound = nn.bind(mixer, parameters)
+        query, key, value, *_ = bound._heads(x, jnp.arange(LENGTH)[:, None], None)
+        return bound.attention_weights(x), value, bound.mix(query, key, value, x, None)
+
+    weights, value, want = both(parameters, x)
     value = jnp.repeat(value, mixer.num_heads // mixer.num_key_heads, axis=2)
     np.testing.assert_allclose(jnp.einsum("BNTS,BSNV->BTNV", weights, value), want, atol=1e-5)
     assert np.all(weights[:, :, *np.triu_indices(LENGTH, 1)] == 0)
@@ -144,7 +148,7 @@ GRID_MIXERS = {
 def test_a_grid_keeps_its_shape(name):
     mixer = GRID_MIXERS[name](FEATURES, is_causal=False)
     x = jax.random.normal(jax.random.key(0), (BATCH, 5, 6, FEATURES))
-    y = nn.bind(mixer, nn.initialize(mixer, jax.random.key(0)))(x)
+    y = jax.jit(lambda x: nn.bind(mixer, nn.initialize(mixer, jax.random.key(0)))(x))(x)
     assert y.shape == x.shape
     assert np.all(np.isfinite(y))
 
@@ -187,7 +191,8 @@ def test_a_window_longer_than_the_axis_is_cut_to_it():
     )
     parameters = nn.initialize(softmax, jax.random.key(0))
     x = jax.random.normal(jax.random.key(0), (1, 9, FEATURES))
-    np.testing.assert_allclose(nn.bind(local, parameters)(x), nn.bind(softmax, parameters)(x), atol=1e-5)
+    out, want = (jax.jit(nn.bind(mixer, parameters))(x) for mixer in (local, softmax))
+    np.testing.assert_allclose(out, want, atol=1e-5)
 
 
 @pytest.mark.parametrize("normalize", ["unit", "layer"])
@@ -220,9 +225,14 @@ def test_routing_starts_from_k_means_of_the_first_batch_and_then_averages(normal
 
 def test_routing_learns_nothing_in_evaluation():
     mixer, parameters, x, _ = causal("routing")
-    bound = nn.bind(mixer, parameters)
-    bound(x)
-    learned, loss = nn.learned(bound)
+
+    @jax.jit
+    def learned_from(parameters, x):
+        bound = nn.bind(mixer, parameters)
+        bound(x)
+        return nn.learned(bound)
+
+    learned, loss = learned_from(parameters, x)
     assert loss == 0
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), learned, nn.split(mixer, parameters)[1]))
 
