@@ -13,6 +13,20 @@ every_form = pytest.mark.parametrize("form", ["reference", "xla"])
 # The reference is plain JAX, whose vmap and scan are JAX's own.
 every_form_slowly = pytest.mark.parametrize("form", [pytest.param("reference", marks=pytest.mark.slow), "xla"])
 every_mechanism = pytest.mark.parametrize("name", MECHANISMS)
+# Forms of a mechanism that share most of their code with another one in the table.
+_VARIANTS = {
+    "dot_product",
+    "agent",
+    "linear, not causal",
+    "linear, taylor2",
+    "linear, decay per channel",
+    "linear, delta rule",
+    "routing, global",
+    "local-linear, window",
+}
+every_mechanism_variants_slowly = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in _VARIANTS else name for name in MECHANISMS]
+)
 
 
 def loss_of(name, form):
@@ -83,7 +97,7 @@ def test_values_and_gradients_are_those_in_float64(name, form):
 
 
 @every_form_slowly
-@every_mechanism
+@every_mechanism_variants_slowly
 def test_vmap_scan_and_remat_are_a_loop(name, form):
     """All three around the loss in one program, four inputs as [2 scanned, 2 mapped]: outputs and gradients."""
     several = [MECHANISMS[name].inputs(seed=seed) for seed in range(4)]
@@ -236,7 +250,7 @@ ALWAYS = {
 }
 
 
-@every_mechanism
+@every_mechanism_variants_slowly
 def test_a_wrong_call_raises_a_value_or_type_error_that_names_an_argument(name):
     """What is served after all (a value wider than before, say) must give the output that its shapes promise."""
     mechanism = MECHANISMS[name]

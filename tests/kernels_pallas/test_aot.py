@@ -91,11 +91,19 @@ def test_kernels_compile(kernel, tpu, shape):
     assert KERNEL in aot.compile_for_tpu(row.function, *row.arrays, tpu=tpu).as_text()
 
 
-@pytest.mark.parametrize("tpu", ["v5p", pytest.param("v6e", marks=pytest.mark.slow)])
-def test_the_command_prints_a_table(tpu):
+@pytest.mark.parametrize(
+    ("tpu", "gradients"),
+    [
+        ("v5p", False),
+        pytest.param("v5p", True, marks=pytest.mark.slow),
+        pytest.param("v6e", True, marks=pytest.mark.slow),
+    ],
+)
+def test_the_command_prints_a_table(tpu, gradients):
     """In which banded flash attention takes no more cycles a tile than JAX's splash attention at the same tiles, nor in
     all, and linear attention takes fewer."""
-    names = ["banded flash", "banded flash gradients", "linear", "jax splash", "jax splash gradients"]
+    names = ["banded flash", "linear", "jax splash"]
+    names += ["banded flash gradients", "jax splash gradients"] if gradients else []
     command = [sys.executable, "-m", "kernels_pallas.aot", "--tpu", tpu, "--shape", "llama-like 8k", "--kernel", *names]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     rows = {cells[1]: dict(zip(titles(lines[0])[1:-1], cells[1:-1])) for cells in map(titles, lines[2:])}
@@ -105,7 +113,8 @@ def test_the_command_prints_a_table(tpu):
     tile, total = ({name: number(row[column]) for name, row in rows.items()} for column in ("bundles a tile", "cycles"))
     for cycles in (tile, total):
         assert 0 < cycles["banded flash"] <= cycles["jax splash"]
-        assert 0 < cycles["banded flash gradients"] <= cycles["jax splash gradients"]
+        if gradients:
+            assert 0 < cycles["banded flash gradients"] <= cycles["jax splash gradients"]
     assert 0 < total["linear"] < total["banded flash"]
     assert all(0 < number(row["matmul"]) < 100 for row in rows.values())
 

@@ -199,6 +199,7 @@ def test_gradients_are_the_same_bits_again_and_unread_tiles_may_be_nan():
         assert np.all(gradient[:, 300:] == 0)
 
 
+@pytest.mark.slow  # compiles for 20 s
 def test_derivatives_in_both_modes_and_of_gradients():
     """Gradients are the kernels', tangents and what is beyond first order the blocked form's. (vmap: test_aot compiles
     it; JAX's interpret mode does not run a batched kernel that says which grid axes are parallel.)"""

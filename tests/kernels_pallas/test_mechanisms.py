@@ -70,7 +70,7 @@ CASES = {  # function of the arrays, the arrays
 }
 
 
-QUICK = ("axial", "routing", "local-linear, window")
+QUICK = ("axial", "routing", "parallax")
 
 
 @pytest.mark.parametrize(
