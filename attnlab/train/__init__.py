@@ -1,6 +1,6 @@
 """Training: tasks, and a loop that goes on where it stopped."""
 
-from attnlab.train.loop import Experiment, OptimizerOptions, Result, train
+from attnlab.train.loop import Experiment, OptimizerOptions, Result, restore_values, train
 from attnlab.train.tasks import ImageClassificationTask, LanguageTask, SequenceTask, Task
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "Result",
     "SequenceTask",
     "Task",
+    "restore_values",
     "train",
 ]

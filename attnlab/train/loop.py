@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from attnlab import nn
 from attnlab.train.tasks import Batch, Task
-from attnlab.train.workdir import Workdir
+from attnlab.train.workdir import Workdir, newest_state
 
 # Folded into the seed's key, a number a purpose.
 _INITIAL_VALUES, _DROPOUT = 0, 1
@@ -244,6 +244,17 @@ def initial_state(experiment: Experiment, optimizer: optax.GradientTransformatio
     parameters, buffers = nn.split(experiment.model, values)
     zeros = {name: jnp.zeros((), jnp.float32) for name in (*loss_shapes(experiment)[1], "steps")}
     return State(parameters, buffers, optimizer.init(parameters), jnp.zeros((), jnp.int32), zeros)
+
+
+def restore_values(experiment: Experiment, path: Path) -> nn.Parameters:
+    """The model's values, buffers too, from the newest checkpoint in the folder of a run of this experiment.
+
+    Raises UserError: there is none, or it cannot be read.
+    """
+    optimizer = make_optimizer(experiment.optimizer, experiment.steps)
+    key = jax.random.key(experiment.seed)
+    state = newest_state(path, jax.eval_shape(lambda: initial_state(experiment, optimizer, key)))
+    return nn.merge(state.parameters, state.buffers)
 
 
 def make_step(experiment: Experiment, optimizer: optax.GradientTransformation, key: jax.Array) -> Any:

@@ -57,20 +57,8 @@ class Workdir:
         step = self._checkpoints.latest_step()
         if step is not None:
             like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            try:
-                restored = self._checkpoints.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(like), data=grain.checkpoint.CheckpointRestore(batches)
-                    ),
-                )
-            except Exception as error:
-                folder = self.path / "checkpoints" / str(step)
-                raise UserError(
-                    f"checkpoint: {folder} cannot be read ({type(error).__name__}); it was left as it is. Move it away "
-                    "to go on from the checkpoint before it, or give another --workdir"
-                ) from error
-            state = restored["state"]
+            items = {"state": ocp.args.StandardRestore(like), "data": grain.checkpoint.CheckpointRestore(batches)}
+            state = _read_checkpoint(self._checkpoints, step, items)["state"]
         rows = self._rows_until(step or 0)
         self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=(step or 0) + 1)
         return state, rows
@@ -107,6 +95,30 @@ class Workdir:
     def finish(self, result: Mapping[str, Any]) -> None:
         self.close()
         _replace_text(self.path / "result.json", json.dumps(result))
+
+
+def newest_state(path: Path, like: Any) -> Any:
+    """The state in the newest checkpoint of a run's folder, which is only read. like: its shapes and dtypes."""
+    folder = path.absolute() / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"checkpoint: {path} holds none; give the folder of a run (`attnlab train --workdir`)")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise UserError(f"checkpoint: {folder} is empty; let the run reach its first checkpoint")
+        return _read_checkpoint(checkpoints, step, {"state": ocp.args.StandardRestore(like)})["state"]
+
+
+def _read_checkpoint(checkpoints: Any, step: int, items: Mapping[str, Any]) -> Any:
+    try:
+        return checkpoints.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:
+        raise UserError(
+            f"checkpoint: {checkpoints.directory / str(step)} cannot be read ({type(error).__name__}); it was left as "
+            "it is. Move it away to go on from the checkpoint before it, or give another --workdir"
+        ) from error
 
 
 def _read_json(path: Path) -> Any:

@@ -16,7 +16,7 @@ import runs
 
 from attnlab import nn
 from attnlab.errors import UserError
-from attnlab.train import OptimizerOptions, loop, train
+from attnlab.train import OptimizerOptions, loop, restore_values, train
 
 
 def losses(history):
@@ -123,6 +123,23 @@ def test_a_finished_run_gives_its_result_at_once(finished):
     before = time.monotonic()
     assert train(runs.experiment(), workdir=workdir, fingerprint=runs.FINGERPRINT) == result
     assert time.monotonic() - before < 1
+
+
+def test_restored_values_evaluate_as_the_run_did_at_its_end(finished):
+    workdir, result = finished
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    values = restore_values(runs.experiment(), workdir)
+    metrics = loop.evaluate(runs.experiment(), loop.make_evaluation(runs.experiment()), values)
+    np.testing.assert_allclose(metrics["loss"], result.final["loss"], rtol=1e-5)
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_a_folder_without_checkpoints_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"checkpoint: .* holds none; give the folder of a run"):
+        restore_values(runs.experiment(), tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"checkpoints is empty; let the run reach its first checkpoint"):
+        restore_values(runs.experiment(), tmp_path)
 
 
 def unfinished(workdir):
