@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import attnlab
 from attnlab import config, nn
+from attnlab.ablate.attending import attend
 from attnlab.errors import UserError
 from attnlab.train import Experiment, train
 from attnlab.train.loop import loss_shapes
@@ -92,6 +93,8 @@ def run_ablation(
                 say(f"[{number}/{len(pairs)}] {name} failed: {error}")
             else:
                 row.update(status="finished", **dataclasses.asdict(result))
+                if seed == ablation.seeds[0]:
+                    row["attending"] = attend(run.value, workdir / "runs" / name)
                 say(
                     f"[{number}/{len(pairs)}] {name}: validation {ablation.metric} "
                     f"{row['final'][ablation.metric]:.4f}, {row['seconds']:.0f} s"

@@ -1,9 +1,9 @@
-"""Differences between arms, paired by seed."""
+"""Differences between arms, paired by seed, and which arms are worth their cost."""
 
 import bisect
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -73,3 +73,16 @@ def seeds_needed(deviation: float, difference: float, *, power: float = 0.8, con
     while chance(most) < power:
         most *= 2
     return 2 + bisect.bisect_left(range(2, most), power, key=chance)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (cost, loss) that none dominates, by rising cost; equal points are on it together.
+
+    A point dominates another if it is not above it in either number and below it in one.
+    """
+    front: list[int] = []
+    for index in sorted(range(len(points)), key=lambda index: points[index]):
+        # In this order only the last of the front so far can be what dominates a point.
+        if not front or points[index][1] < points[front[-1]][1] or points[index] == points[front[-1]]:
+            front.append(index)
+    return front

@@ -57,8 +57,16 @@ class Workdir:
         step = self._checkpoints.latest_step()
         if step is not None:
             like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            items = {"state": ocp.args.StandardRestore(like), "data": grain.checkpoint.CheckpointRestore(batches)}
-            state = _read_checkpoint(self._checkpoints, step, items)["state"]
+            try:
+                restored = self._checkpoints.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(like), data=grain.checkpoint.CheckpointRestore(batches)
+                    ),
+                )
+            except Exception as error:
+                raise _unreadable(self.path / "checkpoints" / str(step), error) from error
+            state = restored["state"]
         rows = self._rows_until(step or 0)
         self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=(step or 0) + 1)
         return state, rows
@@ -102,23 +110,24 @@ def newest_state(path: Path, like: Any) -> Any:
     folder = path.absolute() / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"checkpoint: {path} holds none; give the folder of a run (`attnlab train --workdir`)")
+    steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()]  # one being written has a suffix
+    if not steps:
+        raise UserError(f"checkpoint: {folder} is empty; let the run reach its first checkpoint")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise UserError(f"checkpoint: {folder} is empty; let the run reach its first checkpoint")
-        return _read_checkpoint(checkpoints, step, {"state": ocp.args.StandardRestore(like)})["state"]
-
-
-def _read_checkpoint(checkpoints: Any, step: int, items: Mapping[str, Any]) -> Any:
+    newest = folder / str(max(steps))
     try:
-        return checkpoints.restore(step, args=ocp.args.Composite(**items))
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(newest / "state", like)
     except Exception as error:
-        raise UserError(
-            f"checkpoint: {checkpoints.directory / str(step)} cannot be read ({type(error).__name__}); it was left as "
-            "it is. Move it away to go on from the checkpoint before it, or give another --workdir"
-        ) from error
+        raise _unreadable(newest, error) from error
+
+
+def _unreadable(checkpoint: Path, error: Exception) -> UserError:
+    return UserError(
+        f"checkpoint: {checkpoint} cannot be read ({type(error).__name__}); it was left as it is. Move it away to go "
+        "on from the checkpoint before it, or give another --workdir"
+    )
 
 
 def _read_json(path: Path) -> Any:

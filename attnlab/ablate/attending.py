@@ -1,0 +1,209 @@
+"""What a trained model attends to in one validation example, and how it continues a text: read off after a run."""
+
+import base64
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attnlab import nn
+from attnlab.errors import UserError
+from attnlab.models import generate
+from attnlab.models.blocks import Block
+from attnlab.train import Experiment, LanguageTask, restore_values
+
+# Weights of every layer are computed whole, [heads, places, places]: no longer examples than this.
+_MOST_PLACES = 512
+_MAP_SIDE = 64
+_PROMPT, _CONTINUATION, _TEMPERATURE = 64, 128, 0.8
+
+
+def attend(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """Writes folder/attending.json, and samples.txt where the task is a text, from a run's newest checkpoint.
+
+    What is there already stays. The example is the first of the validation data.
+
+    Returns:
+      for the run's row: {"distance", "entropy": means over heads and queries, a number a layer} (see `summarize`), or
+      {"skipped": why}.
+    """
+    if (kept := read_attending(folder)) is None:
+        try:
+            values = restore_values(experiment, folder)
+        except UserError as error:
+            return {"skipped": str(error)}
+        batch = jax.tree.map(jnp.asarray, next(iter(experiment.task.batches("validation", 1, experiment.seed))))
+        kept = {"example": _example(experiment, batch), **_layers(experiment, values, batch)}
+        if isinstance(experiment.task, LanguageTask):
+            kept["prompt"], continuation = _continuation(experiment, values, batch["tokens"])
+            (folder / "samples.txt").write_text(continuation)
+        partial = folder / "attending.json.partial"
+        partial.write_text(json.dumps(kept))
+        partial.replace(folder / "attending.json")
+    if "skipped" in kept:
+        return {"skipped": kept["skipped"]}
+    return {name: [mean(layer[name]) for layer in kept["layers"]] for name in ("distance", "entropy")}
+
+
+def read_attending(folder: Path) -> dict[str, Any] | None:
+    """What `attend` kept in a run's folder, if it did.
+
+    {"example": {"text"}, {"tokens"} or {"pixels": a map [Y, X, channels]}, "prompt", and "skipped" or "layers"}. A layer
+    is {"mixer": name, "map": [T, S], "middle": [Y, X] of the query in the middle of a grid, "is_signed", "distance" and
+    "entropy": a number a head, None for one that sees nothing}; a map is {"shape", "base64": of uint8}.
+    """
+    path = folder / "attending.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def mean(numbers: list[float | None]) -> float | None:
+    """Of what is known, to 4 places."""
+    known = [number for number in numbers if number is not None]
+    return round(sum(known) / len(known), 4) if known else None
+
+
+def layer_weights(
+    experiment: Experiment, values: nn.Parameters, batch: dict[str, jax.Array]
+) -> list[tuple[str, tuple[int, ...], np.ndarray]]:
+    """Of every block in the model as it evaluates a batch: (mixer's name, space, weights [N, T, S] of example 0).
+
+    Raises ValueError: the model has no blocks, or an example has too many places.
+    """
+    seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def weights(values: nn.Parameters, batch: dict[str, jax.Array]) -> list[jax.Array]:
+        model = nn.bind(experiment.model, values)
+        blocks: list[Any] = [module for _, module in sorted(nnx.iter_modules(model)) if isinstance(module, Block)]
+        recorders = [_Recorder(block.mixer) for block in blocks]
+        for block, recorder in zip(blocks, recorders):
+            block.mixer = recorder
+        experiment.task.loss(model, batch, key=None)
+        seen[:] = [(type(recorder.mixer).__name__, recorder.space) for recorder in recorders]
+        return [recorder.weights.get_value()[0].astype(jnp.float32) for recorder in recorders]
+
+    shapes = jax.eval_shape(weights, values, batch)
+    if not shapes:
+        raise ValueError("model: it has no blocks with a mixer")
+    most = max(math.prod(space) for _, space in seen)
+    if most > _MOST_PLACES:
+        raise ValueError(f"length: an example has {most} places; weights are shown of at most {_MOST_PLACES}")
+    arrays = jax.jit(weights)(values, batch)
+    return [(name, space, np.asarray(array)) for (name, space), array in zip(seen, arrays)]
+
+
+class _Recorder(nnx.Module):
+    """A mixer that keeps the attention weights of its last call."""
+
+    def __init__(self, mixer: nn.Attention):
+        self.mixer = mixer
+
+    def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
+        self.space = x.shape[1:-1]
+        self.weights = nnx.Intermediate(self.mixer.attention_weights(x))
+        return self.mixer(x, **options)
+
+
+def summarize(weights: np.ndarray, space: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean attention distance, in places, and entropy, in nats, of weights [N, T, S]: two arrays [N], NaN for none.
+
+    With p = |w| / sum |w| of a query: the mean over queries of sum p |i - j|, Euclidean on a grid, and of -sum p log p.
+    Queries that see nothing are left out.
+    """
+    places = np.stack(np.unravel_index(np.arange(math.prod(space)), space), axis=-1)
+    distances = np.linalg.norm(places[:, None] - places[None, :], axis=-1)
+    shares, sees = _shares(weights)
+    surprise = -np.log(np.where(shares > 0, shares, 1.0))
+    queries = np.where(sees.sum(axis=1) > 0, sees.sum(axis=1), np.nan)
+    distance, entropy = (np.sum(shares * cost, axis=(1, 2)) / queries for cost in (distances, surprise))
+    return distance, entropy
+
+
+def _shares(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """|w| / sum |w|, [N, T, S], and whether a query sees anything, [N, T]; zeros where it does not."""
+    size = np.abs(weights.astype(np.float64))
+    total = size.sum(axis=-1, keepdims=True)
+    return size / np.where(total > 0, total, 1.0), total[..., 0] > 0
+
+
+def _layers(experiment: Experiment, values: nn.Parameters, batch: dict[str, jax.Array]) -> dict[str, Any]:
+    try:
+        layers = layer_weights(experiment, values, batch)
+    except ValueError as error:
+        return {"skipped": str(error)}
+    return {"layers": [_layer(*layer) for layer in layers]}
+
+
+def _layer(mixer: str, space: tuple[int, ...], weights: np.ndarray) -> dict[str, Any]:
+    distance, entropy = summarize(weights, space)
+    shares = _shares(weights)[0].mean(axis=0)
+    layer = {
+        "mixer": mixer,
+        "is_signed": bool(np.any(weights < 0)),
+        "map": _packed(_row_scaled(_pooled(shares))),
+        "distance": _numbers(distance),
+        "entropy": _numbers(entropy),
+    }
+    if len(space) == 2:
+        middle = shares[np.ravel_multi_index([length // 2 for length in space], space)]
+        layer["middle"] = _packed(_row_scaled(middle[None, :])[0].reshape(space))
+    return layer
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [None if math.isnan(value) else round(float(value), 4) for value in values]
+
+
+def _pooled(shares: np.ndarray) -> np.ndarray:
+    """[T, S] -> means over tiles, at most _MAP_SIDE on a side."""
+    for axis, length in enumerate(shares.shape):
+        starts = np.arange(0, length, math.ceil(length / _MAP_SIDE))
+        counts = np.diff([*starts, length])
+        shares = np.add.reduceat(shares, starts, axis=axis) / np.expand_dims(counts, 1 - axis)
+    return shares
+
+
+def _row_scaled(shares: np.ndarray) -> np.ndarray:
+    """Shares of a row's largest as uint8: 255 the largest, 0 only what is not seen at all."""
+    largest = shares.max(axis=-1, keepdims=True)
+    return np.ceil(255 * shares / np.where(largest > 0, largest, 1.0)).astype(np.uint8)
+
+
+def _packed(array: np.ndarray) -> dict[str, Any]:
+    return {"shape": list(array.shape), "base64": base64.b64encode(array.tobytes()).decode()}
+
+
+def unpacked(packed: dict[str, Any]) -> np.ndarray:
+    """A map of attending.json, as uint8."""
+    return np.frombuffer(base64.b64decode(packed["base64"]), np.uint8).reshape(packed["shape"])
+
+
+def _example(experiment: Experiment, batch: dict[str, jax.Array]) -> dict[str, Any]:
+    """The batch's first array, a text, tokens or an image, in a form to be shown."""
+    inputs = np.asarray(next(iter(batch.values()))[0])
+    if isinstance(experiment.task, LanguageTask):
+        return {"text": experiment.task.corpus.decode(inputs[:-1])}  # the last token is only a target
+    if inputs.ndim == 1:
+        return {"tokens": inputs.tolist()}
+    return {"pixels": _packed(np.clip(np.rint(255 * inputs / max(inputs.max(), 1e-30)), 0, 255).astype(np.uint8))}
+
+
+def _continuation(experiment: Experiment, values: nn.Parameters, tokens: jax.Array) -> tuple[str, str]:
+    """The beginning of a text, tokens int [1, T + 1], and how the model goes on with it."""
+    model: Any = experiment.model
+    task: Any = experiment.task
+    prompt = tokens[:, : min(_PROMPT, tokens.shape[1] // 2)]
+    longest = math.inf if model.max_length is None else model.max_length
+    length = int(min(_CONTINUATION, longest - prompt.shape[1]))
+
+    @jax.jit
+    def write(values: nn.Parameters, prompt: jax.Array) -> jax.Array:
+        key = jax.random.key(experiment.seed)
+        return generate(nn.bind(model, values), prompt, length=length, key=key, temperature=_TEMPERATURE)
+
+    written = np.asarray(write(values, prompt))[0]
+    return task.corpus.decode(written[: prompt.shape[1]]), task.corpus.decode(written[prompt.shape[1] :])

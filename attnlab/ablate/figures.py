@@ -1,0 +1,335 @@
+"""Figures of the report, as SVG and PNG to be put into the page."""
+
+import base64
+import html
+import io
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib import image, ticker
+
+from attnlab.ablate.results import Cost, Row, by_seed, count, finished, front, mean_cost
+from attnlab.ablate.statistics import paired_difference
+
+# Okabe and Ito's colours, told apart also by colour-blind readers.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
+# After the last colour the first comes again, with the next of these.
+_LINES = (("solid", "o"), ("dashed", "s"), ("dotted", "^"), ("dashdot", "D"))
+# Drawn in this colour, text and axes take the page's own (light or dark) by the replacement in `svg`.
+_INK = "#010203"
+# Inches; so narrow that the text of 10 points keeps about this size on a phone.
+_WIDTH = 4.3
+
+Draw = Callable[[Any, Any], None]
+
+
+class Style(NamedTuple):
+    """How an arm is drawn, in every figure."""
+
+    colour: str
+    line: str
+    marker: str
+
+
+def styles(arms: Sequence[str]) -> dict[str, Style]:
+    looks = itertools.cycle(Style(colour, *line) for line in _LINES for colour in _COLOURS)
+    return dict(zip(arms, looks))
+
+
+def swatch(style: Style) -> str:
+    """An arm's line and marker, as in the figures, to stand before its name."""
+    dashes = {"solid": "", "dashed": "4 2", "dotted": "1 2", "dashdot": "5 2 1 2"}[style.line]
+    marker = {
+        "o": '<circle cx="12" cy="6" r="4"/>',
+        "s": '<rect x="8" y="2" width="8" height="8"/>',
+        "^": '<path d="M12 1 17 10 7 10z"/>',
+        "D": '<path d="M12 1 17 6 12 11 7 6z"/>',
+    }[style.marker]
+    line = f'<path d="M0 6H24" stroke="{style.colour}" stroke-width="2" stroke-dasharray="{dashes}"/>'
+    return f'<svg class="swatch" viewBox="0 0 24 12" fill="{style.colour}" aria-hidden="true">{line}{marker}</svg>'
+
+
+def svg(draw: Draw, *, title: str, height: float = 3.2) -> str:
+    """A figure with its title, to be put into a page. draw(figure, axes) fills it; height in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": _INK,
+        "axes.edgecolor": _INK,
+        "axes.labelcolor": _INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "legend.frameon": False,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        FigureCanvasAgg(figure)  # which can measure text
+        draw(figure, figure.subplots())
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = out.getvalue()
+    body = text[text.index("<svg") :].replace(_INK, "currentColor")
+    named = html.escape(title)
+    return f'<figure><figcaption>{named}</figcaption><div role="img" aria-label="{named}">{body}</div></figure>'
+
+
+def png(pixels: np.ndarray) -> str:
+    """Pixels uint8 [Y, X, 1, 3 or 4] as the address of an image."""
+    out = io.BytesIO()
+    image.imsave(out, np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels, format="png")
+    return data_address(out.getvalue())
+
+
+def data_address(content: bytes) -> str:
+    """A PNG file's content as the address of an image."""
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def weights_png(weights: np.ndarray) -> str:
+    """Weights uint8 [Y, X], 0 drawn as nothing, as the address of an image."""
+    colours = matplotlib.colormaps["viridis"](weights, bytes=True)
+    colours[..., 3] = np.where(weights > 0, 255, 0)
+    return png(colours)
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Below the figure, which grows by as much, so that nothing is covered."""
+    handles, names = axes.get_legend_handles_labels()
+    if not names:
+        return
+    columns = max(1, int(_WIDTH * 72 / (40 + 6 * max(map(len, names)))))
+    columns = min(columns, len(names))
+    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(names) / columns))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9, columnspacing=1.2)
+
+
+def curves(rows: Sequence[Row], looks: dict[str, Style], split: str, metric: str) -> Draw:
+    """A line a seed, thin, and the mean over seeds, thick."""
+
+    def draw(figure: Any, axes: Any) -> None:
+        for arm, look in looks.items():
+            lines = [
+                np.array([(point["step"], point[metric]) for point in row["history"] if point["split"] == split])
+                for row in finished(rows, arm)
+            ]
+            lines = [line for line in lines if len(line)]
+            for line in lines if len(lines) > 1 else ():
+                axes.plot(*line.T, color=look.colour, linewidth=0.8, alpha=0.4)
+            if lines:
+                steps = lines[0][:, 0]
+                mean = np.mean([np.interp(steps, *line.T) for line in lines], axis=0)
+                marks = {"marker": look.marker, "markersize": 4, "markevery": max(1, len(steps) // 8)}
+                axes.plot(steps, mean, color=look.colour, linestyle=look.line, linewidth=1.8, label=arm, **marks)
+        axes.set_xlabel("step")
+        axes.set_ylabel(f"{metric} (nats)" if metric == "loss" else metric)
+        axes.grid(alpha=0.2)
+        _legend(figure, axes)
+
+    return draw
+
+
+def differences(rows: Sequence[Row], looks: dict[str, Style], metric: str, others: Sequence[str]) -> Draw:
+    """A dot a seed, and the mean with its interval, relative to the baseline."""
+    baseline, side = rows[0]["baseline"], "right" if rows[0]["higher_is_better"] else "left"
+
+    def draw(figure: Any, axes: Any) -> None:
+        base = by_seed(rows, baseline)
+        for height, arm in enumerate(reversed(others)):
+            values, colour = by_seed(rows, arm), looks[arm].colour
+            dots = [values[seed] - base[seed] for seed in values if seed in base]
+            difference = paired_difference(values, base)
+            axes.plot(dots, [height] * len(dots), "o", color=colour, alpha=0.5, markersize=5)
+            if not math.isnan(difference.low):
+                axes.plot([difference.low, difference.high], [height, height], color=colour, linewidth=2)
+            axes.plot([difference.mean], [height], "D", color=colour, markersize=7)
+        axes.axvline(0, color=_INK, linewidth=1)
+        axes.set_yticks(range(len(others)), list(reversed(others)))
+        axes.set_ylim(-0.6, len(others) - 0.4)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+        axes.set_xlabel(f"validation {metric} minus {baseline}'s\n({side} is better)")
+        axes.grid(alpha=0.2, axis="x")
+
+    return draw
+
+
+def against_cost(rows: Sequence[Row], looks: dict[str, Style], metric: str, cost: Cost) -> Draw:
+    """A dot an arm: the metric's mean over seeds, with its standard deviation, against a cost; and the Pareto front."""
+
+    def draw(figure: Any, axes: Any) -> None:
+        best = front(rows, cost)
+        shown = [arm for arm in looks if finished(rows, arm)]
+        points = {arm: (mean_cost(rows, arm, cost), float(np.mean(list(by_seed(rows, arm).values())))) for arm in shown}
+        for arm in shown:
+            values = list(by_seed(rows, arm).values())
+            axes.errorbar(
+                *points[arm],
+                yerr=np.std(values, ddof=1) if len(values) > 1 else None,
+                color=looks[arm].colour,
+                marker=looks[arm].marker,
+                markersize=8 if arm in best else 6,
+                markeredgecolor=_INK if arm in best else looks[arm].colour,
+                elinewidth=1,
+                zorder=3,
+            )
+        across = [point[0] for point in points.values()]
+        if max(across) > 3 * min(across) > 0:
+            axes.set_xscale("log")
+            subs = (1.0,) if max(across) > 300 * min(across) else (1.0, 2.0, 5.0)
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=subs))
+            axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        else:
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
+        axes.xaxis.set_major_formatter(lambda value, _: count(value))
+        axes.margins(0.12)
+        axes.set_xlabel(
+            {
+                "flops": f"FLOPs per {rows[0]['unit']}, forward",
+                "state_size": "decode state (numbers kept)",
+                "items_per_second": f"{rows[0]['unit']}s/s in training (right is faster)",
+            }[cost.column]
+        )
+        axes.set_ylabel(f"validation {metric}")
+        axes.grid(alpha=0.2)
+        _draw_front(axes, [points[arm] for arm in best], cost.more_is_better, rows[0]["higher_is_better"])
+        _place_labels(figure, axes, points, best)
+
+    return draw
+
+
+def _draw_front(axes: Any, points: Sequence[tuple[float, float]], more_is_better: bool, higher_is_better: bool) -> None:
+    """Around all that is dominated: what is not cheaper and not better than some point of the front."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    axes.autoscale(False)
+    dear, bad = (left if more_is_better else right), (low if higher_is_better else high)
+    corners = [(points[0][0], bad), points[0]]
+    for before, after in itertools.pairwise(points):
+        corners += [(after[0], before[1]), after]
+    corners.append((dear, points[-1][1]))
+    axes.plot(*zip(*corners), color=_INK, linewidth=1, linestyle="dashed", alpha=0.6, zorder=1)
+
+
+def _place_labels(figure: Any, axes: Any, points: dict[str, tuple[float, float]], bold: Sequence[str]) -> None:
+    """Names beside their points, clear of each other and of the points where there is room, inside the axes.
+
+    Every name is tried at places around its point, and takes the one that covers least; two rounds let those that came
+    first make room.
+    """
+    figure.draw_without_rendering()  # settles where the axes are
+    renderer, scale = figure.canvas.get_renderer(), figure.dpi / 72
+    inside = axes.get_window_extent(renderer)
+    dots = {arm: axes.transData.transform(point) for arm, point in points.items()}
+    obstacles = {arm: _box(dot, (10 * scale, 10 * scale)) for arm, dot in dots.items()}
+    texts, sizes = {}, {}
+    for arm in points:
+        texts[arm] = axes.annotate(
+            arm,
+            points[arm],
+            xytext=(0, 0),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=8.5,
+            fontweight="bold" if arm in bold else "normal",
+            arrowprops={"arrowstyle": "-", "color": _INK, "linewidth": 0.5, "alpha": 0.5, "shrinkA": 0, "shrinkB": 3},
+            zorder=4,
+        )
+        texts[arm].set_in_layout(False)
+        extent = texts[arm].get_window_extent(renderer)
+        sizes[arm] = (extent.width + 3 * scale, extent.height + 1 * scale)
+    placed: dict[str, np.ndarray] = {}
+    angles = np.linspace(0, 2 * math.pi, 16, endpoint=False) + math.pi / 2
+    for _ in range(2):
+        for arm, size in sizes.items():
+            others = [box for name, box in placed.items() if name != arm] + list(obstacles.values())
+            best = math.inf
+            for reach, angle in itertools.product((8, 14, 22, 32, 44), angles):
+                # To where the box around the name, grown by the reach, is left in this direction.
+                direction = np.array([math.cos(angle), math.sin(angle)])
+                half = np.array(size) / 2 + (reach - 5) * scale
+                along = min(half / np.maximum(np.abs(direction), 1e-9))
+                box = _box(dots[arm] + along * direction, size)
+                outside = np.prod(size) - _overlap(box, np.array([[inside.x0, inside.y0], [inside.x1, inside.y1]]))
+                cost = 20 * (sum(_overlap(box, other) for other in others) + outside) / scale**2 + reach
+                if cost < best:
+                    best, placed[arm] = cost, box
+    for arm, box in placed.items():
+        offset = (box.mean(axis=0) - dots[arm]) / scale
+        texts[arm].set_position(offset)
+        if math.hypot(*np.maximum(np.abs(offset) - np.array(sizes[arm]) / scale / 2, 0)) < 10:
+            texts[arm].arrow_patch.set_visible(False)
+
+
+def _box(centre: np.ndarray, size: tuple[float, float]) -> np.ndarray:
+    """[[left, bottom], [right, top]]."""
+    return np.array([centre - np.array(size) / 2, centre + np.array(size) / 2])
+
+
+def _overlap(one: np.ndarray, other: np.ndarray) -> float:
+    """Area that two boxes share."""
+    return float(np.prod(np.maximum(np.minimum(one[1], other[1]) - np.maximum(one[0], other[0]), 0)))
+
+
+def by_group(rows: Sequence[Row], looks: dict[str, Style], names: Sequence[str]) -> Draw:
+    """A line an arm over the metric's groups, "accuracy, 4 pairs" and so on: means over seeds, a dot a seed.
+
+    Groups that differ in a number alone are drawn at it, in log scale.
+    """
+    groups = [name.partition(", ")[2] for name in names]
+    numbers = [re.findall(r"\d+", group) for group in groups]
+    words = {re.sub(r"\d+", "", group).strip() for group in groups}
+    numeric = len(words) == 1 and all(len(found) == 1 and int(found[0]) > 0 for found in numbers)
+    places = [int(found[0]) for found in numbers] if numeric else list(range(len(groups)))
+
+    def draw(figure: Any, axes: Any) -> None:
+        for arm, look in looks.items():
+            done = finished(rows, arm)
+            if done:
+                values = np.array([[row["final"][name] for name in names] for row in done])
+                mean = values.mean(axis=0)
+                axes.plot(places, mean, color=look.colour, linestyle=look.line, marker=look.marker, label=arm)
+                for line in values if len(values) > 1 else ():
+                    axes.plot(places, line, look.marker, color=look.colour, alpha=0.4, markersize=3)
+        if numeric:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_minor_locator(ticker.NullLocator())
+            axes.set_xlabel(next(iter(words)))
+        axes.set_xticks(places, [str(place) for place in places] if numeric else groups)
+        axes.set_ylabel(names[0].partition(", ")[0])
+        axes.grid(alpha=0.2)
+        _legend(figure, axes)
+
+    return draw
+
+
+def by_layer(looks: dict[str, Style], heads: dict[str, list[list[float | None]]], label: str) -> Draw:
+    """A line an arm over the layers, means over heads, and a dot a head. heads: by arm, a list a layer."""
+
+    def draw(figure: Any, axes: Any) -> None:
+        for arm, layers in heads.items():
+            look = looks[arm]
+            values = [np.array(layer, dtype=float) for layer in layers]  # None becomes NaN
+            means = [np.nan if np.isnan(layer).all() else np.nanmean(layer) for layer in values]
+            axes.plot(range(len(means)), means, color=look.colour, linestyle=look.line, marker=look.marker, label=arm)
+            for number, layer in enumerate(values):
+                axes.plot([number] * len(layer), layer, look.marker, color=look.colour, alpha=0.35, markersize=3)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        axes.margins(x=0.1)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("layer")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.2)
+        _legend(figure, axes)
+
+    return draw

@@ -1,0 +1,218 @@
+"""The report as one HTML page: no address in it is followed, and it takes the reader's light or dark."""
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attnlab.ablate import figures
+from attnlab.ablate.attending import read_attending, unpacked
+from attnlab.ablate.results import Row, arms_of, attended, by_seed, costs, finished, first_row, mean_over_layers
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1c1e; --soft: #60646c; --line: #d8dbe0; --page: #ffffff; --card: #f6f7f9; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8ea; --soft: #a0a4ab; --line: #3a3d42; --page: #17181a; --card: #202225; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 76rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1.25rem 0 .4rem; }
+p { max-width: 56rem; } p.lead { font-size: 1.05rem; } .soft { color: var(--soft); font-size: .92rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .55rem; font-size: .95rem; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } thead th { font-weight: 600; vertical-align: bottom; }
+table.facts td { text-align: left; } table.facts td:last-child { white-space: normal; overflow-wrap: anywhere; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
+figure { margin: 0; padding: .75rem; background: var(--card); border-radius: .5rem; min-width: 0; }
+figcaption { font-size: .9rem; font-weight: 600; margin-bottom: .4rem; }
+figure div svg { display: block; width: 100%; height: auto; }
+.maps { display: flex; flex-wrap: wrap; gap: .75rem; }
+.maps figure { padding: .5rem; } .maps figcaption { font-weight: 400; font-size: .8rem; margin: .3rem 0 0; }
+.maps img { display: block; width: 8.5rem; height: auto; }
+img { image-rendering: pixelated; } img.sample { max-width: 100%; width: 24rem; }
+pre { background: var(--card); padding: .75rem; border-radius: .5rem; overflow-x: auto; font-size: .8rem; margin: 0; }
+pre.text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 12rem; overflow-y: auto; }
+details p { max-width: none; overflow-wrap: anywhere; } summary { cursor: pointer; padding: .25rem 0; }
+.swatch { width: 1.6rem; height: .8rem; margin-right: .5rem; vertical-align: -.05rem; }
+"""
+
+
+def page(
+    rows: Sequence[Row], workdir: Path, *, verdict: str, table: Sequence[Sequence[str]], notes: Sequence[str]
+) -> str:
+    """The whole page. table: header and a row an arm, the arm's name first. workdir: where the runs' folders are."""
+    arms = arms_of(rows)
+    looks = figures.styles(arms)
+    question = html.escape(rows[0]["question"])
+    head, *body = table
+    lines = "".join(f"<tr><td>{_named(line[0], looks)}</td>{_cells('td', line[1:])}</tr>" for line in body)
+    failures = "".join(
+        f"<p>{html.escape(row['arm'])}, seed {row['seed']}, failed: {html.escape(row['error'])}</p>"
+        for row in rows
+        if row["status"] == "failed"
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{question}</title><style>{_STYLE}</style></head><body>
+<h1>{question}</h1>
+<p class="lead">{html.escape(verdict)}</p>
+{failures}
+<div class="scroll"><table><thead><tr>{_cells("th", head)}</tr></thead><tbody>{lines}</tbody></table></div>
+{"".join(f'<p class="soft">{html.escape(note)}</p>' for note in notes)}
+{_curves(rows, looks)}
+{_against_costs(rows, looks)}
+{_attending(rows, workdir, looks)}
+{_samples(rows, workdir, looks)}
+<h2>Repeat it</h2>
+<pre>{html.escape(rows[0]["command"])}</pre>
+<p class="soft">{len(rows)} runs, {sum(row.get("seconds", 0.0) for row in rows):.0f} seconds of training and evaluation
+in all, on the machine below.</p>
+<h2>What ran</h2>
+{_what_ran(rows)}
+</body></html>
+"""
+
+
+def _cells(tag: str, texts: Sequence[str]) -> str:
+    return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
+
+
+def _named(arm: str, looks: Mapping[str, figures.Style]) -> str:
+    return figures.swatch(looks[arm]) + html.escape(arm)
+
+
+def _curves(rows: Sequence[Row], looks: dict[str, figures.Style]) -> str:
+    metric, baseline = rows[0]["metric"], rows[0]["baseline"]
+    drawn = [
+        figures.svg(figures.curves(rows, looks, "validation", metric), title=f"Validation {metric}"),
+        figures.svg(figures.curves(rows, looks, "train", metric), title=f"Training {metric}"),
+    ]
+    base = by_seed(rows, baseline)
+    others = [arm for arm in looks if arm != baseline and set(by_seed(rows, arm)) & set(base)]
+    if others:
+        draw = figures.differences(rows, looks, metric, others)
+        title = f"Difference to {baseline}, paired by seed"
+        drawn.append(figures.svg(draw, title=title, height=max(2.4, 1.2 + 0.27 * len(others))))
+    groups = [name for name in next((row["final"] for row in rows if row["status"] == "finished"), {}) if ", " in name]
+    if groups:
+        drawn.append(figures.svg(figures.by_group(rows, looks, groups), title="By group, at the end"))
+    seeds = '<p class="soft">Thin lines and small dots are seeds, thick lines and diamonds their means.</p>'
+    return f'<h2>Curves</h2>{seeds}<div class="figures">{"".join(drawn)}</div>'
+
+
+def _against_costs(rows: Sequence[Row], looks: dict[str, figures.Style]) -> str:
+    if not any(finished(rows, arm) for arm in looks):
+        return ""
+    drawn = "".join(
+        figures.svg(
+            figures.against_cost(rows, looks, rows[0]["metric"], cost), title=f"Quality against {cost.name}", height=3.6
+        )
+        for cost in costs(rows)
+    )
+    return f"""<h2>Quality against cost</h2>
+<p class="soft">A dot an arm, the mean over seeds; the bar is their standard deviation. Dashed: the Pareto front. Arms on
+it are in bold; every other one is beaten or equalled in both by one of them.</p>
+<div class="figures">{drawn}</div>"""
+
+
+def _run_folder(workdir: Path, row: Row) -> Path:
+    return workdir / "runs" / f"{row['arm']}-seed{row['seed']}"
+
+
+def _attending(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Style]) -> str:
+    """Nothing for rows that know nothing of it."""
+    kept: dict[str, dict[str, Any]] = {}
+    parts = []
+    for arm in looks:
+        row = attended(rows, arm)
+        if row is not None and (found := read_attending(_run_folder(workdir, row))) is not None:
+            kept[arm] = found
+            means = [f"{mean_over_layers(row, name):.2f}" for name in ("distance", "entropy")]
+            says = f"mean distance {means[0]}, entropy {means[1]} nats"
+            maps = "".join(_layer_maps(number, layer) for number, layer in enumerate(found["layers"]))
+            parts.append(f'<h3>{_named(arm, looks)}</h3><p class="soft">{says}</p><div class="maps">{maps}</div>')
+            continue
+        reasons = [skipped for row in finished(rows, arm) if (skipped := row.get("attending", {}).get("skipped"))]
+        parts += [f'<h3>{_named(arm, looks)}</h3><p class="soft">{html.escape(reason)}</p>' for reason in reasons]
+    if not parts:
+        return ""
+    drawn = ""
+    if kept:
+        for name, title, label in (
+            ("distance", "Mean attention distance", "distance in places"),
+            ("entropy", "Entropy of the attention", "entropy (nats)"),
+        ):
+            heads = {arm: [layer[name] for layer in found["layers"]] for arm, found in kept.items()}
+            drawn += figures.svg(figures.by_layer(looks, heads, label), title=f"{title} by layer")
+    example = _example(next(iter(kept.values()))["example"]) if kept else ""
+    signed = [arm for arm, found in kept.items() if any(layer["is_signed"] for layer in found["layers"])]
+    size = f" Some weights of {', '.join(signed)} are negative; their size is shown." if signed else ""
+    return f"""<h2>What each mechanism attends to</h2>
+<p class="soft">In the first validation example, below, after the last step of the first seed. Who sees whom: queries
+from top to bottom, keys from left to right, images in raster order, mean over heads; yellow is a query's largest weight,
+dark a small one, blank none.{html.escape(size)} Small dots in the figures are heads.</p>
+{example}
+<div class="figures">{drawn}</div>
+{"".join(parts)}"""
+
+
+def _layer_maps(number: int, layer: Mapping[str, Any]) -> str:
+    name = f"layer {number}"
+    maps = [(layer["map"], f"{name}: who sees whom, {layer['mixer']}")]
+    if "middle" in layer:
+        maps.append((layer["middle"], f"{name}: what the middle sees"))
+    return "".join(
+        f'<figure><img alt="" src="{figures.weights_png(unpacked(packed))}"><figcaption>{caption}</figcaption></figure>'
+        for packed, caption in maps
+    )
+
+
+def _example(example: Mapping[str, Any]) -> str:
+    if "pixels" in example:
+        picture = figures.png(unpacked(example["pixels"]))
+        return f'<div class="maps"><figure><img alt="the example" src="{picture}"></figure></div><br>'
+    text = example.get("text") or " ".join(map(str, example["tokens"]))
+    return f'<pre class="text">{html.escape(text)}</pre><br>'
+
+
+def _samples(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Style]) -> str:
+    """What the arms make by themselves, of the first seed that has something; nothing if none has."""
+    parts, prompt = [], ""
+    for arm in looks:
+        for row in finished(rows, arm):
+            folder = _run_folder(workdir, row)
+            shown = ""
+            if (picture := folder / "samples.png").is_file():
+                address = figures.data_address(picture.read_bytes())
+                shown += f'<p><img class="sample" alt="samples of {html.escape(arm)}" src="{address}"></p>'
+            if (text := folder / "samples.txt").is_file():
+                shown += f'<pre class="text">{html.escape(text.read_text())}</pre>'
+                prompt = prompt or (read_attending(folder) or {}).get("prompt", "")
+            if shown:
+                parts.append(f"<h3>{_named(arm, looks)}, seed {row['seed']}</h3>{shown}")
+                break
+    if not parts:
+        return ""
+    before = ""
+    if prompt:
+        before = f"""<p class="soft">Each text goes on from this beginning of the first validation example, at
+temperature 0.8.</p><pre class="text">{html.escape(prompt)}</pre>"""
+    return f"<h2>Samples</h2>{before}{''.join(parts)}"
+
+
+def _what_ran(rows: Sequence[Row]) -> str:
+    """The resolved config of each arm, with the implementation that ran; machine, versions and data."""
+    configs = ""
+    for arm in arms_of(rows):
+        row = first_row(rows, arm)
+        ran = "<br>".join(map(html.escape, row["implementations"]))
+        config = html.escape(row["config"])
+        configs += f"<details><summary>{html.escape(arm)}</summary><p>{ran}</p><pre>{config}</pre></details>"
+    facts = {**rows[0]["environment"], **{f"data: {name}": value for name, value in rows[0]["task"].items()}}
+    lines = "".join(f"<tr>{_cells('td', [str(name), str(value)])}</tr>" for name, value in facts.items())
+    return f"""{configs}
+<details><summary>machine, versions and data</summary>
+<div class="scroll"><table class="facts"><tbody>{lines}</tbody></table></div></details>"""
