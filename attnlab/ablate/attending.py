@@ -53,9 +53,9 @@ def attend(experiment: Experiment, folder: Path) -> dict[str, Any]:
 def read_attending(folder: Path) -> dict[str, Any] | None:
     """What `attend` kept in a run's folder, if it did.
 
-    {"example": {"text"}, {"tokens"} or {"pixels": a map [Y, X, channels]}, "prompt", and "skipped" or "layers"}. A layer
-    is {"mixer": name, "map": [T, S], "middle": [Y, X] of the query in the middle of a grid, "is_signed", "distance" and
-    "entropy": a number a head, None for one that sees nothing}; a map is {"shape", "base64": of uint8}.
+    {"example": {"text"}, {"tokens"} or {"pixels": a map [Y, X, channels]}, "prompt", and "skipped" or "layers"}. A
+    layer is {"mixer": name, "map": [T, S] pooled, "middle": [Y, X] of the query in the middle of a grid, "is_signed",
+    "distance" and "entropy": a number a head, None for one that sees nothing}; a map is {"shape", "base64": of uint8}.
     """
     path = folder / "attending.json"
     return json.loads(path.read_text()) if path.is_file() else None
@@ -170,7 +170,7 @@ def _pooled(shares: np.ndarray) -> np.ndarray:
 def _row_scaled(shares: np.ndarray) -> np.ndarray:
     """Shares of a row's largest as uint8: 255 the largest, 0 only what is not seen at all."""
     largest = shares.max(axis=-1, keepdims=True)
-    return np.ceil(255 * shares / np.where(largest > 0, largest, 1.0)).astype(np.uint8)
+    return np.ceil(255 * np.minimum(shares / np.where(largest > 0, largest, 1.0), 1.0)).astype(np.uint8)
 
 
 def _packed(array: np.ndarray) -> dict[str, Any]:

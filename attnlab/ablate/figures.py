@@ -109,10 +109,9 @@ def _legend(figure: Any, axes: Any) -> None:
     handles, names = axes.get_legend_handles_labels()
     if not names:
         return
-    columns = max(1, int(_WIDTH * 72 / (40 + 6 * max(map(len, names)))))
-    columns = min(columns, len(names))
+    columns = min(len(names), max(1, int(_WIDTH * 72 / (38 + 5.2 * max(map(len, names))))))
     figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(names) / columns))
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9, columnspacing=1.2)
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9, columnspacing=1)
 
 
 def curves(rows: Sequence[Row], looks: dict[str, Style], split: str, metric: str) -> Draw:
@@ -171,11 +170,11 @@ def against_cost(rows: Sequence[Row], looks: dict[str, Style], metric: str, cost
         best = front(rows, cost)
         shown = [arm for arm in looks if finished(rows, arm)]
         points = {arm: (mean_cost(rows, arm, cost), float(np.mean(list(by_seed(rows, arm).values())))) for arm in shown}
+        deviations = {arm: _deviation(list(by_seed(rows, arm).values())) for arm in shown}
         for arm in shown:
-            values = list(by_seed(rows, arm).values())
             axes.errorbar(
                 *points[arm],
-                yerr=np.std(values, ddof=1) if len(values) > 1 else None,
+                yerr=deviations[arm] or None,
                 color=looks[arm].colour,
                 marker=looks[arm].marker,
                 markersize=8 if arm in best else 6,
@@ -202,37 +201,54 @@ def against_cost(rows: Sequence[Row], looks: dict[str, Style], metric: str, cost
         )
         axes.set_ylabel(f"validation {metric}")
         axes.grid(alpha=0.2)
-        _draw_front(axes, [points[arm] for arm in best], cost.more_is_better, rows[0]["higher_is_better"])
-        _place_labels(figure, axes, points, best)
+        corners = _front_corners(axes, [points[arm] for arm in best], cost.more_is_better, rows[0]["higher_is_better"])
+        axes.plot(*zip(*corners), color=_INK, linewidth=1, linestyle="dashed", alpha=0.6, zorder=1)
+        bars = [
+            [(across, mean - deviation), (across, mean + deviation)]
+            for (across, mean), deviation in zip(points.values(), deviations.values())
+        ]
+        _place_labels(figure, axes, points, best, [*bars, *itertools.pairwise(corners)])
 
     return draw
 
 
-def _draw_front(axes: Any, points: Sequence[tuple[float, float]], more_is_better: bool, higher_is_better: bool) -> None:
-    """Around all that is dominated: what is not cheaper and not better than some point of the front."""
+def _deviation(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def _front_corners(
+    axes: Any, points: Sequence[tuple[float, float]], more_is_better: bool, higher_is_better: bool
+) -> list[tuple[float, float]]:
+    """Of the line around all that is not better and not cheaper than some point of the front. It fixes the limits."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     axes.autoscale(False)
-    dear, bad = (left if more_is_better else right), (low if higher_is_better else high)
-    corners = [(points[0][0], bad), points[0]]
+    corners = [(points[0][0], low if higher_is_better else high), points[0]]
     for before, after in itertools.pairwise(points):
         corners += [(after[0], before[1]), after]
-    corners.append((dear, points[-1][1]))
-    axes.plot(*zip(*corners), color=_INK, linewidth=1, linestyle="dashed", alpha=0.6, zorder=1)
+    return [*corners, (left if more_is_better else right, points[-1][1])]
 
 
-def _place_labels(figure: Any, axes: Any, points: dict[str, tuple[float, float]], bold: Sequence[str]) -> None:
-    """Names beside their points, clear of each other and of the points where there is room, inside the axes.
+def _place_labels(
+    figure: Any,
+    axes: Any,
+    points: dict[str, tuple[float, float]],
+    bold: Sequence[str],
+    lines: Sequence[Sequence[tuple[float, float]]],
+) -> None:
+    """Names beside their points, inside the axes, clear of each other, the points and, if it can be, these lines.
 
-    Every name is tried at places around its point, and takes the one that covers least; two rounds let those that came
-    first make room.
+    Every name is tried at places around its point, and takes the one that covers least; a second round lets those that
+    came first make room. lines: upright or level, from one point to another.
     """
     figure.draw_without_rendering()  # settles where the axes are
     renderer, scale = figure.canvas.get_renderer(), figure.dpi / 72
     inside = axes.get_window_extent(renderer)
     dots = {arm: axes.transData.transform(point) for arm, point in points.items()}
-    obstacles = {arm: _box(dot, (10 * scale, 10 * scale)) for arm, dot in dots.items()}
+    obstacles = [_box(dot, (10 * scale, 10 * scale)) for dot in dots.values()]
+    ends = [axes.transData.transform(line) for line in lines]
+    strips = [np.array([np.min(line, axis=0) - scale, np.max(line, axis=0) + scale]) for line in ends]
     texts, sizes = {}, {}
-    for arm in points:
+    for arm in sorted(points, key=lambda arm: -dots[arm][1]):  # so that names of a heap come in its order
         texts[arm] = axes.annotate(
             arm,
             points[arm],
@@ -252,7 +268,7 @@ def _place_labels(figure: Any, axes: Any, points: dict[str, tuple[float, float]]
     angles = np.linspace(0, 2 * math.pi, 16, endpoint=False) + math.pi / 2
     for _ in range(2):
         for arm, size in sizes.items():
-            others = [box for name, box in placed.items() if name != arm] + list(obstacles.values())
+            others = [box for name, box in placed.items() if name != arm] + obstacles
             best = math.inf
             for reach, angle in itertools.product((8, 14, 22, 32, 44), angles):
                 # To where the box around the name, grown by the reach, is left in this direction.
@@ -261,7 +277,9 @@ def _place_labels(figure: Any, axes: Any, points: dict[str, tuple[float, float]]
                 along = min(half / np.maximum(np.abs(direction), 1e-9))
                 box = _box(dots[arm] + along * direction, size)
                 outside = np.prod(size) - _overlap(box, np.array([[inside.x0, inside.y0], [inside.x1, inside.y1]]))
-                cost = 20 * (sum(_overlap(box, other) for other in others) + outside) / scale**2 + reach
+                covered = 20 * (sum(_overlap(box, other) for other in others) + outside)
+                covered += sum(_overlap(box, strip) for strip in strips)
+                cost = covered / scale**2 + reach
                 if cost < best:
                     best, placed[arm] = cost, box
     for arm, box in placed.items():
@@ -326,7 +344,7 @@ def by_layer(looks: dict[str, Style], heads: dict[str, list[list[float | None]]]
                 axes.plot([number] * len(layer), layer, look.marker, color=look.colour, alpha=0.35, markersize=3)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         axes.margins(x=0.1)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.set_xlabel("layer")
         axes.set_ylabel(label)
         axes.grid(alpha=0.2)

@@ -18,8 +18,8 @@ _STYLE = """
 body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 76rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 1.25rem 0 .4rem; }
-p { max-width: 56rem; } p.lead { font-size: 1.05rem; } .soft { color: var(--soft); font-size: .92rem; }
+h3 { font-size: 1rem; margin: .75rem 0 .25rem; } h3 + p { margin: 0 0 .5rem; }
+p, ul { max-width: 56rem; } .lead { font-size: 1.05rem; } .soft { color: var(--soft); font-size: .92rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .55rem; font-size: .95rem; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
@@ -29,10 +29,13 @@ table.facts td { text-align: left; } table.facts td:last-child { white-space: no
 figure { margin: 0; padding: .75rem; background: var(--card); border-radius: .5rem; min-width: 0; }
 figcaption { font-size: .9rem; font-weight: 600; margin-bottom: .4rem; }
 figure div svg { display: block; width: 100%; height: auto; }
+figure svg text { paint-order: stroke; stroke: var(--card); stroke-width: 3px; stroke-linejoin: round; }
+.figures > section { min-width: 0; }
 .maps { display: flex; flex-wrap: wrap; gap: .75rem; }
-.maps figure { padding: .5rem; } .maps figcaption { font-weight: 400; font-size: .8rem; margin: .3rem 0 0; }
-.maps img { display: block; width: 8.5rem; height: auto; }
-img { image-rendering: pixelated; } img.sample { max-width: 100%; width: 24rem; }
+.maps figure { padding: .5rem; width: 9.5rem; }
+.maps figcaption { font-weight: 400; font-size: .8rem; margin: .3rem 0 0; }
+img { display: block; image-rendering: pixelated; width: 100%; max-width: 24rem; height: auto; }
+img.small { max-width: 12rem; }
 pre { background: var(--card); padding: .75rem; border-radius: .5rem; overflow-x: auto; font-size: .8rem; margin: 0; }
 pre.text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 12rem; overflow-y: auto; }
 details p { max-width: none; overflow-wrap: anywhere; } summary { cursor: pointer; padding: .25rem 0; }
@@ -41,9 +44,20 @@ details p { max-width: none; overflow-wrap: anywhere; } summary { cursor: pointe
 
 
 def page(
-    rows: Sequence[Row], workdir: Path, *, verdict: str, table: Sequence[Sequence[str]], notes: Sequence[str]
+    rows: Sequence[Row],
+    workdir: Path,
+    *,
+    verdict: Sequence[str],
+    table: Sequence[Sequence[str]],
+    notes: Sequence[str],
 ) -> str:
-    """The whole page. table: header and a row an arm, the arm's name first. workdir: where the runs' folders are."""
+    """The whole page.
+
+    Args:
+      workdir: where the runs' folders are.
+      verdict: what is compared, and a sentence an arm. table: header and a row an arm, the arm's name first. notes:
+        paragraphs. All of these are plain text.
+    """
     arms = arms_of(rows)
     looks = figures.styles(arms)
     question = html.escape(rows[0]["question"])
@@ -58,7 +72,7 @@ def page(
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{question}</title><style>{_STYLE}</style></head><body>
 <h1>{question}</h1>
-<p class="lead">{html.escape(verdict)}</p>
+{_verdict(verdict)}
 {failures}
 <div class="scroll"><table><thead><tr>{_cells("th", head)}</tr></thead><tbody>{lines}</tbody></table></div>
 {"".join(f'<p class="soft">{html.escape(note)}</p>' for note in notes)}
@@ -76,12 +90,23 @@ in all, on the machine below.</p>
 """
 
 
+def _verdict(sentences: Sequence[str]) -> str:
+    if len(sentences) < 5:
+        return f'<p class="lead">{html.escape(" ".join(sentences))}</p>'
+    lines = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences[1:])
+    return f'<p class="lead">{html.escape(sentences[0])}</p><ul>{lines}</ul>'
+
+
 def _cells(tag: str, texts: Sequence[str]) -> str:
     return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
 
 
 def _named(arm: str, looks: Mapping[str, figures.Style]) -> str:
     return figures.swatch(looks[arm]) + html.escape(arm)
+
+
+def _section(arm: str, looks: Mapping[str, figures.Style], content: str) -> str:
+    return f"<section><h3>{_named(arm, looks)}</h3>{content}</section>"
 
 
 def _curves(rows: Sequence[Row], looks: dict[str, figures.Style]) -> str:
@@ -113,8 +138,8 @@ def _against_costs(rows: Sequence[Row], looks: dict[str, figures.Style]) -> str:
         for cost in costs(rows)
     )
     return f"""<h2>Quality against cost</h2>
-<p class="soft">A dot an arm, the mean over seeds; the bar is their standard deviation. Dashed: the Pareto front. Arms on
-it are in bold; every other one is beaten or equalled in both by one of them.</p>
+<p class="soft">A dot an arm, the mean over seeds; the bar is their standard deviation. Dashed: the Pareto front. Arms
+on it are in bold; every other one is beaten or equalled in both by one of them.</p>
 <div class="figures">{drawn}</div>"""
 
 
@@ -133,10 +158,10 @@ def _attending(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Styl
             means = [f"{mean_over_layers(row, name):.2f}" for name in ("distance", "entropy")]
             says = f"mean distance {means[0]}, entropy {means[1]} nats"
             maps = "".join(_layer_maps(number, layer) for number, layer in enumerate(found["layers"]))
-            parts.append(f'<h3>{_named(arm, looks)}</h3><p class="soft">{says}</p><div class="maps">{maps}</div>')
+            parts.append(_section(arm, looks, f'<p class="soft">{says}</p><div class="maps">{maps}</div>'))
             continue
         reasons = [skipped for row in finished(rows, arm) if (skipped := row.get("attending", {}).get("skipped"))]
-        parts += [f'<h3>{_named(arm, looks)}</h3><p class="soft">{html.escape(reason)}</p>' for reason in reasons]
+        parts += [_section(arm, looks, f'<p class="soft">{html.escape(reason)}</p>') for reason in reasons]
     if not parts:
         return ""
     drawn = ""
@@ -151,19 +176,18 @@ def _attending(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Styl
     signed = [arm for arm, found in kept.items() if any(layer["is_signed"] for layer in found["layers"])]
     size = f" Some weights of {', '.join(signed)} are negative; their size is shown." if signed else ""
     return f"""<h2>What each mechanism attends to</h2>
-<p class="soft">In the first validation example, below, after the last step of the first seed. Who sees whom: queries
-from top to bottom, keys from left to right, images in raster order, mean over heads; yellow is a query's largest weight,
-dark a small one, blank none.{html.escape(size)} Small dots in the figures are heads.</p>
-{example}
-<div class="figures">{drawn}</div>
-{"".join(parts)}"""
+<p class="soft">In the first validation example, after the last step of the first seed. Maps by layer, means over heads:
+queries from top to bottom, keys from left to right, images in raster order; and, of images, what the place in the middle
+sees. Yellow is a query's largest weight, dark a small one, blank none.{html.escape(size)} Small dots in the figures are heads.</p>
+<div class="figures">{example}{drawn}</div>
+<div class="figures">{"".join(parts)}</div>"""
 
 
 def _layer_maps(number: int, layer: Mapping[str, Any]) -> str:
     name = f"layer {number}"
-    maps = [(layer["map"], f"{name}: who sees whom, {layer['mixer']}")]
+    maps = [(layer["map"], f"{name}: {layer['mixer']}")]
     if "middle" in layer:
-        maps.append((layer["middle"], f"{name}: what the middle sees"))
+        maps.append((layer["middle"], f"{name}: from the middle"))
     return "".join(
         f'<figure><img alt="" src="{figures.weights_png(unpacked(packed))}"><figcaption>{caption}</figcaption></figure>'
         for packed, caption in maps
@@ -172,10 +196,11 @@ def _layer_maps(number: int, layer: Mapping[str, Any]) -> str:
 
 def _example(example: Mapping[str, Any]) -> str:
     if "pixels" in example:
-        picture = figures.png(unpacked(example["pixels"]))
-        return f'<div class="maps"><figure><img alt="the example" src="{picture}"></figure></div><br>'
-    text = example.get("text") or " ".join(map(str, example["tokens"]))
-    return f'<pre class="text">{html.escape(text)}</pre><br>'
+        shown = f'<img class="small" alt="" src="{figures.png(unpacked(example["pixels"]))}">'
+    else:
+        text = example.get("text") or " ".join(map(str, example["tokens"]))
+        shown = f'<pre class="text">{html.escape(text)}</pre>'
+    return f"<figure><figcaption>The example</figcaption>{shown}</figure>"
 
 
 def _samples(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Style]) -> str:
@@ -187,12 +212,12 @@ def _samples(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Style]
             shown = ""
             if (picture := folder / "samples.png").is_file():
                 address = figures.data_address(picture.read_bytes())
-                shown += f'<p><img class="sample" alt="samples of {html.escape(arm)}" src="{address}"></p>'
+                shown += f'<p><img alt="samples of {html.escape(arm)}" src="{address}"></p>'
             if (text := folder / "samples.txt").is_file():
                 shown += f'<pre class="text">{html.escape(text.read_text())}</pre>'
                 prompt = prompt or (read_attending(folder) or {}).get("prompt", "")
             if shown:
-                parts.append(f"<h3>{_named(arm, looks)}, seed {row['seed']}</h3>{shown}")
+                parts.append(_section(arm, looks, f'<p class="soft">seed {row["seed"]}</p>{shown}'))
                 break
     if not parts:
         return ""
@@ -200,7 +225,7 @@ def _samples(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Style]
     if prompt:
         before = f"""<p class="soft">Each text goes on from this beginning of the first validation example, at
 temperature 0.8.</p><pre class="text">{html.escape(prompt)}</pre>"""
-    return f"<h2>Samples</h2>{before}{''.join(parts)}"
+    return f'<h2>Samples</h2>{before}<div class="figures">{"".join(parts)}</div>'
 
 
 def _what_ran(rows: Sequence[Row]) -> str:

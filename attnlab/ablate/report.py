@@ -169,11 +169,12 @@ def _shared(rows: Sequence[Row]) -> str:
     ).strip()
 
 
-def _verdict(rows: Sequence[Row]) -> str:
-    """The answer in a sentence or two: which arms differ from the baseline beyond the interval."""
+def _verdict(rows: Sequence[Row]) -> list[str]:
+    """The answer in sentences: which arms differ from the baseline beyond the interval."""
     metric, baseline = rows[0]["metric"], rows[0]["baseline"]
     base = by_seed(rows, baseline)
-    sentences = []
+    sentences: list[str] = []
+    singles: list[str] = []
     for arm in arms_of(rows):
         values = by_seed(rows, arm)
         if arm == baseline or not set(values) & set(base):
@@ -181,7 +182,7 @@ def _verdict(rows: Sequence[Row]) -> str:
         difference = paired_difference(values, base)
         size = f"{arm} ends {abs(difference.mean):.4f} {'below' if difference.mean < 0 else 'above'} {baseline}"
         if math.isnan(difference.low):
-            sentences.append(f"{size} (one seed, so no interval).")
+            singles.append(size if not singles else size.replace(" ends ", " ").removesuffix(f" {baseline}"))
         elif difference.low <= 0 <= difference.high:
             more = ""
             if abs(difference.mean) > 0.1 * difference.deviation:  # else it takes more seeds than anybody runs
@@ -190,4 +191,6 @@ def _verdict(rows: Sequence[Row]) -> str:
             sentences.append(f"{size}, but {difference.seeds} seeds cannot tell this from no difference{more}.")
         else:
             sentences.append(f"{size}, and the 95 % interval excludes no difference.")
-    return f"Validation {metric}, {_better(rows[0])} is better: " + " ".join(sentences)
+    if singles:
+        sentences.append(f"{', '.join(singles)} (one seed, so no interval).")
+    return [f"Validation {metric}, {_better(rows[0])} is better:", *sentences]
