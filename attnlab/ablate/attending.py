@@ -135,10 +135,11 @@ def _layers(experiment: Experiment, values: nn.Parameters, batch: dict[str, jax.
         layers = layer_weights(experiment, values, batch)
     except ValueError as error:
         return {"skipped": str(error)}
-    return {"layers": [_layer(*layer) for layer in layers]}
+    return {"layers": [describe_layer(*layer) for layer in layers]}
 
 
-def _layer(mixer: str, space: tuple[int, ...], weights: np.ndarray) -> dict[str, Any]:
+def describe_layer(mixer: str, space: tuple[int, ...], weights: np.ndarray) -> dict[str, Any]:
+    """A layer's entry in attending.json, from its weights [N, T, S]."""
     distance, entropy = summarize(weights, space)
     shares = _shares(weights)[0].mean(axis=0)
     layer = {

@@ -78,7 +78,9 @@ def svg(draw: Draw, *, title: str, height: float = 3.2) -> str:
         FigureCanvasAgg(figure)  # which can measure text
         draw(figure, figure.subplots())
         out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(
+            out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
     text = out.getvalue()
     body = text[text.index("<svg") :].replace(_INK, "currentColor")
     named = html.escape(title)

@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
-from attnlab.ablate import paired_difference, seeds_needed
+from attnlab.ablate import paired_difference, pareto_front, seeds_needed
 
 
 def test_equals_the_paired_t_test_of_scipy():
@@ -73,3 +75,23 @@ def test_as_many_seeds_as_are_needed_find_a_difference_in_four_of_five_repeats()
     assert 7000 < seeds_needed(30.0, 1.0) < 7200  # the normal distribution's (1.96 + 0.84)^2 900
     with pytest.raises(ValueError, match="difference: got 0"):
         seeds_needed(1.0, 0.0)
+
+
+def dominates(one, other):
+    return one[0] <= other[0] and one[1] <= other[1] and one != other
+
+
+# Few values, so that ties and equal points are common.
+coordinates = st.integers(0, 6).map(float)
+
+
+@given(st.lists(st.tuples(coordinates, coordinates), max_size=12))
+def test_no_point_dominates_one_of_the_front_and_every_other_is_dominated_by_one_of_it(points):
+    front = pareto_front(points)
+    assert [points[index] for index in front] == sorted(points[index] for index in front)
+    assert len(set(front)) == len(front)
+    for index, point in enumerate(points):
+        if index in front:
+            assert not any(dominates(other, point) for other in points)
+        else:
+            assert any(dominates(points[other], point) for other in front)

@@ -120,6 +120,11 @@ def test_bad_paths_and_lengths_are_named(tmp_path):
         data.text_batches(corpus, "validation", sequence_length=64, batch_size=1, seed=0)
 
 
+def test_bytes_that_are_no_text_are_marked():
+    corpus = data.Corpus("bytes", np.zeros(2, np.uint8), np.zeros(2, np.uint8))
+    assert corpus.decode(np.array([104, 195, 175, 195, 300], np.int32)) == "hï\ufffd\ufffd"
+
+
 def test_characters_are_numbered_in_order_and_cut_at_nine_tenths(tmp_path):
     text = "naïve zebra\n" * 7
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
@@ -128,6 +133,7 @@ def test_characters_are_numbered_in_order_and_cut_at_nine_tenths(tmp_path):
     assert (corpus.unit, corpus.vocabulary) == ("character", len(alphabet))
     assert "".join(alphabet[i] for i in np.concatenate([corpus.train, corpus.validation])) == text
     assert len(corpus.train) == int(0.9 * len(text))
+    assert corpus.decode(corpus.train) + corpus.decode(corpus.validation) == text
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     with pytest.raises(UserError, match="is not UTF-8"):
         data.characters(str(tmp_path / "latin.txt"))
@@ -145,6 +151,8 @@ def test_words_are_those_of_the_training_file(tmp_path):
     spoken = [vocabulary[i] for i in corpus.train]
     assert spoken == ["the", "cat", "<unk>", "sat", "<eos>", "<eos>", "the", "end", "<eos>"]
     assert [vocabulary[i] for i in corpus.validation] == ["the", "<unk>", "sat", "<eos>"]
+    assert corpus.decode(corpus.validation) == "the <unk> sat <eos>"
+    assert corpus.decode(np.array([5, 6])) == "the \ufffd"  # a model may have more tokens than the text
     assert len(data.words(str(tmp_path), held_out="test").validation) == 6
     (tmp_path / "train.old").write_text("x")
     with pytest.raises(UserError, match=r"need one file train\* .*found train.old, train.txt.gz"):
