@@ -60,14 +60,16 @@ def test_ablate_again_runs_nothing_and_says_the_same(swept):
 
 def test_report_is_one_page_that_needs_nothing_else(swept, capsys):
     page = (swept / "report.html").read_text()
-    assert page.count("<svg") == 4
+    assert page.count('<div role="img"') == 8
+    assert page.count("layer 0: LocalAttention") == 1
+    assert "Each text goes on from this beginning" in page
     assert not re.search(r"(src|href)\s*=\s*\W?http|@import|url\(http", page)
     (swept / "report.html").unlink()
     assert cli.main(["report", str(swept)]) == 0
     assert str(swept / "report.html") in capsys.readouterr().out
     assert (swept / "report.html").read_text() == page
     table = (swept / "results.md").read_text()
-    assert table.count("| softmax |") == 1
+    assert table.count("| softmax |") == 2
     assert "attnlab ablate experiments/sweeps/quickstart.gin" in table
 
 

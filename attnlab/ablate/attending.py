@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from attnlab import nn
+from attnlab.ablate.results import mean_of_known
 from attnlab.errors import UserError
 from attnlab.models import generate
 from attnlab.models.blocks import Block
@@ -47,7 +48,7 @@ def attend(experiment: Experiment, folder: Path) -> dict[str, Any]:
         partial.replace(folder / "attending.json")
     if "skipped" in kept:
         return {"skipped": kept["skipped"]}
-    return {name: [mean(layer[name]) for layer in kept["layers"]] for name in ("distance", "entropy")}
+    return {name: [mean_of_known(layer[name]) for layer in kept["layers"]] for name in ("distance", "entropy")}
 
 
 def read_attending(folder: Path) -> dict[str, Any] | None:
@@ -61,12 +62,6 @@ def read_attending(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def mean(numbers: list[float | None]) -> float | None:
-    """Of what is known, to 4 places."""
-    known = [number for number in numbers if number is not None]
-    return round(sum(known) / len(known), 4) if known else None
-
-
 def layer_weights(
     experiment: Experiment, values: nn.Parameters, batch: dict[str, jax.Array]
 ) -> list[tuple[str, tuple[int, ...], np.ndarray]]:
@@ -78,7 +73,8 @@ def layer_weights(
 
     def weights(values: nn.Parameters, batch: dict[str, jax.Array]) -> list[jax.Array]:
         model = nn.bind(experiment.model, values)
-        blocks: list[Any] = [module for _, module in sorted(nnx.iter_modules(model)) if isinstance(module, Block)]
+        modules = sorted(nnx.iter_modules(model), key=lambda module: module[0])  # by path, so that layers come in order
+        blocks: list[Any] = [module for _, module in modules if isinstance(module, Block)]
         recorders = [_Recorder(block.mixer) for block in blocks]
         for block, recorder in zip(blocks, recorders):
             block.mixer = recorder

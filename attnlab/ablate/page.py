@@ -155,8 +155,8 @@ def _attending(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Styl
         row = attended(rows, arm)
         if row is not None and (found := read_attending(_run_folder(workdir, row))) is not None:
             kept[arm] = found
-            means = [f"{mean_over_layers(row, name):.2f}" for name in ("distance", "entropy")]
-            says = f"mean distance {means[0]}, entropy {means[1]} nats"
+            distance, entropy = (mean_over_layers(row, name) for name in ("distance", "entropy"))
+            says = "sees nothing" if distance is None else f"mean distance {distance:.2f}, entropy {entropy:.2f} nats"
             maps = "".join(_layer_maps(number, layer) for number, layer in enumerate(found["layers"]))
             parts.append(_section(arm, looks, f'<p class="soft">{says}</p><div class="maps">{maps}</div>'))
             continue

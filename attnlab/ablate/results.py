@@ -68,8 +68,13 @@ def attended(rows: Sequence[Row], arm: str) -> Row | None:
 
 def mean_over_layers(row: Row, name: str) -> float | None:
     """name: "distance" or "entropy"."""
-    known = [number for number in row["attending"][name] if number is not None]
-    return sum(known) / len(known) if known else None
+    return mean_of_known(row["attending"][name])
+
+
+def mean_of_known(numbers: Sequence[float | None]) -> float | None:
+    """To 4 places; None if none is known."""
+    known = [number for number in numbers if number is not None]
+    return round(sum(known) / len(known), 4) if known else None
 
 
 def count(number: float) -> str:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -125,5 +126,11 @@ def test_long_examples_and_other_models_are_skipped_with_the_reason(tmp_path):
     values = nn.initialize(experiment.model, jax.random.key(0))
     with pytest.raises(ValueError, match="length: an example has 600 places; weights are shown of at most 512"):
         attending.layer_weights(experiment, values, first_batch(experiment))
+    without = types.SimpleNamespace(
+        model=LanguageModel(vocabulary=8, mixers=MIXERS, depth=1, features=8).norm,
+        task=types.SimpleNamespace(loss=lambda model, batch, key: None),
+    )
+    with pytest.raises(ValueError, match="model: it has no blocks with a mixer"):
+        attending.layer_weights(without, nn.initialize(without.model, jax.random.key(0)), {})
     assert "holds none" in attending.attend(experiment, tmp_path)["skipped"]  # no checkpoint
     assert not (tmp_path / "attending.json").exists()
