@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from attnlab import data
-from attnlab.models import ImageClassifier, LanguageModel
+from attnlab.models import ImageClassifier, LanguageModel, SequenceRegressor
 
 Batch = dict[str, Any]
 
@@ -43,7 +43,7 @@ def _weighted_means(batch: Batch, **metrics: jax.Array) -> dict[str, jax.Array]:
     return {name: jnp.sum(values * weight) / jnp.sum(weight) for name, values in metrics.items()}
 
 
-def _sequence_costs(model: LanguageModel, length: int) -> dict[str, Any]:
+def _sequence_costs(model: LanguageModel | SequenceRegressor, length: int) -> dict[str, Any]:
     return {
         "unit": "token",
         "units": length,
@@ -161,6 +161,74 @@ class SequenceTask:
 
     def costs(self, model: LanguageModel) -> dict[str, Any]:
         return _sequence_costs(model, self.source.length)
+
+
+@dataclasses.dataclass(frozen=True)
+class RegressionTask:
+    """Regression in context (attnlab.data.LinearRegressions): mean squared error over dim, so that answering 0 costs 1.
+
+    Evaluation tells the error by the pairs seen before, "error, 4 pairs", beside what two predictors of the same pairs
+    leave: "ridge" (regression with a ridge of 1e-3) and "one step" (of gradient descent from 0, of the size that is
+    best on average, 1 / (pairs + dim + 1)).
+    """
+
+    source: data.LinearRegressions
+    validation_examples: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.validation_examples < 1:
+            raise ValueError(f"validation_examples: got {self.validation_examples}; need at least 1")
+
+    def batches(self, split: str, batch_size: int, seed: int) -> grain.IterDataset:
+        return data.sequence_batches(
+            self.source, split, batch_size=batch_size, seed=seed, validation_examples=self.validation_examples
+        )
+
+    def loss(
+        self, model: SequenceRegressor, batch: Batch, *, key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        targets = batch["targets"]
+        errors = (model(batch["inputs"], key=key)[:, ::2] - targets) ** 2 / self.source.dim  # [batch, pairs]
+        metrics = {"loss": jnp.mean(errors, axis=-1)}
+        if key is None:
+            x = batch["inputs"][:, ::2, :-1]
+            for seen in self._seen():
+                metrics[f"error, {seen} pairs"] = errors[:, seen]
+                for name, weights in _in_context_weights(x[:, :seen], targets[:, :seen]).items():
+                    answer = jnp.einsum("bd,bd->b", weights, x[:, seen])
+                    metrics[f"{name}, {seen} pairs"] = (answer - targets[:, seen]) ** 2 / self.source.dim
+        means = _weighted_means(batch, **metrics)
+        return means["loss"], means
+
+    def _seen(self) -> list[int]:
+        """Numbers of pairs before a question: powers of two, and the last."""
+        last = self.source.pairs - 1
+        return sorted({2**power for power in range(last.bit_length()) if 2**power <= last} | {last})
+
+    def derived(self, metrics: dict[str, float]) -> dict[str, float]:
+        return {}
+
+    def inputs(self, batch_size: int) -> Batch:
+        source = self.source
+        return {
+            "inputs": jax.ShapeDtypeStruct((batch_size, source.length, source.dim + 1), jnp.float32),
+            "targets": jax.ShapeDtypeStruct((batch_size, source.pairs), jnp.float32),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        options = dataclasses.asdict(self.source)
+        return {"source": type(self.source).__name__, **options, "validation examples": self.validation_examples}
+
+    def costs(self, model: SequenceRegressor) -> dict[str, Any]:
+        return _sequence_costs(model, self.source.length)
+
+
+def _in_context_weights(x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+    """x [batch, seen, dim], y [batch, seen] -> by predictor, the w of its answers w . x, [batch, dim]."""
+    _, seen, dim = x.shape
+    moment = jnp.einsum("bsd,bs->bd", x, y)
+    gram = jnp.einsum("bsd,bse->bde", x, x) + 1e-3 * jnp.eye(dim)
+    return {"ridge": jnp.linalg.solve(gram, moment[..., None])[..., 0], "one step": moment / (seen + dim + 1)}
 
 
 @dataclasses.dataclass(frozen=True)
