@@ -55,10 +55,23 @@ def _sequence_costs(model: LanguageModel | SequenceRegressor, length: int) -> di
 
 @dataclasses.dataclass(frozen=True)
 class LanguageTask:
-    """Prediction of the next token of a text: mean cross entropy in nats a token, and as bits or perplexity."""
+    """Prediction of the next token of a text: mean cross entropy in nats a token, and as bits or perplexity.
+
+    Args:
+      corpus: the text.
+      sequence_length: tokens that are predicted in an example.
+      probe_future: evaluation also looks for a leak: it reads each sequence again with the second half of another one,
+        and tells the loss in the first half both times ("first half, own future", "first half, other future") and the
+        share of its places whose logits move by more than 0.001 ("leak"), which is 0 for a causal model.
+    """
 
     corpus: data.Corpus
     sequence_length: int = 256
+    probe_future: bool = False
+
+    def __post_init__(self) -> None:
+        if self.probe_future and self.sequence_length < 4:
+            raise ValueError(f"probe_future: got True with sequence_length {self.sequence_length}; needs at least 4")
 
     def batches(self, split: str, batch_size: int, seed: int) -> grain.IterDataset:
         return data.text_batches(
@@ -80,7 +93,22 @@ class LanguageTask:
             loss=jnp.mean(losses, axis=-1),
             accuracy=jnp.mean(jnp.argmax(logits, axis=-1) == targets, axis=-1),
         )
+        if self.probe_future and key is None:
+            means |= _weighted_means(batch, **self._leak(model, batch["tokens"], logits))
         return means["loss"], means
+
+    def _leak(self, model: LanguageModel, tokens: jax.Array, logits: jax.Array) -> dict[str, jax.Array]:
+        half = self.sequence_length // 2
+        swapped = jnp.concatenate([tokens[:, :half], jnp.roll(tokens[:, half:], 1, axis=0)], axis=1)
+        # The last place of the first half predicts a token of the second.
+        own, other = (x[:, : half - 1] for x in (logits, model(swapped[:, :-1])))
+        targets = tokens[:, 1:half]
+        entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+        return {
+            "first half, own future": jnp.mean(entropy(own, targets), axis=-1),
+            "first half, other future": jnp.mean(entropy(other, targets), axis=-1),
+            "leak": jnp.mean(jnp.max(jnp.abs(own - other), axis=-1) > 1e-3, axis=-1),
+        }
 
     def derived(self, metrics: dict[str, float]) -> dict[str, float]:
         """Of the mean loss, in the units of the literature."""
