@@ -11,7 +11,7 @@ BASE = "experiments/lm/quickstart.gin"
 LOCAL = "experiments/mixers/local.gin"
 IMAGES = "experiments/image/digits.gin"
 # Mixers that have no causal form, or that are set up for a grid.
-FOR_IMAGES = [f"experiments/mixers/{name}.gin" for name in ("agent_image", "axial", "inline", "l2vit")]
+FOR_IMAGES = [f"experiments/mixers/{name}.gin" for name in ("agent_image", "agent_softmax", "axial", "inline", "l2vit")]
 
 
 def build(*overrides, sources=(BASE,), root="LanguageModel"):

@@ -39,7 +39,7 @@ def attend(experiment: Experiment, folder: Path) -> dict[str, Any]:
         except UserError as error:
             return {"skipped": str(error)}
         batch = jax.tree.map(jnp.asarray, next(iter(experiment.task.batches("validation", 1, experiment.seed))))
-        kept = {"example": _example(experiment, batch), **_layers(experiment, values, batch)}
+        kept = {"example": show_example(experiment, batch), **_layers(experiment, values, batch)}
         if isinstance(experiment.task, LanguageTask):
             kept["prompt"], continuation = _continuation(experiment, values, batch["tokens"])
             (folder / "samples.txt").write_text(continuation)
@@ -54,9 +54,9 @@ def attend(experiment: Experiment, folder: Path) -> dict[str, Any]:
 def read_attending(folder: Path) -> dict[str, Any] | None:
     """What `attend` kept in a run's folder, if it did.
 
-    {"example": {"text"}, {"tokens"} or {"pixels": a map [Y, X, channels]}, "prompt", and "skipped" or "layers"}. A
-    layer is {"mixer": name, "map": [T, S] pooled, "middle": [Y, X] of the query in the middle of a grid, "is_signed",
-    "distance" and "entropy": a number a head, None for one that sees nothing}; a map is {"shape", "base64": of uint8}.
+    {"example": {"text"} or {"pixels": a map [Y, X, channels]}, "prompt", and "skipped" or "layers"}. A layer is
+    {"mixer": name, "map": [T, S] pooled, "middle": [Y, X] of the query in the middle of a grid, "is_signed", "distance"
+    and "entropy": a number a head, None for one that sees nothing}; a map is {"shape", "base64": of uint8}.
     """
     path = folder / "attending.json"
     return json.loads(path.read_text()) if path.is_file() else None
@@ -179,13 +179,14 @@ def unpacked(packed: dict[str, Any]) -> np.ndarray:
     return np.frombuffer(base64.b64decode(packed["base64"]), np.uint8).reshape(packed["shape"])
 
 
-def _example(experiment: Experiment, batch: dict[str, jax.Array]) -> dict[str, Any]:
-    """The batch's first array, a text, tokens or an image, in a form to be shown."""
+def show_example(experiment: Experiment, batch: dict[str, jax.Array]) -> dict[str, Any]:
+    """The batch's first array, as a text (of tokens, or of a line a vector) or an image."""
     inputs = np.asarray(next(iter(batch.values()))[0])
     if isinstance(experiment.task, LanguageTask):
         return {"text": experiment.task.corpus.decode(inputs[:-1])}  # the last token is only a target
-    if inputs.ndim == 1:
-        return {"tokens": inputs.tolist()}
+    if inputs.ndim < 3:
+        lines = inputs.reshape(len(inputs), -1).round(2).astype(str)
+        return {"text": ("\n" if inputs.ndim == 2 else " ").join(map(" ".join, lines))}
     return {"pixels": _packed(np.clip(np.rint(255 * inputs / max(inputs.max(), 1e-30)), 0, 255).astype(np.uint8))}
 
 

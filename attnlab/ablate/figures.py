@@ -301,10 +301,13 @@ def _overlap(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.prod(np.maximum(np.minimum(one[1], other[1]) - np.maximum(one[0], other[0]), 0)))
 
 
-def by_group(rows: Sequence[Row], looks: dict[str, Style], names: Sequence[str]) -> Draw:
-    """A line an arm over the metric's groups, "accuracy, 4 pairs" and so on: means over seeds, a dot a seed.
+def by_group(
+    rows: Sequence[Row], looks: dict[str, Style], names: Sequence[str], references: Sequence[Sequence[str]]
+) -> Draw:
+    """A line an arm over a metric's groups, "accuracy, 4 pairs" and so on: means over seeds, a dot a seed.
 
-    Groups that differ in a number alone are drawn at it, in log scale.
+    Groups that differ in a number alone are drawn at it, in log scale. references: other metrics, which are the same
+    for all arms; those with the same groups are drawn.
     """
     groups = [name.partition(", ")[2] for name in names]
     numbers = [re.findall(r"\d+", group) for group in groups]
@@ -321,6 +324,12 @@ def by_group(rows: Sequence[Row], looks: dict[str, Style], names: Sequence[str])
                 axes.plot(places, mean, color=look.colour, linestyle=look.line, marker=look.marker, label=arm)
                 for line in values if len(values) > 1 else ():
                     axes.plot(places, line, look.marker, color=look.colour, alpha=0.4, markersize=3)
+        for number, reference in enumerate(references):
+            if [name.partition(", ")[2] for name in reference] == groups:
+                final = next(row["final"] for row in rows if row["status"] == "finished")
+                heights = [final[name] for name in reference]
+                line, label = _LINES[1 + number % 3][0], reference[0].partition(", ")[0]
+                axes.plot(places, heights, color=_INK, linestyle=line, linewidth=1, alpha=0.7, label=label)
         if numeric:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_minor_locator(ticker.NullLocator())

@@ -1,6 +1,7 @@
 """The report as one HTML page: no address in it is followed, and it takes the reader's light or dark."""
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,31 @@ def _curves(rows: Sequence[Row], looks: dict[str, figures.Style]) -> str:
         draw = figures.differences(rows, looks, metric, others)
         title = f"Difference to {baseline}, paired by seed"
         drawn.append(figures.svg(draw, title=title, height=max(2.4, 1.2 + 0.27 * len(others))))
-    groups = [name for name in next((row["final"] for row in rows if row["status"] == "finished"), {}) if ", " in name]
-    if groups:
-        drawn.append(figures.svg(figures.by_group(rows, looks, groups), title="By group, at the end"))
+    drawn += _by_group(rows, looks)
     seeds = '<p class="soft">Thin lines and small dots are seeds, thick lines and diamonds their means.</p>'
     return f'<h2>Curves</h2>{seeds}<div class="figures">{"".join(drawn)}</div>'
+
+
+def _by_group(rows: Sequence[Row], looks: dict[str, figures.Style]) -> list[str]:
+    """A figure for every metric that is told by group, as "accuracy, 4 pairs"; those no arm changes are references."""
+    finals = [row["final"] for row in rows if row["status"] == "finished"]
+    families: dict[str, list[str]] = {}
+    for name in finals[0] if finals else ():
+        if ", " in name:
+            families.setdefault(name.partition(", ")[0], []).append(name)
+
+    def is_fixed(names: list[str]) -> bool:
+        first = finals[0]
+        return all(math.isclose(final[n], first[n], rel_tol=1e-5, abs_tol=1e-6) for final in finals for n in names)
+
+    changing = {family: names for family, names in families.items() if not is_fixed(names)} or families
+    references = [names for family, names in families.items() if family not in changing]
+    return [
+        figures.svg(
+            figures.by_group(rows, looks, names, references), title=f"{family.capitalize()} by group, at the end"
+        )
+        for family, names in changing.items()
+    ]
 
 
 def _against_costs(rows: Sequence[Row], looks: dict[str, figures.Style]) -> str:
@@ -199,8 +220,7 @@ def _example(example: Mapping[str, Any]) -> str:
     if "pixels" in example:
         shown = f'<img class="small" alt="" src="{figures.png(unpacked(example["pixels"]))}">'
     else:
-        text = example.get("text") or " ".join(map(str, example["tokens"]))
-        shown = f'<pre class="text">{html.escape(text)}</pre>'
+        shown = f'<pre class="text">{html.escape(example["text"])}</pre>'
     return f"<figure><figcaption>The example</figcaption>{shown}</figure>"
 
 

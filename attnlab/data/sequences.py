@@ -1,4 +1,4 @@
-"""Synthetic sequences that ask for one ability each: recall, copying, selecting, following a state.
+"""Synthetic sequences that ask for one ability each: recall, copying, selecting, following a state, regression.
 
 An example is {"inputs": int32 [length], "targets": int32 [length]}, a target of -1 asking nothing; some sources add
 "group", int32, by which accuracy is told apart. Example i of a seed is always the same and is drawn when it is asked
@@ -20,8 +20,13 @@ _VALIDATION_SEED = 2**31
 _ENDLESS = 2**31 - 1
 
 
-class SequenceSource(Protocol):
-    """What draws examples.
+class ExampleSource(Protocol):
+    def draw(self, rng: np.random.Generator, index: int) -> dict[str, np.ndarray]:
+        """Example number `index`, from this stream."""
+
+
+class SequenceSource(ExampleSource, Protocol):
+    """What draws examples of tokens.
 
     length, vocabulary: of inputs and targets. answers: places that an example asks for, at most. groups: names of the
     numbers in "group", or empty.
@@ -39,12 +44,9 @@ class SequenceSource(Protocol):
     @property
     def groups(self) -> tuple[str, ...]: ...
 
-    def draw(self, rng: np.random.Generator, index: int) -> dict[str, np.ndarray]:
-        """Example number `index`, from this stream."""
-
 
 def sequence_batches(
-    source: SequenceSource, split: str, *, batch_size: int, seed: int, validation_examples: int
+    source: ExampleSource, split: str, *, batch_size: int, seed: int, validation_examples: int
 ) -> grain.IterDataset:
     """Batches of examples: "train" without end, never an example twice; "validation" one pass over its own."""
     if split == "train":
@@ -53,7 +55,7 @@ def sequence_batches(
 
 
 class _Drawn(grain.sources.RandomAccessDataSource):
-    def __init__(self, source: SequenceSource, seed: int, count: int):
+    def __init__(self, source: ExampleSource, seed: int, count: int):
         self._source, self._seed, self._count = source, seed, count
 
     def __len__(self) -> int:
@@ -285,3 +287,34 @@ class Needle:
         targets = np.full(self.length, IGNORED)
         targets[-1] = value
         return _example(inputs, targets, group=group)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearRegressions:
+    """A linear map in every example, to be learned from pairs in the context: x_1 y_1 x_2 y_2 ... x_n, y_i = w . x_i,
+    with w and all x_i from N(0, I) (Garg et al. 2022). At every x_i its y_i is asked for.
+
+    An example is {"inputs": float32 [2 pairs - 1, dim + 1], rows (x_i, 0) and (0, y_i) in turn; "targets": float32
+    [pairs], the y_i}.
+
+    Args:
+      dim: of x. pairs: x_i of a sequence.
+    """
+
+    dim: int = 4
+    pairs: int = 16
+
+    def __post_init__(self) -> None:
+        _need(self.dim >= 1, "dim", self.dim, "need at least 1")
+        _need(self.pairs >= 2, "pairs", self.pairs, "need at least 2")
+
+    @property
+    def length(self) -> int:
+        return 2 * self.pairs - 1
+
+    def draw(self, rng: np.random.Generator, index: int) -> dict[str, np.ndarray]:
+        x, w = rng.normal(size=(self.pairs, self.dim)), rng.normal(size=self.dim)
+        y = x @ w
+        inputs = np.zeros((2 * self.pairs, self.dim + 1), np.float32)
+        inputs[::2, :-1], inputs[1::2, -1] = x, y
+        return {"inputs": inputs[:-1], "targets": y.astype(np.float32)}

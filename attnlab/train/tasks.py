@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from attnlab import data
-from attnlab.models import ImageClassifier, LanguageModel
+from attnlab.models import ImageClassifier, LanguageModel, SequenceRegressor
 
 Batch = dict[str, Any]
 
@@ -43,7 +43,7 @@ def _weighted_means(batch: Batch, **metrics: jax.Array) -> dict[str, jax.Array]:
     return {name: jnp.sum(values * weight) / jnp.sum(weight) for name, values in metrics.items()}
 
 
-def _sequence_costs(model: LanguageModel, length: int) -> dict[str, Any]:
+def _sequence_costs(model: LanguageModel | SequenceRegressor, length: int) -> dict[str, Any]:
     return {
         "unit": "token",
         "units": length,
@@ -55,10 +55,23 @@ def _sequence_costs(model: LanguageModel, length: int) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageTask:
-    """Prediction of the next token of a text: mean cross entropy in nats a token, and as bits or perplexity."""
+    """Prediction of the next token of a text: mean cross entropy in nats a token, and as bits or perplexity.
+
+    Args:
+      corpus: the text.
+      sequence_length: tokens that are predicted in an example.
+      probe_future: evaluation also looks for a leak: it reads each sequence again with the second half of another one,
+        and tells the loss in the first half both times ("first half, own future", "first half, other future") and the
+        share of its places whose logits move by more than 0.001 ("leak"), which is 0 for a causal model.
+    """
 
     corpus: data.Corpus
     sequence_length: int = 256
+    probe_future: bool = False
+
+    def __post_init__(self) -> None:
+        if self.probe_future and self.sequence_length < 4:
+            raise ValueError(f"probe_future: got True with sequence_length {self.sequence_length}; needs at least 4")
 
     def batches(self, split: str, batch_size: int, seed: int) -> grain.IterDataset:
         return data.text_batches(
@@ -80,7 +93,22 @@ class LanguageTask:
             loss=jnp.mean(losses, axis=-1),
             accuracy=jnp.mean(jnp.argmax(logits, axis=-1) == targets, axis=-1),
         )
+        if self.probe_future and key is None:
+            means |= _weighted_means(batch, **self._leak(model, batch["tokens"], logits))
         return means["loss"], means
+
+    def _leak(self, model: LanguageModel, tokens: jax.Array, logits: jax.Array) -> dict[str, jax.Array]:
+        half = self.sequence_length // 2
+        swapped = jnp.concatenate([tokens[:, :half], jnp.roll(tokens[:, half:], 1, axis=0)], axis=1)
+        # The last place of the first half predicts a token of the second.
+        own, other = (x[:, : half - 1] for x in (logits, model(swapped[:, :-1])))
+        targets = tokens[:, 1:half]
+        entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+        return {
+            "first half, own future": jnp.mean(entropy(own, targets), axis=-1),
+            "first half, other future": jnp.mean(entropy(other, targets), axis=-1),
+            "leak": jnp.mean(jnp.max(jnp.abs(own - other), axis=-1) > 1e-3, axis=-1),
+        }
 
     def derived(self, metrics: dict[str, float]) -> dict[str, float]:
         """Of the mean loss, in the units of the literature."""
@@ -161,6 +189,74 @@ class SequenceTask:
 
     def costs(self, model: LanguageModel) -> dict[str, Any]:
         return _sequence_costs(model, self.source.length)
+
+
+@dataclasses.dataclass(frozen=True)
+class RegressionTask:
+    """Regression in context (attnlab.data.LinearRegressions): mean squared error over dim, so that answering 0 costs 1.
+
+    Evaluation tells the error by the pairs seen before, "error, 4 pairs", beside what two predictors of the same pairs
+    leave: "ridge" (regression with a ridge of 1e-3) and "one step" (of gradient descent from 0, of the size that is
+    best on average, 1 / (pairs + dim + 1)).
+    """
+
+    source: data.LinearRegressions
+    validation_examples: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.validation_examples < 1:
+            raise ValueError(f"validation_examples: got {self.validation_examples}; need at least 1")
+
+    def batches(self, split: str, batch_size: int, seed: int) -> grain.IterDataset:
+        return data.sequence_batches(
+            self.source, split, batch_size=batch_size, seed=seed, validation_examples=self.validation_examples
+        )
+
+    def loss(
+        self, model: SequenceRegressor, batch: Batch, *, key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        targets = batch["targets"]
+        errors = (model(batch["inputs"], key=key)[:, ::2] - targets) ** 2 / self.source.dim  # [batch, pairs]
+        metrics = {"loss": jnp.mean(errors, axis=-1)}
+        if key is None:
+            x = batch["inputs"][:, ::2, :-1]
+            for seen in self._seen():
+                metrics[f"error, {seen} pairs"] = errors[:, seen]
+                for name, weights in _in_context_weights(x[:, :seen], targets[:, :seen]).items():
+                    answer = jnp.einsum("bd,bd->b", weights, x[:, seen])
+                    metrics[f"{name}, {seen} pairs"] = (answer - targets[:, seen]) ** 2 / self.source.dim
+        means = _weighted_means(batch, **metrics)
+        return means["loss"], means
+
+    def _seen(self) -> list[int]:
+        """Numbers of pairs before a question: powers of two, and the last."""
+        last = self.source.pairs - 1
+        return sorted({2**power for power in range(last.bit_length()) if 2**power <= last} | {last})
+
+    def derived(self, metrics: dict[str, float]) -> dict[str, float]:
+        return {}
+
+    def inputs(self, batch_size: int) -> Batch:
+        source = self.source
+        return {
+            "inputs": jax.ShapeDtypeStruct((batch_size, source.length, source.dim + 1), jnp.float32),
+            "targets": jax.ShapeDtypeStruct((batch_size, source.pairs), jnp.float32),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        options = dataclasses.asdict(self.source)
+        return {"source": type(self.source).__name__, **options, "validation examples": self.validation_examples}
+
+    def costs(self, model: SequenceRegressor) -> dict[str, Any]:
+        return _sequence_costs(model, self.source.length)
+
+
+def _in_context_weights(x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+    """x [batch, seen, dim], y [batch, seen] -> by predictor, the w of its answers w . x, [batch, dim]."""
+    _, seen, dim = x.shape
+    moment = jnp.einsum("bsd,bs->bd", x, y)
+    gram = jnp.einsum("bsd,bse->bde", x, x) + 1e-3 * jnp.eye(dim)
+    return {"ridge": jnp.linalg.solve(gram, moment[..., None])[..., 0], "one step": moment / (seen + dim + 1)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,16 @@ import pytest
 
 from attnlab import data, nn
 from attnlab.ablate import attending
-from attnlab.models import ImageClassifier, LanguageModel
-from attnlab.train import Experiment, ImageClassificationTask, LanguageTask, OptimizerOptions, train
+from attnlab.models import ImageClassifier, LanguageModel, SequenceRegressor
+from attnlab.train import (
+    Experiment,
+    ImageClassificationTask,
+    LanguageTask,
+    OptimizerOptions,
+    RegressionTask,
+    SequenceTask,
+    train,
+)
 
 LENGTH, WINDOW = 16, 4
 MIXERS = [functools.partial(nn.LocalAttention, window=WINDOW, edge="clip"), nn.SoftmaxAttention]
@@ -119,6 +127,20 @@ def test_an_image_has_maps_from_its_middle(tmp_path):
     assert attending.unpacked(kept["layers"][0]["middle"]).shape == (4, 4)
     assert attending.unpacked(kept["layers"][0]["map"]).shape == (16, 16)
     assert not (tmp_path / "samples.txt").exists()
+
+
+def test_examples_of_numbers_are_shown_as_they_are():
+    options = {"mixers": MIXERS, "depth": 1, "features": 16}
+    rest = {"steps": 1, "batch_size": 2, "optimizer": OptimizerOptions(warmup_steps=0)}
+    recall = Experiment(
+        model=LanguageModel(vocabulary=8, **options), task=SequenceTask(data.Copy(length=4, vocabulary=8)), **rest
+    )
+    tokens = attending.show_example(recall, first_batch(recall))["text"].split(" ")
+    assert [int(token) for token in tokens] == first_batch(recall)["inputs"][0].tolist()
+    source = data.LinearRegressions(dim=2, pairs=3)
+    regression = Experiment(model=SequenceRegressor(channels=3, **options), task=RegressionTask(source), **rest)
+    lines = attending.show_example(regression, first_batch(regression))["text"].splitlines()
+    assert [len(line.split(" ")) for line in lines] == [3] * source.length
 
 
 def test_long_examples_and_other_models_are_skipped_with_the_reason(tmp_path):

@@ -124,9 +124,32 @@ def test_an_accuracy_is_better_when_higher_and_is_drawn_by_group(tmp_path):
     assert "Higher is better." in table
     assert "Validation accuracy, higher is better: low ends 0.3000 below base" in page
     assert "right is better" in page
-    assert "By group, at the end" in page
+    assert page.count("by group, at the end</figcaption>") == 1
+    assert "Accuracy by group, at the end" in page
     assert ">pairs</text>" in page  # the axis; its ticks are the numbers
     assert "4 pairs" not in page
+
+
+def test_a_metric_that_is_the_same_for_all_arms_is_a_reference_in_the_others_figure(tmp_path):
+    """As what ridge regression leaves, beside the models' own error."""
+    rows = [
+        row(
+            arm,
+            0,
+            loss,
+            final={
+                "loss": loss,
+                **{f"error, {n} pairs": loss / n for n in (1, 4)},
+                "ridge, 1 pairs": 1,
+                "ridge, 4 pairs": 0,
+            },
+        )
+        for arm, loss in (("base", 2.0), ("low", 1.0))
+    ]
+    page, _ = report(rows, tmp_path)
+    assert "Error by group, at the end" in page
+    assert "Ridge by group" not in page
+    assert ">ridge</text>" in page
 
 
 def test_arms_on_the_pareto_front_are_named(tmp_path):

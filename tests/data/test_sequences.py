@@ -147,3 +147,17 @@ def test_a_needle_lies_at_its_distance():
 def test_a_source_that_cannot_be_says_why(make, what):
     with pytest.raises(ValueError, match=what.replace("(", r"\(")):
         make()
+
+
+def test_regressions_give_every_pair_of_one_map_and_ask_for_each():
+    source = data.LinearRegressions(dim=3, pairs=6)
+    example = source.draw(np.random.default_rng(0), 0)
+    inputs, targets = example["inputs"], example["targets"]
+    assert inputs.shape == (source.length, 4) == (11, 4)
+    assert targets.shape == (6,)
+    x = inputs[::2, :3]
+    assert np.all(inputs[::2, 3] == 0)
+    assert np.all(inputs[1::2, :3] == 0)
+    np.testing.assert_array_equal(inputs[1::2, 3], targets[:5])
+    w, *_ = np.linalg.lstsq(x[:3], targets[:3], rcond=None)  # three pairs decide a map of three dimensions
+    np.testing.assert_allclose(x @ w, targets, rtol=1e-3, atol=1e-4)

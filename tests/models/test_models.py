@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attnlab import nn
-from attnlab.models import ImageClassifier, LanguageModel, generate
+from attnlab.models import ImageClassifier, LanguageModel, SequenceRegressor, generate
 
 HYBRID = [functools.partial(nn.LocalAttention, window=4), functools.partial(nn.LinearAttention, decay="data")]
 
@@ -101,6 +101,19 @@ def test_classifier_maps_images_to_logits(mixer):
     logits = nn.bind(model, nn.initialize(model, jax.random.key(0)))(images)
     assert logits.shape == (3, 5)
     assert np.all(np.isfinite(logits))
+
+
+def test_a_regressor_answers_each_place_from_what_came_before():
+    model = SequenceRegressor(channels=3, mixers=HYBRID, depth=2, features=16)
+    bound = nn.bind(model, nn.initialize(model, jax.random.key(0)))
+    vectors = jax.random.normal(jax.random.key(1), (2, 9, 3))
+    answers = bound(vectors)
+    assert answers.shape == (2, 9)
+    changed = bound(vectors.at[:, 5].add(1.0))
+    np.testing.assert_array_equal(changed[:, :5], answers[:, :5])
+    assert np.all(changed[:, 5] != answers[:, 5])
+    with pytest.raises(ValueError, match=r"vectors: got \[2, 9, 2\]; need \[batch, length, 3\]"):
+        bound(vectors[..., :2])
 
 
 @pytest.mark.parametrize(

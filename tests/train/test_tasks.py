@@ -1,12 +1,14 @@
 """Tasks: what a loss and an accuracy are of."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from attnlab import data, models, nn
-from attnlab.train import SequenceTask
+from attnlab.train import LanguageTask, RegressionTask, SequenceTask
 
 SOURCE = data.MultiQueryRecall(length=16, pairs=(1, 2, 4), vocabulary=32)
 
@@ -58,3 +60,58 @@ def test_a_task_describes_its_source():
     assert described["source"] == "MultiQueryRecall"
     assert described["pairs"] == (1, 2, 4)
     assert SequenceTask(SOURCE).inputs(5)["group"].shape == (5,)
+
+
+@pytest.mark.parametrize(("membership", "leaks"), [("strict", False), ("global", True)])
+def test_another_future_moves_the_past_of_leaking_models_alone(membership, leaks):
+    text = np.random.default_rng(0).integers(16, size=2000).astype(np.uint8)
+    task = LanguageTask(data.Corpus("noise", text[:1000], text[1000:]), sequence_length=32, probe_future=True)
+    mixer = functools.partial(nn.RoutingAttention, clusters=4, window=8, membership=membership)
+    model = models.LanguageModel(vocabulary=256, mixers=[mixer], depth=2, features=32)
+    bound = nn.bind(model, nn.initialize(model, jax.random.key(0)))
+    batch = next(iter(task.batches("validation", 8, 0)))
+    metrics = jax.jit(lambda batch: task.loss(bound, batch, key=None)[1])(batch)
+    own, other = metrics["first half, own future"], metrics["first half, other future"]
+    assert (metrics["leak"] > 0.05) == (abs(own - other) > 1e-5) == leaks
+    assert leaks or metrics["leak"] == 0
+    logits = np.asarray(bound(batch["tokens"][:, :-1]), np.float64)[:, :15]
+    picked = np.take_along_axis(logits, batch["tokens"][:, 1:16, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(own, np.mean(np.log(np.exp(logits).sum(-1)) - picked), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def regressed():
+    """A regression task, a model that answers 0.5 everywhere, and the metrics of a batch of many examples."""
+    task = RegressionTask(data.LinearRegressions(dim=3, pairs=10), validation_examples=4096)
+    model = models.SequenceRegressor(channels=4, mixers=[nn.SoftmaxAttention], depth=1, features=16)
+    values = jax.tree.map(jnp.zeros_like, nn.initialize(model, jax.random.key(0)))
+    values["head"]["bias"] += 0.5
+    model = nn.bind(model, values)
+    (batch,) = task.batches("validation", 4096, 0)
+    return task, batch, jax.jit(lambda batch: task.loss(model, batch, key=None)[1])(batch)
+
+
+def test_a_regression_s_error_is_the_squared_one_over_dim(regressed):
+    _, batch, metrics = regressed
+    np.testing.assert_allclose(metrics["loss"], np.mean((batch["targets"] - 0.5) ** 2) / 3, rtol=1e-5)
+    np.testing.assert_allclose(metrics["error, 4 pairs"], np.mean((batch["targets"][:, 4] - 0.5) ** 2) / 3, rtol=1e-5)
+
+
+def test_a_regression_stands_beside_ridge_and_one_step_of_gradient_descent(regressed):
+    """Ridge: what numpy's least squares leaves. One step: (dim + 1) / (pairs + dim + 1), which is exact on average."""
+    _, batch, metrics = regressed
+    x, y = batch["inputs"][:, ::2, :-1].astype(float), batch["targets"].astype(float)
+    for seen in (1, 2, 4, 8, 9):
+        w = np.stack([np.linalg.lstsq(x[i, :seen], y[i, :seen], rcond=None)[0] for i in range(len(x))])
+        left = np.mean((np.einsum("bd,bd->b", w, x[:, seen]) - y[:, seen]) ** 2) / 3
+        np.testing.assert_allclose(metrics[f"ridge, {seen} pairs"], left, rtol=2e-2, atol=2e-3)
+        assert metrics[f"one step, {seen} pairs"] == pytest.approx(4 / (seen + 4), rel=0.15)
+
+
+def test_a_regression_is_learned_in_context_alone():
+    """The model gets dim numbers a pair and never the map: its inputs are of the shapes the task says."""
+    task = RegressionTask(data.LinearRegressions(dim=3, pairs=10))
+    batch = next(iter(task.batches("train", 5, 0)))
+    assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+        name: (x.shape, x.dtype) for name, x in task.inputs(5).items()
+    }
