@@ -33,13 +33,14 @@ def _rates(arms: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _matches(arms: Sequence[Mapping[str, Any]]) -> str:
-    matched = [row for row in arms if row.get("match")]
-    if not matched:
+    matches = {row["arm"]: row["match"] for row in arms if row.get("match")}
+    if not matches:
         return ""
-    set_to = [f"{row['arm']} {row['match']['knob']}={row['match']['value']}" for row in matched if row["match"]["knob"]]
-    left = [row["arm"] for row in matched if not row["match"]["knob"] and row["arm"] != row["baseline"]]
-    text = f"Matched to {matched[0]['baseline']} by {_WORDS[matched[0]['match']['cost']]}: {', '.join(set_to)}."
-    return text + (f" Left as they are: {', '.join(left)}." if left else "")
+    baseline = arms[0]["baseline"]
+    set_to = [f"{arm} {match['knob']}={match['value']}" for arm, match in matches.items() if match["knob"]]
+    left = [arm for arm, match in matches.items() if not match["knob"] and arm != baseline]
+    text = f"Matched to {baseline} by {_WORDS[matches[baseline]['cost']]}: {', '.join(set_to)}."
+    return text + (f" Left as they are: {', '.join(left)}." if left else "") + " Off: how far each still is."
 
 
 def add_matching(table: list[list[str]], rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -47,8 +48,6 @@ def add_matching(table: list[list[str]], rows: Sequence[Mapping[str, Any]]) -> l
     matches = {row["arm"]: row["match"] for row in rows if row.get("match")}
     if not matches:
         return table
-    body = table[1:]
-    cells = [f"{_WORDS[next(iter(matches.values()))['cost']]} off"]
-    for arm, *_ in body:
-        cells.append("baseline" if arm == rows[0]["baseline"] else f"{100 * matches[arm]['off']:+.2f} %")
-    return [[*line[:-1], cell, line[-1]] for line, cell in zip(table, cells)]
+    baseline = rows[0]["baseline"]
+    cells = ["" if arm == baseline else f"{100 * matches[arm]['off']:+.2f} %" for arm, *_ in table[1:]]
+    return [[*line[:-1], cell, line[-1]] for line, cell in zip(table, ["off", *cells])]

@@ -3,8 +3,11 @@
 import contextlib
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from attnlab.errors import UserError
 
 
 @contextlib.contextmanager
@@ -16,10 +19,16 @@ def helpers(count: int, arguments: Sequence[str], workdir: Path) -> Iterator[Non
     with contextlib.ExitStack() as files:
         started = []
         for number in range(2, count + 2):
-            workdir.mkdir(parents=True, exist_ok=True)
-            log = files.enter_context((workdir / f"process-{number}.log").open("w"))
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+                log = files.enter_context((workdir / f"process-{number}.log").open("w"))
+            except OSError as error:
+                raise UserError(f"workdir: cannot write to {workdir} ({error.strerror}); give another") from error
             command = [sys.executable, "-m", "attnlab.cli", "ablate", *arguments]
-            started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            started.append(process)
+            # Waits at once, as a process that died and was not waited for still counts as alive, and so keeps its claim.
+            threading.Thread(target=process.wait, daemon=True).start()
         try:
             yield
         except BaseException:

@@ -119,7 +119,7 @@ def test_the_report_says_how_far_off(tmp_path, monkeypatch):
     rows[1]["match"]["off"] = rows[3]["match"]["off"] = -0.0123
     page = write_report(rows, tmp_path).read_text()
     table = (tmp_path / "results.md").read_text()
-    assert "Matched to softmax by parameters: local LanguageModel.mlp_hidden=48." in table
+    assert "Matched to softmax by parameters: local LanguageModel.mlp_hidden=48. Off: how far each still is." in table
     head, _, softmax, local = (line.split(" | ") for line in table.splitlines() if line.startswith("|"))
-    assert (head[-2], softmax[-2], local[-2]) == ("parameters off", "baseline", "-1.23 %")
-    assert "<th>parameters off</th>" in page
+    assert (head[-2], softmax[-2], local[-2]) == ("off", "", "-1.23 %")
+    assert "<th>off</th>" in page
