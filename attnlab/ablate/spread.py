@@ -27,7 +27,7 @@ def helpers(count: int, arguments: Sequence[str], workdir: Path) -> Iterator[Non
             command = [sys.executable, "-m", "attnlab.cli", "ablate", *arguments]
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
             started.append(process)
-            # Waits at once, as a process that died and was not waited for still counts as alive, and so keeps its claim.
+            # Waits at once: one that died and was not waited for still counts as alive, and so would keep its claim.
             threading.Thread(target=process.wait, daemon=True).start()
         try:
             yield
