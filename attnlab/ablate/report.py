@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib import ticker
 
+from attnlab.ablate.notes import add_matching, choices
 from attnlab.ablate.statistics import Difference, paired_difference, seeds_needed
 
 Row = Mapping[str, Any]
@@ -25,7 +26,7 @@ _INK = "#010203"
 def write_report(rows: Sequence[Row], workdir: Path) -> Path:
     """Writes workdir/results.md, results.csv and report.html from the rows of results.jsonl; gives the page's path."""
     arms = _arms(rows)
-    table = _table(rows, arms)
+    table = add_matching(_table(rows, arms), rows)
     question, metric = rows[0]["question"], rows[0]["metric"]
     (workdir / "results.md").write_text(f"# {question}\n\n{_markdown(table)}\n\n{_note(rows)}\n")
     _write_csv(rows, workdir / "results.csv")
@@ -36,7 +37,7 @@ def write_report(rows: Sequence[Row], workdir: Path) -> Path:
 
 def _write_csv(rows: Sequence[Row], path: Path) -> None:
     """A line a run: arm, seed, what it cost, and every metric of the last evaluation."""
-    costs = ["parameters", "flops", "state_size", "items_per_second", "seconds", "compile_seconds"]
+    costs = ["parameters", "flops", "state_size", "items_per_second", "seconds", "compile_seconds", "learning_rate"]
     metrics = list(dict.fromkeys(name for row in rows for name in row.get("final", {})))
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -130,7 +131,7 @@ def _note(rows: Sequence[Row]) -> str:
     return (
         f"{_better(row).capitalize()} is better. ±: standard deviation over seeds. Differences are paired by seed, "
         f"with Student's t interval. FLOPs: forward, matrix products only, 2 a multiply-add.{length}\n\n"
-        f"{_shared(rows)}\n\nRepeat with: `{row['command']}`"
+        f"{choices(rows)}{_shared(rows)}\n\nRepeat with: `{row['command']}`"
     )
 
 
