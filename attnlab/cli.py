@@ -61,6 +61,20 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     )
     ablate.add_argument("config", metavar="SWEEP", help="a .gin file that configures ablate.Ablation")
     ablate.add_argument("--workdir", type=Path, help="folder for runs and report (default runs/ablate/NAME)")
+    ablate.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="folder of the runs themselves, which sweeps can share (default WORKDIR/runs)",
+    )
+    ablate.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="share the runs among N processes here; the same command on other hosts that see the folders joins them",
+    )
+    ablate.add_argument("--dry-run", action="store_true", help="list what would run, and its cost; run nothing")
     ablate.set_defaults(run=_ablate)
 
     report = commands.add_parser(
@@ -135,10 +149,19 @@ def _train(command: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _ablate(command: argparse.Namespace, overrides: list[str]) -> int:
-    from attnlab.ablate import run_ablation, write_report
+    from attnlab.ablate import dry_run, run_ablation, write_report
+    from attnlab.ablate.spread import helpers
 
     workdir = command.workdir or Path("runs") / "ablate" / Path(command.config).stem
-    rows = run_ablation(command.config, overrides, workdir)
+    runs = command.cache or workdir / "runs"
+    if command.processes < 1:
+        raise UserError(f"processes: got {command.processes}; need at least 1")
+    if command.dry_run:
+        print(dry_run(command.config, overrides, runs))
+        return 0
+    arguments = [command.config, "--workdir", str(workdir), "--cache", str(runs), *(f"--gin.{o}" for o in overrides)]
+    with helpers(command.processes - 1, arguments, workdir):
+        rows = run_ablation(command.config, overrides, workdir, runs=runs)
     page = write_report(rows, workdir)
     print(f"\n{(workdir / 'results.md').read_text()}\nreport: {page.resolve()}")
     return 1 if any(row["status"] == "failed" for row in rows) else 0

@@ -5,6 +5,7 @@ project's own modules work the same way. gin lets a misspelled macro pass in sil
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -26,12 +27,13 @@ class Built:
     """What a config gave.
 
     value: the object. text: the resolved config, itself a config file. values: every option that was in force, defaults
-    included, {"LanguageModel.depth": "4"}.
+    included, {"LanguageModel.depth": "4"}. modules: names of those imported that are not attnlab's, in order.
     """
 
     value: Any
     text: str
     values: dict[str, str]
+    modules: tuple[str, ...]
 
 
 def directory() -> Path:
@@ -82,6 +84,20 @@ def build(sources: Sequence[str], overrides: Sequence[str] = (), *, root: str) -
     Raises:
       UserError: a missing file, a syntax error, an unknown name, an unused or undefined macro, a value that is refused.
     """
+    with _read(sources, overrides, root) as selector:
+        value = gin.get_configurable(selector)()
+        return Built(value, gin.operative_config_str(), dict(_operative_values()), _modules())
+
+
+def options(sources: Sequence[str], overrides: Sequence[str] = (), *, root: str) -> dict[str, Any]:
+    """The options that configs set of the class `root`, by name and built, as `build` would pass them to it."""
+    with _read(sources, overrides, root) as selector:
+        return gin.get_bindings(selector)
+
+
+@contextlib.contextmanager
+def _read(sources: Sequence[str], overrides: Sequence[str], root: str) -> Iterator[str]:
+    """Reads configs into gin and gives its name for `root`. What fails, also in the body, is raised as UserError."""
     gin.clear_config()
     _register_attnlab()
     if _READER not in gin.config._FILE_READERS:
@@ -103,14 +119,13 @@ def build(sources: Sequence[str], overrides: Sequence[str] = (), *, root: str) -
             raise UserError(f"config: macro %{name} is used but never set{_nearest(name, defined)}")
         for name in sorted(defined - used):
             raise UserError(f"config: macro {name} is set but nothing uses it{_nearest(name, used)}")
-        value = gin.get_configurable(selectors.pop())()
+        yield selectors.pop()
     except UserError as error:
         raise UserError(_explained(error)) from error  # gin may have added lines of its own
     except Exception as error:
         if isinstance(error, _MISTAKES):
             raise UserError(f"config: {_explained(error)}") from error
         raise
-    return Built(value, gin.operative_config_str(), dict(_operative_values()))
 
 
 # What gin and the objects that it builds raise for a mistake in a config.
@@ -154,6 +169,11 @@ def _macros() -> tuple[set[str], set[str]]:
     names = (reference.scoped_selector for reference in gin.config.iterate_references(gin.config._CONFIG))
     used = {name.removesuffix("/gin.macro") for name in names if name.endswith("/gin.macro")}
     return {scope for scope, selector in gin.config._CONFIG if selector == "gin.macro"}, used
+
+
+def _modules() -> tuple[str, ...]:
+    names = {statement.module for statement in gin.config._IMPORTS}
+    return tuple(sorted(name for name in names if name.partition(".")[0] not in ("attnlab", "__gin__")))
 
 
 def _operative_values() -> Iterator[tuple[str, str]]:

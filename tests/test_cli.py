@@ -46,7 +46,8 @@ def test_ablate_runs_every_arm_with_every_seed(swept):
         assert row["environment"]["jax"]
         assert row["task"]["sha256"]
         assert "models.LanguageModel.features = 16" in row["config"]
-        assert (swept / "runs" / f"{row['arm']}-seed{row['seed']}" / "config.gin").read_text() == row["config"]
+        assert row["run"].startswith(f"{row['arm']}-seed{row['seed']}-")
+        assert (swept / "runs" / row["run"] / "config.gin").read_text() == row["config"]
 
 
 def test_ablate_again_runs_nothing_and_says_the_same(swept):
@@ -101,6 +102,11 @@ def file_in_the_way(path):
     return ["train", LM, "--workdir", str(path / "file" / "run"), *TINY]
 
 
+def folder_in_the_way(path):
+    (path / "file").write_text("")
+    return ["ablate", SWEEP, "--workdir", str(path / "out"), "--cache", str(path / "file" / "runs"), *TINY]
+
+
 def other_run(path):
     (path / "run.json").write_text(json.dumps({"LanguageModel.depth": "7"}))
     return ["train", LM, "--workdir", str(path), *TINY]
@@ -125,6 +131,8 @@ MISTAKES = {
         "no file or folder /no/such/file",
     ),
     "unwritable workdir": (file_in_the_way, "cannot write to"),
+    "unwritable cache": (folder_in_the_way, "cannot write to"),
+    "no processes": (lambda path: ["ablate", SWEEP, "--processes", "0"], "processes: got 0; need at least 1"),
     "another run's workdir": (other_run, "holds a run with"),
     "no sweep": (lambda path: ["ablate", LM], "configures no Ablation"),
     "nothing to report": (lambda path: ["report", str(path)], "has no results.jsonl"),

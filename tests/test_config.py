@@ -114,8 +114,20 @@ def test_modules_of_ones_own_are_wired_the_same_way(tmp_path, monkeypatch):
         "MIXERS = [@mymixers.Mine]\nmymixers.Mine.extra = 3\nmymixers.Mine.num_heads = 2\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    mixer = build(sources=[BASE, str(tmp_path / "mine.gin")]).value.layers[0].mixer
+    built = build(sources=[BASE, str(tmp_path / "mine.gin")])
+    mixer = built.value.layers[0].mixer
     assert (mixer.extra, mixer.num_heads) == (3, 2)
+    assert built.modules == ("mymixers",)
+    assert build().modules == ()
+
+
+def test_options_are_built_and_what_they_are_for_is_not_called():
+    # An Experiment of 0 steps is refused.
+    options = config.options([BASE], ["STEPS=0", "LanguageModel.depth=3"], root="Experiment")
+    assert options["steps"] == 0
+    assert len(options["model"].layers) == 3
+    with pytest.raises(UserError, match="depth: got 0"):
+        config.options([BASE], ["LanguageModel.depth=0"], root="Experiment")
 
 
 @pytest.mark.parametrize(

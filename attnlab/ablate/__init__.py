@@ -1,12 +1,15 @@
 """Controlled ablations: arms that share all they can, statistics paired by seed, and a report."""
 
+from attnlab.ablate.dry_run import dry_run
 from attnlab.ablate.report import write_report
-from attnlab.ablate.runs import Ablation, read_rows, run_ablation
+from attnlab.ablate.runs import read_rows, run_ablation
 from attnlab.ablate.statistics import Difference, paired_difference, pareto_front, seeds_needed
+from attnlab.ablate.sweep import Ablation
 
 __all__ = [
     "Ablation",
     "Difference",
+    "dry_run",
     "paired_difference",
     "pareto_front",
     "read_rows",

@@ -13,10 +13,10 @@ from flax import nnx
 
 from attnlab import nn
 from attnlab.ablate.results import mean_of_known
-from attnlab.errors import UserError
 from attnlab.models import generate
 from attnlab.models.blocks import Block
 from attnlab.train import Experiment, LanguageTask, restore_values
+from attnlab.train.workdir import last_step, replace_text
 
 # Weights of every layer are computed whole, [heads, places, places]: no longer examples than this.
 _MOST_PLACES = 512
@@ -32,20 +32,19 @@ def attend(experiment: Experiment, folder: Path) -> dict[str, Any]:
     Returns:
       for the run's row: {"distance", "entropy": means over heads and queries, a number a layer} (see `summarize`), or
       {"skipped": why}.
+
+    Raises UserError: the checkpoint cannot be read.
     """
     if (kept := read_attending(folder)) is None:
-        try:
-            values = restore_values(experiment, folder)
-        except UserError as error:
-            return {"skipped": str(error)}
+        if last_step(folder) == 0:
+            return {"skipped": "the run's folder has no checkpoint"}
+        values = restore_values(experiment, folder)
         batch = jax.tree.map(jnp.asarray, next(iter(experiment.task.batches("validation", 1, experiment.seed))))
         kept = {"example": show_example(experiment, batch), **_layers(experiment, values, batch)}
         if isinstance(experiment.task, LanguageTask):
             kept["prompt"], continuation = _continuation(experiment, values, batch["tokens"])
-            (folder / "samples.txt").write_text(continuation)
-        partial = folder / "attending.json.partial"
-        partial.write_text(json.dumps(kept))
-        partial.replace(folder / "attending.json")
+            replace_text(folder / "samples.txt", continuation)
+        replace_text(folder / "attending.json", json.dumps(kept))
     if "skipped" in kept:
         return {"skipped": kept["skipped"]}
     return {name: [mean_of_known(layer[name]) for layer in kept["layers"]] for name in ("distance", "entropy")}

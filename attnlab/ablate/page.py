@@ -164,17 +164,13 @@ on it are in bold; every other one is beaten or equalled in both by one of them.
 <div class="figures">{drawn}</div>"""
 
 
-def _run_folder(workdir: Path, row: Row) -> Path:
-    return workdir / "runs" / f"{row['arm']}-seed{row['seed']}"
-
-
 def _attending(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Style]) -> str:
     """Nothing for rows that know nothing of it."""
     kept: dict[str, dict[str, Any]] = {}
     parts = []
     for arm in looks:
         row = attended(rows, arm)
-        if row is not None and (found := read_attending(_run_folder(workdir, row))) is not None:
+        if row is not None and (found := read_attending(workdir / row["folder"])) is not None:
             kept[arm] = found
             distance, entropy = (mean_over_layers(row, name) for name in ("distance", "entropy"))
             says = "sees nothing" if distance is None else f"mean distance {distance:.2f}, entropy {entropy:.2f} nats"
@@ -229,7 +225,9 @@ def _samples(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Style]
     parts, prompt = [], ""
     for arm in looks:
         for row in finished(rows, arm):
-            folder = _run_folder(workdir, row)
+            if "folder" not in row:  # of an older version, which kept no samples
+                continue
+            folder = workdir / row["folder"]
             shown = ""
             if (picture := folder / "samples.png").is_file():
                 address = figures.data_address(picture.read_bytes())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from attnlab.ablate.notes import add_matching, choices
 from attnlab.ablate.page import page
 from attnlab.ablate.results import (
     Row,
@@ -28,7 +29,7 @@ def write_report(rows: Sequence[Row], workdir: Path) -> Path:
 
     Samples and pictures of what the arms attend to are taken from the runs' own folders, where they are there.
     """
-    table, weighed, notes = _table(rows), _weighed(rows), _notes(rows)
+    table, weighed, notes = add_matching(_table(rows), rows), _weighed(rows), _notes(rows)
     tables = "\n\n".join([_markdown(table), _markdown(weighed)])
     repeat = f"Repeat with: `{rows[0]['command']}`"
     (workdir / "results.md").write_text("\n\n".join([f"# {rows[0]['question']}", tables, *notes, repeat]) + "\n")
@@ -43,7 +44,7 @@ def _write_csv(rows: Sequence[Row], path: Path) -> None:
 
     Pareto columns are the arm's: whether it is on the front of the metric and that cost.
     """
-    measured = ["parameters", "flops", "state_size", "items_per_second", "seconds", "compile_seconds"]
+    measured = ["parameters", "flops", "state_size", "items_per_second", "seconds", "compile_seconds", "learning_rate"]
     metrics = list(dict.fromkeys(name for row in rows for name in row.get("final", {})))
     fronts = {cost.column: front(rows, cost) for cost in costs(rows)}
     looked = ["distance", "entropy"] if any(attended(rows, arm) for arm in arms_of(rows)) else []
@@ -137,6 +138,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     notes = [
         f"{_better(row).capitalize()} is better. ±: standard deviation over seeds. Differences are paired by seed, "
         f"with Student's t interval. FLOPs: forward, matrix products only, 2 a multiply-add.{length}",
+        *choices(rows),
         _shared(rows),
     ]
     fronts = {cost.name: front(rows, cost) for cost in costs(rows)}

@@ -1,10 +1,13 @@
-"""The runs of an ablation: every arm with every seed, one after the other, results kept as they come."""
+"""The runs of an ablation, shared out among the processes that were started for it; results kept as they come."""
 
 import dataclasses
 import json
+import math
+import os
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -14,112 +17,141 @@ import jax
 from tqdm import tqdm
 
 import attnlab
-from attnlab import config, nn
+from attnlab import nn
+from attnlab.ablate import cache, claims
 from attnlab.ablate.attending import attend
+from attnlab.ablate.plan import Plan, Run
 from attnlab.errors import UserError
 from attnlab.train import Experiment, train
 from attnlab.train.loop import loss_shapes
+from attnlab.train.workdir import replace_text
 
-
-@dataclasses.dataclass(frozen=True)
-class Ablation:
-    """A question, and the arms that answer it.
-
-    Args:
-      question: what the ablation asks, for the report.
-      arms: by name, what makes the arm: a config file, or a list of files and bindings, read after the sweep's.
-      seeds: every arm runs with each; a seed fixes initial values, batches and dropout alike.
-      baseline: the arm that the others are compared with.
-      metric: the validation metric that is compared.
-      higher_is_better: as of an accuracy.
-    """
-
-    question: str
-    arms: Mapping[str, str | Sequence[str]]
-    seeds: Sequence[int]
-    baseline: str
-    metric: str = "loss"
-    higher_is_better: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.arms:
-            raise ValueError("arms: got none; need at least one arm")
-        if self.baseline not in self.arms:
-            raise ValueError(f"baseline: got {self.baseline!r}; need one of the arms {list(self.arms)}")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds: got {list(self.seeds)}; need at least one, each once")
-        for name in self.arms:
-            if not name or set(name) & set('/\\ "'):
-                raise ValueError(f"arms: got the name {name!r}; need a name without spaces, quotes and slashes")
-
-    def sources(self, arm: str) -> list[str]:
-        sources = self.arms[arm]
-        return [sources] if isinstance(sources, str) else list(sources)
+_LOOK_AGAIN_AFTER = 1.0  # seconds, while other processes train what is left
 
 
 def run_ablation(
-    file: str, overrides: Sequence[str], workdir: Path, *, say: Callable[[str], None] = print
+    file: str,
+    overrides: Sequence[str],
+    workdir: Path,
+    *,
+    runs: Path | None = None,
+    say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Runs every arm with every seed and writes workdir/results.jsonl, a row a run.
+    """Runs every arm with every seed and writes workdir/results.jsonl, a row a run; of searched rates, search.jsonl.
 
     A run that is finished is not run again and one that was interrupted resumes, so that the same command continues.
+    Processes that run it at once, on any hosts that see the folders, share the runs among them and all give all rows.
     A run that fails leaves a row with its error, and the others go on.
 
     Args:
       file: the sweep's config. overrides: as in config.build, for every arm.
-      workdir: the runs' own folders are below workdir/runs.
+      workdir: takes the results.
+      runs: the folder of the runs' own folders, workdir/runs by default. Sweeps that share it share equal runs: those
+        with the same resolved config, data and version of the code.
       say: takes lines for the user.
     """
-    ablation: Ablation = config.build([file], overrides, root="Ablation").value
-    pairs = [(arm, seed) for seed in ablation.seeds for arm in ablation.arms]
-    built = {
-        (arm, seed): config.build(
-            [file, *ablation.sources(arm)], [*overrides, f"Experiment.seed={seed}"], root="Experiment"
-        )
-        for arm, seed in pairs
-    }
+    plan = Plan(file, overrides)
+    runs = workdir / "runs" if runs is None else runs
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (runs / "claims").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"workdir: cannot write to {error.filename} ({error.strerror}); give another") from error
     command = shlex.join(["attnlab", "ablate", file, *(f"--gin.{override}" for override in overrides)])
-    say(f"{ablation.question}\n{len(ablation.arms)} arms x {len(ablation.seeds)} seeds in {workdir}")
-    rows: list[dict[str, Any]] = []
-    with tqdm(pairs, desc="runs", unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True) as progress:
-        for number, (arm, seed) in enumerate(progress, start=1):
-            name = f"{arm}-seed{seed}"
-            run = built[arm, seed]
-            row = {**describe_run(ablation, arm, run.value, run.text), "command": command}
-            try:
-                result = train(run.value, workdir=workdir / "runs" / name, fingerprint=run.values, config_text=run.text)
-            except FloatingPointError as error:
-                row.update(status="failed", error=str(error))
-                say(f"[{number}/{len(pairs)}] {name} failed: {error}")
-            else:
-                row.update(status="finished", **dataclasses.asdict(result))
-                if seed == ablation.seeds[0]:
-                    row["attending"] = attend(run.value, workdir / "runs" / name)
-                say(
-                    f"[{number}/{len(pairs)}] {name}: validation {ablation.metric} "
-                    f"{row['final'][ablation.metric]:.4f}, {row['seconds']:.0f} s"
-                )
-            rows.append(row)
-            write_rows(workdir / "results.jsonl", rows)
+    say(f"{plan.ablation.question}\n{len(plan.arms)} arms, {plan.size} runs in {workdir}")
+
+    outcomes: dict[str, dict[str, Any]] = {}
+    has_waited = False
+    with tqdm(total=plan.size, desc="runs", unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+        while left := [run for run in plan.runs(outcomes) if run.digest not in outcomes]:
+            before = len(outcomes)
+            for run in left:
+                outcome = outcomes.get(run.digest) or _obtain(run, runs)
+                if outcome is None:
+                    continue
+                _check_metric(plan, run, outcome)
+                outcomes[run.digest] = outcome
+                done = [run for run in plan.runs(outcomes) if run.digest in outcomes]
+                bar.update(len(done) - bar.n)
+                say(f"[{len(done)}/{plan.size}] {_summary(plan, run, outcome)}")
+                rows = [
+                    _row(plan, run, outcomes, command) | _attended(plan, run, outcomes[run.digest], runs, workdir)
+                    for run in plan.compared(outcomes)
+                    if run in done
+                ]
+                write_rows(workdir / "results.jsonl", rows)
+            if len(outcomes) == before:
+                if not has_waited:
+                    say(f"waiting for other processes, which have the runs that are left: {len(left)}")
+                has_waited = True
+                time.sleep(_LOOK_AGAIN_AFTER)
+    if plan.ablation.learning_rates is not None:
+        searches = [run for arm in plan.arms for run in plan.searches(arm)]
+        write_rows(workdir / "search.jsonl", [_row(plan, run, outcomes, command) for run in searches])
     return rows
 
 
-def describe_run(ablation: Ablation, arm: str, experiment: Experiment, config_text: str) -> dict[str, Any]:
-    """What is known of a run before it starts: what it is, what it costs, and what it runs on."""
-    asked = {name: getattr(ablation, name) for name in ("question", "baseline", "metric", "higher_is_better")}
-    shapes = nn.parameter_shapes(experiment.model)
+def _obtain(run: Run, runs: Path) -> dict[str, Any] | None:
+    """What the run gave, trained here unless it is over already; None while another process has it."""
+    outcome = cache.outcome(cache.folder(runs, run.name, run.digest))
+    if outcome is not None:
+        return outcome
+    with claims.claim(runs / "claims", run.digest) as is_ours:
+        if not is_ours:
+            return None
+        folder = cache.folder(runs, run.name, run.digest)
+        if cache.outcome(folder) is None:  # else another finished it in between
+            cache.write_machine(
+                folder, {"implementations": implementations(run.experiment), "environment": environment()}
+            )
+            fingerprint = {**run.built.values, "code": run.code}
+            try:
+                train(run.experiment, workdir=folder, fingerprint=fingerprint, config_text=run.built.text)
+            except FloatingPointError as error:
+                cache.write_failure(folder, str(error))
+        return cache.outcome(folder)
+
+
+def _check_metric(plan: Plan, run: Run, outcome: Mapping[str, Any]) -> None:
+    metric = plan.ablation.metric
+    if metric not in outcome.get("final", {metric: math.nan}):
+        raise UserError(f"metric: got {metric!r}; {run.arm} has {', '.join(outcome['final'])}")
+
+
+def _summary(plan: Plan, run: Run, outcome: Mapping[str, Any]) -> str:
+    if outcome["status"] == "failed":
+        return f"{run.name} failed: {outcome['error']}"
+    metric = plan.ablation.metric
+    return f"{run.name}: validation {metric} {outcome['final'][metric]:.4f}, {outcome['seconds']:.0f} s"
+
+
+def _row(plan: Plan, run: Run, outcomes: Mapping[str, Mapping[str, Any]], command: str) -> dict[str, Any]:
+    """All that is known of a run: what was asked, what it is, what was chosen for it, what it costs, what it gave."""
+    match = plan.matches.get(run.arm)
+    scores = list(plan.scores(run.arm, outcomes).items()) if plan.is_searched(run.arm, outcomes) else []
     return {
-        **asked,
-        "arm": arm,
-        "seed": experiment.seed,
-        "parameter_shapes": {path: list(shape) for path, shape in shapes.items()},
-        "parameters": nn.count_parameters(experiment.model),
-        **experiment.task.costs(experiment.model),
-        "task": experiment.task.describe(),
-        "implementations": implementations(experiment),
-        "environment": environment(),
-        "config": config_text,
+        **{name: getattr(plan.ablation, name) for name in ("question", "baseline", "metric", "higher_is_better")},
+        "arm": run.arm,
+        "seed": run.experiment.seed,
+        "learning_rate": run.experiment.optimizer.learning_rate,
+        "searched_rates": [list(pair) for pair in scores],
+        "match": None if match is None else dataclasses.asdict(match),
+        "parameter_shapes": {path: list(shape) for path, shape in nn.parameter_shapes(run.experiment.model).items()},
+        **run.costs,
+        "task": run.data,
+        "config": run.built.text,
+        "code": run.code,
+        "command": command,
+        **outcomes[run.digest],
     }
+
+
+def _attended(plan: Plan, run: Run, outcome: Mapping[str, Any], runs: Path, workdir: Path) -> dict[str, Any]:
+    """Where the run's folder is, seen from the results, and of an arm's first seed what it attends to."""
+    folder = runs / outcome["run"]
+    is_shown = outcome["status"] == "finished" and run.experiment.seed == plan.ablation.seeds[0]
+    shown = {"attending": attend(run.experiment, folder)} if is_shown else {}
+    return {"folder": os.path.relpath(folder, workdir), **shown}
 
 
 def implementations(experiment: Experiment) -> list[str]:
@@ -139,11 +171,7 @@ def environment() -> dict[str, str]:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replaces the file in one step, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(path)
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_rows(workdir: Path) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from attnlab import nn
 from attnlab.train.tasks import Batch, Task
-from attnlab.train.workdir import Workdir, newest_state
+from attnlab.train.workdir import Workdir, newest_state, read_result
 
 # Folded into the seed's key, a number a purpose.
 _INITIAL_VALUES, _DROPOUT = 0, 1
@@ -145,7 +145,7 @@ def train(
     if workdir is not None:
         read = {f"data {name}": str(value) for name, value in experiment.task.describe().items()}
         folder = Workdir(workdir, {**(fingerprint or {}), **read}, config_text)
-    if folder is not None and (finished := folder.result()) is not None:
+    if folder is not None and (finished := read_result(folder.path)) is not None:
         return Result(**finished)
 
     model, task, steps = experiment.model, experiment.task, experiment.steps

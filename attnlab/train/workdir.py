@@ -1,6 +1,7 @@
 """A run's folder: run.json, config.gin, metrics.jsonl, tensorboard/, checkpoints/, and result.json once it is over."""
 
 import json
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class Workdir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim(dict(fingerprint))
-            _replace_text(self.path / "config.gin", config_text)
+            replace_text(self.path / "config.gin", config_text)
         except OSError as error:
             raise UserError(f"workdir: cannot write to {path} ({error.strerror}); give another --workdir") from error
         self._tensorboard: Any = None
@@ -35,7 +36,7 @@ class Workdir:
         """Makes the folder this run's, or refuses: it is another's."""
         run = self.path / "run.json"
         if not run.exists():
-            _replace_text(run, json.dumps(fingerprint, indent=2, sort_keys=True))
+            replace_text(run, json.dumps(fingerprint, indent=2, sort_keys=True))
             return
         kept = _read_json(run)
         names = sorted(kept.keys() | fingerprint.keys())
@@ -44,11 +45,6 @@ class Workdir:
             shown = ", ".join(f"{name} {kept.get(name)} there, {fingerprint.get(name)} now" for name in differing[:3])
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise UserError(f"workdir: {self.path} holds a run with {shown}{more}; give another --workdir")
-
-    def result(self) -> dict[str, Any] | None:
-        """What `finish` kept, if the run is over."""
-        path = self.path / "result.json"
-        return _read_json(path) if path.exists() else None
 
     def restore(self, state: Any, batches: grain.DatasetIterator) -> tuple[Any, list[dict[str, Any]]]:
         """The newest checkpoint's state and the rows up to it, `batches` moved to its place; or the start."""
@@ -77,7 +73,7 @@ class Workdir:
             return []
         lines = self._metrics.read_text().split("\n")[:-1]
         rows = [row for row in map(json.loads, lines) if row["step"] <= step]
-        _replace_text(self._metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        replace_text(self._metrics, "".join(json.dumps(row) + "\n" for row in rows))
         return rows
 
     def write_row(self, row: Mapping[str, Any]) -> None:
@@ -102,20 +98,29 @@ class Workdir:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         self.close()
-        _replace_text(self.path / "result.json", json.dumps(result))
+        replace_text(self.path / "result.json", json.dumps(result))
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """What `finish` kept in a run's folder, if the run is over."""
+    return _read_json(path / "result.json") if (path / "result.json").exists() else None
+
+
+def last_step(path: Path) -> int:
+    """The step of the newest checkpoint in a run's folder; 0 if it has none."""
+    return max((int(step.name) for step in (path / "checkpoints").glob("*") if step.name.isdigit()), default=0)
 
 
 def newest_state(path: Path, like: Any) -> Any:
     """The state in the newest checkpoint of a run's folder, which is only read. like: its shapes and dtypes."""
-    folder = path.absolute() / "checkpoints"
-    if not folder.is_dir():
-        raise UserError(f"checkpoint: {path} holds none; give the folder of a run (`attnlab train --workdir`)")
-    steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()]  # one being written has a suffix
-    if not steps:
-        raise UserError(f"checkpoint: {folder} is empty; let the run reach its first checkpoint")
+    step = last_step(path)
+    if step == 0:
+        raise UserError(
+            f"checkpoint: {path} holds none; give the folder of a run that has reached its first checkpoint"
+        )
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
-    newest = folder / str(max(steps))
+    newest = path.absolute() / "checkpoints" / str(step)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(newest / "state", like)
@@ -137,8 +142,8 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"workdir: {path} is not JSON ({error}); move it away, or give another --workdir") from error
 
 
-def _replace_text(path: Path, text: str) -> None:
-    """Writes a file in one step, so that it is never half there."""
-    partial = path.with_name(path.name + ".partial")
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file in one step, so that it is never half there. Several processes may write one."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.write_text(text)
     partial.replace(path)

@@ -154,5 +154,5 @@ def test_long_examples_and_other_models_are_skipped_with_the_reason(tmp_path):
     )
     with pytest.raises(ValueError, match="model: it has no blocks with a mixer"):
         attending.layer_weights(without, nn.initialize(without.model, jax.random.key(0)), {})
-    assert "holds none" in attending.attend(experiment, tmp_path)["skipped"]  # no checkpoint
+    assert attending.attend(experiment, tmp_path) == {"skipped": "the run's folder has no checkpoint"}
     assert not (tmp_path / "attending.json").exists()

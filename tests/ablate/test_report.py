@@ -229,6 +229,7 @@ def seen(tmp_path):
     (tmp_path / "runs" / "base-seed0" / "samples.txt").write_text(" a <script>")
     (tmp_path / "runs" / "low-seed0" / "samples.png").write_bytes(b"a picture")
     for known in rows[:2]:
+        known["folder"] = f"runs/{known['arm']}-seed0"
         known["attending"] = {"distance": [1.5, 2.5], "entropy": [0.5, None]}
     rows[2]["attending"] = {"skipped": "length: an example has 900 places"}
     return report(rows, tmp_path)

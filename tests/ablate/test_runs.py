@@ -1,23 +1,32 @@
 """The arms of a sweep: alike in all but what the arm says; a failing arm does not take the others with it."""
 
+import importlib
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tiny_sweep
 
+import attnlab
 from attnlab import cli, config, nn
-from attnlab.ablate import Ablation
+from attnlab.ablate import cache, run_ablation, runs, write_report
+from attnlab.ablate.plan import Plan
+from attnlab.errors import UserError
 
 SWEEP = "experiments/sweeps/quickstart.gin"
 
 
 @pytest.fixture(scope="module")
 def arms():
-    ablation = config.build([SWEEP], root="Ablation").value
+    variants = config.build([SWEEP], root="Ablation").value.variants()
     return {
-        arm: config.build([SWEEP, *ablation.sources(arm)], ["Experiment.seed=1"], root="Experiment")
-        for arm in ablation.arms
+        arm: config.build([SWEEP, *sources], ["Experiment.seed=1"], root="Experiment")
+        for arm, sources in variants.items()
     }
 
 
@@ -83,17 +92,185 @@ train.LanguageTask.sequence_length = 32
     assert "wild-seed0 failed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"arms": {}}, "arms: got none"),
-        ({"baseline": "nobody"}, r"baseline: got 'nobody'; need one of the arms \['one', 'two'\]"),
-        ({"seeds": []}, r"seeds: got \[\]"),
-        ({"seeds": [1, 1]}, r"seeds: got \[1, 1\]; need at least one, each once"),
-        ({"arms": {"one": [], "a/b": []}}, "arms: got the name 'a/b'"),
-    ],
-)
-def test_bad_sweeps_are_named(options, message):
-    good = {"question": "?", "arms": {"one": [], "two": []}, "seeds": [0], "baseline": "one"}
-    with pytest.raises(ValueError, match=message):
-        Ablation(**{**good, **options})
+@pytest.fixture
+def pretended(monkeypatch):
+    """Trains nothing, and notes what would be trained."""
+    monkeypatch.setattr(runs, "train", tiny_sweep.pretend_train)
+
+
+def run(folder, *bindings, workdir="out", **options):
+    return run_ablation(tiny_sweep.write(folder, *bindings), [], folder / workdir, say=lambda line: None, **options)
+
+
+def test_a_renamed_arm_and_another_sweep_share_runs_and_rows_say_the_same(pretended, tmp_path):
+    first = run(tmp_path, runs=tmp_path / "shared")
+    renamed = [
+        "ablate.Ablation.arms = {'dense': 'experiments/mixers/softmax.gin', 'new': 'experiments/mixers/linear.gin'}",
+        "ablate.Ablation.baseline = 'dense'",
+    ]
+    second = run(tmp_path, *renamed, workdir="other", runs=tmp_path / "shared")
+    trained = tiny_sweep.trained(tmp_path / "shared")
+    assert [name.rpartition("-")[0] for name in trained] == [
+        *("softmax-seed0", "local-seed0", "softmax-seed1", "local-seed1"),
+        *("new-seed0", "new-seed1"),
+    ]
+    assert [row["arm"] for row in second] == ["dense", "new", "dense", "new"]
+    for there, here in ((0, 0), (2, 2)):
+        for fact in ("seed", "run", "config", "final", "code", "environment", "implementations"):
+            assert first[there][fact] == second[here][fact]
+
+
+def test_two_arms_with_one_config_are_trained_once(pretended, tmp_path):
+    arms = "{'softmax': 'experiments/mixers/softmax.gin', 'twin': ['experiments/mixers/softmax.gin', 'PAIRS = 2']}"
+    rows = run(tmp_path, f"ablate.Ablation.arms = {arms}")
+    assert len(rows) == 4
+    assert len(tiny_sweep.trained(tmp_path / "out" / "runs")) == 2
+
+
+def test_other_code_trains_anew_beside_the_old_runs(pretended, tmp_path, monkeypatch):
+    old = run(tmp_path)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").glob("*/result.json")}
+    monkeypatch.setattr(cache, "code_version", lambda modules: "edited")
+    new = run(tmp_path)
+    assert {row["code"] for row in new} == {"edited"}
+    assert not {row["run"] for row in new} & {row["run"] for row in old}
+    assert len(tiny_sweep.trained(tmp_path / "out" / "runs")) == 8
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_code_version_follows_sources_that_a_run_executes_and_ones_own_modules(tmp_path, monkeypatch):
+    version = cache.code_version()
+    cache.code_version.cache_clear()
+    assert cache.code_version() == version
+    own = tmp_path / "own_module.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    versions = set()
+    for text in ("A = 1", "A = 2"):
+        own.write_text(text)
+        importlib.import_module("own_module")
+        cache.code_version.cache_clear()
+        versions.add(cache.code_version(("own_module",)))
+    assert len(versions | {version}) == 3
+    monkeypatch.setattr(cache, "_PARTS", ("attention",))
+    cache.code_version.cache_clear()
+    assert cache.code_version() != version
+    cache.code_version.cache_clear()
+
+
+def test_a_rate_is_chosen_for_each_arm_and_no_run_is_trained_twice(pretended, tmp_path):
+    arms = (
+        "ablate.Ablation.arms = {'softmax': 'experiments/mixers/softmax.gin', "
+        "'short': ['experiments/mixers/softmax.gin', 'models.LanguageModel.depth = 2']}"
+    )
+    rows = run(
+        tmp_path, arms, "ablate.Ablation.learning_rates = [1e-3, 1e-2, 10.0]", "ablate.Ablation.seeds = [3, 4, 5]"
+    )
+    assert [(row["arm"], row["seed"], row["learning_rate"]) for row in rows] == [
+        (arm, seed, 0.01) for seed in (3, 4, 5) for arm in ("softmax", "short")
+    ]
+    assert rows[0]["searched_rates"] == [[0.001, 1.03], [0.01, 0.03], [10.0, None]]
+    trained = tiny_sweep.trained(tmp_path / "out" / "runs")
+    assert len(trained) == len(set(trained)) == 2 * (3 + 2)
+    searched = [json.loads(line) for line in (tmp_path / "out" / "search.jsonl").read_text().splitlines()]
+    assert [(row["arm"], row["learning_rate"], row["status"]) for row in searched] == [
+        (arm, rate, "failed" if rate > 1 else "finished")
+        for arm in ("softmax", "short")
+        for rate in (0.001, 0.01, 10.0)
+    ]
+    write_report(rows, tmp_path / "out")
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "among 0.001, 0.01, 10: softmax 0.01 (failed: 10), short 0.01 (failed: 10)." in text
+    assert "Warning" not in text
+
+
+def test_a_rate_at_the_edge_is_warned_of_and_higher_may_be_better(pretended, tmp_path):
+    rows = run(tmp_path, "ablate.Ablation.learning_rates = [1e-3, 3e-3]", "ablate.Ablation.seeds = [0]")
+    assert {row["learning_rate"] for row in rows} == {0.003}
+    write_report(rows, tmp_path / "out")
+    warning = "Warning: at the edge of what was tried for softmax, local; a rate beyond may be better."
+    assert warning in (tmp_path / "out" / "results.md").read_text()
+    assert warning in (tmp_path / "out" / "report.html").read_text()
+    up = ("ablate.Ablation.higher_is_better = True", "ablate.Ablation.seeds = [0]")
+    rows = run(tmp_path, "ablate.Ablation.learning_rates = [1e-3, 3e-3]", *up)
+    assert {row["learning_rate"] for row in rows} == {0.001}
+
+
+def test_an_arm_whose_every_rate_fails_is_reported(pretended, tmp_path):
+    rows = run(tmp_path, "ablate.Ablation.learning_rates = [20.0, 10.0]")
+    assert {(row["learning_rate"], row["status"]) for row in rows} == {(10.0, "failed")}
+    assert len(rows) == 4
+
+
+def test_rates_need_an_optimizer_in_the_config(tmp_path):
+    base = config.find("experiments/recall/mqar.gin").read_text()
+    (tmp_path / "base.gin").write_text(base.replace("train.Experiment.optimizer = @train.OptimizerOptions()", ""))
+    sweep = tiny_sweep.TEXT.replace("experiments/recall/mqar.gin", str(tmp_path / "base.gin"))
+    (tmp_path / "sweep.gin").write_text(f"{sweep}\nSTEPS = 200\nablate.Ablation.learning_rates = [1e-4]\n")
+    with pytest.raises(UserError, match=r"learning_rates: the config leaves Experiment\.optimizer at its default"):
+        run_ablation(str(tmp_path / "sweep.gin"), [], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelled_metric_is_named(pretended, tmp_path):
+    with pytest.raises(UserError, match="metric: got 'acuracy'; softmax has loss, accuracy"):
+        run(tmp_path, "ablate.Ablation.metric = 'acuracy'")
+
+
+def test_processes_share_the_runs(tmp_path):
+    bindings = ["ablate.Ablation.learning_rates = [1e-3, 1e-2]", "ablate.Ablation.seeds = [0, 1, 2]"]
+    command = [sys.executable, tiny_sweep.__file__, tiny_sweep.write(tmp_path, *bindings), str(tmp_path / "out")]
+    here = {**os.environ, "PYTHONPATH": str(Path(attnlab.__file__).parents[1])}
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=here) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    trained = tiny_sweep.trained(tmp_path / "out" / "runs")
+    assert len(trained) == len(set(trained)) == 2 * (2 + 2)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [(row["arm"], row["seed"]) for row in rows] == [(a, s) for s in (0, 1, 2) for a in ("softmax", "local")]
+    assert all("[8/8] " in lines for lines in said)
+    assert not list((tmp_path / "out" / "runs" / "claims").iterdir())
+
+
+def test_a_run_of_another_process_is_waited_for(pretended, tmp_path, monkeypatch):
+    """The other one has the first run and gives it up while we wait."""
+    monkeypatch.setattr(runs, "_LOOK_AGAIN_AFTER", 0.01)
+    file, lines = tiny_sweep.write(tmp_path), []
+    folder = tmp_path / "out" / "runs" / "claims"
+    folder.mkdir(parents=True)
+    other = folder / f"{Plan(file, []).run('softmax', 0, None).digest}.1"
+    other.write_text(json.dumps({"machine": "another", "host": "h", "pid": 1}))
+
+    def say(line):
+        lines.append(line)
+        if line.startswith("waiting"):
+            other.unlink()
+
+    rows = run_ablation(file, [], tmp_path / "out", say=say)
+    assert [row["arm"] for row in rows] == ["softmax", "local"] * 2
+    assert lines.count("waiting for other processes, which have the runs that are left: 1") == 1
+    assert tiny_sweep.trained(tmp_path / "out" / "runs")[-1].startswith("softmax-seed0")
+
+
+def quality(text):
+    """The first table without speeds, which no two runs share."""
+    table = [line.split(" | ") for line in text.split("\n\n")[1].splitlines()]
+    speed = table[0].index("tokens/s")
+    return [cells[:speed] + cells[speed + 1 :] for cells in table]
+
+
+def test_one_sweep_gives_one_table(tmp_path):
+    """Trained for good, twice: all that is told but speed is the same."""
+    tables = []
+    for workdir in ("one", "two"):
+        write_report(run(tmp_path, "ablate.Ablation.seeds = [0]", workdir=workdir), tmp_path / workdir)
+        tables.append(quality((tmp_path / workdir / "results.md").read_text()))
+    assert tables[0] == tables[1]
+    assert [cells[0] for cells in tables[0][2:]] == ["| softmax", "| local"]
+    assert "failed" not in str(tables)
+
+
+@pytest.mark.slow
+def test_a_rate_that_diverges_in_training_loses(tmp_path):
+    wild = ("ablate.Ablation.learning_rates = [1e-2, 1e30]", "train.OptimizerOptions.clip_norm = 1e30")
+    rows = run(tmp_path, *wild, "ablate.Ablation.seeds = [0]")
+    assert {(row["learning_rate"], row["status"]) for row in rows} == {(0.01, "finished")}

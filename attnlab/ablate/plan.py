@@ -1,0 +1,159 @@
+"""The plan of a sweep: every run with its config and costs, as far as they are known while rates are searched."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from attnlab import config, nn
+from attnlab.ablate import cache, matching
+from attnlab.ablate.matching import Match
+from attnlab.ablate.sweep import Ablation
+from attnlab.errors import UserError
+from attnlab.train import Experiment
+
+# What a run gave, by the run's digest.
+Outcomes = Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One arm with one seed.
+
+    name: for people. data: Task.describe. code: its version. digest: of all that decides the run's numbers.
+    """
+
+    arm: str
+    name: str
+    experiment: Experiment
+    built: config.Built
+    data: dict[str, Any]
+    code: str
+    digest: str
+
+    @functools.cached_property
+    def costs(self) -> dict[str, Any]:
+        """Parameters; unit, units, flops, state_size and length as of Task.costs."""
+        model = self.experiment.model
+        return {"parameters": nn.count_parameters(model), **self.experiment.task.costs(model)}
+
+    @property
+    def items(self) -> int:
+        """Tokens or images that training takes in."""
+        return self.experiment.steps * self.experiment.batch_size * self.costs["units"]
+
+    @property
+    def training_flops(self) -> float:
+        """Of all steps: the backward is twice the forward."""
+        return 3 * self.costs["flops"] * self.items
+
+
+class Plan:
+    """Which runs a sweep needs, and what was decided for its arms.
+
+    Args:
+      file, overrides: the sweep's config and the command line's bindings, as of config.build.
+
+    Raises:
+      UserError: a mistake in the config, also of a single arm; an arm that cannot be matched.
+    """
+
+    def __init__(self, file: str, overrides: Sequence[str]):
+        self._file, self._overrides = file, list(overrides)
+        self.ablation: Ablation = config.build([file], overrides, root="Ablation").value
+        self._sources = self.ablation.variants()
+        self.arms = list(self._sources)
+        self.matches = self._matched()
+        self._runs: dict[tuple[str, int, float | None], Run] = {}
+        for arm in self.arms:  # so that a mistake in the last arm is said before the first trains
+            self.run(arm, self.ablation.seeds[0], self.rates[0])
+
+    @property
+    def rates(self) -> list[float | None]:
+        return [None] if self.ablation.learning_rates is None else list(self.ablation.learning_rates)
+
+    @property
+    def size(self) -> int:
+        """Number of runs, searched rates among them."""
+        return len(self.arms) * (len(self.rates) + len(self.ablation.seeds) - 1)
+
+    def run(self, arm: str, seed: int, rate: float | None) -> Run:
+        """A run of an arm. rate: None is the config's."""
+        if (arm, seed, rate) not in self._runs:
+            self._runs[arm, seed, rate] = self._build(arm, seed, rate)
+        return self._runs[arm, seed, rate]
+
+    def _build(self, arm: str, seed: int, rate: float | None) -> Run:
+        overrides = [*self._overrides, f"Experiment.seed={seed}"]
+        match = self.matches.get(arm)
+        if match is not None and match.knob is not None:
+            overrides.append(f"{match.knob}={match.value}")
+        if rate is not None:
+            overrides.append(f"OptimizerOptions.learning_rate={rate!r}")
+        built = config.build([self._file, *self._sources[arm]], overrides, root="Experiment")
+        experiment: Experiment = built.value
+        if rate is not None and experiment.optimizer.learning_rate != rate:
+            raise UserError(
+                "learning_rates: the config leaves Experiment.optimizer at its default, which no rate reaches; add "
+                "train.Experiment.optimizer = @train.OptimizerOptions()"
+            )
+        data, code = experiment.task.describe(), cache.code_version(built.modules)
+        digest = cache.digest({"config": built.values, "data": data, "code": code})
+        name = f"{arm}-seed{seed}" + ("" if rate is None else f"-rate{rate:g}")
+        return Run(arm, name, experiment, built, data, code, digest)
+
+    def _matched(self) -> dict[str, Match]:
+        """By arm; empty without `match`."""
+        ablation, matched_by = self.ablation, self.ablation.match
+        if matched_by is None:
+            return {}
+
+        def cost(arm: str, knob: str | None = None, value: int | None = None) -> float:
+            overrides = [*self._overrides, *([f"{knob}={value}"] if knob else [])]
+            options = config.options([self._file, *self._sources[arm]], overrides, root="Experiment")
+            return matching.cost_of(options, matched_by)
+
+        target = cost(ablation.baseline)
+        matches = {}
+        for arm in self.arms:
+            knob, value = ablation.knob(arm), None
+            if knob is not None:
+                what = f"{knob} of {arm} for the {matched_by} of {ablation.baseline}"
+                value = matching.closest(functools.partial(cost, arm, knob), target, what=what)
+            matches[arm] = Match(matched_by, cost(arm, knob, value) / target - 1, knob, value)
+        return matches
+
+    def searches(self, arm: str) -> list[Run]:
+        """The runs that try the learning rates; the only one of the first seed where none are searched."""
+        return [self.run(arm, self.ablation.seeds[0], rate) for rate in self.rates]
+
+    def is_searched(self, arm: str, outcomes: Outcomes) -> bool:
+        """Whether the arm's learning rate is known."""
+        return self.ablation.learning_rates is None or all(run.digest in outcomes for run in self.searches(arm))
+
+    def rate(self, arm: str, outcomes: Outcomes) -> float | None:
+        """The learning rate with the best score; the lowest where every one failed. None is the config's."""
+        if self.ablation.learning_rates is None:
+            return None
+        scores = self.scores(arm, outcomes)
+        sign = -1 if self.ablation.higher_is_better else 1
+        return min(scores, key=lambda rate: (math.inf if (score := scores[rate]) is None else sign * score, rate))
+
+    def scores(self, arm: str, outcomes: Outcomes) -> dict[float, float | None]:
+        """The last validation metric by learning rate; None of one that failed."""
+        scores: dict[float, float | None] = {}
+        for rate, run in zip(self.ablation.learning_rates or (), self.searches(arm)):
+            value = outcomes[run.digest].get("final", {}).get(self.ablation.metric, math.nan)
+            scores[rate] = value if math.isfinite(value) else None
+        return scores
+
+    def runs(self, outcomes: Outcomes) -> list[Run]:
+        """The runs that are known to be needed: all, once every arm's learning rate is."""
+        searches = [run for arm in self.arms for run in self.searches(arm)]
+        return searches + [run for run in self.compared(outcomes) if run not in searches]
+
+    def compared(self, outcomes: Outcomes) -> list[Run]:
+        """The runs that the report compares, an arm's once its learning rate is known."""
+        rates = {arm: self.rate(arm, outcomes) for arm in self.arms if self.is_searched(arm, outcomes)}
+        return [self.run(arm, seed, rate) for seed in self.ablation.seeds for arm, rate in rates.items()]

@@ -1,0 +1,130 @@
+"""What a sweep asks, and the arms that answer it."""
+
+import ast
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+COSTS = ("parameters", "flops", "state_size")
+
+# {arm: {binding: values}}
+Variations = Mapping[str, Mapping[str, Sequence[Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+    """A question, and the arms that answer it.
+
+    A binding is what `--gin.` takes: a macro or Class.option, such as WINDOW or LinearAttention.head_dim.
+
+    Args:
+      question: what the ablation asks, for the report.
+      arms: by name, what makes the arm: a config file, or a list of files and bindings, read after the sweep's.
+      seeds: every arm runs with each; a seed fixes initial values, batches and dropout alike.
+      baseline: the arm that the others are compared with.
+      metric: the validation metric that is compared.
+      higher_is_better: as of an accuracy.
+      product: {arm: {binding: values}}: in the arm's place, an arm for every combination of the values, named as
+        local[WINDOW=8] is (an option by its last name).
+      zipped: as product, but the bindings' values, equally many, go together: the first of each, the second of each.
+      learning_rates: every arm tries each with the first seed, and the one whose last validation metric is best trains
+        the arm's other seeds. None: the rate of the config.
+      match: "parameters", "flops" or "state_size", of which every arm gets as much as the baseline has; None: no such.
+      knobs: the integer option (a binding) that `match` sets, for all arms or {arm: binding}; arms left out stay as
+        they are.
+    """
+
+    question: str
+    arms: Mapping[str, str | Sequence[str]]
+    seeds: Sequence[int]
+    baseline: str
+    metric: str = "loss"
+    higher_is_better: bool = False
+    product: Variations = dataclasses.field(default_factory=dict)
+    zipped: Variations = dataclasses.field(default_factory=dict)
+    learning_rates: Sequence[float] | None = None
+    match: str | None = None
+    knobs: str | Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.arms:
+            raise ValueError("arms: got none; need at least one arm")
+        for name in self.arms:
+            if not name or set(name) & set('/\\ "[]'):
+                raise ValueError(f"arms: got the name {name!r}; need one without spaces, quotes, brackets and slashes")
+        for field, variations in (("product", self.product), ("zipped", self.zipped)):
+            self._check_arms(field, variations)
+            for arm, bindings in variations.items():
+                _check_values(field, arm, bindings)
+        for arm, bindings in self.zipped.items():
+            if len({len(values) for values in bindings.values()}) > 1:
+                counts = ", ".join(f"{len(values)} of {binding}" for binding, values in bindings.items())
+                raise ValueError(f"zipped: got {counts} for {arm}; need equally many")
+        names = list(self.variants())
+        if self.baseline not in names:
+            raise ValueError(f"baseline: got {self.baseline!r}; need one of the arms {names}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds: got {list(self.seeds)}; need at least one, each once")
+        rates = self.learning_rates
+        if rates is not None and (not rates or len(set(rates)) != len(rates) or min(rates) <= 0):
+            raise ValueError(f"learning_rates: got {list(rates)}; need at least one, each once and above 0")
+        if self.match is not None and self.match not in COSTS:
+            raise ValueError(f"match: got {self.match!r}; need one of {', '.join(COSTS)}")
+        if (self.match is None) != (not self.knobs):
+            raise ValueError(f"knobs: got {self.knobs!r} with match {self.match!r}; need both or none")
+        if isinstance(self.knobs, Mapping):
+            self._check_arms("knobs", self.knobs)
+
+    def _check_arms(self, field: str, by_arm: Mapping[str, Any]) -> None:
+        for arm in by_arm:
+            if arm not in self.arms:
+                raise ValueError(f"{field}: got the arm {arm!r}; need one of {list(self.arms)}")
+
+    def variants(self) -> dict[str, list[str]]:
+        """All arms, those of product and zipped in the place of theirs: {name: files and bindings}."""
+        variants = {}
+        for arm, given in self.arms.items():
+            sources = [given] if isinstance(given, str) else list(given)
+            for values in self._combinations(arm):
+                name = f"{arm}[{_shown(values)}]" if values else arm
+                variants[name] = [*sources, *(f"{binding} = {value!r}" for binding, value in values.items())]
+        return variants
+
+    def _combinations(self, arm: str) -> Iterator[dict[str, Any]]:
+        """Values by binding; one empty dict for an arm that stands as it is."""
+        product, zipped = self.product.get(arm, {}), self.zipped.get(arm, {})
+        together = list(zip(*zipped.values())) if zipped else [()]
+        for values in together:
+            for combination in itertools.product(*product.values()):
+                yield {**dict(zip(zipped, values)), **dict(zip(product, combination))}
+
+    def knob(self, variant: str) -> str | None:
+        """The option that `match` sets in this arm of `variants`."""
+        if variant == self.baseline or self.knobs is None:
+            return None
+        return self.knobs if isinstance(self.knobs, str) else self.knobs.get(variant.partition("[")[0])
+
+
+def _check_values(field: str, arm: str, bindings: Mapping[str, Sequence[Any]]) -> None:
+    if not bindings:
+        raise ValueError(f"{field}: got no bindings for {arm}; need at least one")
+    for binding, values in bindings.items():
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise ValueError(f"{field}: got {values!r} for {binding} of {arm}; need a list of at least one value")
+        for value in values:
+            try:
+                ast.literal_eval(repr(value))
+            except (ValueError, SyntaxError):
+                raise ValueError(
+                    f"{field}: got {value!r} for {binding} of {arm}; need numbers, strings, lists or tuples"
+                ) from None
+        if len({repr(value) for value in values}) != len(values):
+            raise ValueError(f"{field}: got {list(values)} for {binding} of {arm}; need each value once")
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    """WINDOW=8,head_dim=16: options by their last name, or whole where two have the same."""
+    short = [binding.rpartition(".")[2] for binding in values]
+    names = short if len(set(short)) == len(short) else list(values)
+    return ",".join(f"{name}={value}" for name, value in zip(names, values.values())).replace(" ", "")

@@ -1,0 +1,69 @@
+"""The dry run: what would run and what it costs, and nothing happens."""
+
+import pytest
+import tiny_sweep
+
+from attnlab import cli
+from attnlab.ablate import dry_run, run_ablation, runs
+from attnlab.ablate.plan import Plan
+
+
+@pytest.fixture(autouse=True)
+def pretended(monkeypatch):
+    monkeypatch.setattr(runs, "train", tiny_sweep.pretend_train)
+
+
+def cells(shown):
+    """Rows of the table by run, and the line of totals."""
+    table = [line.strip("| ").split(" | ") for line in shown.splitlines() if line.startswith("|")]
+    return {line[0]: dict(zip(table[0], line)) for line in table[2:]}, shown.splitlines()[-1]
+
+
+def test_it_lists_and_adds_up_and_writes_nothing(tmp_path, capsys):
+    file = tiny_sweep.write(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["ablate", file, "--workdir", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    rows, total = cells(capsys.readouterr().out)
+    assert list(rows) == ["softmax-seed0", "local-seed0", "softmax-seed1", "local-seed1"]
+    assert {row["state"] for row in rows.values()} == {"to run"}
+    assert {row["tokens"] for row in rows.values()} == {str(4 * 4 * 16)}  # steps x batch x length
+    costs = Plan(file, []).run("softmax", 0, None).costs
+    assert rows["softmax-seed0"]["parameters"] == f"{costs['parameters']:,}"
+    assert rows["softmax-seed0"]["training FLOPs"] == f"{3 * 256 * costs['flops']:.3g}"
+    assert "time left" not in rows["softmax-seed0"]
+    assert total.startswith("4 of 4 runs to do: ")
+    assert total.endswith("1,024 of 1,024 tokens")
+
+
+def test_states_and_the_time_that_is_left(tmp_path):
+    file = tiny_sweep.write(tmp_path)
+    run_ablation(file, ["Ablation.seeds=[0]"], tmp_path / "out", say=lambda line: None)
+    run = Plan(file, []).run("local", 1, None)
+    (tmp_path / "out" / "runs" / f"local-seed1-{run.digest}" / "checkpoints" / "2").mkdir(parents=True)
+    rows, total = cells(dry_run(file, [], tmp_path / "out" / "runs"))
+    assert [row["state"] for row in rows.values()] == ["finished", "finished", "to run", "step 2 of 4"]
+    assert [row["time left"] for row in rows.values()] == ["0 s", "0 s", "4 s", "2 s"]  # 256 tokens at 64 a second
+    assert total.startswith("2 of 4 runs to do: ")
+    assert total.endswith("384 of 1,024 tokens, 6 s of training one after the other")
+
+
+def test_rates_before_and_after_their_search(tmp_path):
+    file = tiny_sweep.write(tmp_path, "ablate.Ablation.learning_rates = [1e-3, 1e-2, 10.0]")
+    rows, total = cells(dry_run(file, [], tmp_path / "out" / "runs"))
+    assert len(rows) == 8
+    assert rows["local-seed0-rate0.001"]["learning rate"] == "0.001"
+    assert rows["local-seed1"]["learning rate"] == "the best"
+    assert total.startswith("8 of 8 runs to do: ")
+    run_ablation(file, ["Ablation.seeds=[0]"], tmp_path / "out", say=lambda line: None)
+    rows, total = cells(dry_run(file, [], tmp_path / "out" / "runs"))
+    assert [row["state"] for row in rows.values()] == ["finished", "finished", "failed"] * 2 + ["to run"] * 2
+    assert rows["local-seed1-rate0.01"]["learning rate"] == "0.01"
+    assert total.startswith("2 of 8 runs to do: ")
+
+
+def test_equal_runs_count_once(tmp_path):
+    arms = "{'softmax': 'experiments/mixers/softmax.gin', 'twin': ['experiments/mixers/softmax.gin', 'PAIRS = 2']}"
+    rows, total = cells(dry_run(tiny_sweep.write(tmp_path, f"ablate.Ablation.arms = {arms}"), [], tmp_path / "runs"))
+    assert rows["twin-seed0"]["state"] == "is softmax-seed0"
+    assert total.startswith("2 of 4 runs to do: ")

@@ -1,0 +1,38 @@
+"""Further processes of an ablation: started beside ours, waited for, and stopped with it."""
+
+import sys
+import time
+
+import pytest
+
+from attnlab.ablate.spread import helpers
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Stands in for Python: says its arguments, and then waits where it is told to."""
+
+    def write(last):
+        path = tmp_path / "program"
+        path.write_text(f'#!/bin/sh\necho "$@"\n{last}\n')
+        path.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(path))
+
+    return write
+
+
+def test_they_get_the_command_and_are_waited_for(program, tmp_path):
+    program("sleep 0.2; echo done")
+    with helpers(2, ["sweep.gin", "--cache", "runs"], tmp_path / "out"):
+        pass
+    for number in (2, 3):
+        said = (tmp_path / "out" / f"process-{number}.log").read_text()
+        assert said == "-m attnlab.cli ablate sweep.gin --cache runs\ndone\n"
+
+
+def test_they_stop_with_ours(program, tmp_path):
+    program("exec sleep 60")
+    before = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), helpers(2, ["sweep.gin"], tmp_path):
+        raise KeyboardInterrupt
+    assert time.monotonic() - before < 30
