@@ -33,7 +33,7 @@ def write_data(folder):
     return {
         "experiments/lm/shakespeare.gin": f"TEXT='{folder / 'input.txt'}'",
         "experiments/lm/wikitext2.gin": f"TEXT='{text}'",
-        "experiments/image/mnist.gin": f"IMAGES='{images}'",
+        **{f"experiments/image/{name}.gin": f"IMAGES='{images}'" for name in ("mnist", "mnist_axial", "mnist_raster")},
     }
 
 

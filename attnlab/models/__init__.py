@@ -1,6 +1,7 @@
-"""Models that take any mixer."""
+"""Models that take any mixer, and the Axial Transformer."""
 
+from attnlab.models.axial import AxialTransformer, sample
 from attnlab.models.image import ImageClassifier
 from attnlab.models.lm import LanguageModel, generate
 
-__all__ = ["ImageClassifier", "LanguageModel", "generate"]
+__all__ = ["AxialTransformer", "ImageClassifier", "LanguageModel", "generate", "sample"]
