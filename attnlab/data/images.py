@@ -24,7 +24,7 @@ class LabelledImages:
     train_labels: np.ndarray
     validation_images: np.ndarray
     validation_labels: np.ndarray
-    levels: int = 256
+    levels: int = dataclasses.field(default=256, kw_only=True)
 
     def describe(self) -> dict[str, Any]:
         arrays = (self.train_images, self.train_labels, self.validation_images, self.validation_labels)

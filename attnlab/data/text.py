@@ -24,7 +24,7 @@ class Corpus:
     """Text as tokens, in two parts that share none.
 
     name: where it is from. train, validation: integers [tokens] below `vocabulary`. unit: what a token is, "byte",
-    "character" or "word"; documents of bytes end with a zero.
+    "character" or "word"; documents of bytes end with a zero. symbols: the characters or words by token.
     """
 
     name: str
@@ -32,6 +32,14 @@ class Corpus:
     validation: np.ndarray
     unit: str = "byte"
     vocabulary: int = 256
+    symbols: tuple[str, ...] = ()
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """The text of these tokens, [count]. Bytes are read as UTF-8, and those that are not as the sign for that."""
+        if self.unit == "byte":
+            return bytes(tokens.astype(np.uint8)).decode(errors="replace")
+        symbols = [self.symbols[token] for token in tokens]
+        return "".join(symbols) if self.unit == "character" else " ".join(symbols).replace("<eos>", "\n")
 
     def describe(self) -> dict[str, Any]:
         """Sizes and a hash of the content, which tells whether two runs read the same text."""
@@ -96,7 +104,8 @@ def characters(path: str) -> Corpus:
     found, tokens = np.unique(codes, return_inverse=True)
     tokens = tokens.astype(np.int32)
     cut = int(0.9 * len(tokens))
-    return _checked(Corpus(file.name, tokens[:cut], tokens[cut:], "character", len(found)), file)
+    symbols = tuple(map(chr, found))
+    return _checked(Corpus(file.name, tokens[:cut], tokens[cut:], "character", len(found), symbols), file)
 
 
 @functools.cache
@@ -125,7 +134,7 @@ def words(path: str, held_out: str = "valid") -> Corpus:
     numbers = {word: number for number, word in enumerate(sorted({*texts[0], "<unk>"}))}
     unknown = numbers["<unk>"]
     train, validation = (np.array([numbers.get(word, unknown) for word in text], np.int32) for text in texts)
-    return _checked(Corpus(folder.name, train, validation, "word", len(numbers)), folder)
+    return _checked(Corpus(folder.name, train, validation, "word", len(numbers), tuple(numbers)), folder)
 
 
 def _checked(corpus: Corpus, root: Path) -> Corpus:

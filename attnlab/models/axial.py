@@ -389,8 +389,8 @@ def sample(model: AxialTransformer, *, count: int, key: Array, temperature: floa
     """Draws images: int32 [count, Y, X, C], below model.levels.
 
     A channel takes one pass of the exterior layers, one of the outer layers a row and one of the inner layers a place.
-    The noise of a sub-pixel is that of fold_in(key, its number: channel by channel, each in raster order). temperature 0
-    takes the likeliest level.
+    The noise of a sub-pixel is that of fold_in(key, its number), counted channel by channel, each in raster order.
+    temperature 0 takes the likeliest level.
     """
     height, width, channels = model.image_size
 

@@ -2,15 +2,19 @@
 
 import dataclasses
 import math
-from typing import Any, Protocol
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from attnlab import data
+from attnlab import data, nn
 from attnlab.models import AxialTransformer, ImageClassifier, LanguageModel, generate, sample
+from attnlab.train.pictures import draw_images
 
 Batch = dict[str, Any]
 # Folded into the dropout key to draw channels; models fold in smaller numbers.
@@ -36,7 +40,18 @@ class Task(Protocol):
         """The data, as JSON: source, sizes, content hash."""
 
     def costs(self, model: Any) -> dict[str, Any]:
-        """{"unit": "token", "image" or "pixel", "units": in an example, "flops": forward, of a unit, "state_size", "length"}."""
+        """{"unit": "token" or "image" or the like, "units": in an example, "flops": forward, of a unit, "state_size",
+        "length"}."""
+
+
+@runtime_checkable
+class Illustrated(Protocol):
+    """A task whose models draw something to look at; the loop asks for it once, after the last step."""
+
+    def illustrate(
+        self, model: Any, values: nn.Parameters, path: Path, *, key: jax.Array, count: int, temperature: float
+    ) -> None:
+        """Writes a picture of `count` samples. model: without values. temperature: 0 takes what is likeliest."""
 
 
 def _weighted_means(batch: Batch, **metrics: jax.Array) -> dict[str, jax.Array]:
@@ -98,6 +113,31 @@ class LanguageTask:
 
     def costs(self, model: LanguageModel) -> dict[str, Any]:
         return _sequence_costs(model, self.sequence_length)
+
+    def continuations(
+        self, model: LanguageModel, values: nn.Parameters, *, key: jax.Array, count: int, temperature: float
+    ) -> list[tuple[str, str]]:
+        """Beginnings from the validation text and how the model goes on, sequence_length tokens together.
+
+        model: without values. temperature: 0 takes the likeliest tokens.
+        """
+        given = max(1, min(32, self.sequence_length // 4))
+        starts = np.linspace(0, len(self.corpus.validation) - given, count).astype(int)
+        prompts = np.stack([self.corpus.validation[start : start + given] for start in starts]).astype(np.int32)
+
+        @jax.jit
+        def draw(values: nn.Parameters, prompts: jax.Array) -> jax.Array:
+            return generate(
+                nn.bind(model, values),
+                prompts,
+                length=self.sequence_length - given,
+                key=key,
+                temperature=temperature,
+                below=self.corpus.vocabulary,
+            )
+
+        texts = np.asarray(draw(values, prompts))
+        return [(self.corpus.decode(text[:given]), self.corpus.decode(text[given:])) for text in texts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +257,32 @@ class _PixelTask:
     def describe(self) -> dict[str, Any]:
         return self.images.describe()
 
+    @abstractmethod
+    def sample(self, model: Any, *, count: int, temperature: float, key: jax.Array) -> jax.Array:
+        """Images that a model draws: int32 [count, Y, X, C]."""
+
+    def illustrate(
+        self,
+        model: Any,
+        values: nn.Parameters,
+        path: Path,
+        *,
+        key: jax.Array,
+        count: int = 64,
+        temperature: float = 1.0,
+    ) -> None:
+        """Draws samples under a row of validation images, as a .png. model: without values."""
+
+        @jax.jit
+        def draw(values: nn.Parameters) -> jax.Array:
+            return self.sample(nn.bind(model, values), count=count, temperature=temperature, key=key)
+
+        shown = {
+            f"{self.images.name}: validation images": self.images.validation_images[:8],
+            f"samples of the model, temperature {temperature:g}": np.asarray(draw(values)),
+        }
+        draw_images(path, shown, levels=self.images.levels)
+
     @property
     def image_size(self) -> tuple[int, ...]:
         return self.images.train_images.shape[1:]
@@ -259,7 +325,6 @@ class AxialImageTask(_PixelTask):
         }
 
     def sample(self, model: AxialTransformer, *, count: int, temperature: float, key: jax.Array) -> jax.Array:
-        """Images that the model draws: int32 [count, Y, X, C]."""
         return sample(model, count=count, temperature=temperature, key=key)
 
 
@@ -290,7 +355,6 @@ class RasterImageTask(_PixelTask):
         return {**_sequence_costs(model, math.prod(self.image_size)), "unit": self.unit}
 
     def sample(self, model: LanguageModel, *, count: int, temperature: float, key: jax.Array) -> jax.Array:
-        """Images that the model draws: int32 [count, Y, X, C]."""
         levels, length = self.images.levels, math.prod(self.image_size)
         start = jnp.full((count, 1), levels, jnp.int32)
         tokens = generate(model, start, length=length, key=key, temperature=temperature, below=levels)

@@ -57,20 +57,8 @@ class Workdir:
         step = self._checkpoints.latest_step()
         if step is not None:
             like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            try:
-                restored = self._checkpoints.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(like), data=grain.checkpoint.CheckpointRestore(batches)
-                    ),
-                )
-            except Exception as error:
-                folder = self.path / "checkpoints" / str(step)
-                raise UserError(
-                    f"checkpoint: {folder} cannot be read ({type(error).__name__}); it was left as it is. Move it away "
-                    "to go on from the checkpoint before it, or give another --workdir"
-                ) from error
-            state = restored["state"]
+            place = grain.checkpoint.CheckpointRestore(batches)
+            state = _restore(self._checkpoints, step, state=ocp.args.StandardRestore(like), data=place)["state"]
         rows = self._rows_until(step or 0)
         self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=(step or 0) + 1)
         return state, rows
@@ -107,6 +95,30 @@ class Workdir:
     def finish(self, result: Mapping[str, Any]) -> None:
         self.close()
         _replace_text(self.path / "result.json", json.dumps(result))
+
+
+def read_state(path: Path, like: Any) -> tuple[int, Any]:
+    """The step and the state of the newest checkpoint in a run's folder, which stays as it is; `like`: of its shapes.
+
+    The run may still be going on.
+    """
+    folder = path.absolute() / "checkpoints"
+    if folder.is_dir():
+        with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False)) as checkpoints:
+            step = checkpoints.latest_step()
+            if step is not None:
+                return step, _restore(checkpoints, step, state=ocp.args.StandardRestore(like))["state"]
+    raise UserError(f"workdir: {path} has no checkpoint yet")
+
+
+def _restore(checkpoints: Any, step: int, **items: Any) -> Any:
+    try:
+        return checkpoints.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:
+        raise UserError(
+            f"checkpoint: {checkpoints.directory / str(step)} cannot be read ({type(error).__name__}); it was left as "
+            "it is. Move it away to go on from the checkpoint before it, or give another --workdir"
+        ) from error
 
 
 def _read_json(path: Path) -> Any:
