@@ -258,7 +258,8 @@ class AxialConditioner(nnx.Module):
         Of an image, the channels before the slice count.
         """
         before = jnp.arange(self.channels) < slices[:, None, None, None]
-        known = jnp.where(before, images / (self.levels - 1), 0).astype(self.dtype)
+        known = jnp.where(before, images, 0).astype(jnp.promote_types(self.dtype, jnp.float32))
+        known = (known / (self.levels - 1)).astype(self.dtype)
         number = jax.nn.one_hot(slices, self.channels, dtype=self.dtype)[:, None, None]
         inputs = jnp.concatenate([known, jnp.broadcast_to(number, known.shape)], axis=-1)
         x = jax.lax.conv_general_dilated(
@@ -417,12 +418,11 @@ def shift(x: Array, *, axis: int) -> Array:
 
 
 def _run(layers: nnx.List, x: Array, *, key: Array | None, remat: bool) -> Array:
-    def apply(block: AxialBlock, x: Array, key: Array | None) -> Array:
-        return block(x, key=key)
-
     for number, block in enumerate(layers):
         block_key = None if key is None else jax.random.fold_in(key, number)
-        x = (nnx.remat(apply) if remat else apply)(block, x, block_key)
+        apply = functools.partial(block.__call__, key=block_key)
+        # Not nnx's remat, which cannot run inside the loop over channels; nothing in a block changes as it runs.
+        x = (jax.checkpoint(apply) if remat else apply)(x)
     return x
 
 
