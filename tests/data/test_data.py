@@ -103,9 +103,57 @@ def test_digits_are_split_without_loss():
     assert len(images.train_labels) + len(images.validation_labels) == 1797
     assert 300 < len(images.validation_labels) < 420
     assert images.train_images.shape[1:] == (8, 8, 1)
-    assert images.train_images.min() == 0
-    assert images.train_images.max() == 1
+    assert images.train_images.dtype == np.uint8
+    assert images.levels == 17
+    assert (images.train_images.min(), images.train_images.max()) == (0, 16)
     assert set(images.validation_labels) == set(range(10))
+
+
+def test_batches_hold_floats_for_classes_and_integers_for_pixels():
+    images = data.digits()
+    for split, wanted in (("validation", images.validation_images), ("train", None)):
+        floats = next(iter(data.image_batches(images, split, batch_size=5, seed=3)))
+        pixels = next(iter(data.pixel_batches(images, split, batch_size=5, seed=3)))
+        assert (floats["image"].dtype, pixels["pixels"].dtype) == (np.float32, np.int32)
+        np.testing.assert_array_equal(floats["image"] * 16, pixels["pixels"])
+        if wanted is not None:
+            np.testing.assert_array_equal(pixels["pixels"], wanted[:5])
+    assert pixels.keys() == {"pixels"}
+
+
+def test_crops_of_photographs_validate_on_a_part_that_training_does_not_see():
+    from sklearn import datasets
+
+    photographs = datasets.load_sample_images().images
+    crops = data.photo_crops(size=64)
+    cut = 512  # of 640 columns
+    for number, photograph in enumerate(photographs):
+        train = crops.train_images[crops.train_labels == number]
+        validation = crops.validation_images[crops.validation_labels == number]
+        assert train.dtype == np.uint8
+        starts = [(y, x) for y in range(0, 427 - 63, 16) for x in range(0, cut - 63, 16)]
+        assert len(train) == 2 * len(starts)  # and mirrored
+        for place in (0, 17, len(starts) - 1):
+            y, x = starts[place]
+            np.testing.assert_array_equal(train[place], photograph[y : y + 64, x : x + 64])
+            np.testing.assert_array_equal(train[len(starts) + place], train[place][:, ::-1])
+        assert len(validation) == 6 * 2
+        np.testing.assert_array_equal(validation[3], photograph[64:128, cut + 64 : cut + 128])
+    with pytest.raises(ValueError, match="size: got 129; need 4 to 128"):
+        data.photo_crops(size=129)
+
+
+def test_tokens_are_read_back_as_text(tmp_path):
+    (tmp_path / "text.txt").write_text("naïve zebra\n" * 7)
+    (tmp_path / "train.txt").write_text("the cat sat\n")
+    (tmp_path / "valid.txt").write_text("the dog sat\n")
+    letters = data.characters(str(tmp_path / "text.txt"))
+    assert letters.decode(letters.train[:12]) == "naïve zebra\n"
+    spoken = data.words(str(tmp_path))
+    assert spoken.decode(spoken.validation) == "the <unk> sat \n"
+    read = data.text_files(str(tmp_path / "text.txt"))
+    assert read.decode(read.train[:5]) == "naïv"
+    assert read.decode(read.train[:3]) == "na\ufffd"  # half a letter
 
 
 def test_bad_paths_and_lengths_are_named(tmp_path):

@@ -125,6 +125,25 @@ def test_a_finished_run_gives_its_result_at_once(finished):
     assert time.monotonic() - before < 1
 
 
+def test_values_are_read_from_a_run_that_stays_as_it_is(finished):
+    workdir, result = finished
+
+    def stamps():
+        return {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+
+    before, experiment = stamps(), runs.experiment()
+    step, values = loop.read_values(experiment, workdir)
+    assert step == 36
+    metrics = loop.evaluate(experiment, loop.make_evaluation(experiment), values)
+    assert metrics["loss"] == pytest.approx(result.final["loss"], rel=1e-6)
+    assert stamps() == before
+
+
+def test_a_folder_without_a_checkpoint_has_no_values(tmp_path):
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        loop.read_values(runs.experiment(), tmp_path)
+
+
 def unfinished(workdir):
     """A copy of the state of a run that was stopped at its last checkpoint."""
     train(runs.experiment(), workdir=workdir, fingerprint=runs.FINGERPRINT)
