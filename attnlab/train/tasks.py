@@ -277,8 +277,10 @@ class _PixelTask:
         def draw(values: nn.Parameters) -> jax.Array:
             return self.sample(nn.bind(model, values), count=count, temperature=temperature, key=key)
 
+        real = self.images.validation_images
+        spread = np.linspace(0, len(real) - 1, min(8, len(real))).astype(int)  # they may be in order of what they show
         shown = {
-            f"{self.images.name}: validation images": self.images.validation_images[:8],
+            f"{self.images.name}: validation images": real[spread],
             f"samples of the model, temperature {temperature:g}": np.asarray(draw(values)),
         }
         draw_images(path, shown, levels=self.images.levels)
