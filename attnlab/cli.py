@@ -1,4 +1,4 @@
-"""The command line: `attnlab train | ablate | report | show | bench | regress | list`."""
+"""The command line: `attnlab train | sample | ablate | report | show | bench | regress | list`."""
 
 import argparse
 import sys
@@ -53,6 +53,18 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     train.add_argument("configs", nargs="+", metavar="CONFIG", help="a .gin file; later files win over earlier ones")
     train.add_argument("--workdir", type=Path, help="folder for checkpoints and metrics (default runs/train/NAME)")
     train.set_defaults(run=_train)
+
+    sample = commands.add_parser(
+        "sample",
+        help="draw images, or go on with a text, with a trained model",
+        description="Draw images, or go on with beginnings of the validation text, from a run's newest checkpoint.",
+    )
+    sample.add_argument("workdir", type=Path, metavar="WORKDIR", help="the folder of a run, which may be going on")
+    sample.add_argument("--count", type=int, help="samples (default 64 images or 3 texts)")
+    sample.add_argument("--temperature", type=float, default=1.0, help="0 takes what is likeliest (default 1)")
+    sample.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    sample.add_argument("--out", type=Path, help="the file (default: WORKDIR/samples.png; texts are printed)")
+    sample.set_defaults(run=_sample)
 
     ablate = commands.add_parser(
         "ablate",
@@ -145,6 +157,43 @@ def _train(command: argparse.Namespace, overrides: list[str]) -> int:
         return 1
     final = ", ".join(f"{name} {value:.4f}" for name, value in result.final.items())
     print(f"validation: {final}\n{workdir / 'metrics.jsonl'}")
+    return 0
+
+
+def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
+    import jax
+
+    from attnlab import config
+    from attnlab.train import LanguageTask, restore_values
+    from attnlab.train.tasks import Illustrated
+    from attnlab.train.workdir import last_step
+
+    if command.count is not None and command.count < 1:
+        raise UserError(f"count: got {command.count}; need at least 1")
+    if command.temperature < 0:
+        raise UserError(f"temperature: got {command.temperature}; need at least 0")
+    resolved = command.workdir / "config.gin"
+    if not resolved.is_file():
+        raise UserError(f"sample: {command.workdir} has no config.gin; give the folder of a run (`attnlab train`)")
+    experiment = config.build([str(resolved)], overrides, root="Experiment").value
+    model, task = experiment.model, experiment.task
+    if not isinstance(task, (Illustrated, LanguageTask)):
+        raise UserError(f"sample: models of {type(task).__name__} draw nothing")
+    values = restore_values(experiment, command.workdir)
+    print(f"step {last_step(command.workdir)} of {experiment.steps}", file=sys.stderr)
+    options = {"key": jax.random.key(command.seed), "temperature": command.temperature}
+    if isinstance(task, Illustrated):
+        out = command.out or command.workdir / "samples.png"
+        task.illustrate(model, values, out, count=command.count or 64, **options)
+        print(out)
+        return 0
+    continuations = task.continuations(model, values, count=command.count or 3, **options)
+    text = "\n\n".join(f"--- after {beginning!r}\n{text}" for beginning, text in continuations)
+    if command.out is None:
+        print(text)
+    else:
+        command.out.write_text(text + "\n")
+        print(command.out)
     return 0
 
 

@@ -83,6 +83,32 @@ def test_train_goes_on_where_it_stopped(tmp_path, capsys):
     assert capsys.readouterr().out == first
 
 
+def test_sample_goes_on_with_the_text_of_a_run(tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "texts.txt"
+    assert cli.main(["train", LM, "--workdir", str(run), *TINY]) == 0
+    capsys.readouterr()
+    assert cli.main(["sample", str(run), "--count", "2", "--seed", "4"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("--- after '") + text.count('--- after "') == 2
+    assert cli.main(["sample", str(run), "--count", "2", "--seed", "4", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert out.read_text() == text
+
+
+def test_a_run_on_images_leaves_a_picture_and_sample_draws_others(tmp_path, capsys):
+    tiny = ["AxialTransformer.features=8", "AxialTransformer.inner_layers=1", "STEPS=2", "Experiment.batch_size=4"]
+    options = [f"--gin.{option}" for option in (*tiny, "OptimizerOptions.warmup_steps=1")]
+    train = ["train", "experiments/image/digits_axial.gin", "--gin.Experiment.evaluation_batches=1", *options]
+    run, out = tmp_path / "run", tmp_path / "cold.png"
+    assert cli.main([*train, "--workdir", str(run)]) == 0
+    assert (run / "samples.png").stat().st_size > 1000
+    capsys.readouterr()
+    assert cli.main(["sample", str(run), "--count", "3", "--temperature", "0", "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.splitlines()[-1]) == (f"{out}\n", "step 2 of 2")
+    assert out.stat().st_size > 1000
+
+
 def test_list_names_mixers_tasks_and_configs(capsys):
     assert cli.main(["list"]) == 0
     out = capsys.readouterr().out
@@ -93,7 +119,7 @@ def test_list_names_mixers_tasks_and_configs(capsys):
 def test_help_needs_no_jax_and_names_every_command():
     program = "import sys; from attnlab import cli; cli.main([]); assert 'flax' not in sys.modules"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    for command in ("train", "ablate", "report", "list", "--gin.NAME=VALUE"):
+    for command in ("train", "sample", "ablate", "report", "list", "--gin.NAME=VALUE"):
         assert command in out
 
 
@@ -117,7 +143,23 @@ def broken_results(path):
     return ["report", str(path)]
 
 
+def classifier_run(path):
+    built = "experiments/image/digits.gin"
+    (path / "config.gin").write_text(f"include '{built}'\n")
+    return ["sample", str(path)]
+
+
+def run_without_a_checkpoint(path):
+    (path / "config.gin").write_text(f"include '{LM}'\n")
+    return ["sample", str(path)]
+
+
 MISTAKES = {
+    "sample of no run": (lambda path: ["sample", str(path)], "has no config.gin"),
+    "sample of what draws nothing": (classifier_run, "models of ImageClassificationTask draw nothing"),
+    "sample before a checkpoint": (run_without_a_checkpoint, "has no checkpoint yet"),
+    "no samples": (lambda path: ["sample", str(path), "--count", "0"], "count: got 0"),
+    "cold samples": (lambda path: ["sample", str(path), "--temperature", "-1"], "temperature: got -1"),
     "missing config": (lambda path: ["train", "nowhere.gin"], "no file nowhere.gin"),
     "misspelled config": (lambda path: ["train", "experiments/lm/quikstart.gin"], "did you mean"),
     "misspelled option": (lambda path: ["train", LM, "--gin.LanguageModel.dept=2"], "did you mean 'depth'"),

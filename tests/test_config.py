@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from attnlab import config
@@ -20,9 +21,9 @@ def build(*overrides, sources=(BASE,), root="LanguageModel"):
 
 def write_data(folder):
     """Files in the formats of the configs that read some: by config, the override that names them."""
-    text, images = folder / "text", folder / "images"
-    text.mkdir()
-    images.mkdir()
+    text, images, colour = folder / "text", folder / "images", folder / "colour"
+    for made in (text, images, colour):
+        made.mkdir()
     (folder / "input.txt").write_text("to be, or not to be\n" * 200)
     for part in ("train", "valid"):
         (text / f"{part}.txt").write_text("a rose is a rose\n" * 200)
@@ -30,10 +31,13 @@ def write_data(folder):
         for what, shape in (("images", (3, 28, 28)), ("labels", (3,))):
             head = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
             (images / f"{part}-{what}").write_bytes(head + bytes(math.prod(shape)))
+    for part in ("train_data_batch_1", "val_data"):
+        np.savez(colour / f"{part}.npz", data=np.zeros((2, 3 * 32 * 32), np.uint8), labels=[1, 2])
     return {
+        "experiments/image/imagenet32_axial.gin": f"IMAGES='{colour}'",
         "experiments/lm/shakespeare.gin": f"TEXT='{folder / 'input.txt'}'",
         "experiments/lm/wikitext2.gin": f"TEXT='{text}'",
-        "experiments/image/mnist.gin": f"IMAGES='{images}'",
+        **{f"experiments/image/{name}.gin": f"IMAGES='{images}'" for name in ("mnist", "mnist_axial", "mnist_raster")},
     }
 
 

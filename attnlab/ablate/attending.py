@@ -13,7 +13,6 @@ from flax import nnx
 
 from attnlab import nn
 from attnlab.ablate.results import mean_of_known
-from attnlab.models import generate
 from attnlab.models.blocks import Block
 from attnlab.train import Experiment, LanguageTask, restore_values
 from attnlab.train.workdir import last_step, replace_text
@@ -21,7 +20,7 @@ from attnlab.train.workdir import last_step, replace_text
 # Weights of every layer are computed whole, [heads, places, places]: no longer examples than this.
 _MOST_PLACES = 512
 _MAP_SIDE = 64
-_PROMPT, _CONTINUATION, _TEMPERATURE = 64, 128, 0.8
+_TEMPERATURE = 0.8
 
 
 def attend(experiment: Experiment, folder: Path) -> dict[str, Any]:
@@ -42,7 +41,10 @@ def attend(experiment: Experiment, folder: Path) -> dict[str, Any]:
         batch = jax.tree.map(jnp.asarray, next(iter(experiment.task.batches("validation", 1, experiment.seed))))
         kept = {"example": show_example(experiment, batch), **_layers(experiment, values, batch)}
         if isinstance(experiment.task, LanguageTask):
-            kept["prompt"], continuation = _continuation(experiment, values, batch["tokens"])
+            model: Any = experiment.model
+            ((kept["prompt"], continuation),) = experiment.task.continuations(
+                model, values, key=jax.random.key(experiment.seed), count=1, temperature=_TEMPERATURE
+            )
             replace_text(folder / "samples.txt", continuation)
         replace_text(folder / "attending.json", json.dumps(kept))
     if "skipped" in kept:
@@ -187,20 +189,3 @@ def show_example(experiment: Experiment, batch: dict[str, jax.Array]) -> dict[st
         lines = inputs.reshape(len(inputs), -1).round(2).astype(str)
         return {"text": ("\n" if inputs.ndim == 2 else " ").join(map(" ".join, lines))}
     return {"pixels": _packed(np.clip(np.rint(255 * inputs / max(inputs.max(), 1e-30)), 0, 255).astype(np.uint8))}
-
-
-def _continuation(experiment: Experiment, values: nn.Parameters, tokens: jax.Array) -> tuple[str, str]:
-    """The beginning of a text, tokens int [1, T + 1], and how the model goes on with it."""
-    model: Any = experiment.model
-    task: Any = experiment.task
-    prompt = tokens[:, : min(_PROMPT, tokens.shape[1] // 2)]
-    longest = math.inf if model.max_length is None else model.max_length
-    length = int(min(_CONTINUATION, longest - prompt.shape[1]))
-
-    @jax.jit
-    def write(values: nn.Parameters, prompt: jax.Array) -> jax.Array:
-        key = jax.random.key(experiment.seed)
-        return generate(nn.bind(model, values), prompt, length=length, key=key, temperature=_TEMPERATURE)
-
-    written = np.asarray(write(values, prompt))[0]
-    return task.corpus.decode(written[: prompt.shape[1]]), task.corpus.decode(written[prompt.shape[1] :])

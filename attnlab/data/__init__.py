@@ -1,7 +1,16 @@
 """Data through grain: sources by index, the same batches in the same order for every model."""
 
 from attnlab.data.batches import weight_of
-from attnlab.data.images import LabelledImages, cifar10, digits, idx_images, image_batches, imagenet_npz
+from attnlab.data.images import (
+    LabelledImages,
+    cifar10,
+    digits,
+    idx_images,
+    image_batches,
+    imagenet_npz,
+    photo_crops,
+    pixel_batches,
+)
 from attnlab.data.sequences import (
     IGNORED,
     Copy,
@@ -35,6 +44,8 @@ __all__ = [
     "idx_images",
     "image_batches",
     "imagenet_npz",
+    "photo_crops",
+    "pixel_batches",
     "sequence_batches",
     "text_batches",
     "text_files",

@@ -1,4 +1,4 @@
-"""Labelled images: scikit-learn's digits, and the file formats of MNIST, CIFAR-10 and downsampled ImageNet."""
+"""Labelled images: scikit-learn's digits and photographs, and the files of MNIST, CIFAR-10 and downsampled ImageNet."""
 
 import dataclasses
 import functools
@@ -16,10 +16,7 @@ from attnlab.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class LabelledImages:
-    """Images in two parts: pixels uint8 or float32 in [0, 1], [count, Y, X, channels]; labels int32 [count].
-
-    Batches hold float32 in [0, 1].
-    """
+    """Images in two parts: pixels uint8 below `levels`, [count, Y, X, channels]; labels int32 [count]."""
 
     name: str
     classes: int
@@ -27,6 +24,7 @@ class LabelledImages:
     train_labels: np.ndarray
     validation_images: np.ndarray
     validation_labels: np.ndarray
+    levels: int = dataclasses.field(default=256, kw_only=True)
 
     def describe(self) -> dict[str, Any]:
         arrays = (self.train_images, self.train_labels, self.validation_images, self.validation_labels)
@@ -41,16 +39,47 @@ class LabelledImages:
 
 @functools.cache
 def digits() -> LabelledImages:
-    """scikit-learn's 1,797 handwritten digits, 8x8, without a download; a fifth, by a hash of the index, validates."""
+    """scikit-learn's 1,797 handwritten digits, 8x8 of 17 levels, without a download.
+
+    A fifth, by a hash of the index, validates.
+    """
     from sklearn import datasets
 
     bunch = datasets.load_digits()
-    images = (bunch.images / 16).astype(np.float32)[..., None]
+    images = bunch.images.astype(np.uint8)[..., None]
     labels = bunch.target.astype(np.int32)
     held_out = np.array([hashlib.sha256(str(index).encode()).digest()[0] % 5 == 0 for index in range(len(labels))])
-    return LabelledImages(
-        "scikit-learn digits", 10, images[~held_out], labels[~held_out], images[held_out], labels[held_out]
-    )
+    parts = images[~held_out], labels[~held_out], images[held_out], labels[held_out]
+    return LabelledImages("scikit-learn digits", 10, *parts, levels=17)
+
+
+@functools.cache
+def photo_crops(size: int = 32) -> LabelledImages:
+    """Square crops of scikit-learn's two photographs, 427 x 640 pixels in colour, without a download.
+
+    The rightmost fifth of each photograph validates, in crops side by side. The rest trains: crops that start every
+    size / 4 pixels, each as it is and mirrored. The label is the photograph's number.
+
+    Args:
+      size: side of a crop in pixels, 4 to 128.
+    """
+    if not 4 <= size <= 128:
+        raise ValueError(f"size: got {size}; need 4 to 128")
+    from sklearn import datasets
+
+    photographs = datasets.load_sample_images().images
+    parts: list[np.ndarray] = []
+    for is_training, step in ((True, size // 4), (False, size)):
+        crops = []
+        for photograph in photographs:
+            cut = photograph.shape[1] * 4 // 5
+            region = photograph[:, :cut] if is_training else photograph[:, cut:]
+            windows = np.lib.stride_tricks.sliding_window_view(region, (size, size), axis=(0, 1))[::step, ::step]
+            some = windows.transpose(0, 1, 3, 4, 2).reshape(-1, size, size, 3)
+            crops.append(np.concatenate([some, some[:, :, ::-1]]) if is_training else some)
+        labels = np.repeat(np.arange(len(crops), dtype=np.int32), [len(some) for some in crops])
+        parts += [np.concatenate(crops), labels]
+    return LabelledImages(f"scikit-learn photographs, crops of {size}", len(photographs), *parts)
 
 
 @functools.cache
@@ -137,20 +166,36 @@ def _only(function: str, folder: Path, pattern: str) -> Path:
 
 
 class _Examples(grain.sources.RandomAccessDataSource):
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
-        self._images, self._labels = images, labels
+    def __init__(self, images: np.ndarray, labels: np.ndarray, levels: int):
+        self._images, self._labels, self._highest = images, labels, np.float32(levels - 1)
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        image = self._images[index]
-        pixels = image if image.dtype == np.float32 else image.astype(np.float32) / np.float32(255)
-        return {"image": pixels, "label": self._labels[index]}
+        return {"image": self._images[index].astype(np.float32) / self._highest, "label": self._labels[index]}
+
+
+class _Pixels(grain.sources.RandomAccessDataSource):
+    def __init__(self, images: np.ndarray):
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {"pixels": self._images[index].astype(np.int32)}
 
 
 def image_batches(images: LabelledImages, split: str, *, batch_size: int, seed: int) -> grain.IterDataset:
-    """{"image": float32 [batch, Y, X, channels], "label": int32 [batch]}; splits as in text_batches."""
+    """{"image": float32 [batch, Y, X, channels] in [0, 1], "label": int32 [batch]}; splits as in text_batches."""
     if split == "train":
-        return endless(_Examples(images.train_images, images.train_labels), batch_size, seed)
-    return one_pass(_Examples(images.validation_images, images.validation_labels), batch_size)
+        return endless(_Examples(images.train_images, images.train_labels, images.levels), batch_size, seed)
+    return one_pass(_Examples(images.validation_images, images.validation_labels, images.levels), batch_size)
+
+
+def pixel_batches(images: LabelledImages, split: str, *, batch_size: int, seed: int) -> grain.IterDataset:
+    """{"pixels": int32 [batch, Y, X, channels] below images.levels}; splits as in text_batches."""
+    if split == "train":
+        return endless(_Pixels(images.train_images), batch_size, seed)
+    return one_pass(_Pixels(images.validation_images), batch_size)

@@ -39,7 +39,7 @@ class Corpus:
         if self.unit == "byte":
             return bytes(np.where(tokens < 256, tokens, 255).astype(np.uint8)).decode(errors="replace")
         known = (self.symbols[token] if token < len(self.symbols) else "\ufffd" for token in tokens)
-        return (" " if self.unit == "word" else "").join(known)
+        return "".join(known) if self.unit == "character" else " ".join(known).replace("<eos>", "\n")
 
     def describe(self) -> dict[str, Any]:
         """Sizes and a hash of the content, which tells whether two runs read the same text."""

@@ -1,7 +1,8 @@
-"""Models that take any mixer."""
+"""Models that take any mixer, and the Axial Transformer."""
 
+from attnlab.models.axial import AxialTransformer, sample
 from attnlab.models.image import ImageClassifier
 from attnlab.models.lm import LanguageModel, generate
 from attnlab.models.regressor import SequenceRegressor
 
-__all__ = ["ImageClassifier", "LanguageModel", "SequenceRegressor", "generate"]
+__all__ = ["AxialTransformer", "ImageClassifier", "LanguageModel", "SequenceRegressor", "generate", "sample"]

@@ -120,24 +120,37 @@ class LanguageModel(nnx.Module):
 
 
 def generate(
-    model: LanguageModel, prompt: jax.Array, *, length: int, key: jax.Array, temperature: float = 1.0
+    model: LanguageModel,
+    prompt: jax.Array,
+    *,
+    length: int,
+    key: jax.Array,
+    temperature: float = 1.0,
+    below: int | None = None,
 ) -> jax.Array:
     """Samples a continuation: prompt int [B, P], P >= 1 -> tokens int [B, P + length].
 
-    Decodes one token a step from the mixers' caches, the prompt too. temperature 0 takes the likeliest token.
+    Decodes one token a step from the mixers' caches, the prompt too.
+
+    Args:
+      temperature: 0 takes the likeliest token.
+      below: draw only tokens below this number; None draws of all.
     """
-    batch, prompt_length = prompt.shape
+    prompt_length = prompt.shape[1]
 
     def step(carry: Any, index: jax.Array) -> tuple[Any, jax.Array]:
         cache, token = carry
-        token = jnp.where(index < prompt_length, prompt[:, jnp.minimum(index, prompt_length - 1)], token)
         logits, cache = model.step(cache, token)
+        logits = logits[:, :below]
         if temperature == 0:
             following = jnp.argmax(logits, axis=-1)
         else:
             following = jax.random.categorical(jax.random.fold_in(key, index), logits / temperature)
-        return (cache, following.astype(prompt.dtype)), token
+        given = prompt[:, jnp.minimum(index + 1, prompt_length - 1)]
+        token = jnp.where(index + 1 < prompt_length, given, following.astype(prompt.dtype))
+        return (cache, token), token
 
-    total = prompt_length + length
-    _, tokens = jax.lax.scan(step, (model.init_cache(batch, total), prompt[:, 0]), jnp.arange(total))
-    return tokens.T
+    steps = prompt_length + length - 1  # the last token is drawn and not read
+    cache = model.init_cache(prompt.shape[0], max(steps, 1))
+    _, tokens = jax.lax.scan(step, (cache, prompt[:, 0]), jnp.arange(steps))
+    return jnp.concatenate([prompt[:, :1], tokens.T], axis=1)

@@ -48,6 +48,21 @@ class RMSNorm(nnx.Module):
         return (y * self.scale[...]).astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """(x - mean x) / sqrt(var x + epsilon) * scale + bias over the last axis, in float32 or wider (Ba et al. 2016)."""
+
+    def __init__(self, features: int, *, epsilon: float = 1e-5):
+        self.epsilon = epsilon
+        self.scale = parameter((features,), ones)
+        self.bias = parameter((features,), zeros)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
 class GatedMLP(nnx.Module):
     """down(silu(gate x) * up x) (Shazeer 2020)."""
 

@@ -1,13 +1,23 @@
 """Training: tasks, and a loop that goes on where it stopped."""
 
 from attnlab.train.loop import Experiment, OptimizerOptions, Result, restore_values, train
-from attnlab.train.tasks import ImageClassificationTask, LanguageTask, RegressionTask, SequenceTask, Task
+from attnlab.train.tasks import (
+    AxialImageTask,
+    ImageClassificationTask,
+    LanguageTask,
+    RasterImageTask,
+    RegressionTask,
+    SequenceTask,
+    Task,
+)
 
 __all__ = [
+    "AxialImageTask",
     "Experiment",
     "ImageClassificationTask",
     "LanguageTask",
     "OptimizerOptions",
+    "RasterImageTask",
     "RegressionTask",
     "Result",
     "SequenceTask",

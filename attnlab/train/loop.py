@@ -26,11 +26,11 @@ from flax import nnx
 from tqdm import tqdm
 
 from attnlab import nn
-from attnlab.train.tasks import Batch, Task
+from attnlab.train.tasks import Batch, Illustrated, Task
 from attnlab.train.workdir import Workdir, newest_state, read_result
 
 # Folded into the seed's key, a number a purpose.
-_INITIAL_VALUES, _DROPOUT = 0, 1
+_INITIAL_VALUES, _DROPOUT, _SAMPLES = 0, 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +131,8 @@ def train(
 
     Args:
       experiment: what to train.
-      workdir: folder for checkpoints and metrics; a second call goes on from the last checkpoint there, and one after
-        the end gives the result at once. None keeps nothing.
+      workdir: folder for checkpoints and metrics, and samples.png of a task that draws; a second call goes on from the
+        last checkpoint there, and one after the end gives the result at once. None keeps nothing.
       fingerprint: the run's options by name. A workdir that holds a run with other options or data is refused.
       config_text: kept as workdir/config.gin.
 
@@ -215,6 +215,10 @@ def train(
 
     result = _result(history, compile_seconds)
     if folder is not None:
+        if isinstance(task, Illustrated):
+            values, picture = nn.merge(state.parameters, state.buffers), folder.path / "samples.png"
+            sample_key = jax.random.fold_in(key, _SAMPLES)
+            task.illustrate(model, values, picture, key=sample_key, count=64, temperature=1.0)
         folder.finish(dataclasses.asdict(result))
     return result
 

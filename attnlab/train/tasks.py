@@ -2,17 +2,23 @@
 
 import dataclasses
 import math
-from typing import Any, Protocol
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from attnlab import data
-from attnlab.models import ImageClassifier, LanguageModel, SequenceRegressor
+from attnlab import data, nn
+from attnlab.models import AxialTransformer, ImageClassifier, LanguageModel, SequenceRegressor, generate, sample
+from attnlab.train.pictures import draw_images
 
 Batch = dict[str, Any]
+# Folded into the dropout key to draw channels; models fold in smaller numbers.
+_SLICES = 2**31
 
 
 class Task(Protocol):
@@ -34,7 +40,18 @@ class Task(Protocol):
         """The data, as JSON: source, sizes, content hash."""
 
     def costs(self, model: Any) -> dict[str, Any]:
-        """{"unit": "token" or "image", "units": in an example, "flops": forward, of a unit, "state_size", "length"}."""
+        """{"unit": "token" or "image" or the like, "units": in an example, "flops": forward, of a unit, "state_size",
+        "length"}."""
+
+
+@runtime_checkable
+class Illustrated(Protocol):
+    """A task whose models draw something to look at; the loop asks for it once, after the last step."""
+
+    def illustrate(
+        self, model: Any, values: nn.Parameters, path: Path, *, key: jax.Array, count: int, temperature: float
+    ) -> None:
+        """Writes a picture of `count` samples. model: without values. temperature: 0 takes what is likeliest."""
 
 
 def _weighted_means(batch: Batch, **metrics: jax.Array) -> dict[str, jax.Array]:
@@ -125,6 +142,31 @@ class LanguageTask:
     def costs(self, model: LanguageModel) -> dict[str, Any]:
         return _sequence_costs(model, self.sequence_length)
 
+    def continuations(
+        self, model: LanguageModel, values: nn.Parameters, *, key: jax.Array, count: int, temperature: float
+    ) -> list[tuple[str, str]]:
+        """Beginnings from the validation text and how the model goes on, sequence_length tokens together.
+
+        model: without values. temperature: 0 takes the likeliest tokens.
+        """
+        given = max(1, min(32, self.sequence_length // 4))
+        starts = np.linspace(0, len(self.corpus.validation) - given, count).astype(int)
+        prompts = np.stack([self.corpus.validation[start : start + given] for start in starts]).astype(np.int32)
+
+        @jax.jit
+        def draw(values: nn.Parameters, prompts: jax.Array) -> jax.Array:
+            return generate(
+                nn.bind(model, values),
+                prompts,
+                length=self.sequence_length - given,
+                key=key,
+                temperature=temperature,
+                below=self.corpus.vocabulary,
+            )
+
+        texts = np.asarray(draw(values, prompts))
+        return [(self.corpus.decode(text[:given]), self.corpus.decode(text[given:])) for text in texts]
+
 
 @dataclasses.dataclass(frozen=True)
 class SequenceTask:
@@ -153,6 +195,9 @@ class SequenceTask:
     def loss(
         self, model: LanguageModel, batch: Batch, *, key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        if model.vocabulary < self.source.vocabulary:
+            needed = f"the tokens of {type(self.source).__name__} need {self.source.vocabulary}"
+            raise ValueError(f"vocabulary: got {model.vocabulary}; {needed}")
         # Logits are computed where they are asked for, which is at few places of many.
         places = jnp.argsort(batch["targets"] == data.IGNORED, axis=-1, stable=True)[:, : self.source.answers]
         targets = jnp.take_along_axis(batch["targets"], places, axis=-1)
@@ -291,3 +336,127 @@ class ImageClassificationTask:
 
     def costs(self, model: ImageClassifier) -> dict[str, Any]:
         return {"unit": "image", "units": 1, "flops": model.flops(), "state_size": None, "length": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class _PixelTask:
+    """What both orders of pixels share: batches of integers, and bits per dimension from the loss."""
+
+    images: data.LabelledImages
+
+    def batches(self, split: str, batch_size: int, seed: int) -> grain.IterDataset:
+        return data.pixel_batches(self.images, split, batch_size=batch_size, seed=seed)
+
+    def derived(self, metrics: dict[str, float]) -> dict[str, float]:
+        return {"bits_per_dim": metrics["loss"] / math.log(2)}
+
+    def inputs(self, batch_size: int) -> Batch:
+        return {"pixels": jax.ShapeDtypeStruct((batch_size, *self.image_size), jnp.int32)}
+
+    def describe(self) -> dict[str, Any]:
+        return self.images.describe()
+
+    @abstractmethod
+    def sample(self, model: Any, *, count: int, temperature: float, key: jax.Array) -> jax.Array:
+        """Images that a model draws: int32 [count, Y, X, C]."""
+
+    def illustrate(
+        self,
+        model: Any,
+        values: nn.Parameters,
+        path: Path,
+        *,
+        key: jax.Array,
+        count: int = 64,
+        temperature: float = 1.0,
+    ) -> None:
+        """Draws samples under a row of validation images, as a .png. model: without values."""
+
+        @jax.jit
+        def draw(values: nn.Parameters) -> jax.Array:
+            return self.sample(nn.bind(model, values), count=count, temperature=temperature, key=key)
+
+        real = self.images.validation_images
+        spread = np.linspace(0, len(real) - 1, min(8, len(real))).astype(int)  # they may be in order of what they show
+        shown = {
+            f"{self.images.name}: validation images": real[spread],
+            f"samples of the model, temperature {temperature:g}": np.asarray(draw(values)),
+        }
+        draw_images(path, shown, levels=self.images.levels)
+
+    @property
+    def image_size(self) -> tuple[int, ...]:
+        return self.images.train_images.shape[1:]
+
+    @property
+    def unit(self) -> str:
+        return "pixel" if self.image_size[-1] == 1 else "sub-pixel"
+
+
+class AxialImageTask(_PixelTask):
+    """Pixels by an AxialTransformer: mean cross entropy in nats a sub-pixel, and as bits a dimension.
+
+    Training draws one channel of each image, evaluation takes them all.
+    """
+
+    def loss(
+        self, model: AxialTransformer, batch: Batch, *, key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        if model.levels != self.images.levels:
+            raise ValueError(f"levels: got {model.levels}; {self.images.name} have {self.images.levels}")
+        pixels = batch["pixels"]
+        if key is None:
+            logits, targets = model(pixels), pixels
+        else:
+            slices = jax.random.randint(jax.random.fold_in(key, _SLICES), pixels.shape[:1], 0, self.image_size[-1])
+            logits = model(pixels, slices=slices, key=key)
+            targets = jnp.take_along_axis(pixels, slices[:, None, None, None], axis=-1)[..., 0]
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
+        means = _weighted_means(batch, loss=jnp.mean(losses, axis=tuple(range(1, losses.ndim))))
+        return means["loss"], means
+
+    def costs(self, model: AxialTransformer) -> dict[str, Any]:
+        height, width, channels = self.image_size
+        return {
+            "unit": self.unit,
+            "units": height * width,  # a step takes one channel of an image
+            "flops": model.flops() / (height * width * channels),
+            "state_size": model.state_size(),
+            "length": height * width * channels,
+        }
+
+    def sample(self, model: AxialTransformer, *, count: int, temperature: float, key: jax.Array) -> jax.Array:
+        return sample(model, count=count, temperature=temperature, key=key)
+
+
+class RasterImageTask(_PixelTask):
+    """Pixels by a LanguageModel, in raster order with channels innermost: nats a sub-pixel, and bits a dimension.
+
+    The model reads a start token, `levels`, and then the sub-pixels, so its vocabulary is levels + 1; the start token
+    itself is never predicted.
+    """
+
+    def loss(
+        self, model: LanguageModel, batch: Batch, *, key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        levels = self.images.levels
+        if model.vocabulary != levels + 1:
+            raise ValueError(
+                f"vocabulary: got {model.vocabulary}; {self.images.name} need {levels + 1}, "
+                f"{levels} levels and a start token"
+            )
+        targets = batch["pixels"].reshape(len(batch["pixels"]), -1)
+        inputs = jnp.concatenate([jnp.full_like(targets[:, :1], levels), targets[:, :-1]], axis=1)
+        logits = model(inputs, key=key)[..., :levels]
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
+        means = _weighted_means(batch, loss=jnp.mean(losses, axis=-1))
+        return means["loss"], means
+
+    def costs(self, model: LanguageModel) -> dict[str, Any]:
+        return {**_sequence_costs(model, math.prod(self.image_size)), "unit": self.unit}
+
+    def sample(self, model: LanguageModel, *, count: int, temperature: float, key: jax.Array) -> jax.Array:
+        levels, length = self.images.levels, math.prod(self.image_size)
+        start = jnp.full((count, 1), levels, jnp.int32)
+        tokens = generate(model, start, length=length, key=key, temperature=temperature, below=levels)
+        return tokens[:, 1:].reshape(count, *self.image_size)

@@ -103,9 +103,44 @@ def test_digits_are_split_without_loss():
     assert len(images.train_labels) + len(images.validation_labels) == 1797
     assert 300 < len(images.validation_labels) < 420
     assert images.train_images.shape[1:] == (8, 8, 1)
-    assert images.train_images.min() == 0
-    assert images.train_images.max() == 1
+    assert images.train_images.dtype == np.uint8
+    assert images.levels == 17
+    assert (images.train_images.min(), images.train_images.max()) == (0, 16)
     assert set(images.validation_labels) == set(range(10))
+
+
+def test_batches_hold_floats_for_classes_and_integers_for_pixels():
+    images = data.digits()
+    for split, wanted in (("validation", images.validation_images), ("train", None)):
+        floats = next(iter(data.image_batches(images, split, batch_size=5, seed=3)))
+        pixels = next(iter(data.pixel_batches(images, split, batch_size=5, seed=3)))
+        assert (floats["image"].dtype, pixels["pixels"].dtype) == (np.float32, np.int32)
+        np.testing.assert_array_equal(floats["image"] * 16, pixels["pixels"])
+        if wanted is not None:
+            np.testing.assert_array_equal(pixels["pixels"], wanted[:5])
+    assert pixels.keys() == {"pixels"}
+
+
+def test_crops_of_photographs_validate_on_a_part_that_training_does_not_see():
+    from sklearn import datasets
+
+    photographs = datasets.load_sample_images().images
+    crops = data.photo_crops(size=64)
+    cut = 512  # of 640 columns
+    for number, photograph in enumerate(photographs):
+        train = crops.train_images[crops.train_labels == number]
+        validation = crops.validation_images[crops.validation_labels == number]
+        assert train.dtype == np.uint8
+        starts = [(y, x) for y in range(0, 427 - 63, 16) for x in range(0, cut - 63, 16)]
+        assert len(train) == 2 * len(starts)  # and mirrored
+        for place in (0, 17, len(starts) - 1):
+            y, x = starts[place]
+            np.testing.assert_array_equal(train[place], photograph[y : y + 64, x : x + 64])
+            np.testing.assert_array_equal(train[len(starts) + place], train[place][:, ::-1])
+        assert len(validation) == 6 * 2
+        np.testing.assert_array_equal(validation[3], photograph[64:128, cut + 64 : cut + 128])
+    with pytest.raises(ValueError, match="size: got 129; need 4 to 128"):
+        data.photo_crops(size=129)
 
 
 def test_bad_paths_and_lengths_are_named(tmp_path):
@@ -123,6 +158,7 @@ def test_bad_paths_and_lengths_are_named(tmp_path):
 def test_bytes_that_are_no_text_are_marked():
     corpus = data.Corpus("bytes", np.zeros(2, np.uint8), np.zeros(2, np.uint8))
     assert corpus.decode(np.array([104, 195, 175, 195, 300], np.int32)) == "hï\ufffd\ufffd"
+    assert corpus.decode(np.frombuffer("naïve".encode(), np.uint8)[:3]) == "na\ufffd"  # half a letter
 
 
 def test_characters_are_numbered_in_order_and_cut_at_nine_tenths(tmp_path):
@@ -151,7 +187,7 @@ def test_words_are_those_of_the_training_file(tmp_path):
     spoken = [vocabulary[i] for i in corpus.train]
     assert spoken == ["the", "cat", "<unk>", "sat", "<eos>", "<eos>", "the", "end", "<eos>"]
     assert [vocabulary[i] for i in corpus.validation] == ["the", "<unk>", "sat", "<eos>"]
-    assert corpus.decode(corpus.validation) == "the <unk> sat <eos>"
+    assert corpus.decode(corpus.validation) == "the <unk> sat \n"
     assert corpus.decode(np.array([5, 6])) == "the \ufffd"  # a model may have more tokens than the text
     assert len(data.words(str(tmp_path), held_out="test").validation) == 6
     (tmp_path / "train.old").write_text("x")

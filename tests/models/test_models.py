@@ -52,6 +52,14 @@ def test_generation_goes_on_from_the_prompt_as_the_call_would(hybrid, tokens):
     np.testing.assert_array_equal(out[:, 5:], jnp.argmax(bound(out), axis=-1)[:, 4:-1])
 
 
+def test_generation_draws_below_a_number_and_fills_every_position(hybrid):
+    """One token given and 12 drawn: the last is not read, so the model's 12 positions do."""
+    bound = nn.bind(*hybrid)
+    out = generate(bound, jnp.full((8, 1), 16), length=12, key=jax.random.key(0), temperature=10.0, below=3)
+    assert out.shape == (8, 13)
+    assert set(np.unique(out[:, 1:])) == {0, 1, 2}
+
+
 def test_remat_changes_memory_and_no_number(tokens):
     def loss_and_gradient(remat):
         model = LanguageModel(vocabulary=17, mixers=HYBRID, depth=2, features=16, dropout_rate=0.3, remat=remat)

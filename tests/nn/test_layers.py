@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attnlab import nn
-from attnlab.nn.layers import depthwise_convolution, grid_positions
+from attnlab.nn.layers import LayerNorm, depthwise_convolution, grid_positions
 
 
 def test_rotary_scores_depend_on_distance_alone():
@@ -29,6 +29,15 @@ def test_rotary_on_a_grid_turns_each_axis_by_its_own_channels():
     moved_in_x = jnp.any(jnp.abs(y - x)[0, 0, 1] > 1e-6, axis=0)
     moved_in_y = jnp.any(jnp.abs(y - x)[0, 1, 0] > 1e-6, axis=0)
     assert not np.any(moved_in_x & moved_in_y)
+
+
+def test_layer_norm_has_mean_bias_and_deviation_scale():
+    layer = nn.bind(norm := LayerNorm(64), nn.initialize(norm, jax.random.key(0)))
+    layer.scale[...], layer.bias[...] = jnp.full(64, 3.0), jnp.full(64, 2.0)
+    y = layer(100 + 5 * jax.random.normal(jax.random.key(1), (4, 64)))
+    np.testing.assert_allclose(jnp.mean(y, axis=-1), 2, rtol=1e-5)
+    np.testing.assert_allclose(jnp.std(y, axis=-1), 3, rtol=1e-5)
+    np.testing.assert_array_equal(layer(jnp.full((1, 64), 7.0)), 2)  # epsilon keeps what does not vary finite
 
 
 def test_rms_norm_in_bfloat16_computes_in_float32():
