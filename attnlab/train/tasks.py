@@ -169,18 +169,15 @@ class LanguageTask:
 
 
 @dataclasses.dataclass(frozen=True)
-class SequenceTask:
-    """Synthetic sequences (attnlab.data.sequences): mean cross entropy, in nats, of the places that are asked for.
-
-    "accuracy" is their share answered right, "solved" that of examples with every answer right. Evaluation also tells
-    accuracy by the source's groups: with a batch size that is a multiple of their number these are exact means.
+class _DrawnTask:
+    """What tasks of drawn examples share.
 
     Args:
       source: draws the examples.
       validation_examples: the same ones for every seed.
     """
 
-    source: data.SequenceSource
+    source: Any
     validation_examples: int = 1024
 
     def __post_init__(self) -> None:
@@ -191,6 +188,27 @@ class SequenceTask:
         return data.sequence_batches(
             self.source, split, batch_size=batch_size, seed=seed, validation_examples=self.validation_examples
         )
+
+    def derived(self, metrics: dict[str, float]) -> dict[str, float]:
+        return {}
+
+    def describe(self) -> dict[str, Any]:
+        options = dataclasses.asdict(self.source)
+        return {"source": type(self.source).__name__, **options, "validation examples": self.validation_examples}
+
+    def costs(self, model: LanguageModel | SequenceRegressor) -> dict[str, Any]:
+        return _sequence_costs(model, self.source.length)
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceTask(_DrawnTask):
+    """Synthetic sequences (attnlab.data.sequences): mean cross entropy, in nats, of the places that are asked for.
+
+    "accuracy" is their share answered right, "solved" that of examples with every answer right. Evaluation also tells
+    accuracy by the source's groups: with a batch size that is a multiple of their number these are exact means.
+    """
+
+    source: data.SequenceSource
 
     def loss(
         self, model: LanguageModel, batch: Batch, *, key: jax.Array | None
@@ -220,24 +238,14 @@ class SequenceTask:
                 means[f"accuracy, {name}"] = jnp.sum(accuracy * inside) / jnp.maximum(jnp.sum(inside), 1)
         return means["loss"], means
 
-    def derived(self, metrics: dict[str, float]) -> dict[str, float]:
-        return {}
-
     def inputs(self, batch_size: int) -> Batch:
         tokens = jax.ShapeDtypeStruct((batch_size, self.source.length), jnp.int32)
         group = {"group": jax.ShapeDtypeStruct((batch_size,), jnp.int32)} if self.source.groups else {}
         return {"inputs": tokens, "targets": tokens, **group}
 
-    def describe(self) -> dict[str, Any]:
-        options = dataclasses.asdict(self.source)  # type: ignore[call-overload]
-        return {"source": type(self.source).__name__, **options, "validation examples": self.validation_examples}
-
-    def costs(self, model: LanguageModel) -> dict[str, Any]:
-        return _sequence_costs(model, self.source.length)
-
 
 @dataclasses.dataclass(frozen=True)
-class RegressionTask:
+class RegressionTask(_DrawnTask):
     """Regression in context (attnlab.data.LinearRegressions): mean squared error over dim, so that answering 0 costs 1.
 
     Evaluation tells the error by the pairs seen before, "error, 4 pairs", beside what two predictors of the same pairs
@@ -246,16 +254,6 @@ class RegressionTask:
     """
 
     source: data.LinearRegressions
-    validation_examples: int = 1024
-
-    def __post_init__(self) -> None:
-        if self.validation_examples < 1:
-            raise ValueError(f"validation_examples: got {self.validation_examples}; need at least 1")
-
-    def batches(self, split: str, batch_size: int, seed: int) -> grain.IterDataset:
-        return data.sequence_batches(
-            self.source, split, batch_size=batch_size, seed=seed, validation_examples=self.validation_examples
-        )
 
     def loss(
         self, model: SequenceRegressor, batch: Batch, *, key: jax.Array | None
@@ -278,22 +276,12 @@ class RegressionTask:
         last = self.source.pairs - 1
         return sorted({2**power for power in range(last.bit_length()) if 2**power <= last} | {last})
 
-    def derived(self, metrics: dict[str, float]) -> dict[str, float]:
-        return {}
-
     def inputs(self, batch_size: int) -> Batch:
         source = self.source
         return {
             "inputs": jax.ShapeDtypeStruct((batch_size, source.length, source.dim + 1), jnp.float32),
             "targets": jax.ShapeDtypeStruct((batch_size, source.pairs), jnp.float32),
         }
-
-    def describe(self) -> dict[str, Any]:
-        options = dataclasses.asdict(self.source)
-        return {"source": type(self.source).__name__, **options, "validation examples": self.validation_examples}
-
-    def costs(self, model: SequenceRegressor) -> dict[str, Any]:
-        return _sequence_costs(model, self.source.length)
 
 
 def _in_context_weights(x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
