@@ -257,6 +257,34 @@ def _splash(shape: Shape, *, backward: bool = False) -> Row:
     return Row(gradients, arrays, None, grids)
 
 
+def _flash(shape: Shape, *, backward: bool = False) -> Row:
+    """JAX's flash attention, causal at tiles of 512. It knows no window and no groups: it sees all earlier tokens, and
+    gets the keys of every head."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as jax_flash
+
+    block = min(512, shape.length)
+    names = ("block_q", "block_k_major", "block_k", "block_q_major_dkv", "block_k_major_dkv", "block_k_dkv")
+    names += ("block_q_dkv", "block_k_major_dq", "block_k_dq", "block_q_dq")
+    sizes = jax_flash.BlockSizes(block_b=1, **dict.fromkeys(names, block))
+    array = jax.ShapeDtypeStruct((1, shape.heads, shape.length, shape.head_dim), shape.dtype)
+    side = math.ceil(shape.length / block)
+    lines, tiles = shape.heads * side, shape.heads * side * (side + 1) // 2
+    grid = Grid(lines * side, (lines, tiles, lines), tiles)
+
+    def attend(query: Any, key: Any, value: Any) -> Any:
+        return jax_flash.flash_attention(query, key, value, causal=True, block_sizes=sizes)
+
+    def gradients(query: Any, key: Any, value: Any) -> Any:
+        return jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum(), (0, 1, 2))(query, key, value)
+
+    if not backward:
+        return Row(attend, [array] * 3, None, {"flash_attention": grid})
+    tile = f"block_k_major_{block}_block_k_{block}"
+    of_keys = f"flash_mha_bwd_dkv_block_q_major_{block}_block_q_{block}_{tile}"
+    of_queries = f"flash_mha_bwd_dq_block_q_major_{block}_{tile}"
+    return Row(gradients, [array] * 3, None, dict.fromkeys((of_queries, of_keys), grid))
+
+
 _LINEAR: dict[str, dict[str, Any]] = {
     "linear": {"decay": None, "delta": False},
     "linear, decay": {"decay": "token", "delta": False},
@@ -281,6 +309,8 @@ KERNELS: dict[str, Callable[[Shape], Row]] = {
 OTHERS: dict[str, Callable[[Shape], Row]] = {
     "jax splash": _splash,
     "jax splash gradients": functools.partial(_splash, backward=True),
+    "jax flash, all earlier": _flash,
+    "jax flash gradients, all earlier": functools.partial(_flash, backward=True),
 }
 _HELP = """
 VMEM is the kernels' own model, by which a call is refused before it is compiled. HBM is what the compiled program reads
