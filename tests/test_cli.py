@@ -157,7 +157,7 @@ def run_without_a_checkpoint(path):
 MISTAKES = {
     "sample of no run": (lambda path: ["sample", str(path)], "has no config.gin"),
     "sample of what draws nothing": (classifier_run, "models of ImageClassificationTask draw nothing"),
-    "sample before a checkpoint": (run_without_a_checkpoint, "has no checkpoint yet"),
+    "sample before a checkpoint": (run_without_a_checkpoint, "holds none; give the folder of a run"),
     "no samples": (lambda path: ["sample", str(path), "--count", "0"], "count: got 0"),
     "cold samples": (lambda path: ["sample", str(path), "--temperature", "-1"], "temperature: got -1"),
     "missing config": (lambda path: ["train", "nowhere.gin"], "no file nowhere.gin"),
