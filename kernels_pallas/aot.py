@@ -263,8 +263,8 @@ def _flash(shape: Shape, *, backward: bool = False) -> Row:
     from jax.experimental.pallas.ops.tpu import flash_attention as jax_flash
 
     block = min(512, shape.length)
-    names = ("block_q", "block_k_major", "block_k", "block_q_major_dkv", "block_k_major_dkv", "block_k_dkv")
-    names += ("block_q_dkv", "block_k_major_dq", "block_k_dq", "block_q_dq")
+    names = [f"block_{what}" for what in ("q", "k_major", "k", "k_major_dq", "k_dq", "q_dq")]
+    names += [f"block_{what}_dkv" for what in ("q_major", "k_major", "k", "q")]
     sizes = jax_flash.BlockSizes(block_b=1, **dict.fromkeys(names, block))
     array = jax.ShapeDtypeStruct((1, shape.heads, shape.length, shape.head_dim), shape.dtype)
     side = math.ceil(shape.length / block)
