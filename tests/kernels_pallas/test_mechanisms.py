@@ -70,7 +70,7 @@ CASES = {  # function of the arrays, the arrays
 }
 
 
-QUICK = ("axial", "routing", "parallax")
+QUICK = ("axial", "parallax")
 
 
 @pytest.mark.parametrize(
