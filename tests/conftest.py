@@ -1,6 +1,7 @@
 """Tests run on the CPU, whatever the machine has; TPUs are only compiled for. Set before jax is imported."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu: ask no metadata server
@@ -10,3 +11,9 @@ os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
 # Most of the tests' time is LLVM's for the CPU, and their programs are small: a third less without its optimisations.
 _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
+# Processes share what they compile: the workers of a run, and the commands that tests start. Emptied with the run.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="attnlab-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

@@ -13,6 +13,7 @@ TINY = [
     "--gin.STEPS=4",
     "--gin.OptimizerOptions.warmup_steps=2",
     "--gin.LanguageModel.features=16",
+    "--gin.LanguageModel.depth=1",
     "--gin.LanguageTask.sequence_length=32",
     "--gin.Experiment.batch_size=2",
     "--gin.Experiment.log_every=2",

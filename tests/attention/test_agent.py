@@ -25,16 +25,12 @@ from attnlab import (
 VECTORS = Path(__file__).parents[1] / "vectors" / "agent"
 FORMS = ("reference", "xla")
 TABLES = ("an", "ah", "aw", "na", "ha", "wa")
-# Programs here run once on small arrays: compiling them is most of the time.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 
-attend = quick_jit(agent_attention, static_argnames=("scale", "implementation"))
-step = quick_jit(agent_step, static_argnames="scale")
+attend = jax.jit(agent_attention, static_argnames=("scale", "implementation"))
+step = jax.jit(agent_step, static_argnames="scale")
 
 
-@functools.partial(quick_jit, static_argnames=("scale", "chunk_size", "implementation"))
+@functools.partial(jax.jit, static_argnames=("scale", "chunk_size", "implementation"))
 def causal(*arrays, **options):
     return causal_agent_attention(*arrays, return_state=True, **options)
 
@@ -201,7 +197,7 @@ def test_the_mask_hides_keys_and_what_no_agent_sees_is_zero(form):
     def run(key, value):
         return agent_attention(query, key, value, agents, key_mask=mask, implementation=form)
 
-    out, pullback = quick_jit(lambda *a: jax.vjp(run, *a))(key, value)
+    out, pullback = jax.jit(lambda *a: jax.vjp(run, *a))(key, value)
     assert_close(out[:1], attend(query[:1], key[:1, :4], value[:1, :4], agents[:1]), 1e-6)
     np.testing.assert_array_equal(out[1], 0)
     for gradient in pullback(jnp.ones_like(out)):
@@ -230,7 +226,7 @@ MECHANISMS = {
 def test_forms_agree_in_gradients_tangents_and_batches(name):
     inputs = arrays()
 
-    @functools.partial(quick_jit, static_argnames="form")
+    @functools.partial(jax.jit, static_argnames="form")
     def run(inputs, form):
         function = functools.partial(MECHANISMS[name], implementation=form)
         gradient = jax.grad(jax.checkpoint(lambda *a: jnp.sum(jnp.sin(function(*a)))), (0, 1, 2, 3))(*inputs)
@@ -246,7 +242,7 @@ def test_forms_agree_in_gradients_tangents_and_batches(name):
 def test_bfloat16_in_and_out_with_sums_in_float32(name, form):
     inputs = arrays(length=300, dtype=jnp.bfloat16)
     wide = [x.astype(jnp.float32) for x in inputs]
-    run = quick_jit(functools.partial(MECHANISMS[name], implementation=form))
+    run = jax.jit(functools.partial(MECHANISMS[name], implementation=form))
     out = run(*inputs)
     assert out.dtype == jnp.bfloat16
     # One rounding of the result, 2^-9, is all that float32 sums leave.
@@ -256,7 +252,7 @@ def test_bfloat16_in_and_out_with_sums_in_float32(name, form):
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_agents_without_batch_are_those_of_every_batch(name):
     *tokens, agents = arrays()
-    run = quick_jit(MECHANISMS[name])
+    run = jax.jit(MECHANISMS[name])
     np.testing.assert_array_equal(run(*tokens, agents[0])[0], run(*tokens, agents)[0])
     same = jnp.broadcast_to(agents[0], agents.shape)
     np.testing.assert_array_equal(run(*tokens, agents[0]), run(*tokens, same))
@@ -267,7 +263,7 @@ def test_agents_without_batch_are_those_of_every_batch(name):
 def test_huge_logits_leave_values_and_gradients_finite(name, form):
     inputs = [100 * x for x in arrays()]
 
-    @quick_jit
+    @jax.jit
     def run(*inputs):
         return jax.value_and_grad(
             lambda *a: jnp.sum(MECHANISMS[name](*a, scale=10.0, implementation=form) ** 2), (0, 1, 2, 3)
@@ -283,7 +279,7 @@ def test_memory_is_linear_in_length(name):
         token = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
         function = jax.grad(lambda *a: jnp.sum(MECHANISMS[name](*a) ** 2), (0, 1, 2, 3))
         compiled = (
-            quick_jit(function).lower(token, token, token, jax.ShapeDtypeStruct((8, 2, 16), jnp.float32)).compile()
+            jax.jit(function).lower(token, token, token, jax.ShapeDtypeStruct((8, 2, 16), jnp.float32)).compile()
         )
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -392,7 +388,7 @@ def test_a_state_carries_values_and_gradients_over_a_cut(form):
         def run(*inputs):
             return function(*inputs), jax.grad(loss, (0, 1, 2, 3))(*inputs)
 
-        return quick_jit(run)(query, key, value, agents)
+        return jax.jit(run)(query, key, value, agents)
 
     assert_close(with_gradients(in_two), with_gradients(whole), 2e-5)
 

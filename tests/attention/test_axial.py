@@ -12,11 +12,7 @@ from attnlab import axial_attention, dot_product_attention, dot_product_step, in
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "axial"
 FORMS = ("reference", "xla")
-# Programs here run once on small arrays: compiling them is most of the time.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
-attend = quick_jit(axial_attention, static_argnames=("axis", "is_causal", "return_lse", "implementation"))
+attend = jax.jit(axial_attention, static_argnames=("axis", "is_causal", "return_lse", "implementation"))
 
 
 def arrays(space, heads=4, key_heads=2, dtype=jnp.float32):
@@ -89,7 +85,7 @@ def test_decodes_along_the_axis_with_dot_product_step():
     query, key, value = arrays((3, 5))
     want = attend(query, key, value, axis=1, is_causal=True)
     rows = [x.reshape(6, 5, *x.shape[-2:]) for x in (query, key, value)]
-    cache, step, outs = init_dot_product_cache(6, 5, 2, 8, value_dim=6), quick_jit(dot_product_step), []
+    cache, step, outs = init_dot_product_cache(6, 5, 2, 8, value_dim=6), jax.jit(dot_product_step), []
     for t in range(5):
         out, cache = step(cache, *(x[:, t : t + 1] for x in rows))
         outs.append(out)
@@ -108,14 +104,14 @@ def test_memory_is_linear_in_the_length_of_the_axis():
     def temporary_bytes(length):
         struct = jax.ShapeDtypeStruct((1, 2, length, 2, 8), jnp.float32)
         function = jax.grad(lambda *a: jnp.sum(axial_attention(*a, axis=1) ** 2), (0, 1, 2))
-        return quick_jit(function).lower(struct, struct, struct).compile().memory_analysis().temp_size_in_bytes
+        return jax.jit(function).lower(struct, struct, struct).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(4096) < 4.5 * temporary_bytes(1024)
 
 
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
 def test_forms_agree_under(transform):
-    @functools.partial(quick_jit, static_argnames="form")
+    @functools.partial(jax.jit, static_argnames="form")
     def run(inputs, form):
         def function(*a):
             return axial_attention(*a, axis=0, is_causal=True, implementation=form)

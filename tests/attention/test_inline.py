@@ -11,12 +11,8 @@ import pytest
 from attnlab import init_linear_cache, inline_attention, linear_attention
 
 FORMS = ("reference", "xla")
-# Programs here run once on small arrays: compiling them is most of the time.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 VECTORS = Path(__file__).parents[1] / "vectors" / "linear"
-attend = quick_jit(inline_attention, static_argnames=("scale", "implementation"))
+attend = jax.jit(inline_attention, static_argnames=("scale", "implementation"))
 
 
 def arrays(keys=9, dtype=jnp.float32):
@@ -62,7 +58,7 @@ def test_l2vit_is_linear_attention_with_a_divisor_of_its_own(wide, tolerance):
             out = temperature[:, 0] * out / jnp.maximum(total, 100)[..., None]
             return out.reshape(x.shape) @ proj_weight.T + proj_bias
 
-        out, pullback = quick_jit(lambda *a: jax.vjp(layer, *a))(*(data[name] for name in names))
+        out, pullback = jax.jit(lambda *a: jax.vjp(layer, *a))(*(data[name] for name in names))
         np.testing.assert_allclose(out, data["o"], atol=tolerance)
         for got, name in zip(pullback(data["up_o"]), names):
             np.testing.assert_allclose(got, data[f"d{name}"], atol=10 * tolerance, rtol=tolerance)
@@ -78,7 +74,7 @@ def test_a_grid_is_its_places_in_a_row():
 
 
 def test_forms_agree_in_values_gradients_and_tangents():
-    @functools.partial(quick_jit, static_argnames="form")
+    @functools.partial(jax.jit, static_argnames="form")
     def both(inputs, form):
         def function(*a):
             return inline_attention(*a, scale=0.3, implementation=form)
@@ -116,7 +112,7 @@ def test_memory_is_linear_in_length():
     def temporary_bytes(length):
         struct = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
         function = jax.grad(lambda *a: jnp.sum(inline_attention(*a) ** 2), (0, 1, 2))
-        return quick_jit(function).lower(struct, struct, struct).compile().memory_analysis().temp_size_in_bytes
+        return jax.jit(function).lower(struct, struct, struct).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(8192) < 4.5 * temporary_bytes(2048)
 

@@ -20,10 +20,7 @@ from attnlab import (
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "local_linear"
 FORMS = ("reference", "xla")
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
-attend = quick_jit(parallax_attention, static_argnames=("is_causal", "window", "implementation"))
+attend = jax.jit(parallax_attention, static_argnames=("is_causal", "window", "implementation"))
 
 
 def arrays(length=21, key_heads=2, seed=0):
@@ -65,7 +62,7 @@ def test_forms_agree_in_values_gradients_and_tangents(length, key_heads, is_caus
             gradients, out = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(*inputs)
             return out, gradients, jax.jvp(lambda *x: loss(*x)[1], inputs, inputs)[1]
 
-        return quick_jit(run)(*inputs)
+        return jax.jit(run)(*inputs)
 
     for got, want in zip(jax.tree.leaves(derivatives("xla")), jax.tree.leaves(derivatives("reference")), strict=True):
         np.testing.assert_allclose(got, want, atol=3e-5 * max(1.0, np.abs(want).max()))
@@ -111,7 +108,7 @@ def test_decoding_equals_the_parallel_form(window):
     inputs = arrays(17)
     want = attend(*inputs, window=window)
 
-    @quick_jit
+    @jax.jit
     def decode(*inputs):
         def step(cache, token):
             out, cache = parallax_step(cache, *(x[:, None] for x in token), window=window)

@@ -24,10 +24,7 @@ from attnlab import (
 VECTORS = sorted((Path(__file__).parents[1] / "vectors" / "routing").glob("*.npz"))
 FORMS = ("reference", "xla")
 OPTIONS = ("window", "is_causal", "membership", "normalize", "share_qk", "implementation")
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
-route = quick_jit(routing_attention, static_argnames=OPTIONS)
+route = jax.jit(routing_attention, static_argnames=OPTIONS)
 
 
 def arrays(length=24, heads=2, key_heads=2, clusters=3, batch=2, seed=0, shared=False):
@@ -198,7 +195,7 @@ def test_forms_agree_in_values_gradients_and_tangents(shape, membership, padded)
             gradients, both = jax.grad(loss, (0, 1, 2), has_aux=True)(*inputs)
             return both, gradients, jax.jvp(lambda *x: loss(*x)[1][0], inputs, inputs)[1]
 
-        return quick_jit(run)(query, key, value)
+        return jax.jit(run)(query, key, value)
 
     for got, want in zip(jax.tree.leaves(derivatives("xla")), jax.tree.leaves(derivatives("reference")), strict=True):
         np.testing.assert_allclose(got, want, atol=3e-5, rtol=1e-4)
@@ -254,7 +251,7 @@ def test_decoding_equals_the_strict_form(normalize, share_qk):
     options = {"normalize": normalize, "share_qk": share_qk}
     want, _ = route(query, key, value, state, window=5, is_causal=True, **options)
 
-    @quick_jit
+    @jax.jit
     def decode(query, key, value):
         def step(cache, token):
             out, cache = routing_step(cache, *(x[:, None] for x in token), state, **options)
@@ -436,7 +433,7 @@ EDGES = {
 def test_values_and_gradients_are_finite_at_the_edges(edge, membership, normalize):
     query, key, value, state = arrays()
 
-    @quick_jit
+    @jax.jit
     def run(query, key, value):
         def loss(query, key, value):
             out, aux = routing_attention(
