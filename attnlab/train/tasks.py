@@ -17,8 +17,8 @@ from attnlab.models import AxialTransformer, ImageClassifier, LanguageModel, Seq
 from attnlab.train.pictures import draw_images
 
 Batch = dict[str, Any]
-# Folded into the dropout key to draw channels; models fold in smaller numbers.
-_SLICES = 2**31
+# Folded into the dropout key to draw channels and shifts; models fold in smaller numbers.
+_SLICES = _SHIFTS = 2**31
 
 
 class Task(Protocol):
@@ -294,9 +294,21 @@ def _in_context_weights(x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class ImageClassificationTask:
-    """Mean cross entropy of an image's class, in nats."""
+    """Mean cross entropy of an image's class, in nats.
+
+    Args:
+      images: what to classify.
+      shift: in training, each image moves by a whole number of pixels that the key draws, at most this many up or down
+        and this many left or right; zeros come in.
+    """
 
     images: data.LabelledImages
+    shift: int = 0
+
+    def __post_init__(self) -> None:
+        side = min(self.images.train_images.shape[1:3])
+        if not 0 <= self.shift < side:
+            raise ValueError(f"shift: got {self.shift}; need 0 to {side - 1} for images of {side} pixels")
 
     def batches(self, split: str, batch_size: int, seed: int) -> grain.IterDataset:
         return data.image_batches(self.images, split, batch_size=batch_size, seed=seed)
@@ -304,7 +316,10 @@ class ImageClassificationTask:
     def loss(
         self, model: ImageClassifier, batch: Batch, *, key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits = model(batch["image"], key=key)
+        images = batch["image"]
+        if key is not None and self.shift:
+            images = _shifted(images, self.shift, jax.random.fold_in(key, _SHIFTS))
+        logits = model(images, key=key)
         means = _weighted_means(
             batch,
             loss=optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["label"]),
@@ -324,6 +339,14 @@ class ImageClassificationTask:
 
     def costs(self, model: ImageClassifier) -> dict[str, Any]:
         return {"unit": "image", "units": 1, "flops": model.flops(), "state_size": None, "length": None}
+
+
+def _shifted(images: jax.Array, most: int, key: jax.Array) -> jax.Array:
+    """Each image [B, Y, X, channels] moved by up to `most` pixels along both axes, with zeros around it."""
+    starts = jax.random.randint(key, (len(images), 2), 0, 2 * most + 1)
+    padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)))
+    cut = jax.vmap(lambda image, start: jax.lax.dynamic_slice(image, (*start, 0), images.shape[1:]))
+    return cut(padded, starts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -278,9 +278,7 @@ def test_memory_is_linear_in_length(name):
     def temporary_bytes(length):
         token = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
         function = jax.grad(lambda *a: jnp.sum(MECHANISMS[name](*a) ** 2), (0, 1, 2, 3))
-        compiled = (
-            jax.jit(function).lower(token, token, token, jax.ShapeDtypeStruct((8, 2, 16), jnp.float32)).compile()
-        )
+        compiled = jax.jit(function).lower(token, token, token, jax.ShapeDtypeStruct((8, 2, 16), jnp.float32)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(4096) < 4.5 * temporary_bytes(1024)

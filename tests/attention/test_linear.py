@@ -72,8 +72,6 @@ def inputs(form, length, *, heads=(2, 2), head_dim=5, value_dim=3, batch=2, stat
     return arrays, options
 
 
-
-
 @functools.partial(
     jax.jit, static_argnames=("is_causal", "feature_map", "normalize", "scale", "chunk_size", "implementation")
 )

@@ -1,6 +1,5 @@
 """Local linear attention: the published vectors, the regression it is, its solver, decoding."""
 
-import functools
 from pathlib import Path
 
 import jax

@@ -1,6 +1,5 @@
 """Routing attention: the published vectors, its two memberships, its centroids, and step-by-step decoding."""
 
-import functools
 from pathlib import Path
 
 import jax
