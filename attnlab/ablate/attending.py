@@ -20,7 +20,8 @@ from attnlab.train.workdir import last_step, replace_text
 # Weights of every layer are computed whole, [heads, places, places]: no longer examples than this.
 _MOST_PLACES = 512
 _MAP_SIDE = 64
-_TEMPERATURE = 0.8
+# At which texts are continued.
+TEMPERATURE = 0.8
 
 
 def attend(experiment: Experiment, folder: Path) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def attend(experiment: Experiment, folder: Path) -> dict[str, Any]:
         if isinstance(experiment.task, LanguageTask):
             model: Any = experiment.model
             ((kept["prompt"], continuation),) = experiment.task.continuations(
-                model, values, key=jax.random.key(experiment.seed), count=1, temperature=_TEMPERATURE
+                model, values, key=jax.random.key(experiment.seed), count=1, temperature=TEMPERATURE
             )
             replace_text(folder / "samples.txt", continuation)
         replace_text(folder / "attending.json", json.dumps(kept))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attnlab.ablate import figures
-from attnlab.ablate.attending import read_attending, unpacked
+from attnlab.ablate.attending import TEMPERATURE, read_attending, unpacked
 from attnlab.ablate.results import Row, arms_of, attended, by_seed, costs, finished, first_row, mean_over_layers
 
 _STYLE = """
@@ -243,7 +243,7 @@ def _samples(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Style]
     before = ""
     if prompt:
         before = f"""<p class="soft">Each text goes on from this beginning of the first validation example, at
-temperature 0.8.</p><pre class="text">{html.escape(prompt)}</pre>"""
+temperature {TEMPERATURE}.</p><pre class="text">{html.escape(prompt)}</pre>"""
     return f'<h2>Samples</h2>{before}<div class="figures">{"".join(parts)}</div>'
 
 
