@@ -151,7 +151,7 @@ SHAPES = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(shape=SHAPES)
 def test_strict_is_its_definition(shape):
     query, key, value, state = arrays(
@@ -171,7 +171,7 @@ def test_strict_is_its_definition(shape):
         np.testing.assert_array_equal(aux.taken, 1)
 
 
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 @given(shape=SHAPES, membership=st.sampled_from(["strict", "global"]), padded=st.booleans())
 def test_forms_agree_in_values_gradients_and_tangents(shape, membership, padded):
     query, key, value, state = arrays(
@@ -398,7 +398,7 @@ def test_the_loss_moves_tokens_and_not_centroids():
     assert np.all(by_centroids == 0)
 
 
-@pytest.mark.parametrize("membership", ["strict", "global"])
+@pytest.mark.parametrize("membership", ["strict", pytest.param("global", marks=pytest.mark.slow)])
 def test_memory_is_far_from_length_squared(membership):
     """Temporary memory of the gradient: four times the length takes at most n^1.5's eight times, with some slack."""
 

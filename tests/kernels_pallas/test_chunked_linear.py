@@ -86,6 +86,7 @@ def test_values_states_and_gradients_equal_the_reference_s(case):
     assert_close(got, want, TOLERANCE[drawn.get("dtype", jnp.float32)])
 
 
+@pytest.mark.slow
 def test_runs_give_the_same_bits():
     arrays, _ = draw(70, delta=True, dtype=jnp.bfloat16)
 

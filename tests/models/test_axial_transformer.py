@@ -141,7 +141,7 @@ def test_a_logit_depends_on_every_earlier_sub_pixel_and_on_no_other(case):
     np.testing.assert_array_equal(reached, np.triu(np.ones((count, count), bool), k=1))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 0])
+@pytest.mark.parametrize("temperature", [1.0, pytest.param(0.5, marks=pytest.mark.slow), 0])
 def test_sampling_equals_recomputing_everything_for_each_sub_pixel(case, temperature):
     size, model, values, logits = case
     key, count = jax.random.key(5), 3

@@ -193,7 +193,7 @@ def values_of(model):
     return jax.tree.map(lambda x: 3 * x, nn.initialize(model, jax.random.key(0)))
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_loss_in_raster_order_is_the_cross_entropy_of_each_sub_pixel_after_those_before(channels):
     task, model = raster(channels)
     bound = nn.bind(model, values_of(model))
@@ -236,7 +236,7 @@ def test_axial_training_takes_a_channel_of_each_image_that_the_key_draws(colour)
 
 
 @pytest.mark.parametrize("make", [axial, raster])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_model_that_knows_nothing_needs_the_logarithm_of_the_levels(make, channels):
     task, model = make(channels)
     zeros = jax.tree.map(jnp.zeros_like, nn.initialize(model, jax.random.key(0)))
