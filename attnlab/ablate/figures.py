@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -336,6 +336,42 @@ def by_group(
             axes.set_xlabel(next(iter(words)))
         axes.set_xticks(places, [str(place) for place in places] if numeric else groups)
         axes.set_ylabel(names[0].partition(", ")[0])
+        axes.grid(alpha=0.2)
+        _legend(figure, axes)
+
+    return draw
+
+
+def by_setting(
+    rows: Sequence[Row], looks: dict[str, Style], metric: str, option: str, families: Mapping[str, Mapping[float, str]]
+) -> Draw:
+    """A line a family over the numbers of an option (see results.settings), and a level line an arm that has none.
+
+    Means over seeds; a dot a seed.
+    """
+    inside = {arm for members in families.values() for arm in members.values()}
+    numbers = sorted({number for members in families.values() for number in members})
+
+    def draw(figure: Any, axes: Any) -> None:
+        for family, members in families.items():
+            look = looks[next(iter(members.values()))]
+            seeds = {number: list(by_seed(rows, arm).values()) for number, arm in sorted(members.items())}
+            means = {number: float(np.mean(values)) for number, values in seeds.items() if values}
+            axes.plot(
+                [*means], [*means.values()], color=look.colour, linestyle=look.line, marker=look.marker, label=family
+            )
+            for number, values in seeds.items():
+                if len(values) > 1:
+                    axes.plot([number] * len(values), values, look.marker, color=look.colour, alpha=0.4, markersize=3)
+        for arm in looks:
+            if "[" not in arm and arm not in inside and (values := list(by_seed(rows, arm).values())):
+                axes.axhline(np.mean(values), color=looks[arm].colour, linestyle=looks[arm].line, label=arm)
+        if numbers[0] > 0 and numbers[-1] > 3 * numbers[0]:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_minor_locator(ticker.NullLocator())
+        axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
+        axes.set_xlabel(option)
+        axes.set_ylabel(f"validation {metric}")
         axes.grid(alpha=0.2)
         _legend(figure, axes)
 

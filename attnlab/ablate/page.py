@@ -8,7 +8,17 @@ from typing import Any
 
 from attnlab.ablate import figures
 from attnlab.ablate.attending import TEMPERATURE, read_attending, unpacked
-from attnlab.ablate.results import Row, arms_of, attended, by_seed, costs, finished, first_row, mean_over_layers
+from attnlab.ablate.results import (
+    Row,
+    arms_of,
+    attended,
+    by_seed,
+    costs,
+    finished,
+    first_row,
+    mean_over_layers,
+    settings,
+)
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --soft: #60646c; --line: #d8dbe0; --page: #ffffff; --card: #f6f7f9; }
@@ -122,6 +132,12 @@ def _curves(rows: Sequence[Row], looks: dict[str, figures.Style]) -> str:
         draw = figures.differences(rows, looks, metric, others)
         title = f"Difference to {baseline}, paired by seed"
         drawn.append(figures.svg(draw, title=title, height=max(2.4, 1.2 + 0.27 * len(others))))
+    drawn += [
+        figures.svg(
+            figures.by_setting(rows, looks, metric, option, families), title=f"{metric.capitalize()} by {option}"
+        )
+        for option, families in settings([arm for arm in looks if finished(rows, arm)]).items()
+    ]
     drawn += _by_group(rows, looks)
     seeds = '<p class="soft">Thin lines and small dots are seeds, thick lines and diamonds their means.</p>'
     return f'<h2>Curves</h2>{seeds}<div class="figures">{"".join(drawn)}</div>'

@@ -1,5 +1,6 @@
 """The rows of results.jsonl, a row a run, by arm."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,17 @@ def finished(rows: Sequence[Row], arm: str) -> list[Row]:
 def by_seed(rows: Sequence[Row], arm: str) -> dict[int, float]:
     """The metric at the end of each finished run."""
     return {row["seed"]: row["final"][row["metric"]] for row in finished(rows, arm)}
+
+
+def settings(arms: Sequence[str]) -> dict[str, dict[str, dict[float, str]]]:
+    """Arms that a sweep made of one by a single number, as local[WINDOW=8]: by option, arm and number, where some arm
+    has several."""
+    found: dict[str, dict[str, dict[float, str]]] = {}
+    for arm in arms:
+        if parts := re.fullmatch(r"(.+)\[([\w.]+)=([-+\d.e]+)\]", arm):
+            family, option, number = parts.groups()
+            found.setdefault(option, {}).setdefault(family, {})[float(number)] = arm
+    return {option: families for option, families in found.items() if max(map(len, families.values())) > 1}
 
 
 class Cost(NamedTuple):

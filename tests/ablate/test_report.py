@@ -152,6 +152,29 @@ def test_a_metric_that_is_the_same_for_all_arms_is_a_reference_in_the_others_fig
     assert ">ridge</text>" in page
 
 
+def test_arms_that_differ_in_a_number_are_a_line_over_it(tmp_path):
+    """And the others are level lines; one number is no line, two options in one arm are no number."""
+    arms = ["base", *(f"local[WINDOW={w}]" for w in (16, 4, 64)), "sinks[WINDOW=8]", "wide[head_dim=4]", "two[A=1,B=2]"]
+    assert results.settings(arms) == {
+        "WINDOW": {
+            "local": {16.0: "local[WINDOW=16]", 4.0: "local[WINDOW=4]", 64.0: "local[WINDOW=64]"},
+            "sinks": {8.0: "sinks[WINDOW=8]"},
+        }
+    }
+    page, _ = report([row(arm, seed, 2.0 - 0.1 * place) for place, arm in enumerate(arms) for seed in (0, 1)], tmp_path)
+    assert page.count("Loss by WINDOW</figcaption>") == 1
+    assert "by head_dim" not in page
+    figure = Figure()
+    looks = figures.styles(arms)
+    rows = [row(arm, seed, 10.0 * place + seed) for place, arm in enumerate(arms) for seed in (0, 1)]
+    axes = figure.subplots()
+    figures.by_setting(rows, looks, "loss", "WINDOW", results.settings(arms)["WINDOW"])(figure, axes)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines["local"] == [[4.0, 20.5], [16.0, 10.5], [64.0, 30.5]]
+    assert lines["base"] == [[0.0, 0.5], [1.0, 0.5]]  # from side to side
+    assert "wide" not in lines
+
+
 def test_arms_on_the_pareto_front_are_named(tmp_path):
     """Cheap and poor, dear and good, and one that is worse than the dear one in everything."""
     arms = {"base": (2.0, 100.0, 10.0), "good": (1.0, 500.0, 5.0), "poor": (1.5, 900.0, 4.0)}
