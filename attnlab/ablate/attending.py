@@ -43,14 +43,26 @@ def attend(experiment: Experiment, folder: Path) -> dict[str, Any]:
         kept = {"example": show_example(experiment, batch), **_layers(experiment, values, batch)}
         if isinstance(experiment.task, LanguageTask):
             model: Any = experiment.model
-            ((kept["prompt"], continuation),) = experiment.task.continuations(
-                model, values, key=jax.random.key(experiment.seed), count=1, temperature=TEMPERATURE
-            )
-            replace_text(folder / "samples.txt", continuation)
+            if reason := _why_mute(model):
+                replace_text(folder / "samples.txt", f"(nothing: {reason})")
+            else:
+                ((kept["prompt"], continuation),) = experiment.task.continuations(
+                    model, values, key=jax.random.key(experiment.seed), count=1, temperature=TEMPERATURE
+                )
+                replace_text(folder / "samples.txt", continuation)
         replace_text(folder / "attending.json", json.dumps(kept))
     if "skipped" in kept:
         return {"skipped": kept["skipped"]}
     return {name: [mean_of_known(layer[name]) for layer in kept["layers"]] for name in ("distance", "entropy")}
+
+
+def _why_mute(model: Any) -> str:
+    """Why a language model cannot go on with a text; "" where it can. Some mixers train and do not decode."""
+    try:
+        jax.eval_shape(lambda: model.init_cache(1, 1))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def read_attending(folder: Path) -> dict[str, Any] | None:

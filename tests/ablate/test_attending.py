@@ -28,7 +28,7 @@ MIXERS = [functools.partial(nn.LocalAttention, window=WINDOW, edge="clip"), nn.S
 
 def language(length=LENGTH, **options):
     text = np.frombuffer(b"the cat sat on the mat. " * 60, np.uint8)
-    model = LanguageModel(vocabulary=256, mixers=MIXERS, depth=2, features=16, **options)
+    model = LanguageModel(vocabulary=256, **{"mixers": MIXERS, "depth": 2, "features": 16, **options})
     task = LanguageTask(data.Corpus("cats", text[:720], text[720:]), sequence_length=length)
     return Experiment(model=model, task=task, steps=1, batch_size=2, optimizer=OptimizerOptions(warmup_steps=0))
 
@@ -110,6 +110,15 @@ def test_a_run_leaves_maps_and_a_continuation_in_its_folder(trained):
     assert summary["entropy"][0] <= math.log(WINDOW)
     assert summary["distance"][0] == pytest.approx(np.mean(kept["layers"][0]["distance"]), abs=1e-4)
     assert (folder / "attending.json").stat().st_size < 10_000
+
+
+def test_a_model_that_does_not_decode_has_maps_and_says_why_it_has_no_text(tmp_path):
+    mixer = functools.partial(nn.RoutingAttention, clusters=2, window=4, membership="global")
+    experiment = language(mixers=[mixer], depth=1)
+    train(experiment, workdir=tmp_path)
+    assert attending.attend(experiment, tmp_path)["distance"]
+    assert (tmp_path / "samples.txt").read_text() == "(nothing: membership: got 'global'; only \"strict\" decodes)"
+    assert "prompt" not in attending.read_attending(tmp_path)
 
 
 def test_what_is_there_is_not_made_again(trained):
