@@ -71,7 +71,7 @@ def test_report_is_one_page_that_needs_nothing_else(swept, capsys):
     assert str(swept / "report.html") in capsys.readouterr().out
     assert (swept / "report.html").read_text() == page
     table = (swept / "results.md").read_text()
-    assert table.count("| softmax |") == 2
+    assert table.count("| softmax |") == 3
     assert "attnlab ablate experiments/sweeps/quickstart.gin" in table
 
 

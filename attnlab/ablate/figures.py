@@ -159,7 +159,8 @@ def differences(rows: Sequence[Row], looks: dict[str, Style], metric: str, other
         axes.set_yticks(range(len(others)), list(reversed(others)))
         axes.set_ylim(-0.6, len(others) - 0.4)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
-        axes.set_xlabel(f"validation {metric} minus {baseline}'s\n({side} is better)")
+        # Below the figure, not the axes, which names of arms may leave little room.
+        figure.supxlabel(f"validation {metric} minus\n{baseline}'s ({side} is better)", fontsize=10)
         axes.grid(alpha=0.2, axis="x")
 
     return draw

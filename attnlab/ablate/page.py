@@ -34,6 +34,7 @@ p, ul { max-width: 56rem; } .lead { font-size: 1.05rem; } .soft { color: var(--s
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .55rem; font-size: .95rem; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
+.scroll + .scroll { margin-top: 1rem; }
 th:first-child, td:first-child { text-align: left; } thead th { font-weight: 600; vertical-align: bottom; }
 table.facts td { text-align: left; } table.facts td:last-child { white-space: normal; overflow-wrap: anywhere; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
@@ -60,20 +61,19 @@ def page(
     *,
     verdict: Sequence[str],
     table: Sequence[Sequence[str]],
+    metrics: Sequence[Sequence[str]],
     notes: Sequence[str],
 ) -> str:
     """The whole page.
 
     Args:
       workdir: where the runs' folders are.
-      verdict: what is compared, and a sentence an arm. table: header and a row an arm, the arm's name first. notes:
-        paragraphs. All of these are plain text.
+      verdict: what is compared, and a sentence an arm. table: header and a row an arm, the arm's name first. metrics:
+        the same of further metrics, or empty. notes: paragraphs. All of these are plain text.
     """
     arms = arms_of(rows)
     looks = figures.styles(arms)
     question = html.escape(rows[0]["question"])
-    head, *body = table
-    lines = "".join(f"<tr><td>{_named(line[0], looks)}</td>{_cells('td', line[1:])}</tr>" for line in body)
     failures = "".join(
         f"<p>{html.escape(row['arm'])}, seed {row['seed']}, failed: {html.escape(row['error'])}</p>"
         for row in rows
@@ -85,7 +85,8 @@ def page(
 <h1>{question}</h1>
 {_verdict(verdict)}
 {failures}
-<div class="scroll"><table><thead><tr>{_cells("th", head)}</tr></thead><tbody>{lines}</tbody></table></div>
+{_table(table, looks)}
+{_table(metrics, looks)}
 {"".join(f'<p class="soft">{html.escape(note)}</p>' for note in notes)}
 {_curves(rows, looks)}
 {_against_costs(rows, looks)}
@@ -106,6 +107,16 @@ def _verdict(sentences: Sequence[str]) -> str:
         return f'<p class="lead">{html.escape(" ".join(sentences))}</p>'
     lines = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences[1:])
     return f'<p class="lead">{html.escape(sentences[0])}</p><ul>{lines}</ul>'
+
+
+def _table(table: Sequence[Sequence[str]], looks: Mapping[str, figures.Style]) -> str:
+    """A header and a row an arm; nothing for an empty table."""
+    if not table:
+        return ""
+    head, *body = table
+    lines = "".join(f"<tr><td>{_named(line[0], looks)}</td>{_cells('td', line[1:])}</tr>" for line in body)
+    return f"""<div class="scroll"><table><thead><tr>{_cells("th", head)}</tr></thead>
+<tbody>{lines}</tbody></table></div>"""
 
 
 def _cells(tag: str, texts: Sequence[str]) -> str:

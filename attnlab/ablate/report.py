@@ -29,13 +29,13 @@ def write_report(rows: Sequence[Row], workdir: Path) -> Path:
 
     Samples and pictures of what the arms attend to are taken from the runs' own folders, where they are there.
     """
-    table, weighed, notes = add_matching(_table(rows), rows), _weighed(rows), _notes(rows)
-    tables = "\n\n".join([_markdown(table), _markdown(weighed)])
+    table, metrics, notes = add_matching(_table(rows), rows), _other_metrics(rows), _notes(rows)
+    tables = "\n\n".join(_markdown(some) for some in (table, metrics, _weighed(rows)) if some)
     repeat = f"Repeat with: `{rows[0]['command']}`"
     (workdir / "results.md").write_text("\n\n".join([f"# {rows[0]['question']}", tables, *notes, repeat]) + "\n")
     _write_csv(rows, workdir / "results.csv")
     path = workdir / "report.html"
-    path.write_text(page(rows, workdir, verdict=_verdict(rows), table=table, notes=notes))
+    path.write_text(page(rows, workdir, verdict=_verdict(rows), table=table, metrics=metrics, notes=notes))
     return path
 
 
@@ -105,6 +105,19 @@ def _table(rows: Sequence[Row]) -> list[list[str]]:
                 str(len(done)),
             ]
         )
+    return table
+
+
+def _other_metrics(rows: Sequence[Row]) -> list[list[str]]:
+    """Header and a row an arm, of what the last evaluation tells beside the metric, but by group; empty for nothing."""
+    told = dict.fromkeys(name for row in rows for name in row.get("final", {}))
+    names = [name for name in told if name != rows[0]["metric"] and ", " not in name]
+    if not names:
+        return []
+    table = [["arm", *(f"validation {name.replace('_', ' ')}" for name in names)]]
+    for arm in arms_of(rows):
+        finals = [row["final"] for row in finished(rows, arm)]
+        table.append([arm, *(_spread([final[name] for final in finals]) if finals else "" for name in names)])
     return table
 
 

@@ -152,6 +152,22 @@ def test_a_metric_that_is_the_same_for_all_arms_is_a_reference_in_the_others_fig
     assert ">ridge</text>" in page
 
 
+def test_other_metrics_have_a_table_of_their_own(tmp_path):
+    finals = [{"loss": 2.0, "leak": leak, "leak, early": 1.0, "bits_per_byte": 3.0} for leak in (0.5, 0.7)]
+    page, table = report(
+        [row("base", seed, 2.0, final=final) for seed, final in enumerate(finals)]
+        + [row("low", 0, 1.0, final=finals[0])],
+        tmp_path,
+    )
+    assert (
+        "| arm | validation leak | validation bits per byte |\n| --- | ---: | ---: |\n| base | 0.6000 ± 0.1414 |"
+        in table
+    )
+    assert "| low | 0.5000 | 3.0000 |" in table
+    assert "<th>validation leak</th>" in page
+    assert report([row("base", 0, 2.0)], tmp_path)[1].count("| base |") == 2
+
+
 def test_arms_that_differ_in_a_number_are_a_line_over_it(tmp_path):
     """And the others are level lines; one number is no line, two options in one arm are no number."""
     arms = ["base", *(f"local[WINDOW={w}]" for w in (16, 4, 64)), "sinks[WINDOW=8]", "wide[head_dim=4]", "two[A=1,B=2]"]
