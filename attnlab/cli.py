@@ -164,6 +164,7 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
     import jax
 
     from attnlab import config
+    from attnlab.ablate.attending import why_mute
     from attnlab.train import LanguageTask, restore_values
     from attnlab.train.tasks import Illustrated
     from attnlab.train.workdir import last_step
@@ -179,6 +180,8 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
     model, task = experiment.model, experiment.task
     if not isinstance(task, (Illustrated, LanguageTask)):
         raise UserError(f"sample: models of {type(task).__name__} draw nothing")
+    if isinstance(task, LanguageTask) and (reason := why_mute(model)):
+        raise UserError(f"sample: this model does not go on with a text: {reason}")
     values = restore_values(experiment, command.workdir)
     print(f"step {last_step(command.workdir)} of {experiment.steps}", file=sys.stderr)
     options = {"key": jax.random.key(command.seed), "temperature": command.temperature}

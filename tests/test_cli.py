@@ -150,6 +150,13 @@ def classifier_run(path):
     return ["sample", str(path)]
 
 
+def mute_run(path):
+    files = f"include '{LM}'\ninclude 'experiments/mixers/routing.gin'\n"
+    imported = "from __gin__ import dynamic_registration\nfrom attnlab import nn\n"
+    (path / "config.gin").write_text(f"{imported}{files}nn.RoutingAttention.membership = 'global'\n")
+    return ["sample", str(path)]
+
+
 def run_without_a_checkpoint(path):
     (path / "config.gin").write_text(f"include '{LM}'\n")
     return ["sample", str(path)]
@@ -158,6 +165,7 @@ def run_without_a_checkpoint(path):
 MISTAKES = {
     "sample of no run": (lambda path: ["sample", str(path)], "has no config.gin"),
     "sample of what draws nothing": (classifier_run, "models of ImageClassificationTask draw nothing"),
+    "sample of what does not decode": (mute_run, "does not go on with a text: membership: got 'global'"),
     "sample before a checkpoint": (run_without_a_checkpoint, "holds none; give the folder of a run"),
     "no samples": (lambda path: ["sample", str(path), "--count", "0"], "count: got 0"),
     "cold samples": (lambda path: ["sample", str(path), "--temperature", "-1"], "temperature: got -1"),
