@@ -69,6 +69,9 @@ def test_table_words_and_pictures(tmp_path):
     assert lines[1].startswith("base,0,finished,2.0,8,1234.0,2048")
     assert len(lines) == 1 + 9
     assert "low 50.0%, same 50.0%" in table
+    # Resampled seeds give means between the smallest and the largest of the three differences.
+    assert "95 % intervals by bootstrap" in table
+    assert "low [-0.5000, -0.4900], same [-0.1000, +0.1000]." in table
     assert "Is &lt;b&gt; better?" in page
     assert page.count('<div role="img"') == 6
     assert "attnlab ablate sweep.gin" in page
@@ -84,6 +87,7 @@ def test_text_takes_the_pages_colour(tmp_path):
 def test_one_seed_has_no_interval(tmp_path):
     page, table = report([row("base", 0, 2.0), row("low", 0, 1.0)], tmp_path)
     assert "-1.0000 (one seed: no interval)" in table
+    assert "bootstrap" not in table
     assert "one seed, so no interval" in page
 
 
