@@ -350,7 +350,6 @@ def by_setting(
 
     Means over seeds; a dot a seed.
     """
-    inside = {arm for members in families.values() for arm in members.values()}
     numbers = sorted({number for members in families.values() for number in members})
 
     def draw(figure: Any, axes: Any) -> None:
@@ -365,7 +364,7 @@ def by_setting(
                 if len(values) > 1:
                     axes.plot([number] * len(values), values, look.marker, color=look.colour, alpha=0.4, markersize=3)
         for arm in looks:
-            if "[" not in arm and arm not in inside and (values := list(by_seed(rows, arm).values())):
+            if "[" not in arm and (values := list(by_seed(rows, arm).values())):
                 axes.axhline(np.mean(values), color=looks[arm].colour, linestyle=looks[arm].line, label=arm)
         if numbers[0] > 0 and numbers[-1] > 3 * numbers[0]:
             axes.set_xscale("log", base=2)

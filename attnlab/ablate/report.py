@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +29,14 @@ def write_report(rows: Sequence[Row], workdir: Path) -> Path:
 
     Samples and pictures of what the arms attend to are taken from the runs' own folders, where they are there.
     """
-    table, metrics, notes = add_matching(_table(rows), rows), _other_metrics(rows), _notes(rows)
+    pairs = _differences(rows)
+    table, metrics, notes = add_matching(_table(rows, pairs), rows), _other_metrics(rows), _notes(rows, pairs)
     tables = "\n\n".join(_markdown(some) for some in (table, metrics, _weighed(rows)) if some)
     repeat = f"Repeat with: `{rows[0]['command']}`"
     (workdir / "results.md").write_text("\n\n".join([f"# {rows[0]['question']}", tables, *notes, repeat]) + "\n")
     _write_csv(rows, workdir / "results.csv")
     path = workdir / "report.html"
-    path.write_text(page(rows, workdir, verdict=_verdict(rows), table=table, metrics=metrics, notes=notes))
+    path.write_text(page(rows, workdir, verdict=_verdict(rows, pairs), table=table, metrics=metrics, notes=notes))
     return path
 
 
@@ -73,7 +74,15 @@ def _interval(difference: Difference) -> str:
     return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
 
 
-def _table(rows: Sequence[Row]) -> list[list[str]]:
+def _differences(rows: Sequence[Row]) -> dict[str, Difference]:
+    """To the baseline, by arm, where the two have a seed in common."""
+    baseline = rows[0]["baseline"]
+    base = by_seed(rows, baseline)
+    values = {arm: by_seed(rows, arm) for arm in arms_of(rows) if arm != baseline}
+    return {arm: paired_difference(by, base) for arm, by in values.items() if set(by) & set(base)}
+
+
+def _table(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[list[str]]:
     """Header and a row an arm."""
     metric, baseline, unit = rows[0]["metric"], rows[0]["baseline"], rows[0]["unit"]
     decodes = rows[0]["state_size"] is not None
@@ -86,11 +95,10 @@ def _table(rows: Sequence[Row]) -> list[list[str]]:
             table.append([arm, "failed", "", *known, *([""] if decodes else []), "0"])
             continue
         values = by_seed(rows, arm)
-        base = by_seed(rows, baseline)
         if arm == baseline:
             difference = "baseline"
-        elif set(values) & set(base):
-            difference = _interval(paired_difference(values, base))
+        elif arm in differences:
+            difference = _interval(differences[arm])
         else:
             difference = "no seed in common"
         table.append(
@@ -144,14 +152,14 @@ def _better(row: Row) -> str:
     return "higher" if row["higher_is_better"] else "lower"
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
+def _notes(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[str]:
     """What the tables' numbers mean and how they came about, in paragraphs of plain text."""
     row = rows[0]
     length = "" if row["state_size"] is None else f" Decode state: numbers kept to decode after {row['length']} tokens."
     notes = [
         f"{_better(row).capitalize()} is better. ±: standard deviation over seeds. Differences are paired by seed, "
         f"with Student's t interval. FLOPs: forward, matrix products only, 2 a multiply-add.{length}",
-        *_bootstrapped(rows),
+        *_bootstrapped(differences),
         *choices(rows),
         _shared(rows),
     ]
@@ -168,15 +176,13 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def _bootstrapped(rows: Sequence[Row]) -> list[str]:
+def _bootstrapped(differences: Mapping[str, Difference]) -> list[str]:
     """The differences' intervals once more, from resampled seeds; nothing for one seed."""
-    base = by_seed(rows, rows[0]["baseline"])
-    parts = []
-    for arm in arms_of(rows):
-        values = by_seed(rows, arm)
-        if arm != rows[0]["baseline"] and len(set(values) & set(base)) > 1:
-            difference = paired_difference(values, base)
-            parts.append(f"{arm} [{difference.bootstrap_low:+.4f}, {difference.bootstrap_high:+.4f}]")
+    parts = [
+        f"{arm} [{difference.bootstrap_low:+.4f}, {difference.bootstrap_high:+.4f}]"
+        for arm, difference in differences.items()
+        if difference.seeds > 1
+    ]
     if not parts:
         return []
     return [
@@ -202,17 +208,12 @@ def _shared(rows: Sequence[Row]) -> str:
     ).strip()
 
 
-def _verdict(rows: Sequence[Row]) -> list[str]:
+def _verdict(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[str]:
     """The answer in sentences: which arms differ from the baseline beyond the interval."""
     metric, baseline = rows[0]["metric"], rows[0]["baseline"]
-    base = by_seed(rows, baseline)
     sentences: list[str] = []
     singles: list[str] = []
-    for arm in arms_of(rows):
-        values = by_seed(rows, arm)
-        if arm == baseline or not set(values) & set(base):
-            continue
-        difference = paired_difference(values, base)
+    for arm, difference in differences.items():
         size = f"{arm} ends {abs(difference.mean):.4f} {'below' if difference.mean < 0 else 'above'} {baseline}"
         if math.isnan(difference.low):
             singles.append(size if not singles else size.replace(" ends ", " ").removesuffix(f" {baseline}"))
