@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention._checks import check_query_key_value, require, shape_text
+from attnlab.attention._shared.checks import check_int, check_query_key_value, require, shape_text
 from attnlab.attention.dot_product import dot_product_attention
 
 Array = jax.Array
@@ -53,8 +53,7 @@ def axial_attention(
     """
     rank = getattr(query, "ndim", 4) - 3
     check_query_key_value(query, key, value, space_ranks=range(1, max(rank, 1) + 1))
-    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
-        raise TypeError(f"axis: got {axis!r}; need an int")
+    axis = check_int("axis", axis)
     require(-rank <= axis < rank, "axis", axis, f"query {shape_text(query)} has space axes {-rank} to {rank - 1}")
     place = axis % rank + 1  # among the array's axes
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.attention import masks
-from attnlab.attention._checks import require
+from attnlab.attention._shared.checks import check_int, require
 from attnlab.attention.local import LocalCache, init_local_cache, local_step, windowed_attention
 
 Array = jax.Array
@@ -72,7 +72,7 @@ def init_dilated_cache(
     dtype: Any = jnp.float32,
 ) -> LocalCache:
     """An empty cache for causal decoding: a local cache for each residue group, key [B, dilation, window, K, H]."""
-    require(dilation >= 1, "dilation", dilation, "must be at least 1")
+    dilation = check_int("dilation", dilation, least=1)
     group = init_local_cache(batch, num_key_heads, head_dim, window=window, value_dim=value_dim, dtype=dtype)
     key, value = (jnp.repeat(x[:, None], dilation, axis=1) for x in (group.key, group.value))
     return LocalCache(key, value, group.position)

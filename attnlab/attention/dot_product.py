@@ -16,22 +16,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from attnlab.attention import masks
-from attnlab.attention._banded import PatternOf, banded_attention, banded_refusal
-from attnlab.attention._checks import (
+from attnlab.attention._cached import attend_to_cache
+from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._kernels import dot_product as kernels
+from attnlab.attention._shared.checks import (
     accumulator_dtype,
     check_array,
+    check_cached_step,
     check_query_key_value,
+    check_segment_ids,
     default_scale,
     require,
     shape_text,
 )
-from attnlab.attention._dispatch import Kernel, dispatch
-from attnlab.attention._kernel_call import kernel_call
-from attnlab.attention._softmax import softmax_parts
+from attnlab.attention._shared.softmax import dense_attention
 
 Array = jax.Array
 
@@ -107,12 +108,6 @@ def dot_product_attention(
     return (out, lse) if return_lse else out
 
 
-def check_segment_ids(name: str, ids: Any, shape: tuple[int, ...], layout: str) -> None:
-    check_array(name, ids, shape, layout)
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"{name}: got dtype {ids.dtype}; need an integer dtype")
-
-
 def _segment_pair(segment_ids: Any, batch: int, queries: int, keys: int) -> tuple[Array, Array] | None:
     if segment_ids is None:
         return None
@@ -124,23 +119,6 @@ def _segment_pair(segment_ids: Any, batch: int, queries: int, keys: int) -> tupl
     check_segment_ids("segment_ids", query_ids, (batch, queries), "[batch, T]")
     check_segment_ids("segment_ids", key_ids, (batch, keys), "[batch, S] (a pair gives T and S ids of their own)")
     return query_ids, key_ids
-
-
-def dense_attention(
-    query: Array, key: Array, value: Array, *, visible: Any = True, bias: Array | None = None, scale: Any
-) -> tuple[Array, Array]:
-    """Attention with all logits in one array: (out [B,T,N,V], lse [B,T,N]). visible, bias: broadcast to [B,N,T,S]."""
-    dtype = accumulator_dtype(query, key, value)
-    group = query.shape[2] // key.shape[2]
-    key, value = (jnp.repeat(x.astype(dtype), group, axis=2) for x in (key, value))
-    logits = jnp.asarray(scale, dtype) * jnp.einsum(
-        "btnh,bsnh->bnts", query.astype(dtype), key, preferred_element_type=dtype
-    )
-    if bias is not None:
-        logits = logits + bias.astype(dtype)
-    numerators, denominator, lse = softmax_parts(logits, visible)
-    out = jnp.einsum("bnts,bsnv->btnv", numerators / denominator, value, preferred_element_type=dtype)
-    return out.astype(query.dtype), jnp.swapaxes(lse, 1, 2)
 
 
 def _reference(
@@ -162,6 +140,39 @@ def _reference(
     return dense_attention(query, key, value, visible=visible, bias=bias, scale=scale)
 
 
+class _Queries(NamedTuple):
+    """What belongs to queries: [B, K, G, T, H], ids [B, T], bias and mask [b, k, g, T|1, S|1], positions [T]."""
+
+    query: Array
+    ids: Array | None
+    bias: Array | None
+    mask: Array | None
+    position: Array
+
+
+class _Keys(NamedTuple):
+    """What belongs to keys: [B, K, S, H], [B, K, S, V], ids [B, S], positions [S]; of some queries, bias and mask."""
+
+    key: Array
+    value: Array
+    ids: Array | None
+    bias: Array | None
+    mask: Array | None
+    position: Array
+
+
+# Which axis of each field is that of T, and of S.
+_QUERY_AXES, _KEY_AXES = (3, 1, 3, 3, 0), (2, 2, 1, 4, 4, 0)
+
+
+class _Running(NamedTuple):
+    """The softmax over the keys so far: [B, K, G, T, 1], the same, and [B, K, G, T, V]."""
+
+    largest: Array
+    total: Array
+    out: Array
+
+
 def _xla(
     query: Array,
     key: Array,
@@ -174,10 +185,8 @@ def _xla(
     scale: Any,
 ) -> tuple[Array, Array]:
     batch, queries, heads, _ = query.shape
-    keys, key_heads = key.shape[1:3]
+    key_heads = key.shape[2]
     group = heads // key_heads  # query heads that read one key head
-    dtype = accumulator_dtype(query, key, value)
-    query_chunk, key_chunk = (min(size, max(n, 1)) for size, n in ((_QUERY_CHUNK, queries), (_KEY_CHUNK, keys)))
 
     def by_key_head(x: Array | None) -> Array | None:
         """[b, n, T, S] -> [b, K, G, T, S], where an axis of length 1 stays one."""
@@ -186,90 +195,89 @@ def _xla(
         b, n, *rest = x.shape
         return x.reshape(b, 1, 1, *rest) if n == 1 else x.reshape(b, key_heads, group, *rest)
 
-    # What depends on the query, and what depends on the key, as (array, its axis of tokens); b key-head layout.
     query_ids, key_ids = (None, None) if segments is None else segments
-    per_query = (
-        (jnp.moveaxis(query.reshape(batch, queries, key_heads, group, -1), 1, 3), 3),  # [B, K, G, T, H]
-        (query_ids, 1),
-        (by_key_head(bias), 3),
-        (by_key_head(mask), 3),
-        (jnp.arange(queries), 0),
-    )
-    query_parts, join_query_parts = _chunks(per_query, query_chunk)
+    grouped = jnp.moveaxis(query.reshape(batch, queries, key_heads, group, -1), 1, 3)
+    of_queries = _Queries(grouped, query_ids, by_key_head(bias), by_key_head(mask), jnp.arange(queries))
+    parts, join = _chunks(of_queries, _QUERY_AXES, _QUERY_CHUNK)
 
     def attend(_: None, part: Any) -> tuple[None, tuple[Array, Array]]:
-        query, query_ids, bias, mask, query_index = join_query_parts(part)
-        per_key = (
-            (jnp.moveaxis(key, 1, 2), 2),  # [B, K, S, H]
-            (jnp.moveaxis(value, 1, 2), 2),
-            (key_ids, 1),
-            (bias, 4),
-            (mask, 4),
-            (jnp.arange(keys), 0),
-        )
-        key_parts, join_key_parts = _chunks(per_key, key_chunk)
+        queries = join(part)
+        keys, values = (jnp.moveaxis(x, 1, 2) for x in (key, value))
+        of_keys = _Keys(keys, values, key_ids, queries.bias, queries.mask, jnp.arange(key.shape[1]))
+        out, lse = _attend(queries, of_keys, is_causal, scale, accumulator_dtype(query, key, value))
+        return None, (out.astype(query.dtype), lse)
 
-        def visit(carry: tuple[Array, Array, Array], part: Any) -> tuple[Array, Array, Array]:
-            largest, total, out = carry
-            key, value, key_ids, bias, mask, key_index = join_key_parts(part)
-            logits = jnp.asarray(scale, dtype) * jnp.einsum(
-                "bkgth,bksh->bkgts", query, key, preferred_element_type=dtype
-            )
-            if bias is not None:
-                logits = logits + bias.astype(dtype)
-            visible = key_index >= 0  # the padding has index -1
-            if is_causal:
-                visible = visible & (key_index <= query_index[:, None])
-            if mask is not None:
-                visible = visible & mask
-            if key_ids is not None:
-                visible = visible & (query_ids[:, :, None] == key_ids[:, None, :])[:, None, None]
-            logits = jnp.where(visible, logits, -jnp.inf)
-            # The maximum keeps exp in range and cancels out of the result, so it carries no gradient.
-            new_largest = jnp.maximum(largest, lax.stop_gradient(logits.max(-1, keepdims=True)))
-            reference = jnp.where(new_largest == -jnp.inf, 0, new_largest)
-            numerators = jnp.exp(logits - reference)
-            rescale = jnp.exp(largest - reference)
-            total = rescale * total + numerators.sum(-1, keepdims=True)
-            out = rescale * out + jnp.einsum(
-                "bkgts,bksv->bkgtv", numerators, value.astype(dtype), preferred_element_type=dtype
-            )
-            return new_largest, total, out
-
-        def step(carry: tuple[Array, Array, Array], part: Any) -> tuple[tuple[Array, Array, Array], None]:
-            if not is_causal:
-                return visit(carry, part), None
-            first_key = join_key_parts(part)[-1][0]
-            past = first_key > query_index.max()  # a chunk after all the queries
-            return lax.cond(past, lambda carry, _: carry, visit, carry, part), None
-
-        rows = query.shape[:-1]
-        start = (
-            jnp.full((*rows, 1), -jnp.inf, dtype),
-            jnp.zeros((*rows, 1), dtype),
-            jnp.zeros((*rows, value.shape[-1]), dtype),
-        )
-        (largest, total, out), _ = lax.scan(jax.checkpoint(step, prevent_cse=False), start, key_parts)
-        denominator = jnp.where(total > 0, total, 1)
-        lse = jnp.where(total > 0, largest + jnp.log(denominator), -jnp.inf)
-        return None, ((out / denominator).astype(query.dtype), lse[..., 0])
-
-    _, (out, lse) = lax.scan(jax.checkpoint(attend, prevent_cse=False), None, query_parts)
+    _, (out, lse) = lax.scan(jax.checkpoint(attend, prevent_cse=False), None, parts)
     # [chunks, B, K, G, chunk, ...] -> [B, T, N, ...]
     out = jnp.moveaxis(out, (0, 4), (1, 2)).reshape(batch, -1, heads, value.shape[-1])[:, :queries]
     lse = jnp.moveaxis(lse, (0, 4), (1, 2)).reshape(batch, -1, heads)[:, :queries]
     return out, lse
 
 
-def _chunks(arrays: tuple[tuple[Array | None, int], ...], size: int) -> tuple[Any, Callable[[Any], tuple]]:
-    """Cuts arrays along their given axes into chunks for lax.scan: (the scan's xs, from one x to the arrays' chunks).
+def _attend(queries: _Queries, keys: _Keys, is_causal: bool, scale: Any, dtype: Any) -> tuple[Array, Array]:
+    """A chunk of queries over all keys, chunk by chunk: out [B, K, G, T, V] and lse [B, K, G, T]."""
+    parts, join = _chunks(keys, _KEY_AXES, _KEY_CHUNK)
+
+    def visit(running: _Running, part: Any) -> _Running:
+        return _visit(running, queries, join(part), is_causal, scale)
+
+    def step(running: _Running, part: Any) -> tuple[_Running, None]:
+        if not is_causal:
+            return visit(running, part), None
+        past = join(part).position[0] > queries.position.max()  # a chunk after all the queries
+        return lax.cond(past, lambda running, _: running, visit, running, part), None
+
+    rows = queries.query.shape[:-1]
+    start = _Running(
+        jnp.full((*rows, 1), -jnp.inf, dtype),
+        jnp.zeros((*rows, 1), dtype),
+        jnp.zeros((*rows, keys.value.shape[-1]), dtype),
+    )
+    (largest, total, out), _ = lax.scan(jax.checkpoint(step, prevent_cse=False), start, parts)
+    denominator = jnp.where(total > 0, total, 1)
+    lse = jnp.where(total > 0, largest + jnp.log(denominator), -jnp.inf)
+    return out / denominator, lse[..., 0]
+
+
+def _visit(running: _Running, queries: _Queries, keys: _Keys, is_causal: bool, scale: Any) -> _Running:
+    """One chunk of keys more."""
+    dtype = running.out.dtype
+    logits = jnp.asarray(scale, dtype) * jnp.einsum(
+        "BKGTH,BKSH->BKGTS", queries.query, keys.key, preferred_element_type=dtype
+    )
+    if keys.bias is not None:
+        logits = logits + keys.bias.astype(dtype)
+    visible = keys.position >= 0  # the padding has -1
+    if is_causal:
+        visible = visible & (keys.position <= queries.position[:, None])
+    if keys.mask is not None:
+        visible = visible & keys.mask
+    if queries.ids is not None and keys.ids is not None:
+        visible = visible & (queries.ids[:, :, None] == keys.ids[:, None, :])[:, None, None]
+    logits = jnp.where(visible, logits, -jnp.inf)
+    # The maximum keeps exp in range and cancels out of the result, so it carries no gradient.
+    largest = jnp.maximum(running.largest, lax.stop_gradient(logits.max(-1, keepdims=True)))
+    reference = jnp.where(largest == -jnp.inf, 0, largest)
+    numerators = jnp.exp(logits - reference)
+    rescale = jnp.exp(running.largest - reference)
+    total = rescale * running.total + numerators.sum(-1, keepdims=True)
+    out = rescale * running.out + jnp.einsum(
+        "BKGTS,BKSV->BKGTV", numerators, keys.value.astype(dtype), preferred_element_type=dtype
+    )
+    return _Running(largest, total, out)
+
+
+def _chunks(arrays: Any, axes: tuple[int, ...], most: int) -> tuple[list[Array], Callable[[list[Array]], Any]]:
+    """Cuts a NamedTuple's arrays along their given axes into chunks for lax.scan: (the scan's xs, from one x to the
+    NamedTuple of a chunk).
 
     The last chunk is padded: integers with -1, others with 0. None, and axes of length 1, are passed whole, so that
     a bias that broadcasts is not copied.
     """
-    length = max(x.shape[axis] for x, axis in arrays if x is not None)
+    length = arrays.position.shape[0]
+    size = min(most, max(length, 1))
     count = max(-(-length // size), 1)
-    is_cut = [x is not None and x.shape[axis] == length for x, axis in arrays]
+    is_cut = [x is not None and x.shape[axis] == length for x, axis in zip(arrays, axes)]
 
     def cut(x: Array, axis: int) -> Array:
         widths = [(0, 0)] * x.ndim
@@ -278,60 +286,16 @@ def _chunks(arrays: tuple[tuple[Array | None, int], ...], size: int) -> tuple[An
         padded = jnp.pad(x, widths, constant_values=fill)
         return jnp.moveaxis(padded.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
 
-    parts = [cut(x, axis) for (x, axis), flag in zip(arrays, is_cut) if flag and x is not None]
+    parts = [cut(x, axis) for x, axis, flag in zip(arrays, axes, is_cut) if flag]
 
-    def join(part: list[Array]) -> tuple[Array | None, ...]:
+    def join(part: list[Array]) -> Any:
         left = iter(part)
-        return tuple(next(left) if flag else x for (x, _), flag in zip(arrays, is_cut))
+        return type(arrays)(*(next(left) if flag else x for x, flag in zip(arrays, is_cut)))
 
     return parts, join
 
 
-def _pattern_of(is_causal: bool) -> PatternOf:
-    """One interval of keys a query."""
-    from kernels_pallas.tpu.banded_flash import intervals
-
-    def pattern(module: Any, arrays: Any) -> Any:
-        queries, keys = arrays[0].shape[1], arrays[1].shape[1]
-        ends = np.minimum(np.arange(queries) + 1, keys) if is_causal else np.full(queries, keys)
-        block_q, block_k = module.default_blocks(*arrays)
-        return intervals(np.zeros(queries, int), ends, keys, block_q=block_q, block_k=block_k)
-
-    return pattern
-
-
-def _pallas_tpu(
-    query: Array, key: Array, value: Array, bias: None, mask: None, segments: Any, *, is_causal: bool, scale: Any
-) -> tuple[Array, Array]:
-    def blocked(query: Array, key: Array, value: Array, segments: Any, scale: Any) -> Any:
-        return _xla(query, key, value, None, None, segments, is_causal=is_causal, scale=scale)
-
-    pattern_of = _pattern_of(is_causal)
-    return banded_attention(query, key, value, segments, scale=scale, pattern_of=pattern_of, blocked=blocked)
-
-
-def _pallas_tpu_refusal(
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | None,
-    mask: Array | None,
-    segments: Any,
-    *,
-    is_causal: bool,
-    scale: Any,
-) -> str | None:
-    for name, given in (("bias", bias), ("mask", mask)):
-        if given is not None:
-            return f"has no {name}"
-    return banded_refusal(query, key, value, segments, _pattern_of(is_causal))
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
-    "reference": _reference,
-    "xla": _xla,
-    "pallas_tpu": Kernel(_pallas_tpu, _pallas_tpu_refusal),
-}
+IMPLEMENTATIONS: Implementations = {"reference": _reference, "xla": _xla, **kernels.KERNELS}
 
 
 class DotProductCache(NamedTuple):
@@ -360,14 +324,6 @@ def init_dot_product_cache(
     )
 
 
-def check_step(query: Array, key: Array, value: Array, cached_key: Array, cached_value: Array) -> None:
-    """Checks one token's query [B,1,N,H], key [B,1,K,H], value [B,1,K,V] against a cache's [B,*,K,H] and [B,*,K,V]."""
-    check_query_key_value(query, key, value)
-    require(query.shape[1] == 1, "query", shape_text(query), "a step takes one token, [batch, 1, heads, head_dim]")
-    for name, new, old in (("key", key, cached_key), ("value", value, cached_value)):
-        check_array(name, new, (old.shape[0], 1, *old.shape[2:]), f"the cache's layout, {shape_text(old)}, one token")
-
-
 def dot_product_step(
     cache: DotProductCache,
     query: Array,
@@ -390,7 +346,7 @@ def dot_product_step(
 
     Complexity: O(max_length) time.
     """
-    check_step(query, key, value, cache.key, cache.value)
+    check_cached_step(query, key, value, cache.key, cache.value)
     at = (0, cache.length, 0, 0)
     keys = lax.dynamic_update_slice(cache.key, key.astype(cache.key.dtype), at)
     values = lax.dynamic_update_slice(cache.value, value.astype(cache.value.dtype), at)
@@ -407,55 +363,3 @@ def dot_product_step(
     )
     out = jnp.where(cache.length < keys.shape[1], out, jnp.nan)
     return out, DotProductCache(keys, values, cache.length + 1)
-
-
-def attend_to_cache(
-    primitive: str,
-    query: Array,
-    key: Array,
-    value: Array,
-    *,
-    visible: Array,
-    used: Array,
-    scale: Any,
-    implementation: str | None,
-) -> Array:
-    """[B, 1, N, V]: a token's attention to a cache [B, S, K, H], [B, S, K, V].
-
-    visible: bool [S]. used: int [], no slot from this one on is visible.
-    """
-    # A row for each of the batch, so that devices share it as they share the batch.
-    visible = jnp.broadcast_to(visible, (query.shape[0], *visible.shape))
-    arrays = (query, key, value, visible, used, jnp.asarray(scale, accumulator_dtype(query, key, value)))
-    return dispatch(primitive, STEP_IMPLEMENTATIONS, implementation, *arrays)
-
-
-def _xla_step(query: Array, key: Array, value: Array, visible: Array, used: Array, scale: Array) -> Array:
-    return dense_attention(query, key, value, visible=visible[:, None, None], scale=scale)[0]
-
-
-def _pallas_tpu_step(query: Array, key: Array, value: Array, visible: Array, used: Array, scale: Array) -> Array:
-    from kernels_pallas.tpu.cached_flash import cached_flash_attention
-
-    def kernel(arrays: Any, fixed: Any, _: bool) -> tuple[Array, Any]:
-        *tokens, scale = arrays
-        return cached_flash_attention(*tokens, *fixed, scale=scale), ()
-
-    def plain(arrays: Any, fixed: Any) -> Array:
-        query, key, value, scale = arrays
-        visible, used = fixed
-        return _xla_step(query, key, value, visible, used, scale)
-
-    return kernel_call(kernel, None, plain, (query, key, value, scale), (visible, used))
-
-
-def _pallas_tpu_step_refusal(query: Any, key: Any, value: Any, *_: Any) -> str | None:
-    from kernels_pallas.tpu.cached_flash import refusal
-
-    return refusal(query, key, value)
-
-
-STEP_IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
-    "xla": _xla_step,
-    "pallas_tpu": Kernel(_pallas_tpu_step, _pallas_tpu_step_refusal),
-}

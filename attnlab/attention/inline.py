@@ -13,8 +13,15 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention._checks import accumulator_dtype, check_query_key_value, default_scale, require, shape_text
-from attnlab.attention._dispatch import dispatch
+from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._shared.checks import (
+    accumulator_dtype,
+    check_query_key_value,
+    default_scale,
+    require,
+    shape_text,
+)
+from attnlab.attention._shared.heads import repeat_key_heads
 
 Array = jax.Array
 
@@ -52,8 +59,7 @@ def inline_attention(
 
 def _reference(query: Array, key: Array, value: Array, *, scale: Any) -> Array:
     dtype = accumulator_dtype(query, key, value)
-    group = query.shape[2] // key.shape[2]
-    q, k, v = query.astype(dtype), *(jnp.repeat(x.astype(dtype), group, axis=2) for x in (key, value))
+    q, k, v = query.astype(dtype), *(repeat_key_heads(x.astype(dtype), query.shape[2]) for x in (key, value))
     centred = k - jnp.mean(k, axis=1, keepdims=True)
     weights = (scale * jnp.einsum("BTNH,BSNH->BNTS", q, centred) + 1) / k.shape[1]
     return jnp.einsum("BNTS,BSNV->BTNV", weights, v).astype(query.dtype)
@@ -71,4 +77,4 @@ def _xla(query: Array, key: Array, value: Array, *, scale: Any) -> Array:
     return out.reshape(batch, length, heads, -1).astype(query.dtype)
 
 
-IMPLEMENTATIONS = {"reference": _reference, "xla": _xla}
+IMPLEMENTATIONS: Implementations = {"reference": _reference, "xla": _xla}

@@ -23,41 +23,35 @@ stands, loses no digits behind a strong decay, and a segment's first token drops
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention._checks import (
+from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._kernels import linear as kernels
+from attnlab.attention._shared.checks import (
     Array,
     accumulator_dtype,
     check_array,
+    check_int,
     check_query_key_value,
+    check_segment_ids,
+    check_step,
     default_scale,
     require,
     shape_text,
 )
-from attnlab.attention._chunks import decayed_products, scan_chunks
-from attnlab.attention._dispatch import Kernel, dispatch
-from attnlab.attention._feature_maps import FeatureMap, apply_feature_map, feature_width, normalizer_epsilon
-from attnlab.attention._kernel_call import kernel_call
-
-_RESET = -1e30  # Finite, so that no rewriting of a sum into a product can make 0 * inf of it.
-
-
-class LinearState(NamedTuple):
-    """What linear attention remembers of the tokens so far, in float32 (float64 for float64 inputs).
-
-    F is the width of the keys after the feature map: head_dim H, or 1 + H + H(H+1)/2 for "taylor2".
-
-    kv: [B, N, F, V], the decayed sum of k v^T (k u^T with the delta rule).
-    k_sum: [B, N, F], the decayed sum of k. None where nobody needs it: a call keeps it when normalize=True or when the
-      state passed in has it, so that the state out always has the structure of the state in.
-    """
-
-    kv: Array
-    k_sum: Array | None = None
+from attnlab.attention._shared.chunks import (
+    decayed_products,
+    drop_at_starts,
+    inverse_of_unit_lower,
+    scan_chunks,
+    segment_starts,
+)
+from attnlab.attention._shared.feature_maps import FeatureMap, apply_feature_map, feature_width, normalizer_epsilon
+from attnlab.attention._shared.heads import repeat_key_heads
+from attnlab.attention._shared.recurrence import LinearInputs, LinearOptions, LinearState
 
 
 def linear_attention(
@@ -119,10 +113,8 @@ def linear_attention(
         for name, given in (("log_decay", log_decay), ("beta", beta)):
             require(given is None, name, "an array", "must be None with is_causal=False, which has no order of tokens")
     if segment_ids is not None:
-        check_array("segment_ids", segment_ids, (batch, length), "[B, T]")
-        if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-            raise TypeError(f"segment_ids: got dtype {segment_ids.dtype}; need integers")
-    require(isinstance(chunk_size, int) and chunk_size >= 1, "chunk_size", chunk_size, "need an integer >= 1")
+        check_segment_ids("segment_ids", segment_ids, (batch, length), "[B, T]")
+    chunk_size = check_int("chunk_size", chunk_size, least=1)
 
     dtype = accumulator_dtype(query, key, value)
     if initial_state is None:
@@ -136,18 +128,8 @@ def linear_attention(
         "linear_attention",
         IMPLEMENTATIONS,
         implementation,
-        query,
-        key,
-        value,
-        log_decay,
-        beta,
-        initial_state,
-        segment_ids,
-        is_causal=is_causal,
-        feature_map=feature_map,
-        normalize=normalize,
-        scale=default_scale(scale, head_dim),
-        chunk_size=chunk_size,
+        LinearInputs(query, key, value, log_decay, beta, initial_state, segment_ids),
+        options=LinearOptions(feature_map, normalize, default_scale(scale, head_dim), is_causal, chunk_size),
     )
     return (out, state) if return_state else out
 
@@ -195,22 +177,15 @@ def linear_step(
     Returns:
       ([B, 1, N, V] in query's dtype, the state after this token).
     """
-    check_query_key_value(query, key, value)
-    require(query.shape[1] == 1, "query", shape_text(query), "need one token, [B, 1, N, H]")
+    check_step(query, key, value)
     _check_options(query, log_decay, beta, feature_map, normalize, state, value.shape[-1], state_name="state")
+    state = jax.tree.map(lambda leaf: leaf.astype(accumulator_dtype(query, key, value)), state)
     return dispatch(
         "linear_step",
         STEP_IMPLEMENTATIONS,
         implementation,
-        query,
-        key,
-        value,
-        log_decay,
-        beta,
-        jax.tree.map(lambda leaf: leaf.astype(accumulator_dtype(query, key, value)), state),
-        feature_map=feature_map,
-        normalize=normalize,
-        scale=default_scale(scale, query.shape[-1]),
+        LinearInputs(query, key, value, log_decay, beta, state),
+        options=LinearOptions(feature_map, normalize, default_scale(scale, query.shape[-1])),
     )
 
 
@@ -225,8 +200,8 @@ def lightning_log_decay(num_heads: int, *, layer: int, num_layers: int, form: st
     form "code": -2^(-8(h+1)/N) (1 - l/(L-1) + 1e-5), as in the released models;
     form "paper": -(8h/N) (1 - l/L); with h = 0 .. N-1 and layers l = 0 .. L-1.
     """
-    require(num_layers >= 1, "num_layers", num_layers, "need at least 1")
-    require(0 <= layer < num_layers, "layer", layer, f"need 0 <= layer < num_layers = {num_layers}")
+    num_layers, layer = check_int("num_layers", num_layers, least=1), check_int("layer", layer, least=0)
+    require(layer < num_layers, "layer", layer, f"need 0 <= layer < num_layers = {num_layers}")
     require(form in ("code", "paper"), "form", repr(form), 'need "code" or "paper"')
     head = jnp.arange(num_heads, dtype=dtype)
     if form == "code":
@@ -279,39 +254,22 @@ def _check_options(
         )
 
 
-def _segment_starts(segment_ids: Array) -> Array:
-    """[B, T], True where a segment other than the row's first begins."""
-    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-
-
 # --- Reference --------------------------------------------------------------------------------------------------------
 
 
-def _reference(
-    query: Array,
-    key: Array,
-    value: Array,
-    log_decay: Array | None,
-    beta: Array | None,
-    state: LinearState,
-    segment_ids: Array | None,
-    *,
-    is_causal: bool,
-    feature_map: FeatureMap,
-    normalize: bool,
-    scale: float | Array,
-    chunk_size: int | None = None,
-) -> tuple[Array, LinearState]:
-    out_dtype, dtype = query.dtype, state.kv.dtype
+def _reference(inputs: LinearInputs, options: LinearOptions) -> tuple[Array, LinearState]:
+    query, key, value, log_decay, beta, state, segment_ids = inputs
+    dtype = state.kv.dtype
     batch, length, heads, _ = query.shape
-    query, key = apply_feature_map(feature_map, query, key, scale, dtype)
-    key, value = (jnp.repeat(x, heads // x.shape[-2], axis=-2) for x in (key, value.astype(dtype)))
+    mapped_query, key = apply_feature_map(options.feature_map, query, key, options.scale, dtype)
+    key, value = (repeat_key_heads(x, heads) for x in (key, value.astype(dtype)))
     if segment_ids is None:
         segment_ids = jnp.zeros((batch, length), jnp.int32)
-    eps = normalizer_epsilon(feature_map)
+    eps = normalizer_epsilon(options.feature_map)
 
-    if not is_causal:
-        return _dense(query, key, value, state, segment_ids, normalize, eps, out_dtype)
+    if not options.is_causal:
+        out, state = _dense(mapped_query, key, value, state, segment_ids, eps if options.normalize else None)
+        return out.astype(query.dtype), state
 
     if log_decay is None:
         log_decay = jnp.zeros(heads, dtype)
@@ -323,118 +281,88 @@ def _reference(
         state = jax.tree.map(lambda leaf: jnp.where(jnp.expand_dims(start, range(1, leaf.ndim)), 0, leaf), state)
         kv = decay[..., None] * state.kv
         if beta is not None:
-            value = beta.astype(dtype)[..., None] * (value - jnp.einsum("bnhv,bnh->bnv", kv, key))
+            value = beta.astype(dtype)[..., None] * (value - jnp.einsum("BNHV,BNH->BNV", kv, key))
         kv = kv + key[..., None] * value[..., None, :]
         k_sum = None if state.k_sum is None else decay * state.k_sum + key
-        out = jnp.einsum("bnh,bnhv->bnv", query, kv)
-        if normalize:
-            out = out / (jnp.einsum("bnh,bnh->bn", query, k_sum)[..., None] + eps)
+        out = jnp.einsum("BNH,BNHV->BNV", query, kv)
+        if options.normalize:
+            out = out / (jnp.einsum("BNH,BNH->BN", query, k_sum)[..., None] + eps)
         return LinearState(kv, k_sum), out
 
-    tokens = (query, key, value, decay, beta, _segment_starts(segment_ids))
+    tokens = (mapped_query, key, value, decay, beta, segment_starts(segment_ids))
     state, out = jax.lax.scan(token, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
-    return jnp.moveaxis(out, 0, 1).astype(out_dtype), state
+    return jnp.moveaxis(out, 0, 1).astype(query.dtype), state
 
 
 def _dense(
-    query: Array,
-    key: Array,
-    value: Array,
-    state: LinearState,
-    segment_ids: Array,
-    normalize: bool,
-    eps: float,
-    out_dtype: Any,
+    query: Array, key: Array, value: Array, state: LinearState, segment_ids: Array, eps: float | None
 ) -> tuple[Array, LinearState]:
-    """Not causal: all weights at once. The state given stands for tokens of the first segment."""
+    """Not causal: all weights at once. The state given stands for tokens of the first segment. eps: to normalise."""
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     first, last = same[:, 0], same[:, -1]
-    weights = jnp.einsum("btnh,bsnh->bnts", query, key) * same[:, None]
-    out = jnp.einsum("bnts,bsnv->btnv", weights, value)
-    out += jnp.einsum("btnh,bnhv,bt->btnv", query, state.kv, first)
-    kv = jnp.einsum("bt,btnh,btnv->bnhv", last, key, value) + state.kv * first[:, -1, None, None, None]
+    weights = jnp.einsum("BTNH,BSNH->BNTS", query, key) * same[:, None]
+    out = jnp.einsum("BNTS,BSNV->BTNV", weights, value)
+    out += jnp.einsum("BTNH,BNHV,BT->BTNV", query, state.kv, first)
+    kv = jnp.einsum("BT,BTNH,BTNV->BNHV", last, key, value) + state.kv * first[:, -1, None, None, None]
     k_sum = None
     if state.k_sum is not None:
-        k_sum = jnp.einsum("bt,btnh->bnh", last, key) + state.k_sum * first[:, -1, None, None]
-    if normalize:
-        total = jnp.einsum("bnts->btn", weights) + jnp.einsum("btnh,bnh,bt->btn", query, state.k_sum, first)
+        k_sum = jnp.einsum("BT,BTNH->BNH", last, key) + state.k_sum * first[:, -1, None, None]
+    if eps is not None:
+        total = jnp.einsum("BNTS->BTN", weights) + jnp.einsum("BTNH,BNH,BT->BTN", query, state.k_sum, first)
         out = out / (total[..., None] + eps)
-    return out.astype(out_dtype), LinearState(kv, k_sum)
+    return out, LinearState(kv, k_sum)
 
 
 # --- XLA: a scan over chunks ------------------------------------------------------------------------------------------
 
 
-def _xla(
-    query: Array,
-    key: Array,
-    value: Array,
-    log_decay: Array | None,
-    beta: Array | None,
-    state: LinearState,
-    segment_ids: Array | None,
-    *,
-    is_causal: bool,
-    feature_map: FeatureMap,
-    normalize: bool,
-    scale: float | Array,
-    chunk_size: int,
-) -> tuple[Array, LinearState]:
+def _xla(inputs: LinearInputs, options: LinearOptions) -> tuple[Array, LinearState]:
+    query, key, value, log_decay, beta, state, segment_ids = inputs
     batch, length, heads, _ = query.shape
-    out_dtype, dtype = query.dtype, state.kv.dtype
+    dtype = state.kv.dtype
     if log_decay is not None:
         log_decay = log_decay.astype(dtype)
         log_decay = log_decay if log_decay.ndim == 4 else jnp.broadcast_to(log_decay, (batch, length, heads))[..., None]
     if beta is not None:
         beta = beta.astype(dtype)
     if segment_ids is not None:
-        log_decay = _drop_at_starts(log_decay, segment_ids, heads, dtype)
-    eps = normalizer_epsilon(feature_map)
-    finish = (lambda out, total: out / (total[..., None] + eps)) if normalize else (lambda out, total: out)
+        log_decay = drop_at_starts(log_decay, segment_ids, heads, dtype)
+    eps = normalizer_epsilon(options.feature_map)
+
+    def finish(out: Array, total: Array | None) -> Array:
+        return out / (total[..., None] + eps) if options.normalize and total is not None else out
 
     def by_head(tokens: Any) -> Any:
         query, key, value, *gates = tokens
-        query, key = apply_feature_map(feature_map, query, key, scale, dtype)
-        key, value = (jnp.repeat(x, heads // x.shape[-2], axis=-2) for x in (key, value.astype(dtype)))
+        query, key = apply_feature_map(options.feature_map, query, key, options.scale, dtype)
+        key, value = (repeat_key_heads(x, heads) for x in (key, value.astype(dtype)))
         return jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), (query, key, value, *gates))
 
     def causal(state: LinearState, tokens: Any) -> tuple[LinearState, Array]:
         state, sums = _chunk(state, *by_head(tokens))
-        return state, jnp.moveaxis(finish(*sums), 1, 2).astype(out_dtype)
+        return state, jnp.moveaxis(finish(*sums), 1, 2).astype(query.dtype)
 
     def sums_before(state: LinearState, tokens: Any, strict: bool = False) -> tuple[LinearState, Any]:
         state, sums = _chunk(state, *by_head(tokens), strict=strict)
         return state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), sums)
 
     tokens = (query, key, value, log_decay, beta)
-    if is_causal:
-        state, out = scan_chunks(causal, state, tokens, chunk_size)
-    elif segment_ids is None:
-        query, key, value, *_ = by_head(tokens)
-        kv = state.kv + key.mT @ value
-        k_sum = None if state.k_sum is None else state.k_sum + jnp.sum(key, axis=-2)
-        out = finish(query @ kv, None if k_sum is None else jnp.einsum("bnth,bnh->bnt", query, k_sum))
-        out, state = jnp.moveaxis(out, 1, 2).astype(out_dtype), LinearState(kv, k_sum)
-    else:
-        # A segment's sum is that of the tokens up to this one and that of the later ones, which come first backwards.
-        nothing = jax.tree.map(jnp.zeros_like, state)
-        state, until = scan_chunks(sums_before, state, tokens, chunk_size)
-        backwards = (
-            query[:, ::-1],
-            key[:, ::-1],
-            value[:, ::-1],
-            _drop_at_starts(None, segment_ids[:, ::-1], heads, dtype),
-            None,
-        )
-        _, later = scan_chunks(functools.partial(sums_before, strict=True), nothing, backwards, chunk_size)
-        out = finish(*jax.tree.map(lambda x, y: x + y[:, ::-1], until, later)).astype(out_dtype)
-    return out, state
-
-
-def _drop_at_starts(log_decay: Array | None, segment_ids: Array, heads: int, dtype: Any) -> Array:
-    """log_decay [B,T,N,1 or F], or none, with a decay to nothing where a segment starts."""
-    starts = _segment_starts(segment_ids)[..., None, None]
-    return jnp.where(starts, _RESET, jnp.zeros((1, 1, heads, 1), dtype) if log_decay is None else log_decay)
+    if options.is_causal:
+        state, out = scan_chunks(causal, state, tokens, options.chunk_size)
+        return out, state
+    if segment_ids is None:
+        queries, keys, values, *_ = by_head(tokens)
+        kv = state.kv + keys.mT @ values
+        k_sum = None if state.k_sum is None else state.k_sum + jnp.sum(keys, axis=-2)
+        out = finish(queries @ kv, None if k_sum is None else jnp.einsum("BNTH,BNH->BNT", queries, k_sum))
+        return jnp.moveaxis(out, 1, 2).astype(query.dtype), LinearState(kv, k_sum)
+    # A segment's sum is that of the tokens up to this one and that of the later ones, which come first backwards.
+    nothing = jax.tree.map(jnp.zeros_like, state)
+    state, until = scan_chunks(sums_before, state, tokens, options.chunk_size)
+    resets = drop_at_starts(None, segment_ids[:, ::-1], heads, dtype)
+    backwards = (*(x[:, ::-1] for x in (query, key, value)), resets, None)
+    _, later = scan_chunks(functools.partial(sums_before, strict=True), nothing, backwards, options.chunk_size)
+    return finish(*jax.tree.map(lambda x, y: x + y[:, ::-1], until, later)).astype(query.dtype), state
 
 
 def _chunk(
@@ -459,194 +387,18 @@ def _chunk(
     if beta is not None:
         value = beta[..., None] * (value - key_into @ state.kv)
         system = jnp.tril(beta[..., None] * decayed_products(key, key, log_decay), -1)
-        value = jax.lax.linalg.triangular_solve(system, value, left_side=True, lower=True, unit_diagonal=True)
+        value = inverse_of_unit_lower(system) @ value
     weights = jnp.tril(decayed_products(query, key, log_decay), -1 if strict else 0)
     out = weights @ value + into @ state.kv
-    kv = jnp.einsum("bnch,bncv->bnhv", onward, value)
+    kv = jnp.einsum("BNCH,BNCV->BNHV", onward, value)
     kv += state.kv if through is None else through[..., None] * state.kv
     if state.k_sum is None:
         return LinearState(kv), (out, None)
-    total = jnp.sum(weights, axis=-1) + jnp.einsum("bnch,bnh->bnc", into, state.k_sum)
+    total = jnp.sum(weights, axis=-1) + jnp.einsum("BNCH,BNH->BNC", into, state.k_sum)
     k_sum = jnp.sum(onward, axis=-2) + (state.k_sum if through is None else through * state.k_sum)
     return LinearState(kv, k_sum), (out, total)
 
 
-# --- Pallas -----------------------------------------------------------------------------------------------------------
-
-
-def _operands(
-    query: Array,
-    key: Array,
-    value: Array,
-    log_decay: Array | None,
-    beta: Array | None,
-    state: LinearState,
-    segment_ids: Array | None,
-    *,
-    feature_map: FeatureMap,
-    scale: float | Array,
-) -> tuple[Any, ...]:
-    """The kernel's query, key, value, log_decay, beta and state. A sum of keys is kept as a value that is always 1."""
-    batch, length, heads, _ = query.shape
-    dtype = query.dtype
-    mapped = apply_feature_map(feature_map, query, key, scale, state.kv.dtype)
-    query, key = (x.astype(dtype) for x in mapped)
-    kv = state.kv
-    if state.k_sum is not None:
-        value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
-        kv = jnp.concatenate([kv, state.k_sum[..., None]], axis=-1)
-    if log_decay is not None:
-        log_decay = log_decay if log_decay.ndim == 4 else jnp.broadcast_to(log_decay, (batch, length, heads))[..., None]
-    if segment_ids is not None:
-        log_decay = _drop_at_starts(log_decay, segment_ids, heads, state.kv.dtype)
-    if log_decay is not None:
-        log_decay = jnp.maximum(log_decay.astype(state.kv.dtype), _RESET)  # the kernel multiplies it by 0
-        log_decay = jnp.broadcast_to(log_decay, (batch, length, heads, log_decay.shape[-1]))
-        log_decay = log_decay[..., 0] if log_decay.shape[-1] == 1 else log_decay
-    return query, key, value, log_decay, beta, kv
-
-
-def _pallas_tpu(
-    query: Array,
-    key: Array,
-    value: Array,
-    log_decay: Array | None,
-    beta: Array | None,
-    state: LinearState,
-    segment_ids: Array | None,
-    *,
-    is_causal: bool,
-    feature_map: FeatureMap,
-    normalize: bool,
-    scale: float | Array,
-    chunk_size: int,
-) -> tuple[Array, LinearState]:
-    from kernels_pallas.tpu.chunked_linear import chunked_linear_attention, chunked_linear_gradients
-
-    out_dtype = query.dtype
-    sums = jnp.float32 if normalize else out_dtype
-
-    def kernel(arrays: Any, _: Any, keep: bool) -> tuple[Any, Any]:
-        out, state, *kept = chunked_linear_attention(*arrays, out_dtype=sums, keep_states=keep)
-        return (out, state), kept
-
-    def gradients(arrays: Any, _: Any, kept: Any, cotangents: Any) -> Any:
-        return chunked_linear_gradients(*arrays[:-1], *kept, *cotangents)
-
-    def blocked(arrays: Any, _: Any) -> Any:
-        *tokens, kv = arrays
-        settings: Any = {"is_causal": True, "feature_map": None, "normalize": False, "chunk_size": chunk_size}
-        run: Any = functools.partial(_xla, scale=1.0, **settings)
-        out, state = run(*tokens, LinearState(kv), None)
-        return out.astype(sums), state.kv
-
-    arrays = _operands(query, key, value, log_decay, beta, state, segment_ids, feature_map=feature_map, scale=scale)
-    out, kv = kernel_call(kernel, gradients, blocked, arrays)
-    width = value.shape[-1]
-    k_sum = None if state.k_sum is None else kv[..., width]
-    if normalize:
-        out = out[..., :width] / (out[..., width:] + normalizer_epsilon(feature_map))
-    return out[..., :width].astype(out_dtype), LinearState(kv[..., :width], k_sum)
-
-
-def _pallas_tpu_refusal(
-    query: Array,
-    key: Array,
-    value: Array,
-    log_decay: Array | None,
-    beta: Array | None,
-    state: LinearState,
-    segment_ids: Array | None,
-    *,
-    is_causal: bool,
-    feature_map: FeatureMap,
-    scale: Any,
-    **_: Any,
-) -> str | None:
-    from kernels_pallas.tpu.chunked_linear import refusal
-
-    if not is_causal:
-        return "serves causal calls; the others are two products of XLA"
-    operands = functools.partial(_operands, feature_map=feature_map, scale=1.0)
-    return refusal(*jax.eval_shape(operands, query, key, value, log_decay, beta, state, segment_ids)[:-1])
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
-    "reference": _reference,
-    "xla": _xla,
-    "pallas_tpu": Kernel(_pallas_tpu, _pallas_tpu_refusal),
-}
-
-
-# --- A step of decoding -----------------------------------------------------------------------------------------------
-
-
-def _xla_step(
-    query: Array,
-    key: Array,
-    value: Array,
-    log_decay: Array | None,
-    beta: Array | None,
-    state: LinearState,
-    **options: Any,
-) -> tuple[Array, LinearState]:
-    return _reference(query, key, value, log_decay, beta, state, None, is_causal=True, **options)
-
-
-def _pallas_tpu_step(
-    query: Array,
-    key: Array,
-    value: Array,
-    log_decay: Array | None,
-    beta: Array | None,
-    state: LinearState,
-    *,
-    feature_map: FeatureMap,
-    normalize: bool,
-    scale: float | Array,
-) -> tuple[Array, LinearState]:
-    from kernels_pallas.tpu.linear_step import linear_step
-
-    out_dtype, heads = query.dtype, query.shape[2]
-    query, key = (x[:, 0] for x in apply_feature_map(feature_map, query, key, scale, jnp.float32))
-    key, value = (jnp.repeat(x, heads // x.shape[1], axis=1) for x in (key, value[:, 0].astype(jnp.float32)))
-    if log_decay is not None:
-        log_decay = log_decay.astype(jnp.float32)
-        log_decay = log_decay[:, 0] if log_decay.ndim > 1 else log_decay
-        log_decay = jnp.broadcast_to(log_decay if log_decay.ndim == 3 else log_decay[..., None], key.shape)
-    beta = None if beta is None else beta[:, 0].astype(jnp.float32)
-
-    def plain(arrays: Any, _: Any) -> Any:
-        kv, *now = arrays
-        query, key, value, log_decay, beta = jax.tree.map(lambda x: x[:, None], now)
-        state = LinearState(kv)
-        settings: Any = {"feature_map": None, "normalize": False, "scale": 1.0}
-        out, state = _xla_step(query, key, value, log_decay, beta, state, **settings)
-        return out[:, 0], state.kv
-
-    def kernel(arrays: Any, _: Any, keep: bool) -> Any:
-        kv, query, key, value, log_decay, beta = arrays
-        decay = None if log_decay is None else jnp.exp(log_decay)
-        return linear_step(kv, query, key, value, decay, beta), ()
-
-    out, kv = kernel_call(kernel, None, plain, (state.kv, query, key, value, log_decay, beta))
-    k_sum = state.k_sum
-    if k_sum is not None:
-        k_sum = (k_sum if log_decay is None else jnp.exp(log_decay) * k_sum) + key
-    if normalize:
-        out = out / (jnp.einsum("bnh,bnh->bn", query, k_sum)[..., None] + normalizer_epsilon(feature_map))
-    return out[:, None].astype(out_dtype), LinearState(kv, k_sum)
-
-
-def _pallas_tpu_step_refusal(
-    query: Any, key: Any, value: Any, log_decay: Any, beta: Any, state: LinearState, **_: Any
-) -> str | None:
-    from kernels_pallas.tpu.linear_step import refusal
-
-    return refusal(state.kv)
-
-
-STEP_IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
-    "xla": _xla_step,
-    "pallas_tpu": Kernel(_pallas_tpu_step, _pallas_tpu_step_refusal),
-}
+IMPLEMENTATIONS: Implementations = {"reference": _reference, "xla": _xla, **kernels.KERNELS}
+# A step is one token of the recurrence.
+STEP_IMPLEMENTATIONS: Implementations = {"xla": _reference, **kernels.STEP_KERNELS}

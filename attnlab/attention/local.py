@@ -17,9 +17,7 @@ known at trace time; the tile attends to its box in one dense step under the mas
 With dilation the tokens are reordered by residue group first, and each group has tiles of its own.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,17 +26,21 @@ import numpy as np
 from jax import lax
 
 from attnlab.attention import masks
-from attnlab.attention._banded import MOST_TOKENS, banded_attention, banded_refusal
-from attnlab.attention._checks import (
+from attnlab.attention._cached import attend_to_cache
+from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._kernels import local as kernels
+from attnlab.attention._shared.checks import (
     accumulator_dtype,
+    check_cached_step,
+    check_int,
     check_query_key_value,
+    check_segment_ids,
     default_scale,
     per_axis,
     require,
 )
-from attnlab.attention._dispatch import Kernel, dispatch
-from attnlab.attention._softmax import softmax_parts
-from attnlab.attention.dot_product import attend_to_cache, check_segment_ids, check_step, dense_attention
+from attnlab.attention._shared.softmax import dense_attention, softmax_parts
+from attnlab.attention._shared.tiles import Tiles, cut_tiles, group_residues, join_tiles
 
 Array = jax.Array
 
@@ -143,9 +145,7 @@ def windowed_attention(
         require(k * d <= length, "window", window, f"at most {length // d} = {length}{dilated} fits {where}")
         require(1 <= s <= k, "stride", stride, f"must be from 1 to the window, {k}, {where}")
     require(edge in ("shift", "clip"), "edge", repr(edge), "need 'shift' or 'clip'")
-    if isinstance(sinks, bool) or not hasattr(sinks, "__index__"):
-        raise TypeError(f"sinks: got {sinks!r}; need an int")
-    require(sinks >= 0, "sinks", sinks, "must be at least 0")
+    sinks = check_int("sinks", sinks, least=0)
     require(sinks == 0 or causal == (True,), "sinks", sinks, "needs one space axis and is_causal=True; else must be 0")
     assert sinks == 0 or dilation == 1, "no primitive offers sinks with dilation, and the blocked form has none"
     if segment_ids is not None:
@@ -163,7 +163,7 @@ def windowed_attention(
         dilation=dilations,
         is_causal=causal,
         edge=edge,
-        sinks=int(sinks),
+        sinks=sinks,
         scale=default_scale(scale, query.shape[-1]),
     )
 
@@ -184,20 +184,7 @@ def _reference(
     return out.reshape(batch, *space, *out.shape[-2:]), lse.reshape(batch, *space, -1)
 
 
-class _Tiles(NamedTuple):
-    """How one axis is tiled. Arrays int32 [number of tiles], in the coordinates of the tile's residue group."""
-
-    size: int  # queries in a tile
-    box: int  # keys in a tile's box
-    groups: int  # residue groups
-    group_length: int  # of the longest group; on the reordered axis every group takes this much
-    length: np.ndarray  # length of the tile's group
-    residue: np.ndarray  # the tile's group
-    query: np.ndarray  # the tile's first query
-    key: np.ndarray  # the box's first key
-
-
-def _tile_axis(axis: masks.AxisWindow, rank: int) -> _Tiles:
+def _tile_axis(axis: masks.AxisWindow, rank: int) -> Tiles:
     group_length = axis.group_length(0)
     # Half the window balances the box's overhang against small matrix products; a multiple of the stride lets a
     # stride group, which shares one window, stay in one tile.
@@ -212,7 +199,28 @@ def _tile_axis(axis: masks.AxisWindow, rank: int) -> _Tiles:
     start, _ = axis.group_bounds(np.minimum(query, length - 1), length)
     _, end = axis.group_bounds(np.minimum(query + size - 1, length - 1), length)
     box = int(np.max(end - start))
-    return _Tiles(size, box, axis.dilation, group_length, length, residue, query, np.minimum(start, group_length - box))
+    return Tiles(size, box, axis.dilation, group_length, length, residue, query, np.minimum(start, group_length - box))
+
+
+class _Part(NamedTuple):
+    """One tile: query [B, K, G, tile, H], ids [B, tile], and per axis, int32 [rank], the length of the tile's residue
+    group, the numbers of its first query and of its box's first key in the group, and where the box begins on the
+    reordered axis."""
+
+    query: Array
+    ids: Array | None
+    length: Array
+    first_query: Array
+    first_key: Array
+    box_start: Array
+
+
+class _Keys(NamedTuple):
+    """[B, K, *space, H], [B, K, *space, V] and ids [B, *space], or of sinks with one axis in place of space."""
+
+    key: Array
+    value: Array
+    ids: Array | None
 
 
 def _xla(
@@ -221,237 +229,110 @@ def _xla(
     value: Array,
     segment_ids: Array | None,
     *,
-    window: tuple[int, ...],
-    stride: tuple[int, ...],
-    dilation: tuple[int, ...],
-    is_causal: tuple[bool, ...],
-    edge: masks.Edge,
     sinks: int,
     scale: Any,
+    **settings: Any,
 ) -> tuple[Array, Array]:
-    batch, *space, heads, head_dim = query.shape
-    key_heads, value_dim = key.shape[-2], value.shape[-1]
-    group = heads // key_heads  # query heads that read one key head
-    rank = len(space)
-    sinks = min(sinks, space[0])
+    batch, *space, heads, _ = query.shape
     dtype = accumulator_dtype(query, key, value)
-    axes = masks.axis_windows(space, window=window, stride=stride, dilation=dilation, is_causal=is_causal, edge=edge)
-    tiles = [_tile_axis(axis, rank) for axis in axes]
-    box = tuple(t.box for t in tiles)
+    axes = masks.axis_windows(space, **settings)
+    tiles = [_tile_axis(axis, len(space)) for axis in axes]
+    keys, values = (jnp.moveaxis(x, -2, 1) for x in (key, value))
+    first = None
+    if sinks:
+        ids = None if segment_ids is None else segment_ids[:, :sinks]
+        first = _Keys(keys[:, :, :sinks], values[:, :, :sinks], ids)
+    reordered = _Keys(
+        group_residues(keys, tiles, first=2),
+        group_residues(values, tiles, first=2),
+        None if segment_ids is None else group_residues(segment_ids, tiles, first=1),
+    )
+    parts = _parts(query, segment_ids, key.shape[-2], tiles)
 
-    # Keys [B, K, *space, H], each axis reordered by residue group; queries [tiles, B, K, G, tile, H].
-    query_tiles = _cut_tiles(query.reshape(batch, *space, key_heads, group, head_dim), tiles)
-    query_tiles = jnp.moveaxis(query_tiles, 2, 4)
-    keys, values = (_group_residues(jnp.moveaxis(x, -2, 1), tiles, first=2) for x in (key, value))
-    sink_parts = [jnp.moveaxis(x[:, :sinks], -2, 1) for x in (key, value)] if sinks else None
-    if segment_ids is not None:
-        segments = _group_residues(segment_ids, tiles, first=1)
-        segment_tiles = _cut_tiles(segment_ids, tiles)
-
-    # The tables of all axes, for the product of their tiles: int32 [tiles, rank].
-    def table(field: str) -> np.ndarray:
-        grids = np.meshgrid(*(getattr(t, field) for t in tiles), indexing="ij")
-        return np.stack([grid.ravel() for grid in grids], axis=-1).astype(np.int32)
-
-    length, residue, first_query, first_key = (table(name) for name in ("length", "residue", "query", "key"))
-    box_start = residue * np.array([t.group_length for t in tiles], np.int32) + first_key
-    parts = {
-        "query": query_tiles,
-        "length": length,
-        "first_query": first_query,
-        "first_key": first_key,
-        "box_start": box_start,
-        "segment": segment_tiles if segment_ids is not None else None,
-    }
-
-    def attend(part: dict[str, Any]) -> tuple[Array, Array]:
-        """One tile: out [B, K, G, tile, V] and lse [B, K, G, tile]."""
-
-        def take_box(x: Array, first: int) -> Array:
-            """The box of x [.., *space, ..], whose space axes begin at `first`, flattened to one axis."""
-            start = [np.int32(0)] * x.ndim  # of one dtype with box_start, also under jax_enable_x64
-            start[first : first + rank] = list(part["box_start"])
-            sizes = (*x.shape[:first], *box, *x.shape[first + rank :])
-            return lax.dynamic_slice(x, start, sizes).reshape(*x.shape[:first], -1, *x.shape[first + rank :])
-
-        visible = jnp.ones((1, 1), bool)
-        for a, (axis, t) in enumerate(zip(axes, tiles, strict=True)):
-            # Queries in the padding copy the group's last one; they are dropped afterwards.
-            query_index = jnp.minimum(part["first_query"][a] + jnp.arange(t.size), part["length"][a] - 1)
-            start, end = axis.group_bounds(query_index[:, None], part["length"][a])
-            key_index = part["first_key"][a] + jnp.arange(t.box)
-            sees = (start <= key_index) & (key_index < end)
-            visible = visible[:, None, :, None] & sees[None, :, None, :]
-            visible = visible.reshape(visible.shape[0] * t.size, -1)
-        key, value = take_box(keys, 2), take_box(values, 2)
-        if sink_parts is not None:
-            # A sink inside the window is counted there. `start` is the only axis' here.
-            key, value = (jnp.concatenate([s, x], axis=2) for s, x in zip(sink_parts, (key, value), strict=True))
-            visible = jnp.concatenate([jnp.arange(sinks) < start, visible], axis=1)
-        if segment_ids is not None:
-            ids = take_box(segments, 1)
-            if sinks:
-                ids = jnp.concatenate([segment_ids[:, :sinks], ids], axis=1)
-            visible = visible & (part["segment"][:, :, None] == ids[:, None, :])[:, None, None]
-        logits = jnp.asarray(scale, dtype) * jnp.einsum(
-            "bkgth,bksh->bkgts", part["query"], key, preferred_element_type=dtype
-        )
-        numerators, denominator, lse = softmax_parts(logits, visible)
-        out = jnp.einsum("bkgts,bksv->bkgtv", numerators, value.astype(dtype), preferred_element_type=dtype)
-        return (out / denominator).astype(query.dtype), lse
+    def attend(part: _Part) -> tuple[Array, Array]:
+        out, lse = _attend(part, reordered, first, axes, tiles, scale, dtype)
+        return out.astype(query.dtype), lse
 
     # Logits are recomputed in the backward: what is kept for it is linear in the number of positions.
     logit_bytes = batch * heads * math.prod(t.size * t.box for t in tiles) * jnp.dtype(dtype).itemsize
-    count = len(box_start)
+    count = len(parts.box_start)
     most = min(max(1, _GROUP_BYTES // logit_bytes), count)
     # Groups of equal size, if one fits, spare the compilation of a smaller last one.
     together = max((n for n in range(-(-most // 2), most + 1) if count % n == 0), default=most)
     out, lse = lax.map(jax.checkpoint(attend, prevent_cse=False), parts, batch_size=together)
 
-    out = _join_tiles(jnp.moveaxis(out, 4, 2), tiles, space).reshape(batch, *space, heads, value_dim)
-    return out, _join_tiles(jnp.moveaxis(lse, 4, 2), tiles, space).reshape(batch, *space, heads)
+    out = join_tiles(jnp.moveaxis(out, 4, 2), tiles, space).reshape(batch, *space, heads, value.shape[-1])
+    return out, join_tiles(jnp.moveaxis(lse, 4, 2), tiles, space).reshape(batch, *space, heads)
 
 
-def _group_residues(x: Array, tiles: list[_Tiles], first: int) -> Array:
-    """Reorders space axes, which begin at `first`, by residue group: [L] -> [groups * group_length], padded with 0."""
-    for axis, t in enumerate(tiles, first):
-        if t.groups == 1:
-            continue
-        x = _pad(x, axis, t.groups * t.group_length)
-        split = x.reshape(*x.shape[:axis], t.group_length, t.groups, *x.shape[axis + 1 :])
-        x = jnp.swapaxes(split, axis, axis + 1).reshape(x.shape)
-    return x
+def _parts(query: Array, segment_ids: Array | None, key_heads: int, tiles: list[Tiles]) -> _Part:
+    """All tiles, in front of every array."""
+    batch, *space, heads, head_dim = query.shape
+    query_tiles = cut_tiles(query.reshape(batch, *space, key_heads, heads // key_heads, head_dim), tiles)
+
+    def table(field: str) -> np.ndarray:
+        """A field of all axes, for the product of their tiles: int32 [tiles, rank]."""
+        grids = np.meshgrid(*(getattr(t, field) for t in tiles), indexing="ij")
+        return np.stack([grid.ravel() for grid in grids], axis=-1).astype(np.int32)
+
+    length, residue, first_query, first_key = (table(name) for name in ("length", "residue", "query", "key"))
+    box_start: Any = residue * np.array([t.group_length for t in tiles], np.int32) + first_key
+    ids = None if segment_ids is None else cut_tiles(segment_ids, tiles)
+    return _Part(jnp.moveaxis(query_tiles, 2, 4), ids, *map(jnp.asarray, (length, first_query, first_key, box_start)))
 
 
-def _pad(x: Array, axis: int, length: int) -> Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, length - x.shape[axis])
-    return jnp.pad(x, widths)
-
-
-def _cut_tiles(x: Array, tiles: list[_Tiles]) -> Array:
-    """[B, *space, ...] -> [tiles, B, tile, ...], tiles and the tokens in them in row-major order, padded with 0."""
-    batch, rest = x.shape[0], x.shape[1 + len(tiles) :]
-    x = _group_residues(x, tiles, first=1)
-    for i, t in enumerate(tiles):
-        axis = 1 + 2 * i  # the axes before have become (tiles, tile)
-        count = len(t.query) // t.groups
-        x = x.reshape(*x.shape[:axis], t.groups, t.group_length, *x.shape[axis + 1 :])
-        x = _pad(x, axis + 1, count * t.size)
-        x = x.reshape(*x.shape[:axis], t.groups * count, t.size, *x.shape[axis + 2 :])
-    counts, sizes = range(1, 2 * len(tiles), 2), range(2, 2 * len(tiles) + 1, 2)
-    x = x.transpose(*counts, 0, *sizes, *range(1 + 2 * len(tiles), x.ndim))
-    return x.reshape(-1, batch, math.prod(t.size for t in tiles), *rest)
-
-
-def _join_tiles(x: Array, tiles: list[_Tiles], space: list[int]) -> Array:
-    """The inverse of _cut_tiles: [tiles, B, tile, ...] -> [B, *space, ...]."""
-    rank, rest = len(tiles), x.shape[3:]
-    x = x.reshape(*(len(t.query) for t in tiles), x.shape[1], *(t.size for t in tiles), *rest)
-    pairs = [axis for i in range(rank) for axis in (i, rank + 1 + i)]
-    x = x.transpose(rank, *pairs, *range(2 * rank + 1, x.ndim))
-    for axis, (t, length) in enumerate(zip(tiles, space, strict=True), 1):
-        # [.., groups * count, size, ..] -> [.., groups, group_length, ..] -> [.., length, ..]
-        x = x.reshape(*x.shape[:axis], t.groups, -1, *x.shape[axis + 2 :])
-        x = lax.slice_in_dim(x, 0, t.group_length, axis=axis + 1)
-        x = jnp.swapaxes(x, axis, axis + 1).reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-        x = lax.slice_in_dim(x, 0, length, axis=axis)
-    return x
-
-
-# Tokens along each side of the kernels' tiles in several axes.
-_KERNEL_TILE = {2: (16, 16), 3: (8, 8, 4)}
-
-
-class _Layout(NamedTuple):
-    """How the kernels see the tokens: cut into tiles as _cut_tiles does, all in one axis.
-
-    bounds: per axis (starts, ends) of the places that a place sees, residue groups behind each other, each padded to
-    whole tiles; int [places].
-    """
-
-    tiles: list[_Tiles]
-    bounds: list[tuple[np.ndarray, np.ndarray]]
-
-    def cut(self, x: Array) -> Array:
-        """[B, *space, ...] -> [B, tokens, ...], 0 in the padding."""
-        x = jnp.moveaxis(_cut_tiles(x, self.tiles), 0, 1)
-        return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-    def join(self, x: Array, space: list[int]) -> Array:
-        """The inverse of cut."""
-        size = math.prod(t.size for t in self.tiles)
-        return _join_tiles(jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0), self.tiles, space)
-
-    def pattern(self, sinks: int, module: Any, arrays: Any) -> Any:
-        """The pattern of a module of kernels. Several axes have tiles of their own."""
-        from kernels_pallas.tpu.banded_flash import boxes, intervals
-
-        if len(self.tiles) > 1:
-            return boxes(self.bounds, [t.size for t in self.tiles])
-        ((starts, ends),) = self.bounds
-        block_q, block_k = module.default_blocks(*arrays)
-        return intervals(starts, ends, len(starts), sinks=sinks, block_q=block_q, block_k=block_k)
-
-
-def _layout(space: Any, **settings: Any) -> _Layout:
-    axes = masks.axis_windows(space, **settings)
-    tiles, bounds = [], []
-    for axis, side in zip(axes, _KERNEL_TILE.get(len(axes), (None,)), strict=True):
-        group_length = -(-axis.length // axis.dilation)
-        size = side or group_length  # intervals need no alignment
-        padded = -(-group_length // size) * size
-        residue, index = np.repeat(np.arange(axis.dilation), padded), np.tile(np.arange(padded), axis.dilation)
-        length = axis.group_length(residue)
-        starts, ends = axis.group_bounds(np.minimum(index, length - 1), length)  # padding copies a group's last token
-        bounds.append((starts + residue * padded, ends + residue * padded))
-        first = residue[::size], index[::size]
-        tiles.append(_Tiles(size, 0, axis.dilation, group_length, axis.group_length(first[0]), *first, first[1]))
-    return _Layout(tiles, bounds)
-
-
-def _pallas_tpu(
-    query: Array, key: Array, value: Array, segment_ids: Array | None, *, scale: Any, sinks: int, **settings: Any
+def _attend(
+    part: _Part,
+    keys: _Keys,
+    sinks: _Keys | None,
+    axes: tuple[masks.AxisWindow, ...],
+    tiles: list[Tiles],
+    scale: Any,
+    dtype: Any,
 ) -> tuple[Array, Array]:
-    space = list(query.shape[1:-2])
-    layout = _layout(space, **settings)
+    """One tile to its box of keys and to the sinks: out [B, K, G, tile, V] and lse [B, K, G, tile]."""
+    box = tuple(t.box for t in tiles)
 
-    def blocked(query: Array, key: Array, value: Array, pair: Any, scale: Any) -> Any:
-        query, key, value = (layout.join(x, space) for x in (query, key, value))
-        ids = None if pair is None else layout.join(pair[0], space)
-        return tuple(map(layout.cut, _xla(query, key, value, ids, scale=scale, sinks=sinks, **settings)))
+    def take_box(x: Array, first: int) -> Array:
+        """The box of x [.., *space, ..], whose space axes begin at `first`, flattened to one axis."""
+        start: list[Any] = [np.int32(0)] * x.ndim  # of one dtype with box_start, also under jax_enable_x64
+        rest = first + len(box)
+        start[first:rest] = list(part.box_start)
+        sizes = (*x.shape[:first], *box, *x.shape[rest:])
+        return lax.dynamic_slice(x, start, sizes).reshape(*x.shape[:first], -1, *x.shape[rest:])
 
-    ids = None if segment_ids is None else layout.cut(segment_ids)
-    query, key, value = map(layout.cut, (query, key, value))
-    out, lse = banded_attention(
-        query,
-        key,
-        value,
-        None if ids is None else (ids, ids),
-        scale=scale,
-        pattern_of=functools.partial(layout.pattern, sinks),
-        blocked=blocked,
-    )
-    return layout.join(out, space), layout.join(lse, space)
+    visible, start = _sees(part, axes, tiles)
+    key, value = take_box(keys.key, 2), take_box(keys.value, 2)
+    ids = None if keys.ids is None else take_box(keys.ids, 1)
+    if sinks is not None:
+        # A sink inside the window is counted there. `start` is the only axis' here.
+        key, value = jnp.concatenate([sinks.key, key], axis=2), jnp.concatenate([sinks.value, value], axis=2)
+        visible = jnp.concatenate([jnp.arange(sinks.key.shape[2]) < start, visible], axis=1)
+        ids = None if ids is None or sinks.ids is None else jnp.concatenate([sinks.ids, ids], axis=1)
+    if part.ids is not None and ids is not None:
+        visible = visible & (part.ids[:, :, None] == ids[:, None, :])[:, None, None]
+    logits = jnp.asarray(scale, dtype) * jnp.einsum("BKGTH,BKSH->BKGTS", part.query, key, preferred_element_type=dtype)
+    numerators, denominator, lse = softmax_parts(logits, visible)
+    out = jnp.einsum("BKGTS,BKSV->BKGTV", numerators, value.astype(dtype), preferred_element_type=dtype)
+    return out / denominator, lse
 
 
-def _pallas_tpu_refusal(
-    query: Array, key: Array, value: Array, segment_ids: Array | None, *, scale: Any, sinks: int, **settings: Any
-) -> str | None:
-    if math.prod(query.shape[1:-2]) > MOST_TOKENS:
-        return f"serves up to {MOST_TOKENS} tokens, got {math.prod(query.shape[1:-2])}"
-    layout = _layout(query.shape[1:-2], **settings)
-    query, key, value = jax.eval_shape(lambda *x: tuple(map(layout.cut, x)), query, key, value)
-    ids = None if segment_ids is None else (jax.eval_shape(layout.cut, segment_ids),) * 2
-    return banded_refusal(query, key, value, ids, functools.partial(layout.pattern, sinks))
+def _sees(part: _Part, axes: tuple[masks.AxisWindow, ...], tiles: list[Tiles]) -> tuple[Array, Array]:
+    """bool [tile, box], and where each query's window begins on the last axis, [tile, 1]."""
+    visible = jnp.ones((1, 1), bool)
+    for a, (axis, t) in enumerate(zip(axes, tiles, strict=True)):
+        # Queries in the padding copy the group's last one; they are dropped afterwards.
+        query_index = jnp.minimum(part.first_query[a] + jnp.arange(t.size), part.length[a] - 1)
+        start, end = axis.group_bounds(query_index[:, None], part.length[a])
+        key_index = part.first_key[a] + jnp.arange(t.box)
+        sees = (start <= key_index) & (key_index < end)
+        visible = visible[:, None, :, None] & sees[None, :, None, :]
+        visible = visible.reshape(visible.shape[0] * t.size, -1)
+    return visible, start
 
 
 # All take (query, key, value, segment_ids) and the options of _xla, settings per axis as tuples; all give (out, lse).
-IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
-    "reference": _reference,
-    "xla": _xla,
-    "pallas_tpu": Kernel(_pallas_tpu, _pallas_tpu_refusal),
-}
+IMPLEMENTATIONS: Implementations = {"reference": _reference, "xla": _xla, **kernels.KERNELS}
 
 
 class LocalCache(NamedTuple):
@@ -477,9 +358,8 @@ def init_local_cache(
     dtype: Any = jnp.float32,
 ) -> LocalCache:
     """An empty cache for causal decoding, of any number of tokens. value_dim=None means head_dim."""
-    require(window >= 1, "window", window, "must be at least 1")
-    require(sinks >= 0, "sinks", sinks, "must be at least 0")
-    shape = (batch, sinks + window, num_key_heads)
+    slots = check_int("sinks", sinks, least=0) + check_int("window", window, least=1)
+    shape = (batch, slots, num_key_heads)
     return LocalCache(
         key=jnp.zeros((*shape, head_dim), dtype),
         value=jnp.zeros((*shape, head_dim if value_dim is None else value_dim), dtype),
@@ -514,7 +394,7 @@ def local_step(
 
     Complexity: O(window + sinks) time and memory.
     """
-    check_step(query, key, value, cache.key, cache.value)
+    check_cached_step(query, key, value, cache.key, cache.value)
     slots = cache.key.shape[1]
     require(window + sinks == slots, "window", f"{window} + {sinks} sinks", f"the cache was made for {slots} together")
     require(1 <= stride <= window, "stride", stride, f"must be from 1 to the window, {window}")

@@ -25,16 +25,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from attnlab.attention import dot_product, local, masks
-from attnlab.attention._banded import PatternOf, banded_attention, banded_refusal
-from attnlab.attention._checks import accumulator_dtype, check_query_key_value, default_scale, require, shape_text
-from attnlab.attention._dispatch import Kernel, dispatch
-from attnlab.attention._kernel_call import kernel_call
-from attnlab.attention._softmax import softmax_parts
-from attnlab.attention.dot_product import DotProductCache, check_step, dense_attention, init_dot_product_cache
+from attnlab.attention import dot_product, local
+from attnlab.attention._dispatch.choice import Implementations, dispatch, form_of
+from attnlab.attention._kernels import covariance
+from attnlab.attention._shared.checks import (
+    accumulator_dtype,
+    check_cached_step,
+    check_int,
+    check_query_key_value,
+    default_scale,
+    require,
+    shape_text,
+)
+from attnlab.attention._shared.heads import repeat_key_heads
+from attnlab.attention._shared.softmax import dense_attention
+from attnlab.attention._shared.softmax_weights import SoftmaxWeights, check_window, dense_weights, weights_of
+from attnlab.attention.dot_product import DotProductCache, init_dot_product_cache
 
 Array = jax.Array
 
@@ -90,15 +98,14 @@ def local_linear_attention(
     """
     check_query_key_value(query, key, value)
     batch, length, heads, head_dim = query.shape
-    check_window(window, is_causal, length)
+    window = check_window(window, is_causal, length)
     require(
         isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool) and 0 < tolerance < 1,
         "tolerance",
         repr(tolerance),
         "need a number between 0 and 1",
     )
-    is_count = isinstance(max_iterations, int) and not isinstance(max_iterations, bool)
-    require(is_count and max_iterations >= 1, "max_iterations", repr(max_iterations), "need an int of at least 1")
+    max_iterations = check_int("max_iterations", max_iterations, least=1)
     out, residuals = dispatch(
         "local_linear_attention",
         IMPLEMENTATIONS,
@@ -129,8 +136,7 @@ def _reference(
     max_iterations: int,
 ) -> tuple[Array, LocalLinearResiduals]:
     dtype = accumulator_dtype(query, key, value)
-    group = query.shape[2] // key.shape[2]
-    q, k, v = query.astype(dtype), *(jnp.repeat(x.astype(dtype), group, axis=2) for x in (key, value))
+    q, k, v = query.astype(dtype), *(repeat_key_heads(x.astype(dtype), query.shape[2]) for x in (key, value))
     p = dense_weights(q, k, scale=scale, is_causal=is_causal, window=window)
     key_mean = jnp.einsum("BNTS,BSNH->BTNH", p, k)
     centred = k[:, None] - key_mean[:, :, None]  # [B, T, S, N, H]
@@ -145,7 +151,24 @@ def _reference(
     return out.astype(query.dtype), _residuals(solution, offset, zeros.astype(jnp.int32), zeros)
 
 
-def _xla(
+def blocked_weights(
+    query: Array, key: Array, value: Array, *, scale: Any, is_causal: bool, window: int | None
+) -> SoftmaxWeights:
+    """By the blocked forms of dot-product and local attention."""
+
+    def attend(query: Array, values: Array) -> Array:
+        if window is None:
+            blocked = form_of(dot_product.IMPLEMENTATIONS, "xla")
+            return blocked(query, key, values, None, None, None, is_causal=is_causal, scale=1.0)[0]
+        banded = form_of(local.IMPLEMENTATIONS, "xla")
+        settings = {"window": (window,), "stride": (1,), "dilation": (1,), "is_causal": (is_causal,)}
+        return banded(query, key, values, None, edge="shift", sinks=0, scale=1.0, **settings)[0]
+
+    return weights_of(attend, scale * query.astype(accumulator_dtype(query, key)), key, value)
+
+
+def _by_weights(
+    weights: Callable[..., SoftmaxWeights],
     query: Array,
     key: Array,
     value: Array,
@@ -157,33 +180,27 @@ def _xla(
     tolerance: float,
     max_iterations: int,
 ) -> tuple[Array, LocalLinearResiduals]:
-    attention = blocked_attention(query, key, scale=scale, is_causal=is_causal, window=window)
-    return _regress(attention, query, key, value, ridge, tolerance=tolerance, max_iterations=max_iterations)
+    """From the sums under the softmax weights: blocked_weights, or those of kernels."""
+    attention = weights(query, key, value, scale=scale, is_causal=is_causal, window=window)
+    dtype = accumulator_dtype(query, key, value)
+    return _regress(attention, query.astype(dtype), ridge, tolerance, max_iterations, query.dtype)
 
 
 def _regress(
-    attention: "SoftmaxWeights",
-    query: Array,
-    key: Array,
-    value: Array,
-    ridge: Array,
-    *,
-    tolerance: float,
-    max_iterations: int,
+    attention: SoftmaxWeights, query: Array, ridge: Array, tolerance: float, max_iterations: int, out_dtype: Any
 ) -> tuple[Array, LocalLinearResiduals]:
-    """ridge: [B, T, N, 1]."""
-    dtype = accumulator_dtype(query, key, value)
-    offset = query.astype(dtype) - attention.mean(key)
+    """query: in the accumulator's dtype. ridge: [B, T, N, 1]."""
+    offset = query - attention.key_mean()
 
     def product(x: Array) -> Array:
-        return attention.covariance(key, x) + ridge * x
+        return attention.key_covariance(x) + ridge * x
 
     def solve(product: Callable[[Array], Array], offset: Array) -> tuple[Array, tuple[Array, Array]]:
         return _conjugate_gradients(product, offset, tolerance, max_iterations)
 
     solution, (iterations, residual) = lax.custom_linear_solve(product, offset, solve, symmetric=True, has_aux=True)
-    out = attention.mean(value) + attention.covariance(value, solution)
-    return out.astype(query.dtype), _residuals(solution, offset, iterations, residual)
+    out = attention.value_mean() + attention.value_covariance(solution)
+    return out.astype(out_dtype), _residuals(solution, offset, iterations, residual)
 
 
 def _conjugate_gradients(
@@ -233,174 +250,11 @@ def _residuals(solution: Array, offset: Array, iterations: Array, residual: Arra
     return LocalLinearResiduals(solution, -solution / ratio, iterations, residual)
 
 
-def _pallas_tpu(
-    query: Array,
-    key: Array,
-    value: Array,
-    ridge: Array,
-    *,
-    is_causal: bool,
-    window: int | None,
-    scale: Any,
-    tolerance: float,
-    max_iterations: int,
-) -> tuple[Array, LocalLinearResiduals]:
-    attention = pallas_attention(query, key, scale=scale, is_causal=is_causal, window=window)
-    return _regress(attention, query, key, value, ridge, tolerance=tolerance, max_iterations=max_iterations)
-
-
-def _pallas_tpu_refusal(
-    query: Array, key: Array, value: Array, ridge: Array, *, is_causal: bool, window: int | None, **_: Any
-) -> str | None:
-    return pallas_refusal(query, key, value, is_causal=is_causal, window=window)
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
+IMPLEMENTATIONS: Implementations = {
     "reference": _reference,
-    "xla": _xla,
-    "pallas_tpu": Kernel(_pallas_tpu, _pallas_tpu_refusal),
+    "xla": functools.partial(_by_weights, blocked_weights),
+    **covariance.kernels(_by_weights, blocked_weights),
 }
-
-
-# --- Shared with Parallax ---------------------------------------------------------------------------------------------
-
-
-class SoftmaxWeights(NamedTuple):
-    """Sums under the softmax weights p of a query over its keys, in the accumulator's dtype.
-
-    mean: values [B, T, K, V] -> sum_s p_s v_s [B, T, N, V]. covariance: values, x [B, T, N, H] -> Cov_p(v, k) x.
-    """
-
-    mean: Callable[[Array], Array]
-    covariance: Callable[[Array, Array], Array]
-
-
-def blocked_attention(query: Array, key: Array, *, scale: Any, is_causal: bool, window: int | None) -> SoftmaxWeights:
-    """By the blocked forms of dot-product and local attention."""
-
-    def attend(query: Array, values: Array) -> Array:
-        if window is None:
-            blocked: Any = dot_product.IMPLEMENTATIONS["xla"]
-            return blocked(query, key, values, None, None, None, is_causal=is_causal, scale=1.0)[0]
-        banded: Any = local.IMPLEMENTATIONS["xla"]
-        settings = {"window": (window,), "stride": (1,), "dilation": (1,), "is_causal": (is_causal,)}
-        return banded(query, key, values, None, edge="shift", sinks=0, scale=1.0, **settings)[0]
-
-    return weights_of(attend, scale * query.astype(accumulator_dtype(query, key)))
-
-
-def weights_of(attend: Callable[[Array, Array], Array], query: Array) -> SoftmaxWeights:
-    """attend(scaled query, values): softmax attention, whose forward derivative gives the covariance."""
-
-    def covariance(values: Array, x: Array) -> Array:
-        return jax.jvp(lambda query: attend(query, values), (query,), (x,))[1]
-
-    return SoftmaxWeights(lambda values: attend(query, values), covariance)
-
-
-def _bounds(length: int, is_causal: bool, window: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(starts, ends) of the keys that each query sees."""
-    position = np.arange(length)
-    if window is None:
-        return np.zeros(length, int), position + 1 if is_causal else np.full(length, length)
-    return masks.window_bounds(position, length, window=window, stride=1, is_causal=is_causal, edge="shift")
-
-
-def _pattern_of(is_causal: bool, window: int | None) -> PatternOf:
-    from kernels_pallas.tpu.banded_flash import intervals
-
-    def pattern(module: Any, arrays: Any) -> Any:
-        length = arrays[0].shape[1]
-        starts, ends = _bounds(length, is_causal, window)
-        block_q, block_k = module.default_blocks(*arrays)
-        return intervals(starts, ends, length, block_q=block_q, block_k=block_k)
-
-    return pattern
-
-
-def pallas_attention(query: Array, key: Array, *, scale: Any, is_causal: bool, window: int | None) -> SoftmaxWeights:
-    """By the TPU kernels."""
-    from kernels_pallas.tpu import banded_covariance
-
-    pattern_of = _pattern_of(is_causal, window)
-    settings: Any = {"is_causal": is_causal, "window": window}
-
-    def attend_blocked(query: Array, key: Array, value: Array, _: None, scale: Any) -> Any:
-        out = blocked_attention(query, key, scale=scale, **settings).mean(value).astype(query.dtype)
-        return out, jnp.zeros(query.shape[:3], jnp.float32)  # the lse's derivative is not asked for
-
-    scale = jnp.asarray(scale, jnp.float32)
-    means: list[tuple[Array, Array, Array]] = []  # (values, their mean, lse)
-
-    def mean_and_lse(values: Array) -> tuple[Array, Array]:
-        for known, mean, lse in means:
-            if known is values:
-                return mean, lse
-        # The lse is used as a constant: that it depends on query and key is part of the covariance's own gradients.
-        mean, lse = banded_attention(
-            query, key, values, None, scale=scale, pattern_of=pattern_of, blocked=attend_blocked
-        )
-        means.append((values, mean, lax.stop_gradient(lse)))
-        return mean, means[-1][2]
-
-    def covariance_kernel(arrays: Any, fixed: Any, keep: bool) -> tuple[Any, Any]:
-        *tokens, x, scale = arrays
-        run: Any = functools.partial(banded_covariance.banded_covariance, pattern=pattern_of(banded_covariance, tokens))
-        out = run(*tokens, x, *fixed[:2], scale=scale)
-        return out, out
-
-    def covariance_gradients(arrays: Any, fixed: Any, kept: Any, cotangent: Any) -> Any:
-        *tokens, x, scale = arrays
-        run: Any = banded_covariance.banded_covariance_gradients
-        pattern = pattern_of(banded_covariance, tokens)
-        return run(*tokens, x, *fixed, kept, cotangent, pattern=pattern, scale=scale)
-
-    def covariance_blocked(arrays: Any, _: Any) -> Any:
-        query, key, values, x, scale = arrays
-        return blocked_attention(query, key, scale=scale, **settings).covariance(values, x)
-
-    def covariance(values: Array, x: Array) -> Array:
-        key_mean, lse = mean_and_lse(key)
-        fixed = lax.stop_gradient((lse, key_mean, mean_and_lse(values)[0]))
-        arrays = (query, key, values, x.astype(jnp.float32), scale)
-        return kernel_call(covariance_kernel, covariance_gradients, covariance_blocked, arrays, fixed)
-
-    return SoftmaxWeights(lambda values: mean_and_lse(values)[0].astype(jnp.float32), covariance)
-
-
-def pallas_refusal(query: Array, key: Array, value: Array, *, is_causal: bool, window: int | None) -> str | None:
-    from kernels_pallas.tpu import banded_covariance
-
-    pattern_of = _pattern_of(is_causal, window)
-    for values in (key, value):
-        arrays = (query, key, values)
-        reason = banded_refusal(*arrays, None, pattern_of)
-        reason = reason or banded_covariance.refusal(*arrays, pattern=pattern_of(banded_covariance, arrays))
-        if reason is not None:
-            return reason
-    return None
-
-
-def dense_weights(query: Array, key: Array, *, scale: Any, is_causal: bool, window: int | None) -> Array:
-    """Softmax weights [B, N, T, S] of query and key [B, T, N, H]."""
-    length = query.shape[1]
-    mask = masks.Mask(lambda query, key: (query[0] >= 0) & (key[0] >= 0))
-    if window is not None:
-        mask = masks.neighborhood((length,), window, is_causal=is_causal)
-    elif is_causal:
-        mask = masks.causal()
-    logits = scale * jnp.einsum("BTNH,BSNH->BNTS", query, key)
-    numerators, denominator, _ = softmax_parts(logits, masks.dense_mask(mask, (length,)))
-    return numerators / denominator
-
-
-def check_window(window: Any, is_causal: Any, length: int) -> None:
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal: got {is_causal!r}; need a bool")
-    if window is None:
-        return
-    require(isinstance(window, int) and not isinstance(window, bool), "window", repr(window), "need an int or None")
-    require(1 <= window <= length, "window", window, f"need 1 to the length, {length}")
 
 
 def _per_query(ridge: Any, shape: tuple[int, int, int], dtype: Any) -> Array:
@@ -434,8 +288,7 @@ def init_local_linear_cache(
 ) -> DotProductCache:
     """An empty cache for causal decoding of local linear attention or Parallax, of at most max_length tokens; with a
     window it keeps that many, and decodes any number."""
-    require(window is None or window >= 1, "window", window, "need at least 1")
-    slots = max_length if window is None else window
+    slots = max_length if window is None else check_int("window", window, least=1)
     return init_dot_product_cache(batch, slots, num_key_heads, head_dim, value_dim=value_dim, dtype=dtype)
 
 
@@ -461,18 +314,11 @@ def local_linear_step(
     Returns:
       ([B, 1, N, V] in query's dtype, the cache with the token added). Without a window, out is NaN past max_length.
     """
-    check_step(query, key, value, cache.key, cache.value)
+    check_cached_step(query, key, value, cache.key, cache.value)
     wide = query.astype(accumulator_dtype(query, key, value))
+    ridge = _per_query(ridge, (query.shape[0], 1, query.shape[2]), wide.dtype)
     cache, attention, fits = append(cache, default_scale(scale, query.shape[-1]) * wide, key, value, window)
-    out, _ = _regress(
-        attention,
-        query,
-        cache.key,
-        cache.value,
-        _per_query(ridge, (query.shape[0], 1, query.shape[2]), wide.dtype),
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-    )
+    out, _ = _regress(attention, wide, ridge, tolerance, max_iterations, query.dtype)
     return jnp.where(fits, out, jnp.nan), cache
 
 
@@ -482,10 +328,10 @@ def append(
     """Adds a token: (cache, weights of the scaled query over the keys cached now, whether the token still fitted)."""
     slots = cache.key.shape[1]
     require(window in (None, slots), "window", window, f"the cache was made for {slots}")
-    place = cache.length if window is None else cache.length % slots
+    slot = cache.length if window is None else cache.length % slots
 
     def store(old: Array, new: Array) -> Array:
-        return lax.dynamic_update_slice(old, new.astype(old.dtype), (0, place, 0, 0))
+        return lax.dynamic_update_slice(old, new.astype(old.dtype), (0, slot, 0, 0))
 
     cache = DotProductCache(store(cache.key, key), store(cache.value, value), cache.length + 1)
     visible = jnp.arange(slots) < cache.length
@@ -493,4 +339,4 @@ def append(
     def attend(query: Array, values: Array) -> Array:
         return dense_attention(query, cache.key, values, visible=visible, scale=1.0)[0]
 
-    return cache, weights_of(attend, query), (cache.length <= slots) | (window is not None)
+    return cache, weights_of(attend, query, cache.key, cache.value), (cache.length <= slots) | (window is not None)

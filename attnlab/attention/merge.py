@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention._checks import accumulator_dtype, check_array, require, shape_text
-from attnlab.attention._softmax import softmax_parts
+from attnlab.attention._shared.checks import accumulator_dtype, check_array, require, shape_text
+from attnlab.attention._shared.softmax import softmax_parts
 
 Array = jax.Array
 

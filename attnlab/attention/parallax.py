@@ -8,23 +8,27 @@ attention. As there, the covariance is a forward derivative of softmax attention
 both terms. Released as Parallax in flash-linear-attention (2026), after Local Linear Attention (Zuo et al. 2025).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention._checks import accumulator_dtype, check_array, check_query_key_value, default_scale
-from attnlab.attention._dispatch import Kernel, dispatch
-from attnlab.attention.dot_product import DotProductCache, check_step
-from attnlab.attention.local_linear import (
-    append,
-    blocked_attention,
-    check_window,
-    dense_weights,
-    pallas_attention,
-    pallas_refusal,
+from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._kernels import covariance
+from attnlab.attention._shared.checks import (
+    accumulator_dtype,
+    check_array,
+    check_cached_step,
+    check_floating,
+    check_query_key_value,
+    default_scale,
 )
+from attnlab.attention._shared.heads import repeat_key_heads
+from attnlab.attention._shared.softmax_weights import SoftmaxWeights, check_window, dense_weights
+from attnlab.attention.dot_product import DotProductCache
+from attnlab.attention.local_linear import append, blocked_weights
 
 Array = jax.Array
 
@@ -60,15 +64,15 @@ def parallax_attention(
     """
     check_query_key_value(query, key, value)
     _check_probe(probe, query)
-    check_window(window, is_causal, query.shape[1])
+    window = check_window(window, is_causal, query.shape[1])
     return dispatch(
         "parallax_attention",
         IMPLEMENTATIONS,
         implementation,
         query,
-        probe,
         key,
         value,
+        probe,
         is_causal=is_causal,
         window=window,
         scale=default_scale(scale, query.shape[-1]),
@@ -77,18 +81,16 @@ def parallax_attention(
 
 def _check_probe(probe: Array, query: Array) -> None:
     check_array("probe", probe, query.shape, "query's shape")
-    if not jnp.issubdtype(probe.dtype, jnp.floating):
-        raise TypeError(f"probe: got dtype {probe.dtype}; need a floating dtype")
+    check_floating("probe", probe)
 
 
 def _reference(
-    query: Array, probe: Array, key: Array, value: Array, *, is_causal: bool, window: int | None, scale: Any
+    query: Array, key: Array, value: Array, probe: Array, *, is_causal: bool, window: int | None, scale: Any
 ) -> Array:
     dtype = accumulator_dtype(query, probe, key, value)
-    group = query.shape[2] // key.shape[2]
     q, r, k, v = (
         *(x.astype(dtype) for x in (query, probe)),
-        *(jnp.repeat(x.astype(dtype), group, axis=2) for x in (key, value)),
+        *(repeat_key_heads(x.astype(dtype), query.shape[2]) for x in (key, value)),
     )
     p = dense_weights(q, k, scale=scale, is_causal=is_causal, window=window)
     a = jnp.einsum("BTNH,BSNH->BNTS", r, k)
@@ -96,31 +98,27 @@ def _reference(
     return jnp.einsum("BNTS,BSNV->BTNV", weights, v).astype(query.dtype)
 
 
-def _xla(
-    query: Array, probe: Array, key: Array, value: Array, *, is_causal: bool, window: int | None, scale: Any
+def _by_weights(
+    weights: Callable[..., SoftmaxWeights],
+    query: Array,
+    key: Array,
+    value: Array,
+    probe: Array,
+    *,
+    is_causal: bool,
+    window: int | None,
+    scale: Any,
 ) -> Array:
-    attention = blocked_attention(query, key, scale=scale, is_causal=is_causal, window=window)
+    """From the sums under the softmax weights: blocked_weights, or those of kernels."""
+    attention = weights(query, key, value, scale=scale, is_causal=is_causal, window=window)
     probe = probe.astype(accumulator_dtype(query, key))
-    return (attention.mean(value) - attention.covariance(value, probe)).astype(query.dtype)
+    return (attention.value_mean() - attention.value_covariance(probe)).astype(query.dtype)
 
 
-def _pallas_tpu(
-    query: Array, probe: Array, key: Array, value: Array, *, is_causal: bool, window: int | None, scale: Any
-) -> Array:
-    attention = pallas_attention(query, key, scale=scale, is_causal=is_causal, window=window)
-    return (attention.mean(value) - attention.covariance(value, probe)).astype(query.dtype)
-
-
-def _pallas_tpu_refusal(
-    query: Array, probe: Array, key: Array, value: Array, *, is_causal: bool, window: int | None, scale: Any
-) -> str | None:
-    return pallas_refusal(query, key, value, is_causal=is_causal, window=window)
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
+IMPLEMENTATIONS: Implementations = {
     "reference": _reference,
-    "xla": _xla,
-    "pallas_tpu": Kernel(_pallas_tpu, _pallas_tpu_refusal),
+    "xla": functools.partial(_by_weights, blocked_weights),
+    **covariance.kernels(_by_weights, blocked_weights),
 }
 
 
@@ -143,10 +141,10 @@ def parallax_step(
     Returns:
       ([B, 1, N, V] in query's dtype, the cache with the token added). Without a window, out is NaN past max_length.
     """
-    check_step(query, key, value, cache.key, cache.value)
+    check_cached_step(query, key, value, cache.key, cache.value)
     _check_probe(probe, query)
     dtype = accumulator_dtype(query, probe, key, value)
     scaled = default_scale(scale, query.shape[-1]) * query.astype(dtype)
     cache, attention, fits = append(cache, scaled, key, value, window)
-    out = attention.mean(cache.value) - attention.covariance(cache.value, probe.astype(dtype))
+    out = attention.value_mean() - attention.value_covariance(probe.astype(dtype))
     return jnp.where(fits, out, jnp.nan).astype(query.dtype), cache

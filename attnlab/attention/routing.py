@@ -23,53 +23,45 @@ Paper: Efficient Content-Based Sparse Attention with Routing Transformers (Roy e
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import einops
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from attnlab.attention._checks import (
+from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._kernels import routing as kernels
+from attnlab.attention._shared.checks import (
     accumulator_dtype,
     check_array,
+    check_int,
+    check_key_mask,
     check_query_key_value,
+    check_step,
     default_scale,
     require,
-    shape_text,
 )
-from attnlab.attention._dispatch import Kernel, dispatch
-from attnlab.attention._kernel_call import kernel_call
-from attnlab.attention._softmax import softmax_parts
+from attnlab.attention._shared.clusters import members_of_both, strict_ranges, taken_once
+from attnlab.attention._shared.heads import repeat_key_heads
+from attnlab.attention._shared.softmax import softmax_parts
+from attnlab.attention.centroids import (
+    Normalize,
+    RoutingState,
+    RoutingStatistics,
+    check_normalize,
+    check_state,
+    commitment,
+    layer_norm,
+    statistics_of,
+    unit,
+)
 
 Array = jax.Array
 Membership = Literal["strict", "global"]
-Normalize = Literal["unit", "layer"]
 
 _COUNT_EPSILON = {"unit": 1e-5, "layer": 1e-2}
-_SMOOTHING = 1e-5
 # Queries and key tiles whose logits "xla" holds at once, a head: 2^16 numbers of the strict form.
 _LOGITS_AT_ONCE = 2**16
-
-
-class RoutingState(NamedTuple):
-    """The centroids of N heads, in float32 (float64 for float64 inputs), and the sums behind them.
-
-    centroids: [N, c, H]. counts: [N, c], tokens a batch, and sums: [N, c, H], their sum a batch, both as exponential
-    moving averages; rule "ema" of update_routing alone needs them.
-    """
-
-    centroids: Array
-    counts: Array
-    sums: Array
-
-
-class RoutingStatistics(NamedTuple):
-    """What update_routing needs of a batch; those of several batches add up. counts: [N, c]; sums: [N, c, H]."""
-
-    counts: Array
-    sums: Array
 
 
 class RoutingAux(NamedTuple):
@@ -133,16 +125,15 @@ def routing_attention(
     """
     check_query_key_value(query, key, value)
     batch, length, heads, head_dim = query.shape
-    _check_state("state", state, heads, head_dim)
-    _check_options(membership, normalize)
-    require(isinstance(window, int) and not isinstance(window, bool), "window", repr(window), "need an int")
-    require(1 <= window <= length, "window", window, f"need 1 to the length, {length}")
+    check_state("state", state, heads, head_dim)
+    require(membership in ("strict", "global"), "membership", repr(membership), 'need "strict" or "global"')
+    check_normalize(normalize)
+    window = check_int("window", window, least=1)
+    require(window <= length, "window", window, f"need 1 to the length, {length}")
     if share_qk:
         check_array("key", key, query.shape, "query's shape, as share_qk=True")
     if key_mask is not None:
-        check_array("key_mask", key_mask, (batch, length), "[batch, length]")
-        if key_mask.dtype != jnp.bool_:
-            raise TypeError(f"key_mask: got dtype {key_mask.dtype}; need a bool mask (True = attend)")
+        check_key_mask(key_mask, (batch, length), "[batch, length]")
 
     dtype = accumulator_dtype(query, key, value)
     state = jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf.astype(dtype), state))
@@ -153,9 +144,9 @@ def routing_attention(
         similarity_k = jnp.einsum("BTNH,NcH->BTNc", jax.lax.stop_gradient(key_tokens), state.centroids)
     cluster_q, cluster_k = (jnp.argmax(x, axis=-1).astype(jnp.int32) for x in (similarity_q, similarity_k))
     parts = [(query_tokens, cluster_q)] if share_qk else [(query_tokens, cluster_q), (key_tokens, cluster_k)]
-    losses = [_commitment(tokens, cluster, state, key_mask) for tokens, cluster in parts]
+    losses = [commitment(tokens, cluster, state, key_mask) for tokens, cluster in parts]
     weight = 1.0 / len(parts) if normalize == "unit" else 2.0 / len(parts)
-    statistics = [_statistics(tokens, cluster, state, key_mask) for tokens, cluster in parts]
+    statistics = [statistics_of(tokens, cluster, state, key_mask) for tokens, cluster in parts]
 
     out, taken = dispatch(
         "routing_attention",
@@ -163,7 +154,7 @@ def routing_attention(
         implementation,
         query_heads,
         key_heads,
-        jnp.repeat(value, heads // value.shape[2], axis=2).astype(dtype),
+        repeat_key_heads(value, heads).astype(dtype),
         (similarity_q, similarity_k),
         (cluster_q, cluster_k),
         key_mask,
@@ -187,137 +178,21 @@ def routing_attention(
     return out.astype(query.dtype), aux
 
 
-# --- Centroids --------------------------------------------------------------------------------------------------------
-
-
-def init_routing(rng: Array, num_heads: int, num_clusters: int, head_dim: int) -> RoutingState:
-    """Random centroids of unit length, which count as one token each. Better ones come from data: fit_routing."""
-    for name, given in (("num_heads", num_heads), ("num_clusters", num_clusters), ("head_dim", head_dim)):
-        require(given >= 1, name, given, "need at least 1")
-    centroids = _unit(jax.random.normal(rng, (num_heads, num_clusters, head_dim)))
-    return RoutingState(centroids, jnp.ones((num_heads, num_clusters)), centroids)
-
-
-def fit_routing(
-    tokens: Array, state: RoutingState, iterations: int = 10, *, normalize: Normalize = "unit"
-) -> RoutingState:
-    """Centroids from data: k-means of tokens [B, T, N, H], started from tokens at equal distances.
-
-    tokens: queries, or queries and keys one after the other, as routing_attention gets them; for the cold start of a
-      model, its first batch's. normalize: as in routing_attention (the queries' H^-1/2 does not matter here).
-    state: gives the number of centroids; one that no token is nearest to stays what it was.
-    """
-    check_array("tokens", tokens, (None, None, None, None), "[batch, length, heads, head_dim]")
-    _check_state("state", state, *tokens.shape[2:])
-    require(iterations >= 1, "iterations", iterations, "need at least 1")
-    _check_options("strict", normalize)
-    dtype = accumulator_dtype(tokens)
-    normalized = jax.lax.stop_gradient(_unit(tokens) if normalize == "unit" else _layer_norm(tokens.astype(dtype)))
-    flat = einops.rearrange(normalized, "B T N H -> N (B T) H").astype(dtype)
-    clusters = state.centroids.shape[1]
-    seeds = flat[:, jnp.arange(clusters) * flat.shape[1] // clusters]
-
-    def iterate(centroids: Array, _: None) -> tuple[Array, RoutingStatistics]:
-        cluster = jnp.argmax(jnp.einsum("NTH,NcH->NTc", flat, centroids), axis=-1)
-        statistics = _sums(flat, cluster, clusters)
-        means = statistics.sums / jnp.maximum(statistics.counts, 1)[..., None]
-        means = _unit(means) if normalize == "unit" else means
-        return jnp.where(statistics.counts[..., None] > 0, means, centroids), statistics
-
-    centroids, statistics = jax.lax.scan(iterate, seeds, None, length=iterations)
-    count = jnp.maximum(statistics.counts[-1], 1)
-    return RoutingState(centroids, count, centroids * count[..., None])
-
-
-def update_routing(
-    state: RoutingState,
-    stats: RoutingStatistics,
-    *,
-    decay: float = 0.999,
-    rule: Literal["ema", "unit"] = "ema",
-    axis_name: Any = None,
-) -> RoutingState:
-    """The centroids after a batch; RoutingAux.statistics of microbatches may be added up before.
-
-    rule "ema" (Google's): counts and sums are averaged over batches with `decay`, and
-        mu = sums / ((counts + 1e-5) / (sum counts + c 1e-5) sum counts), c the number of centroids.
-    rule "unit" (lucidrains'): mu = decay mu + (1 - decay) sums / |sums|, not renormalised; a centroid without a token
-      stays what it was.
-    axis_name: mapped axes (shard_map, pmap, vmap) over which the statistics are added up first.
-    """
-    require(rule in ("ema", "unit"), "rule", repr(rule), 'need "ema" or "unit"')
-    check_array("stats.counts", stats.counts, state.counts.shape, "[heads, clusters]")
-    check_array("stats.sums", stats.sums, state.sums.shape, "[heads, clusters, head_dim]")
-    if axis_name is not None:
-        stats = jax.lax.psum(stats, axis_name)
-    if rule == "unit":
-        moved = decay * state.centroids + (1 - decay) * _unit(stats.sums)
-        return state._replace(centroids=jnp.where(stats.counts[..., None] > 0, moved, state.centroids))
-    count = decay * state.counts + (1 - decay) * stats.counts
-    total = decay * state.sums + (1 - decay) * stats.sums
-    everything = jnp.sum(count, axis=-1, keepdims=True)
-    smoothed = (count + _SMOOTHING) / (everything + count.shape[-1] * _SMOOTHING) * everything
-    return RoutingState(total / smoothed[..., None], count, total)
-
-
-def _unit(x: Array) -> Array:
-    """x / |x| over the last axis, and 0 for 0, with finite gradients."""
-    wide = x.astype(accumulator_dtype(x))
-    # Divided by the largest first, so that squares neither overflow nor vanish.
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(wide), axis=-1, keepdims=True))
-    wide = wide / jnp.where(largest > 0, largest, 1)
-    square = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    return wide / jnp.sqrt(jnp.where(square > 0, square, 1))
-
-
-def _layer_norm(x: Array) -> Array:
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + 1e-6)
-
-
 def _normalized(query: Array, key: Array, normalize: str, share_qk: bool) -> tuple[Array, Array, Array, Array]:
     """Tokens to route by, of queries and keys, and what goes into the logits; all [B, T, N, H]."""
     dtype = accumulator_dtype(query, key)
     query = query.astype(dtype)
-    key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2).astype(dtype)
+    key = repeat_key_heads(key, query.shape[2]).astype(dtype)
     if normalize == "unit":
-        query_tokens = _unit(query)
-        return (query_tokens, query_tokens, query, query_tokens) if share_qk else (query_tokens, _unit(key), query, key)
-    query_tokens = _layer_norm(query * query.shape[-1] ** -0.5)
-    key_tokens = query_tokens if share_qk else _layer_norm(key)
+        query_tokens = unit(query)
+        return (query_tokens, query_tokens, query, query_tokens) if share_qk else (query_tokens, unit(key), query, key)
+    query_tokens = layer_norm(query * query.shape[-1] ** -0.5)
+    key_tokens = query_tokens if share_qk else layer_norm(key)
     return query_tokens, key_tokens, query_tokens, key_tokens
 
 
 def _scale(scale: Any, normalize: str, head_dim: int) -> Any:
     return 1.0 if scale is None and normalize == "layer" else default_scale(scale, head_dim)
-
-
-def _commitment(tokens: Array, cluster: Array, state: RoutingState, key_mask: Array | None) -> Array:
-    """Mean squared distance of tokens [B, T, N, H] and their centroids, over real tokens and channels."""
-    heads = jnp.arange(tokens.shape[2])
-    square = (tokens - state.centroids[heads, cluster]) ** 2
-    if key_mask is None:
-        return jnp.mean(square)
-    weight = jnp.broadcast_to(key_mask[:, :, None, None], square.shape)
-    return jnp.sum(jnp.where(weight, square, 0)) / jnp.maximum(jnp.sum(weight), 1)
-
-
-def _statistics(tokens: Array, cluster: Array, state: RoutingState, key_mask: Array | None) -> RoutingStatistics:
-    clusters = state.centroids.shape[1]
-    tokens = einops.rearrange(jax.lax.stop_gradient(tokens), "B T N H -> N (B T) H")
-    if key_mask is not None:  # padding goes to a cluster of its own, which _sums drops
-        cluster = jnp.where(key_mask[..., None], cluster, clusters)
-    return _sums(tokens, einops.rearrange(cluster, "B T N -> N (B T)"), clusters)
-
-
-def _sums(tokens: Array, cluster: Array, clusters: int) -> RoutingStatistics:
-    """Counts and sums of tokens [N, S, H] by cluster [N, S]; clusters out of range are dropped."""
-
-    def head(tokens: Array, cluster: Array) -> RoutingStatistics:
-        add = functools.partial(jax.ops.segment_sum, segment_ids=cluster, num_segments=clusters)
-        return RoutingStatistics(add(jnp.ones_like(tokens[:, 0])), add(tokens))
-
-    return jax.vmap(head)(tokens, cluster)
 
 
 # --- Reference: dense weights, O(T^2) ---------------------------------------------------------------------------------
@@ -351,8 +226,7 @@ def _reference(
     def attend(visible: Array) -> Array:
         """[B, N, T, S] -> [B, T, N, V]"""
         if self_is_last:
-            others = jnp.any(visible & ~itself, axis=-1, keepdims=True)
-            visible = visible & ~(itself & others)
+            visible = _others_if_any(visible, itself)
         numerators, denominator, _ = softmax_parts(logits, visible)
         return jnp.einsum("BNTS,BSNV->BTNV", numerators / denominator, value)
 
@@ -364,7 +238,7 @@ def _reference(
         number = jnp.cumsum(same, axis=-1)  # of this key among the keys of the query's cluster, from 1
         last = up_to_now if is_causal else up_to_now + window // 2
         first = up_to_now - (window if is_causal else window - window // 2)
-        return attend(same & (first < number) & (number <= last)), _taken_once(query, key_mask)
+        return attend(same & (first < number) & (number <= last)), taken_once(query, key_mask)
 
     taken_q, taken_k = (_taken(x, window, real) for x in similarity)  # [B, N, c, T]
     total = jnp.zeros_like(value)
@@ -383,11 +257,6 @@ def _taken(similarity: Array, window: int, real: Array) -> Array:
     return (rank < window) & real[:, None, None, :]
 
 
-def _taken_once(query: Array, key_mask: Array | None) -> Array:
-    ones = jnp.ones(query.shape[:3], jnp.int32)
-    return ones if key_mask is None else ones * key_mask[..., None]
-
-
 # --- XLA --------------------------------------------------------------------------------------------------------------
 
 
@@ -400,55 +269,47 @@ def _xla(
     key_mask: Array | None,
     *,
     membership: str,
+    share_qk: bool,
+    epsilon: float,
     operands: Any,
     **options: Any,
 ) -> tuple[Array, Array]:
     if membership == "global":
-        return _global_xla(query, key, value, similarity, key_mask, **options)
+        taken = members_of_both(similarity, key_mask, options["window"], share_qk)
+        return _global_xla(query, key, value, *taken, epsilon=epsilon, **options)
     # A head of a sequence at a time is what the sorting is written for.
     one: Any = functools.partial(_strict_head, **options)
     over_heads = jax.vmap(one, in_axes=(1, 1, 1, 1, 1, None), out_axes=1)
     mask_axis = None if key_mask is None else 0
     out = jax.vmap(over_heads, in_axes=(0, 0, 0, 0, 0, mask_axis))(query, key, value, *cluster, key_mask)
-    return out, _taken_once(query, key_mask)
+    return out, taken_once(query, key_mask)
 
 
-class _Ranges(NamedTuple):
-    """Keys sorted by (cluster, position): order_k int32 [T], and rank_k, each key's place among them. Query t sees the
-    places first[t] <= place < end[t]; both grow along order_q, the queries sorted alike."""
+class _Blocks(NamedTuple):
+    """Queries of a head by the tile of sorted keys that holds the last one each sees, in blocks of `tile` slots.
 
-    order_k: Array
-    rank_k: Array
-    order_q: Array
-    first: Array
-    end: Array
+    query: int32 [blocks, tile], the query in a slot; T in an empty one. slot: int32 [T], each query's, counted through
+    all blocks. tile: int32 [blocks], the tile of keys.
+    """
+
+    query: Array
+    slot: Array
+    tile: Array
 
 
-def _strict_ranges(
-    cluster_q: Array, cluster_k: Array, key_mask: Array | None, *, num_clusters: int, window: int, is_causal: bool
-) -> _Ranges:
-    """Of one head: clusters [T], key_mask bool [T]."""
-    length = cluster_q.shape[0]
-    position = jnp.arange(length)
-    if key_mask is not None:  # padding makes up a last cluster, which is not looked at
-        cluster_q, cluster_k = (jnp.where(key_mask, x, num_clusters) for x in (cluster_q, cluster_k))
-
-    order_k = jnp.argsort(cluster_k, stable=True)
-    rank_k = jnp.zeros(length, jnp.int32).at[order_k].set(position.astype(jnp.int32))
-    start_of = jnp.searchsorted(cluster_k[order_k], jnp.arange(num_clusters + 2)).astype(jnp.int32)
-    # Keys of the query's cluster up to its position: for a query among sorted (cluster, position) pairs of keys.
-    pairs_k = cluster_k[order_k] * length + order_k
-    now = jnp.searchsorted(pairs_k, cluster_q * length + position, side="right").astype(jnp.int32)
-    first, end = start_of[cluster_q], start_of[cluster_q + 1]
-    if is_causal:
-        end = now
-        first = jnp.maximum(first, now - window)
-    else:
-        first = jnp.maximum(first, now - (window - window // 2))
-        end = jnp.minimum(end, now + window // 2)
-    if key_mask is not None:
-        end = jnp.where(key_mask, end, first)
-    return _Ranges(order_k, rank_k, jnp.argsort(cluster_q, stable=True), first, end)
+def _block_queries(last_tile: Array, tiles: int, size: int) -> _Blocks:
+    """last_tile: int [T], for each query. Every tile takes as many blocks of `size` slots as its queries fill."""
+    length = last_tile.shape[0]
+    order = jnp.argsort(last_tile, stable=True)
+    counts = jnp.bincount(last_tile, length=tiles)
+    taken = -(-counts // size)
+    ends = jnp.cumsum(taken)
+    in_tile = jnp.arange(length) - (jnp.cumsum(counts) - counts)[last_tile[order]]
+    slot = jnp.zeros(length, jnp.int32).at[order].set((ends - taken)[last_tile[order]] * size + in_tile)
+    blocks = length // size + tiles  # at most
+    query = jnp.full(blocks * size, length, jnp.int32).at[slot].set(jnp.arange(length, dtype=jnp.int32))
+    tile = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks), side="right"), tiles - 1)
+    return _Blocks(query.reshape(blocks, size), slot, tile)
 
 
 def _strict_head(
@@ -463,122 +324,88 @@ def _strict_head(
     window: int,
     is_causal: bool,
     self_is_last: bool,
-    share_qk: bool,
-    epsilon: float,
     scale: Any,
 ) -> Array:
     """query [T, H], key [T, H], value [T, V], clusters [T] -> [T, V].
 
-    Tiles of `tile` sorted keys; a query goes to the tile that its last key is in, and sees that tile and the `back`
-    tiles before it. Tiles take their queries in blocks of `tile` slots, some of them empty.
+    Tiles of `size` sorted keys; a query goes to the tile that its last key is in, and sees that tile and the `back`
+    tiles before it.
     """
     length = query.shape[0]
-    tile = max(16, min(256, -(-window // 2)))
-    back = -(-(window - 1) // tile)
-    tiles = -(-length // tile)
-    position = jnp.arange(length)
-    ranges = _strict_ranges(
+    size = max(16, min(256, -(-window // 2)))
+    back = -(-(window - 1) // size)
+    tiles = -(-length // size)
+    ranges = strict_ranges(
         cluster_q, cluster_k, key_mask, num_clusters=num_clusters, window=window, is_causal=is_causal
     )
-    order_k, first, end, rank_k = ranges.order_k, ranges.first, ranges.end, ranges.rank_k
-    itself = rank_k if self_is_last else jnp.full(length, -1, jnp.int32)
-
-    last_tile = jnp.maximum(end - 1, 0) // tile
-    order_q = jnp.argsort(last_tile, stable=True)
-    tile_counts = jnp.bincount(last_tile, length=tiles)
-    block_ends = jnp.cumsum(-(-tile_counts // tile))
-    blocks = length // tile + tiles  # at most
-    in_tile = jnp.arange(length) - (jnp.cumsum(tile_counts) - tile_counts)[last_tile[order_q]]
-    block_starts = block_ends - -(-tile_counts // tile)
-    slot = jnp.zeros(length, jnp.int32).at[order_q].set(block_starts[last_tile[order_q]] * tile + in_tile)
-    query_of = jnp.full(blocks * tile, length, jnp.int32).at[slot].set(position.astype(jnp.int32))
-    tile_of = jnp.minimum(jnp.searchsorted(block_ends, jnp.arange(blocks), side="right"), tiles - 1)
+    blocks = _block_queries(jnp.maximum(ranges.end - 1, 0) // size, tiles, size)
 
     def slots(x: Array) -> Array:
         """[T, ...] -> [blocks, tile, ...], 0 in empty slots."""
-        taken = x.at[query_of].get(mode="fill", fill_value=0)
-        return taken.reshape(blocks, tile, *x.shape[1:])
+        return x.at[blocks.query].get(mode="fill", fill_value=0)
 
     def windows(x: Array) -> Array:
         """[T, ...] of keys -> [blocks, (back + 1) tile, ...]: the tiles that a block sees."""
-        x = x[order_k]
-        x = jnp.pad(x, ((back * tile, tiles * tile - length), *((0, 0),) * (x.ndim - 1)))
-        x = x.reshape(back + tiles, tile, *x.shape[1:])
-        x = x[tile_of[:, None] + jnp.arange(back + 1)]
-        return x.reshape(blocks, (back + 1) * tile, *x.shape[3:])
+        x = jnp.pad(x[ranges.order_k], ((back * size, tiles * size - length), *((0, 0),) * (x.ndim - 1)))
+        x = x.reshape(back + tiles, size, *x.shape[1:])[blocks.tile[:, None] + jnp.arange(back + 1)]
+        return x.reshape(len(blocks.tile), (back + 1) * size, *x.shape[3:])
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def attend(block: Any) -> Array:
+    def attend(block: tuple[Array, ...]) -> Array:
         query, key, value, first, end, itself, number = block
-        rank = (number - back) * tile + jnp.arange(key.shape[0])
+        rank = (number - back) * size + jnp.arange(key.shape[0])
         visible = (first[:, None] <= rank) & (rank < end[:, None])
         if self_is_last:
-            mine = rank == itself[:, None]
-            others = jnp.any(visible & ~mine, axis=-1, keepdims=True)
-            visible = visible & ~(mine & others)
+            visible = _others_if_any(visible, rank == itself[:, None])
         numerators, denominator, _ = softmax_parts(scale * query @ key.T, visible)
         return (numerators @ value) / denominator
 
-    at_once = max(1, _LOGITS_AT_ONCE // (tile * (back + 1) * tile))
-    inputs = (slots(query), windows(key), windows(value), slots(first), slots(end), slots(itself), tile_of)
-    out = jax.lax.map(attend, inputs, batch_size=min(at_once, blocks))
-    return out.reshape(blocks * tile, -1)[slot]
+    at_once = max(1, _LOGITS_AT_ONCE // (size * (back + 1) * size))
+    of_queries = (slots(x) for x in (ranges.first, ranges.end, ranges.rank_k))
+    inputs = (slots(query), windows(key), windows(value), *of_queries, blocks.tile)
+    out = jax.lax.map(attend, inputs, batch_size=min(at_once, len(blocks.tile)))
+    return out.reshape(-1, out.shape[-1])[blocks.slot]
 
 
-def _members_of_both(
-    similarity: tuple[Array, Array], key_mask: Array | None, window: int, share_qk: bool
-) -> tuple[Array, Array]:
-    """Positions [B, N, c, w] of the queries and of the keys that each centroid takes; T, which no token has, for
-    padding. similarity: [B, T, N, c], twice."""
-    length = similarity[0].shape[1]
-
-    def members(similarity: Array) -> Array:
-        if key_mask is not None:
-            similarity = jnp.where(key_mask[:, :, None, None], similarity, -jnp.inf)
-        found, index = jax.lax.top_k(einops.rearrange(similarity, "B T N c -> B N c T"), window)
-        return jnp.where(found == -jnp.inf, length, index)
-
-    taken_q = members(similarity[0])
-    return taken_q, taken_q if share_qk else members(similarity[1])
+def _others_if_any(visible: Array, itself: Array) -> Array:
+    """visible [..., T, S] without a token itself, but where it sees no other."""
+    others = jnp.any(visible & ~itself, axis=-1, keepdims=True)
+    return visible & ~(itself & others)
 
 
 def _global_xla(
     query: Array,
     key: Array,
     value: Array,
-    similarity: tuple[Array, Array],
-    key_mask: Array | None,
+    taken_q: Array,
+    taken_k: Array,
     *,
     num_clusters: int,
     window: int,
     is_causal: bool,
     self_is_last: bool,
-    share_qk: bool,
     epsilon: float,
     scale: Any,
 ) -> tuple[Array, Array]:
+    """taken_q, taken_k: int32 [B, N, c, w], the positions that each centroid takes; T for none."""
     length = query.shape[1]
-    taken_q, taken_k = _members_of_both(similarity, key_mask, window, share_qk)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def attend(cluster: tuple[Array, ...]) -> Array:
+        query, key, value, position_q, position_k = cluster
+        visible = (position_k < length) & (position_q < length)[:, None]
+        if is_causal:
+            visible &= position_k <= position_q[:, None]
+        if self_is_last:
+            visible = _others_if_any(visible, position_k == position_q[:, None])
+        numerators, denominator, _ = softmax_parts(scale * query @ key.T, visible)
+        return (numerators @ value) / denominator
 
     def head(query: Array, key: Array, value: Array, taken_q: Array, taken_k: Array) -> tuple[Array, Array]:
         """[T, H], [T, H], [T, V], positions [c, w] -> sums over clusters [T, V], how many took the query [T]."""
-
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def attend(clusters: tuple[Array, Array, Array, Array, Array]) -> Array:
-            query, key, value, place_q, place_k = clusters
-            visible = (place_k < length) & (place_q < length)[:, None]
-            if is_causal:
-                visible &= place_k <= place_q[:, None]
-            if self_is_last:
-                mine = place_k == place_q[:, None]
-                others = jnp.any(visible & ~mine, axis=-1, keepdims=True)
-                visible = visible & ~(mine & others)
-            numerators, denominator, _ = softmax_parts(scale * query @ key.T, visible)
-            return (numerators @ value) / denominator
-
         gathered = [
-            x.at[place].get(mode="fill", fill_value=0)
-            for x, place in ((query, taken_q), (key, taken_k), (value, taken_k))
+            x.at[positions].get(mode="fill", fill_value=0)
+            for x, positions in ((query, taken_q), (key, taken_k), (value, taken_k))
         ]
         at_once = max(1, _LOGITS_AT_ONCE // window**2)
         out = jax.lax.map(attend, (*gathered, taken_q, taken_k), batch_size=min(at_once, num_clusters))
@@ -590,212 +417,7 @@ def _global_xla(
     return total / (count + epsilon)[..., None].astype(value.dtype), count
 
 
-# --- Pallas -----------------------------------------------------------------------------------------------------------
-
-
-class _Rows(NamedTuple):
-    """Routing as banded attention, each head of a sequence (strict), or each cluster of one (global), a row of a batch.
-
-    pattern: the kernels'. cut: query, key, value [B, N, T, H] -> [rows, tokens, 1, H]. join: [rows, tokens, V] ->
-    [B, N, T, V], sums over the clusters. times_taken: [B, T, N], by how many clusters a query was.
-    """
-
-    pattern: Any
-    cut: Callable[..., tuple[Array, ...]]
-    join: Callable[[Array], Array]
-    times_taken: Array
-
-
-def _row_block(tokens: int, window: int) -> int:
-    return 256 if min(tokens, window) >= 256 else 128
-
-
-def _strict_rows(
-    similarity: Any,
-    cluster: tuple[Array, Array],
-    key_mask: Array | None,
-    *,
-    num_clusters: int,
-    window: int,
-    is_causal: bool,
-    self_is_last: bool,
-    share_qk: bool,
-) -> _Rows:
-    from kernels_pallas.tpu.banded_flash import traced_intervals
-
-    batch, length, heads = cluster[0].shape
-    ranges_of: Any = functools.partial(_strict_ranges, num_clusters=num_clusters, window=window, is_causal=is_causal)
-    mask_axis = None if key_mask is None else 0
-    ranges = jax.vmap(jax.vmap(ranges_of, in_axes=(1, 1, None)), in_axes=(0, 0, mask_axis))(*cluster, key_mask)
-    end = ranges.end
-    if self_is_last:  # causal: a query's own key is the last of its range, and counts if it is the only one
-        end = jnp.where(end - 1 > ranges.first, end - 1, end)
-    first, end = (
-        jnp.take_along_axis(x, ranges.order_q, axis=2).reshape(batch * heads, length) for x in (ranges.first, end)
-    )
-    block = _row_block(length, window)
-    pattern = traced_intervals(first, end, length, reach=window, block_q=block, block_k=block)
-    back = jnp.argsort(ranges.order_q, axis=2)
-
-    def ordered(x: Array, order: Array) -> Array:
-        return jnp.take_along_axis(x, order[..., None], axis=2)
-
-    def cut(*arrays: Array) -> tuple[Array, ...]:
-        orders = (ranges.order_q, ranges.order_k, ranges.order_k)
-        return tuple(ordered(x, order).reshape(batch * heads, length, 1, -1) for x, order in zip(arrays, orders))
-
-    def join(out: Array) -> Array:
-        return ordered(out.reshape(batch, heads, length, -1), back)
-
-    return _Rows(pattern, cut, join, _taken_once(cluster[0][..., None], key_mask))
-
-
-def _global_rows(
-    similarity: tuple[Array, Array],
-    cluster: Any,
-    key_mask: Array | None,
-    *,
-    num_clusters: int,
-    window: int,
-    is_causal: bool,
-    self_is_last: bool,
-    share_qk: bool,
-) -> _Rows:
-    from kernels_pallas.tpu.banded_flash import all_pairs
-
-    batch, length, heads, _ = similarity[0].shape
-    taken_q, taken_k = _members_of_both(similarity, key_mask, window, share_qk)
-    rows = batch * heads * num_clusters
-    place_q, place_k = (x.reshape(rows, window) for x in (taken_q, taken_k))
-    real_q, real_k = place_q < length, place_k < length
-    end = place_q + 1 if is_causal else jnp.full_like(place_q, length)
-    if self_is_last:  # causal: others are those before
-        earliest = jnp.min(jnp.where(real_k, place_k, length), axis=1, keepdims=True)
-        end = jnp.where(place_q > earliest, place_q, end)
-    pattern = all_pairs(
-        jnp.zeros_like(place_q),
-        jnp.where(real_q, end, 0),
-        jnp.where(real_k, place_k, -1),
-        block_q=_row_block(window, window),
-        block_k=_row_block(window, window),
-    )
-
-    def over_heads(function: Callable[..., Array]) -> Callable[..., Array]:
-        return jax.vmap(jax.vmap(function))
-
-    def cut(*arrays: Array) -> tuple[Array, ...]:
-        gather = over_heads(lambda x, place: x.at[place].get(mode="fill", fill_value=0))
-        places = (taken_q, taken_k, taken_k)
-        return tuple(gather(x, place).reshape(rows, window, 1, -1) for x, place in zip(arrays, places))
-
-    def join(out: Array) -> Array:
-        nothing = jnp.zeros((batch, heads, length, out.shape[-1]), out.dtype)
-        scatter = over_heads(lambda total, place, x: total.at[place].add(x, mode="drop"))
-        return scatter(nothing, taken_q, out.reshape(*taken_q.shape, -1))
-
-    return _Rows(pattern, cut, join, jnp.moveaxis(join(jnp.ones((rows, window, 1)))[..., 0], 1, 2).astype(jnp.int32))
-
-
-def _pallas_tpu(
-    query: Array,
-    key: Array,
-    value: Array,
-    similarity: tuple[Array, Array],
-    cluster: tuple[Array, Array],
-    key_mask: Array | None,
-    *,
-    membership: str,
-    scale: Any,
-    epsilon: float,
-    operands: Any,
-    **options: Any,
-) -> tuple[Array, Array]:
-    """Banded flash attention: "strict" over sorted keys, its lists of tiles computed with the clusters; "global" within
-    each cluster, with positions as coordinates."""
-    from kernels_pallas.tpu.banded_flash import banded_flash_attention
-    from kernels_pallas.tpu.banded_flash_backward import banded_flash_gradients
-
-    def prepare(routes: Any) -> tuple[_Rows, Callable[..., Any], Callable[..., Any]]:
-        rows = _strict_rows(*routes, **options) if membership == "strict" else _global_rows(*routes, **options)
-
-        def cut(arrays: Any) -> Any:
-            return rows.cut(*(jnp.moveaxis(x.astype(operands), 2, 1) for x in arrays))
-
-        def join(out: Array) -> Array:
-            return jnp.moveaxis(rows.join(out[:, :, 0].astype(query.dtype)), 1, 2)
-
-        return rows, cut, join
-
-    def kernel(arrays: Any, routes: Any, keep: bool) -> tuple[Any, Any]:
-        *tokens, scale = arrays
-        rows, cut, join = prepare(routes)
-        out, lse = banded_flash_attention(*cut(tokens), pattern=rows.pattern, scale=scale)
-        # Kept with the batch in front again, by which a call is spread over devices.
-        return (join(out), rows.times_taken), tuple(x.reshape(arrays[0].shape[0], -1, *x.shape[1:]) for x in (out, lse))
-
-    def gradients(arrays: Any, routes: Any, kept: Any, cotangents: Any) -> Any:
-        *tokens, scale = arrays
-        rows, cut, join = prepare(routes)
-        kept = [x.reshape(-1, *x.shape[2:]) for x in kept]
-        parts, back = jax.vjp(cut, tokens)
-        (to_out,) = jax.linear_transpose(join, kept[0])(cotangents[0])
-        differentiate: Any = functools.partial(banded_flash_gradients, pattern=rows.pattern, scale=scale)
-        *to_parts, to_scale = differentiate(*parts, *kept, to_out, jnp.zeros_like(kept[1]))
-        return (*back(tuple(to_parts))[0], to_scale)
-
-    def blocked(arrays: Any, routes: Any) -> Any:
-        *tokens, scale = arrays
-        run: Any = functools.partial(_xla, membership=membership, scale=scale, epsilon=epsilon, operands=operands)
-        out, count = run(*tokens, *routes, **options)
-        return (out if membership == "strict" else out * (count + epsilon)[..., None].astype(out.dtype)), count
-
-    arrays = (query, key, value, jnp.asarray(scale, jnp.float32))
-    out, count = kernel_call(kernel, gradients, blocked, arrays, (similarity, cluster, key_mask))
-    if membership == "global":
-        out = out / (count + epsilon)[..., None].astype(out.dtype)
-    return out, count
-
-
-def _pallas_tpu_refusal(
-    query: Array,
-    key: Array,
-    value: Array,
-    similarity: Any,
-    cluster: Any,
-    key_mask: Any,
-    *,
-    membership: str,
-    num_clusters: int,
-    window: int,
-    is_causal: bool,
-    self_is_last: bool,
-    operands: Any,
-    **_: Any,
-) -> str | None:
-    from kernels_pallas.tpu import banded_flash, banded_flash_backward
-
-    if self_is_last and not is_causal:
-        return "serves share_qk where it is causal: else a token's own key lies among those that it sees"
-    batch, length, heads, _head_dim = query.shape
-    is_strict = membership == "strict"
-    tokens = length if is_strict else window
-    block = _row_block(tokens, window)
-    rows = batch * heads * (1 if is_strict else num_clusters)
-    lists = (rows, banded_flash.num_pairs(length, length, reach=window, block_q=block, block_k=block))
-    none = np.broadcast_to(np.int32(0), lists if is_strict else (1, (-(-tokens // block)) ** 2))
-    visits = banded_flash.Visits(none, none, none)
-    coordinates = None if is_strict else none
-    pattern = banded_flash.Pattern(none, none, coordinates, visits, visits, block, block)
-    arrays = [jax.ShapeDtypeStruct((rows, tokens, 1, x.shape[-1]), operands) for x in (query, key, value)]
-    reasons = (module.refusal(*arrays, pattern=pattern) for module in (banded_flash, banded_flash_backward))
-    return next(filter(None, reasons), None)
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {
-    "reference": _reference,
-    "xla": _xla,
-    "pallas_tpu": Kernel(_pallas_tpu, _pallas_tpu_refusal),
-}
+IMPLEMENTATIONS: Implementations = {"reference": _reference, "xla": _xla, **kernels.KERNELS}
 
 
 # --- Decoding ---------------------------------------------------------------------------------------------------------
@@ -852,10 +474,9 @@ def routing_step(
     Returns:
       ([B, 1, N, V] in query's dtype, the cache after this token).
     """
-    check_query_key_value(query, key, value)
-    require(query.shape[1] == 1, "query", shape_text(query), "need one token, [B, 1, N, H]")
-    _check_state("state", state, *query.shape[2:])
-    _check_options("strict", normalize)
+    check_step(query, key, value)
+    check_state("state", state, *query.shape[2:])
+    check_normalize(normalize)
     batch, _, heads, head_dim = query.shape
     clusters, window = state.centroids.shape[1], cache.key.shape[3]
     check_array("cache.key", cache.key, (batch, heads, clusters, None, head_dim), "[B, N, c, window, H]")
@@ -867,18 +488,18 @@ def routing_step(
         jnp.argmax(jnp.einsum("BNH,NcH->BNc", tokens, centroids), axis=-1) for tokens in (tokens_q, tokens_k)
     )
     factor = _scale(scale, normalize, head_dim)
-    wide_value = jnp.repeat(value[:, 0], heads // value.shape[2], axis=1)
+    wide_value = repeat_key_heads(value[:, 0], heads)
 
     def head(query: Array, key: Array, value: Array, in_q: Array, in_k: Array, cache: RoutingCache) -> Any:
-        place = cache.counts[in_k] % window
+        slot = cache.counts[in_k] % window
         cache = RoutingCache(
-            cache.key.at[in_k, place].set(key.astype(cache.key.dtype)),
-            cache.value.at[in_k, place].set(value.astype(cache.value.dtype)),
+            cache.key.at[in_k, slot].set(key.astype(cache.key.dtype)),
+            cache.value.at[in_k, slot].set(value.astype(cache.value.dtype)),
             cache.counts.at[in_k].add(1),
         )
         visible = jnp.arange(window) < cache.counts[in_q]
         if share_qk and normalize == "unit":
-            visible &= (jnp.arange(window) != place) | (cache.counts[in_q] == 1) | (window == 1)
+            visible &= (jnp.arange(window) != slot) | (cache.counts[in_q] == 1) | (window == 1)
         logits = factor * cache.key[in_q].astype(dtype) @ query
         numerators, denominator, _ = softmax_parts(logits, visible)
         return numerators @ cache.value[in_q].astype(dtype) / denominator, cache
@@ -886,21 +507,3 @@ def routing_step(
     step = jax.vmap(jax.vmap(head))
     out, cache = step(heads_q, heads_k, wide_value, cluster_q, cluster_k, cache)
     return out[:, None].astype(query.dtype), cache
-
-
-# --- Checks -----------------------------------------------------------------------------------------------------------
-
-
-def _check_state(name: str, state: Any, heads: int, head_dim: int) -> None:
-    if not isinstance(state, RoutingState):
-        raise TypeError(f"{name}: got {type(state).__name__}; need a RoutingState")
-    check_array(f"{name}.centroids", state.centroids, (heads, None, head_dim), "[heads, clusters, head_dim]")
-    clusters = state.centroids.shape[1]
-    require(clusters >= 1, f"{name}.centroids", shape_text(state.centroids), "need at least one cluster")
-    check_array(f"{name}.counts", state.counts, (heads, clusters), "[heads, clusters]")
-    check_array(f"{name}.sums", state.sums, (heads, clusters, head_dim), "[heads, clusters, head_dim]")
-
-
-def _check_options(membership: Any, normalize: Any) -> None:
-    require(membership in ("strict", "global"), "membership", repr(membership), 'need "strict" or "global"')
-    require(normalize in ("unit", "layer"), "normalize", repr(normalize), 'need "unit" or "layer"')

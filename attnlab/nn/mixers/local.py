@@ -8,7 +8,7 @@ import numpy as np
 
 import attnlab.attention as attention
 from attnlab.attention import masks
-from attnlab.attention._checks import per_axis
+from attnlab.attention._shared.checks import per_axis
 from attnlab.nn.mixers.base import Attention
 
 Array = jax.Array

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 import attnlab.attention as attention
-from attnlab.attention.routing import Membership, Normalize
+from attnlab.attention.centroids import Normalize
+from attnlab.attention.routing import Membership
 from attnlab.nn.mixers.base import Attention, flat
 from attnlab.nn.parameters import auxiliary_loss, buffer, normal, ones, zeros
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention._checks import Array, require
+from attnlab.attention._shared.checks import Array, require
 
 FeatureMap = Callable[[Array], Array] | str | None
 

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention._partition import by_batch
-from attnlab.attention._tangent_call import tangent_call
+from attnlab.attention._dispatch.deferred import tangent_call
+from attnlab.attention._dispatch.mesh import by_batch
 
 
 def kernel_call(
@@ -16,26 +16,28 @@ def kernel_call(
     blocked: Callable[..., Any],
     arrays: Any,
     fixed: Any = None,
+    *,
+    results: Any,
+    kept: Any = (),
 ) -> Any:
     """kernel(arrays, fixed)'s results. Kernels give values and gradients; tangents, and derivatives of gradients, are
-    the blocked form's, in plain JAX.
+    the blocked form's, in plain JAX. Kernels are traced where the call is lowered.
 
     Args:
       kernel: (arrays, fixed, keep) -> (results, what gradients needs of them); with keep=False the second is not used.
       gradients: (arrays, fixed, kept, cotangents of results) -> gradients, a pytree like arrays. None: as the tangents.
       blocked: (arrays, fixed) -> the same results as the kernel's.
       arrays: pytree of floating arrays. fixed: pytree that has no derivative (segment ids).
+      results, kept: shape structs of what the kernel returns, floating.
     """
-
-    batch = jax.tree.leaves(arrays)[0].shape[0]
 
     @jax.custom_jvp
     def attend(arrays: Any, fixed: Any) -> Any:
-        return by_batch(lambda arrays, fixed: kernel(arrays, fixed, False)[0], batch, arrays, fixed)
+        return by_batch(lambda arrays, fixed: kernel(arrays, fixed, False)[0], results, arrays, fixed)
 
     @jax.custom_jvp
     def attend_and_keep(arrays: Any, fixed: Any) -> Any:
-        return by_batch(lambda arrays, fixed: kernel(arrays, fixed, True), batch, arrays, fixed)
+        return by_batch(lambda arrays, fixed: kernel(arrays, fixed, True), (results, kept), arrays, fixed)
 
     def tangent(residuals: Any, tangents: Any) -> Any:
         arrays, fixed, _ = residuals
@@ -49,7 +51,7 @@ def kernel_call(
     def transpose(residuals: Any, cotangents: Any) -> Any:
         if gradients is None:
             return of_blocked(residuals, cotangents)
-        return by_batch(gradients, batch, *residuals, cotangents)
+        return by_batch(gradients, residuals[0], *residuals, cotangents)
 
     @transpose.defjvp
     def _(primals: Any, tangents: Any) -> Any:
@@ -57,14 +59,19 @@ def kernel_call(
 
     @attend.defjvp
     def _(primals: Any, tangents: Any) -> Any:
-        results, kept = attend_and_keep(*primals)
-        return results, tangent_call(tangent, transpose, (*primals, kept), tangents[0])
+        out, kept = attend_and_keep(*primals)
+        return out, tangent_call(tangent, transpose, results, (*primals, kept), tangents[0])
 
     @attend_and_keep.defjvp
     def _(primals: Any, tangents: Any) -> Any:
-        results, kept = attend_and_keep(*primals)
+        out, kept = attend_and_keep(*primals)
         # What is kept serves values of gradients alone, whose derivatives are the blocked form's.
-        unused = jax.tree.map(lambda x: jnp.zeros_like(x), kept)
-        return (results, kept), (tangent_call(tangent, transpose, (*primals, kept), tangents[0]), unused)
+        unused = jax.tree.map(jnp.zeros_like, kept)
+        return (out, kept), (tangent_call(tangent, transpose, results, (*primals, kept), tangents[0]), unused)
 
     return attend(arrays, fixed)
+
+
+def like(x: Any, *, width: int | None = None, dtype: Any = None) -> jax.ShapeDtypeStruct:
+    """The shape struct of an array, with another last axis or dtype if given."""
+    return jax.ShapeDtypeStruct(x.shape if width is None else (*x.shape[:-1], width), dtype or x.dtype)

@@ -1,4 +1,5 @@
-"""Linear recurrences by chunks of time: a scan that carries the state, and products decayed between two tokens."""
+"""Linear recurrences, chunked: a scan that carries the state, products decayed between two tokens, and the inverse that
+the delta rule takes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +7,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention._checks import Array
+from attnlab.attention._shared.checks import Array
+
+RESET = -1e30  # Finite, so that no rewriting of a sum into a product can make 0 * inf of it.
+
+
+def segment_starts(segment_ids: Array) -> Array:
+    """[B, T], True where a segment other than the row's first begins."""
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+
+
+def drop_at_starts(log_decay: Array | None, segment_ids: Array, heads: int, dtype: Any) -> Array:
+    """log_decay [B,T,N,1 or F], or none, with a decay to nothing where a segment starts."""
+    starts = segment_starts(segment_ids)[..., None, None]
+    return jnp.where(starts, RESET, jnp.zeros((1, 1, heads, 1), dtype) if log_decay is None else log_decay)
 
 
 def scan_chunks(step: Callable[..., Any], state: Any, tokens: Any, chunk_size: int) -> tuple[Any, Any]:
@@ -53,6 +67,32 @@ def decayed_products(query: Array, key: Array, log_decay: Array | None) -> Array
     return _by_doubling(log_decay, jnp.sum(query * key, axis=-1, keepdims=True), across)
 
 
+def inverse_of_unit_lower(system: Array) -> Array:
+    """(I + A)^-1 of strictly lower triangular A [B,N,C,C], by products of matrices: C^3 / 3 multiply-adds.
+
+    In log2 C steps, each of which joins pairs of inverted blocks X1 and X2, between which A leads by L:
+
+        (I + [[A1, 0], [L, A2]])^-1  =  [[X1, 0], [-X2 L X1, X2]]
+
+    LAPACK's triangular solve does less, but blocks a thread of its own pool until another one is free, which on several
+    forced host devices is never (jax 0.10.2).
+    """
+    length = system.shape[-1]
+    padded = 1 << (length - 1).bit_length() if length else 0
+    past = padded - length
+    system = jnp.pad(system, ((0, 0), (0, 0), (0, past), (0, past)))
+    batch, heads = system.shape[:2]
+    inverse = jnp.ones((batch, heads, padded, 1, 1), system.dtype)
+    while inverse.shape[2] > 1:
+        first, second = _pairs(inverse)
+        count, size = first.shape[2:4]
+        # [B,N, pair,half,row, pair,half,column] -> its second half's rows and first half's columns, pair by pair.
+        corners = system.reshape(batch, heads, count, 2, size, count, 2, size)[:, :, :, 1, :, :, 0, :]
+        leads = jnp.moveaxis(jnp.diagonal(corners, axis1=2, axis2=4), -1, 2)
+        inverse = _join_blocks(first, -(second @ leads @ first), second)
+    return inverse.reshape(batch, heads, padded, padded)[..., :length, :length]
+
+
 def _by_doubling(log_decay: Array, diagonal: Array, across: Callable[[Array, Array], Array]) -> Array:
     """A lower triangle [B,N,C,C] from its diagonal [B,N,C,1] in log2 C steps, each of which joins pairs of blocks.
 
@@ -67,9 +107,7 @@ def _by_doubling(log_decay: Array, diagonal: Array, across: Callable[[Array, Arr
     square = _pad(diagonal, padded)[..., None, :]
     while square.shape[-1] < padded:
         (before1, before2), (after1, after2), (square1, square2) = map(_pairs, (before, after, square))
-        corner = across(before2, after1)
-        upper = jnp.concatenate([square1, jnp.zeros_like(corner)], axis=-1)
-        square = jnp.concatenate([upper, jnp.concatenate([corner, square2], axis=-1)], axis=-2)
+        square = _join_blocks(square1, across(before2, after1), square2)
         before = jnp.concatenate([before1, before1[..., -1:, :] + before2], axis=-2)
         after = jnp.concatenate([after1 + before2[..., -1:, :], after2], axis=-2)
     return square.reshape(*diagonal.shape[:-2], padded, padded)[..., :length, :length]
@@ -82,3 +120,9 @@ def _pad(x: Array, length: int) -> Array:
 def _pairs(blocks: Array) -> tuple[Array, Array]:
     """[B, N, blocks, ...] -> the even and the odd blocks."""
     return blocks[:, :, 0::2], blocks[:, :, 1::2]
+
+
+def _join_blocks(upper: Array, corner: Array, lower: Array) -> Array:
+    """[[upper, 0], [corner, lower]], blocks of one size [..., m, m]."""
+    above = jnp.concatenate([upper, jnp.zeros_like(corner)], axis=-1)
+    return jnp.concatenate([above, jnp.concatenate([corner, lower], axis=-1)], axis=-2)

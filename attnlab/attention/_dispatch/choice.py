@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -19,12 +20,17 @@ _KERNEL_PLATFORM = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
 class Kernel:
     """A kernel as one of a primitive's implementations.
 
-    call: takes the same arrays and options as the other implementations.
-    refusal: with the same arguments (arrays may be shape structs): why the kernel cannot serve, or None if it can.
+    call: takes the mechanism's "xla" form, whose derivatives serve where kernels have none, then the same arrays and
+      options as the other implementations.
+    refusal: with these arrays, or shape structs, and options: why the kernel cannot serve, or None if it can.
     """
 
     call: Callable[..., Any]
     refusal: Callable[..., str | None]
+
+
+# A mechanism's forms by name: "reference" and "xla" as functions, kernels as Kernel; of a step, "xla" and kernels.
+Implementations = Mapping[str, Callable[..., Any] | Kernel]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +84,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
 
 def dispatch(
     primitive: str,
-    implementations: Mapping[str, Callable[..., Any] | Kernel],
+    implementations: Implementations,
     implementation: str | None,
     *arrays: Any,
     **options: Any,
@@ -87,7 +93,7 @@ def dispatch(
 
     Args:
       primitive: name for messages.
-      implementations: "reference" and "xla" as functions, kernels as Kernel; all take (*arrays, **options).
+      implementations: all take (*arrays, **options), kernels with the "xla" form before them.
       arrays: pytrees of arrays. options: static.
     """
     if implementation is not None and implementation not in list(implementations):  # a list takes any type
@@ -107,23 +113,27 @@ def dispatch(
                 f"implementation: {implementation!r} cannot serve this {primitive} call: {refused[implementation]}"
             )
         _record(Choice(primitive, {"every platform": implementation}, {}))
-        entry = implementations[implementation]
-        return entry.call(*arrays, **options) if isinstance(entry, Kernel) else entry(*arrays, **options)
+        return form_of(implementations, implementation)(*arrays, **options)
 
     serving = {_KERNEL_PLATFORM[name]: name for name in kernels if name not in refused}
     _record(Choice(primitive, {**serving, "elsewhere" if serving else "every platform": "xla"}, refused))
     _warn_of_fallback(primitive, refused)
 
-    def bound(entry: Any) -> Callable[..., Any]:
-        call = entry.call if isinstance(entry, Kernel) else entry
-        return lambda *arrays: call(*arrays, **options)
+    def bound(name: str) -> Callable[..., Any]:
+        form = form_of(implementations, name)
+        return lambda *arrays: form(*arrays, **options)
 
-    xla = bound(implementations["xla"])
     if not serving:
-        return xla(*arrays)
+        return bound("xla")(*arrays)
     # platform_dependent picks when the program is lowered, so compiling for a TPU on a CPU host takes the TPU kernel.
-    by_platform = {platform: bound(kernels[name]) for platform, name in serving.items()}
-    return jax.lax.platform_dependent(*arrays, default=xla, **by_platform)
+    by_platform = {platform: bound(name) for platform, name in serving.items()}
+    return jax.lax.platform_dependent(*arrays, default=bound("xla"), **by_platform)
+
+
+def form_of(implementations: Implementations, name: str) -> Callable[..., Any]:
+    """The implementation of this name as a function of arrays and options."""
+    entry = implementations[name]
+    return functools.partial(entry.call, implementations["xla"]) if isinstance(entry, Kernel) else entry
 
 
 def _record(choice: Choice) -> None:

@@ -1,6 +1,7 @@
 """Argument checks shared by the primitives. All of them run at trace time, on shapes and dtypes alone."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,19 @@ def require(condition: bool, argument: str, given: Any, allowed: str) -> None:
         raise ValueError(f"{argument}: got {given}; {allowed}")
 
 
+def check_int(name: str, value: Any, *, least: int | None = None, of: Any = None) -> int:
+    """The value as an int: Python's and numpy's integers, never bools. `of`: what was given, if value is a part of it.
+
+    Raises TypeError for another type, ValueError below `least`; both name the argument and what was given.
+    """
+    given = value if of is None else of
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: got {given!r}; need an int")
+    number = int(value)
+    require(least is None or number >= least, name, repr(given), f"must be at least {least}")
+    return number
+
+
 def check_array(name: str, array: Any, shape: Sequence[int | None], layout: str) -> None:
     """Requires an array of this shape (None: any length). `layout` names the axes in the message."""
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
@@ -30,6 +44,17 @@ def check_array(name: str, array: Any, shape: Sequence[int | None], layout: str)
     )
     wanted = ",".join("*" if n is None else str(n) for n in shape)
     require(fits, name, shape_text(array), f"need {layout} = [{wanted}]")
+
+
+def check_floating(name: str, array: Array) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name}: got dtype {array.dtype}; need a floating dtype")
+
+
+def check_key_mask(mask: Any, shape: Sequence[int | None], layout: str) -> None:
+    check_array("key_mask", mask, shape, layout)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"key_mask: got dtype {mask.dtype}; need a bool mask (True = attend)")
 
 
 def check_query_key_value(
@@ -49,8 +74,7 @@ def check_query_key_value(
     for name, array in (("query", query), ("key", key), ("value", value)):
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
             raise TypeError(f"{name}: got {type(array).__name__}; need an array [batch, *space, heads, head_dim]")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name}: got dtype {array.dtype}; need a floating dtype")
+        check_floating(name, array)
         ranks = " or ".join(str(rank + 3) for rank in space_ranks)
         require(
             array.ndim - 3 in space_ranks,
@@ -89,11 +113,29 @@ def per_axis(name: str, value: Any, rank: int, kind: type = int) -> tuple[Any, .
     """One value, or one per space axis -> a tuple of `rank` values of type int (>= 1 is not checked here) or bool."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
     require(len(values) == rank, name, value, f"need one value or {rank}, one per space axis")
-    for item in values:
-        is_bool = isinstance(item, bool)
-        if is_bool != (kind is bool) or not hasattr(item, "__index__"):
-            raise TypeError(f"{name}: got {value!r}; need {kind.__name__}, or one {kind.__name__} per space axis")
+    integral = bool if kind is bool else numbers.Integral
+    if not all(isinstance(item, integral) and isinstance(item, bool) == (kind is bool) for item in values):
+        raise TypeError(f"{name}: got {value!r}; need {kind.__name__}, or one {kind.__name__} per space axis")
     return tuple(kind(item) for item in values)
+
+
+def check_segment_ids(name: str, ids: Any, shape: tuple[int, ...], layout: str) -> None:
+    check_array(name, ids, shape, layout)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"{name}: got dtype {ids.dtype}; need an integer dtype")
+
+
+def check_step(query: Array, key: Array, value: Array) -> None:
+    """Checks one token's query [B,1,N,H], key [B,1,K,H] and value [B,1,K,V]."""
+    check_query_key_value(query, key, value)
+    require(query.shape[1] == 1, "query", shape_text(query), "a step takes one token, [batch, 1, heads, head_dim]")
+
+
+def check_cached_step(query: Array, key: Array, value: Array, cached_key: Array, cached_value: Array) -> None:
+    """Checks one token's arrays against a cache's [B,*,K,H] and [B,*,K,V]."""
+    check_step(query, key, value)
+    for name, new, old in (("key", key, cached_key), ("value", value, cached_value)):
+        check_array(name, new, (old.shape[0], 1, *old.shape[2:]), f"the cache's layout, {shape_text(old)}, one token")
 
 
 def default_scale(scale: float | Array | None, head_dim: int) -> float | Array:

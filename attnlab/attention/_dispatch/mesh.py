@@ -12,32 +12,39 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
+from attnlab.attention._dispatch.deferred import deferred_call
+
 BATCH_AXES = ("data", "fsdp")
 
 
-def by_batch(function: Callable[..., Any], batch: int, *arguments: Any) -> Any:
-    """function(*arguments), each device of the mesh in context with its part of the first axis of arrays.
+def by_batch(function: Callable[..., Any], results: Any, *arguments: Any) -> Any:
+    """function(*arguments), a deferred call, each device of the mesh in context with its part of the batch.
 
     function: independent along the batch. arguments: pytrees of arrays; the first axis of all is the batch, but for
-      scalars, and scalar results are sums over the batch.
+      scalars. results: arrays or shape structs like what it returns, with the batch first too; scalars are sums over
+      the batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
     automatic = [name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto]
-    leaves, results = jax.tree.leaves(arguments), jax.tree.leaves(jax.eval_shape(function, *arguments))
-    is_batched = all(x.ndim == 0 or x.shape[0] == batch for x in (*leaves, *results))
+    batched = [x for x in jax.tree.leaves((arguments, results)) if x.ndim]
+    batch = batched[0].shape[0]
+    is_batched = all(x.shape[0] == batch for x in batched)
     if len(automatic) < len(mesh.axis_names) or math.prod(mesh.axis_sizes) == 1 or not is_batched:
-        return function(*arguments)  # one device, inside shard_map already, or not by batch
+        return deferred_call(function, results, *arguments)  # one device, inside shard_map already, or not by batch
     axes = tuple(name for name in BATCH_AXES if name in automatic)
-    if batch % math.prod(mesh.shape[name] for name in axes):
-        axes = ()
+    parts = math.prod(mesh.shape[name] for name in axes)
+    if batch % parts:
+        axes, parts = (), 1
 
     def spec(x: Any) -> PartitionSpec:
         return PartitionSpec(axes) if x.ndim and axes else PartitionSpec()
 
+    def part_of(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]) if x.ndim else (), x.dtype)
+
     def own_part(*arguments: Any) -> Any:
-        out = function(*arguments)
+        out = deferred_call(function, jax.tree.map(part_of, results), *arguments)
         return jax.tree.map(lambda x: x if x.ndim or not axes else jax.lax.psum(x, axes), out)
 
-    out_specs = jax.tree.map(spec, jax.eval_shape(function, *arguments))
-    in_specs = jax.tree.map(spec, arguments)
+    in_specs, out_specs = jax.tree.map(spec, arguments), jax.tree.map(spec, results)
     return jax.shard_map(own_part, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arguments)

@@ -1,0 +1,68 @@
+"""Agent attention by two calls of banded flash attention: what is not to be seen is another segment, and agents gather
+in query's dtype."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.attention._dispatch.choice import Kernel
+from attnlab.attention._kernels import dot_product
+
+Array = jax.Array
+_DOT_PRODUCT = dot_product.KERNELS["pallas_tpu"]
+
+
+def kernels(blocked: Callable[..., Any]) -> dict[str, Kernel]:
+    """blocked: the xla form of dot_product_attention, of which both steps are calls."""
+    attend = functools.partial(_DOT_PRODUCT.call, blocked)
+
+    def call(
+        xla: Any,
+        query: Array,
+        key: Array,
+        value: Array,
+        agents: Array,
+        gather_bias: None,
+        broadcast_bias: None,
+        key_mask: Array | None,
+        *,
+        scale: Any,
+    ) -> Array:
+        agents = agents.astype(query.dtype)
+        gathers, reads = None, None
+        if key_mask is not None:
+            hidden = (~key_mask[:, 0, 0]).astype(jnp.int32)  # [B, S]
+            gathers = (jnp.zeros(agents.shape[:2], jnp.int32), hidden)
+            reads = (
+                jnp.zeros(query.shape[:2], jnp.int32),
+                jnp.broadcast_to(hidden.min(1, keepdims=True), agents.shape[:2]),
+            )
+        gathered, _ = attend(agents, key, value, None, None, gathers, is_causal=False, scale=scale)
+        out, _ = attend(query, agents, gathered, None, None, reads, is_causal=False, scale=scale)
+        return out
+
+    return {"pallas_tpu": Kernel(call, _refusal)}
+
+
+def _refusal(
+    query: Array,
+    key: Array,
+    value: Array,
+    agents: Array,
+    gather_bias: Array | None,
+    broadcast_bias: Array | None,
+    key_mask: Array | None,
+    *,
+    scale: Any,
+) -> str | None:
+    for name, given in (("gather_bias", gather_bias), ("broadcast_bias", broadcast_bias)):
+        if given is not None:
+            return f"has no {name}"
+    rounded = jax.ShapeDtypeStruct(agents.shape, query.dtype)
+    gathered = jax.ShapeDtypeStruct((*agents.shape[:-1], value.shape[-1]), query.dtype)
+    steps = ((rounded, key, value), (query, rounded, gathered))
+    reasons = (_DOT_PRODUCT.refusal(*step, None, None, None, is_causal=False, scale=scale) for step in steps)
+    return next(filter(None, reasons), None)

@@ -1,0 +1,77 @@
+"""Banded flash attention's kernels: values, gradients, and what they refuse."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab.attention import masks
+from attnlab.attention._dispatch.kernel_call import kernel_call, like
+
+Array = jax.Array
+# The kernels' tables of so many tokens are made where a call is lowered, and no more.
+MOST_TOKENS = 2**22
+
+
+def banded_attention(
+    blocked: Callable[..., tuple[Array, Array]],
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Any,
+    *,
+    scale: Any,
+    pattern: Any,
+) -> tuple[Array, Array]:
+    """(out, lse) of query [B, T, N, H], key, value and a pair of segment ids, or None, on TPU.
+
+    blocked: (query, key, value, segment_ids, scale) -> the same in plain JAX. pattern: one of kernels_pallas.patterns.
+    """
+    from kernels_pallas.tpu import banded_flash, banded_flash_backward
+
+    def kernel(arrays: Any, segment_ids: Any, keep: bool) -> tuple[Any, Any]:
+        *tokens, scale = arrays
+        results = banded_flash.banded_flash_attention(*tokens, pattern=pattern, segment_ids=segment_ids, scale=scale)
+        return results, results
+
+    def gradients(arrays: Any, segment_ids: Any, kept: Any, cotangents: Any) -> Any:
+        *tokens, scale = arrays
+        return banded_flash_backward.banded_flash_gradients(
+            *tokens, *kept, *cotangents, pattern=pattern, segment_ids=segment_ids, scale=scale
+        )
+
+    def in_plain_jax(arrays: Any, segment_ids: Any) -> Any:
+        *tokens, scale = arrays
+        return blocked(*tokens, segment_ids, scale)
+
+    arrays = (query, key, value, jnp.asarray(scale, jnp.float32))
+    results = (like(query, width=value.shape[-1]), jax.ShapeDtypeStruct(query.shape[:3], jnp.float32))
+    return kernel_call(kernel, gradients, in_plain_jax, arrays, segment_ids, results=results, kept=results)
+
+
+def banded_refusal(query: Any, key: Any, value: Any, segment_ids: Any, pattern: Any) -> str | None:
+    """Why banded_attention cannot serve arrays of these shapes, or None if it can."""
+    from kernels_pallas.tpu import banded_flash, banded_flash_backward
+
+    if 0 in query.shape or 0 in key.shape:
+        return f"needs arrays that are not empty, got query {query.shape} and key {key.shape}"
+    tokens = max(query.shape[1], key.shape[1])
+    if tokens > MOST_TOKENS:
+        return f"serves up to {MOST_TOKENS} tokens, got {tokens}"
+    modules = (banded_flash, banded_flash_backward)
+    reasons = (module.refusal(query, key, value, pattern=pattern, segment_ids=segment_ids) for module in modules)
+    return next(filter(None, reasons), None)
+
+
+def window_pattern(queries: int, keys: int, *, is_causal: bool, window: int | None = None) -> Any:
+    """Queries that see every key, or those at or before them; with a window, that many of them at most."""
+    from kernels_pallas.patterns import Intervals
+
+    def bounds(query: Any) -> tuple[Any, Any]:
+        if window is not None:
+            return masks.window_bounds(query, keys, window=window, is_causal=is_causal)
+        return np.zeros_like(query), np.minimum(query + 1, keys) if is_causal else np.full_like(query, keys)
+
+    return Intervals(bounds, queries, keys)

@@ -1,0 +1,96 @@
+"""Local linear attention and Parallax: sums under the softmax weights, by banded flash attention and covariances."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnlab.attention._dispatch.choice import Kernel
+from attnlab.attention._dispatch.kernel_call import kernel_call, like
+from attnlab.attention._kernels.banded import banded_attention, banded_refusal, window_pattern
+from attnlab.attention._shared.softmax_weights import SoftmaxWeights
+
+Array = jax.Array
+WeightsOf = Callable[..., SoftmaxWeights]
+
+
+def kernels(by_weights: Callable[..., Any], blocked_weights: WeightsOf) -> dict[str, Kernel]:
+    """by_weights(weights of (query, key, value, *, scale, is_causal, window), query, key, value, ...): a mechanism.
+    blocked_weights: these in plain JAX."""
+    weights = functools.partial(_pallas_tpu_weights, blocked_weights)
+
+    def call(xla: Any, *arrays: Any, **options: Any) -> Any:
+        return by_weights(weights, *arrays, **options)
+
+    return {"pallas_tpu": Kernel(call, _refusal)}
+
+
+def _pallas_tpu_weights(
+    blocked_weights: WeightsOf,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    scale: Any,
+    is_causal: bool,
+    window: int | None,
+) -> SoftmaxWeights:
+    from kernels_pallas.tpu.banded_covariance import banded_covariance, banded_covariance_gradients
+
+    pattern = window_pattern(query.shape[1], query.shape[1], is_causal=is_causal, window=window)
+    settings: Any = {"is_causal": is_causal, "window": window}
+    scale = jnp.asarray(scale, jnp.float32)
+
+    def attend_blocked(query: Array, key: Array, values: Array, _: None, scale: Any) -> Any:
+        out = blocked_weights(query, key, values, scale=scale, **settings).value_mean().astype(query.dtype)
+        return out, jnp.zeros(query.shape[:3], jnp.float32)  # the lse's derivative is not asked for
+
+    attend = functools.partial(banded_attention, attend_blocked, query, key, scale=scale, pattern=pattern)
+    key_mean, lse = attend(key, None)
+    value_mean, _ = attend(value, None)
+    # Constants below: that they depend on query, key and value is part of the covariance's own gradients.
+    fixed_lse, fixed_key_mean = lax.stop_gradient((lse, key_mean))
+
+    def kernel(arrays: Any, fixed: Any, keep: bool) -> tuple[Any, Any]:
+        *tokens, scale = arrays
+        out = banded_covariance(*tokens, *fixed[:2], pattern=pattern, scale=scale)
+        return out, out
+
+    def gradients(arrays: Any, fixed: Any, kept: Any, cotangent: Any) -> Any:
+        *tokens, scale = arrays
+        run: Any = banded_covariance_gradients
+        return run(*tokens, *fixed, kept, cotangent, pattern=pattern, scale=scale)
+
+    def blocked(arrays: Any, _: Any) -> Any:
+        query, key, values, x, scale = arrays
+        return blocked_weights(query, key, values, scale=scale, **settings).value_covariance(x)
+
+    def covariance(values: Array, mean: Array, x: Array) -> Array:
+        arrays = (query, key, values, x.astype(jnp.float32), scale)
+        fixed = (fixed_lse, fixed_key_mean, lax.stop_gradient(mean))
+        results = like(query, width=values.shape[-1], dtype=jnp.float32)
+        return kernel_call(kernel, gradients, blocked, arrays, fixed, results=results, kept=results)
+
+    return SoftmaxWeights(
+        lambda: key_mean.astype(jnp.float32),
+        lambda: value_mean.astype(jnp.float32),
+        functools.partial(covariance, key, key_mean),
+        functools.partial(covariance, value, value_mean),
+    )
+
+
+def _refusal(
+    query: Array, key: Array, value: Array, *_: Any, is_causal: bool, window: int | None, **__: Any
+) -> str | None:
+    from kernels_pallas.tpu import banded_covariance
+
+    pattern = window_pattern(query.shape[1], query.shape[1], is_causal=is_causal, window=window)
+    for values in (key, value):
+        reason = banded_refusal(query, key, values, None, pattern)
+        reason = reason or banded_covariance.refusal(query, key, values, pattern=pattern)
+        if reason is not None:
+            return reason
+    return None

@@ -1,0 +1,237 @@
+"""Causal agent attention: every token reads what a few agents have gathered from it and the tokens before it.
+
+Agents are fixed, and token t reads what each agent gathered from tokens <= t. With the logits l_tj =
+scale a_j . k_t and L_tj = log sum_{s<=t} exp(l_sj), what agent j has gathered is a decayed sum,
+
+    Va_tj = (1 - p_tj) Va_{t-1,j} + p_tj v_t        p_tj = sigmoid(l_tj - L_{t-1,j})
+
+so the whole is linear attention with query softmax_j(scale q_t . a_j), key p_t and one decay per agent, log(1 - p_t).
+
+Paper: Agent Attention (Han et al. 2023), whose published form is agent.py's; the causal form is this library's.
+"""
+
+from typing import Any, NamedTuple
+
+import einops
+import jax
+import jax.numpy as jnp
+
+from attnlab.attention._dispatch.choice import Implementations, Kernel, dispatch
+from attnlab.attention._kernels import linear as kernels
+from attnlab.attention._shared.checks import (
+    accumulator_dtype,
+    check_array,
+    check_int,
+    check_query_key_value,
+    check_step,
+    default_scale,
+)
+from attnlab.attention._shared.heads import repeat_key_heads
+from attnlab.attention._shared.softmax import softmax_parts
+from attnlab.attention.agent import batched_agents
+from attnlab.attention.linear import LinearState, linear_attention
+
+Array = jax.Array
+
+_NOTHING = -1e30  # The log of a sum of no tokens: finite, so that its differences and their gradients are.
+
+
+class AgentState(NamedTuple):
+    """Every agent's softmax over the tokens so far, in float32 (float64 for float64 inputs): N m (V + 2) numbers.
+
+    largest: [B, N, m], the largest logit; -inf before the first token. A unit of the other two, without a gradient.
+    denominator: [B, N, m], sum of exp(logit - largest).
+    numerator: [B, N, m, V], sum of exp(logit - largest) v.
+    """
+
+    largest: Array
+    denominator: Array
+    numerator: Array
+
+
+def causal_agent_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    agents: Array,
+    *,
+    scale: float | None = None,
+    initial_state: AgentState | None = None,
+    return_state: bool = False,
+    chunk_size: int = 64,
+    implementation: str | None = None,
+) -> Any:
+    """Causal agent attention: token t sees the tokens <= t, through agents that are the same for all tokens.
+
+    Args:
+      query: [B, T, N, H], floating. key: [B, T, K, H], value: [B, T, K, V]; K divides N.
+      agents: [m, N, H] or [B, m, N, H], m >= 1. For a causal model they must not depend on the tokens: parameters.
+      scale: factor on the logits of both steps; None means H ** -0.5.
+      initial_state: of the tokens before the first (see init_agent_cache). Default: there are none.
+      return_state: also return the AgentState after the last token.
+      chunk_size: tokens taken at once by "xla".
+      implementation: None, "reference" (a scan over tokens), "xla" or "pallas_tpu" (linear attention's forms).
+
+    Returns:
+      [B, T, N, V] in query's dtype, or (that, AgentState) with return_state.
+
+    Raises:
+      ValueError, TypeError: at trace time, naming the argument.
+
+    Complexity of "xla", per head with chunks of C: O(T (m (H + V) + C (m + V))) time; memory O(T m), and for gradients
+    one state per chunk more, O(T m V / C).
+    """
+    check_query_key_value(query, key, value)
+    agents = batched_agents(agents, query)
+    chunk_size = check_int("chunk_size", chunk_size, least=1)
+    batch, _, heads, head_dim = query.shape
+    dtype = accumulator_dtype(query, key, value, agents)
+    if initial_state is None:
+        # Made like query: inside shard_map a scan's carry must vary over the mesh axes that its inputs vary over.
+        initial_state = jax.tree.map(
+            lambda leaf: jnp.zeros_like(query, shape=leaf.shape, dtype=dtype) + leaf.astype(dtype),
+            init_agent_cache(batch, heads, agents.shape[1], value.shape[-1]),
+        )
+    _check_state("initial_state", initial_state, query, value, agents)
+    out, state = dispatch(
+        "causal_agent_attention",
+        IMPLEMENTATIONS,
+        implementation,
+        query,
+        key,
+        value,
+        agents.astype(dtype),
+        jax.tree.map(lambda leaf: leaf.astype(dtype), initial_state),
+        scale=default_scale(scale, head_dim),
+        chunk_size=chunk_size,
+    )
+    return (out, state) if return_state else out
+
+
+def init_agent_cache(
+    batch: int, num_heads: int, num_agents: int, value_dim: int, *, dtype: Any = jnp.float32
+) -> AgentState:
+    """The state before the first token, for agent_step and initial_state. num_heads: the query's."""
+    shape = (batch, num_heads, num_agents)
+    return AgentState(jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, value_dim), dtype))
+
+
+def agent_step(
+    state: AgentState, query: Array, key: Array, value: Array, agents: Array, *, scale: float | None = None
+) -> tuple[Array, AgentState]:
+    """One more token: causal_agent_attention's next output and state, in O(m (H + V)) per head.
+
+    Args:
+      state: from init_agent_cache, an earlier step, or causal_agent_attention(..., return_state=True).
+      query, key, value: [B, 1, N, H], [B, 1, K, H], [B, 1, K, V]. agents, scale: as in causal_agent_attention.
+
+    Returns:
+      ([B, 1, N, V] in query's dtype, the state after this token).
+    """
+    check_step(query, key, value)
+    agents = batched_agents(agents, query)
+    _check_state("state", state, query, value, agents)
+    dtype = accumulator_dtype(query, key, value, agents)
+    state = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
+    return _reference(query, key, value, agents.astype(dtype), state, scale=default_scale(scale, query.shape[-1]))
+
+
+def _reference(
+    query: Array,
+    key: Array,
+    value: Array,
+    agents: Array,
+    state: AgentState,
+    *,
+    scale: Any,
+    chunk_size: int | None = None,
+) -> tuple[Array, AgentState]:
+    dtype = agents.dtype
+
+    def token(state: AgentState, now: tuple[Array, Array, Array]) -> tuple[AgentState, Array]:
+        query, key, value = now
+        logits = scale * jnp.einsum("BmNH,BNH->BNm", agents, key)
+        largest = jnp.maximum(state.largest, jax.lax.stop_gradient(logits))
+        kept, added = jnp.exp(state.largest - largest), jnp.exp(logits - largest)
+        denominator = kept * state.denominator + added
+        numerator = kept[..., None] * state.numerator + added[..., None] * value[:, :, None]
+        weights = jax.nn.softmax(scale * jnp.einsum("BNH,BmNH->BNm", query, agents), axis=-1)
+        out = jnp.einsum("BNm,BNmV->BNV", weights / denominator, numerator)
+        return AgentState(largest, denominator, numerator), out
+
+    tokens = (query.astype(dtype), *(repeat_key_heads(x.astype(dtype), query.shape[2]) for x in (key, value)))
+    state = state._replace(largest=jax.lax.stop_gradient(state.largest))
+    state, out = jax.lax.scan(token, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
+    return jnp.moveaxis(out, 0, 1).astype(query.dtype), state
+
+
+def _by_linear(
+    query: Array,
+    key: Array,
+    value: Array,
+    agents: Array,
+    state: AgentState,
+    *,
+    scale: Any,
+    chunk_size: int,
+    implementation: str = "xla",
+    operands: Any = None,
+) -> tuple[Array, AgentState]:
+    """By one of linear_attention's forms. operands: dtype of what it multiplies, None for the accumulator's."""
+    dtype, key_heads = agents.dtype, key.shape[2]
+    largest, denominator, numerator = state
+    largest = jax.lax.stop_gradient(largest)
+    by_group = einops.rearrange(agents, "B m (K G) H -> B m K G H", K=key_heads)
+    logits = scale * jnp.einsum("BTKH,BmKGH->BTKGm", key, by_group, preferred_element_type=dtype)
+    logits = einops.rearrange(logits, "B T K G m -> B T (K G) m")
+    shares, total, _ = softmax_parts(scale * jnp.einsum("BTNH,BmNH->BTNm", query, agents, preferred_element_type=dtype))
+
+    some = denominator > 0
+    divisor = jnp.where(some, denominator, 1)
+    before = jnp.where(some, jnp.where(some, largest, 0) + jnp.log(divisor), _NOTHING)
+    # Log of the sum over the tokens before each one: the state's, then up to all but the last.
+    sums = jax.lax.cumlogsumexp(jnp.concatenate([before[:, None], logits[:, :-1]], axis=1), axis=1)
+    surplus = logits - sums
+    tokens = (shares / total, jax.nn.sigmoid(surplus), repeat_key_heads(value, query.shape[2]))
+    out, gathered = linear_attention(
+        *(x if operands is None else x.astype(operands) for x in tokens),
+        log_decay=-jax.nn.softplus(surplus),
+        scale=1.0,
+        initial_state=LinearState(numerator / divisor[..., None]),
+        return_state=True,
+        chunk_size=chunk_size,
+        implementation=implementation,
+    )
+
+    new_largest = jnp.maximum(largest, jax.lax.stop_gradient(jnp.max(logits, axis=1, initial=-jnp.inf)))
+    unit = jnp.where(new_largest == -jnp.inf, 0, new_largest)
+    denominator = jnp.exp(largest - unit) * denominator + jnp.sum(jnp.exp(logits - unit[:, None]), axis=1)
+    return out.astype(query.dtype), AgentState(new_largest, denominator, gathered.kv * denominator[..., None])
+
+
+def _pallas_tpu(xla: Any, query: Array, *arrays: Any, **options: Any) -> tuple[Array, AgentState]:
+    return _by_linear(query, *arrays, implementation="pallas_tpu", operands=query.dtype, **options)
+
+
+def _pallas_tpu_refusal(
+    query: Array, key: Array, value: Array, agents: Array, state: AgentState, *, scale: Any, chunk_size: int
+) -> str | None:
+    shares = jax.ShapeDtypeStruct((*query.shape[:3], agents.shape[1]), query.dtype)
+    repeated = jax.ShapeDtypeStruct((*query.shape[:3], value.shape[-1]), query.dtype)
+    return kernels.pallas_tpu_refusal(shares, shares, repeated, shares)
+
+
+IMPLEMENTATIONS: Implementations = {
+    "reference": _reference,
+    "xla": _by_linear,
+    "pallas_tpu": Kernel(_pallas_tpu, _pallas_tpu_refusal),
+}
+
+
+def _check_state(name: str, state: Any, query: Array, value: Array, agents: Array) -> None:
+    if not isinstance(state, AgentState):
+        raise TypeError(f"{name}: got {type(state).__name__}; need an AgentState")
+    shape = (query.shape[0], query.shape[2], agents.shape[1])
+    check_array(f"{name}.largest", state.largest, shape, "[B, N, m]")
+    check_array(f"{name}.denominator", state.denominator, shape, "[B, N, m]")
+    check_array(f"{name}.numerator", state.numerator, (*shape, value.shape[-1]), "[B, N, m, V]")

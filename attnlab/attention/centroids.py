@@ -1,0 +1,167 @@
+"""Centroids of heads: spherical k-means of tokens, fitted to data and moved along in training.
+
+With x a token's query or key, normalised, and mu_c the centroids of its head, token i is in argmax_c x_i . mu_c.
+
+    "unit"    x / |x|, as in lucidrains' routing-transformer
+    "layer"   layer norm without gain or bias (1e-6), as in Google's Routing Transformer
+"""
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import einops
+import jax
+import jax.numpy as jnp
+
+from attnlab.attention._shared.checks import accumulator_dtype, check_array, check_int, require, shape_text
+
+Array = jax.Array
+Normalize = Literal["unit", "layer"]
+
+_SMOOTHING = 1e-5
+
+
+class RoutingState(NamedTuple):
+    """The centroids of N heads, in float32 (float64 for float64 inputs), and the sums behind them.
+
+    centroids: [N, c, H]. counts: [N, c], tokens a batch, and sums: [N, c, H], their sum a batch, both as exponential
+    moving averages; rule "ema" of update_routing alone needs them.
+    """
+
+    centroids: Array
+    counts: Array
+    sums: Array
+
+
+class RoutingStatistics(NamedTuple):
+    """What update_routing needs of a batch; those of several batches add up. counts: [N, c]; sums: [N, c, H]."""
+
+    counts: Array
+    sums: Array
+
+
+def init_routing(rng: Array, num_heads: int, num_clusters: int, head_dim: int) -> RoutingState:
+    """Random centroids of unit length, which count as one token each. Better ones come from data: fit_routing."""
+    for name, given in (("num_heads", num_heads), ("num_clusters", num_clusters), ("head_dim", head_dim)):
+        check_int(name, given, least=1)
+    centroids = unit(jax.random.normal(rng, (num_heads, num_clusters, head_dim)))
+    return RoutingState(centroids, jnp.ones((num_heads, num_clusters)), centroids)
+
+
+def fit_routing(
+    tokens: Array, state: RoutingState, iterations: int = 10, *, normalize: Normalize = "unit"
+) -> RoutingState:
+    """Centroids from data: k-means of tokens [B, T, N, H], started from tokens at equal distances.
+
+    tokens: queries, or queries and keys one after the other, as routing_attention gets them; for the cold start of a
+      model, its first batch's. normalize: as in routing_attention (the queries' H^-1/2 does not matter here).
+    state: gives the number of centroids; one that no token is nearest to stays what it was.
+    """
+    check_array("tokens", tokens, (None, None, None, None), "[batch, length, heads, head_dim]")
+    check_state("state", state, *tokens.shape[2:])
+    iterations = check_int("iterations", iterations, least=1)
+    check_normalize(normalize)
+    dtype = accumulator_dtype(tokens)
+    normalized = jax.lax.stop_gradient(unit(tokens) if normalize == "unit" else layer_norm(tokens.astype(dtype)))
+    flat = einops.rearrange(normalized, "B T N H -> N (B T) H").astype(dtype)
+    clusters = state.centroids.shape[1]
+    seeds = flat[:, jnp.arange(clusters) * flat.shape[1] // clusters]
+
+    def iterate(centroids: Array, _: None) -> tuple[Array, RoutingStatistics]:
+        cluster = jnp.argmax(jnp.einsum("NTH,NcH->NTc", flat, centroids), axis=-1)
+        statistics = _sums(flat, cluster, clusters)
+        means = statistics.sums / jnp.maximum(statistics.counts, 1)[..., None]
+        means = unit(means) if normalize == "unit" else means
+        return jnp.where(statistics.counts[..., None] > 0, means, centroids), statistics
+
+    centroids, statistics = jax.lax.scan(iterate, seeds, None, length=iterations)
+    count = jnp.maximum(statistics.counts[-1], 1)
+    return RoutingState(centroids, count, centroids * count[..., None])
+
+
+def update_routing(
+    state: RoutingState,
+    stats: RoutingStatistics,
+    *,
+    decay: float = 0.999,
+    rule: Literal["ema", "unit"] = "ema",
+    axis_name: Any = None,
+) -> RoutingState:
+    """The centroids after a batch; RoutingAux.statistics of microbatches may be added up before.
+
+    rule "ema" (Google's): counts and sums are averaged over batches with `decay`, and
+        mu = sums / ((counts + 1e-5) / (sum counts + c 1e-5) sum counts), c the number of centroids.
+    rule "unit" (lucidrains'): mu = decay mu + (1 - decay) sums / |sums|, not renormalised; a centroid without a token
+      stays what it was.
+    axis_name: mapped axes (shard_map, pmap, vmap) over which the statistics are added up first.
+    """
+    require(rule in ("ema", "unit"), "rule", repr(rule), 'need "ema" or "unit"')
+    check_array("stats.counts", stats.counts, state.counts.shape, "[heads, clusters]")
+    check_array("stats.sums", stats.sums, state.sums.shape, "[heads, clusters, head_dim]")
+    if axis_name is not None:
+        stats = jax.lax.psum(stats, axis_name)
+    if rule == "unit":
+        moved = decay * state.centroids + (1 - decay) * unit(stats.sums)
+        return state._replace(centroids=jnp.where(stats.counts[..., None] > 0, moved, state.centroids))
+    count = decay * state.counts + (1 - decay) * stats.counts
+    total = decay * state.sums + (1 - decay) * stats.sums
+    everything = jnp.sum(count, axis=-1, keepdims=True)
+    smoothed = (count + _SMOOTHING) / (everything + count.shape[-1] * _SMOOTHING) * everything
+    return RoutingState(total / smoothed[..., None], count, total)
+
+
+def unit(x: Array) -> Array:
+    """x / |x| over the last axis, and 0 for 0, with finite gradients."""
+    wide = x.astype(accumulator_dtype(x))
+    # Divided by the largest first, so that squares neither overflow nor vanish.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(wide), axis=-1, keepdims=True))
+    wide = wide / jnp.where(largest > 0, largest, 1)
+    square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    return wide / jnp.sqrt(jnp.where(square > 0, square, 1))
+
+
+def layer_norm(x: Array) -> Array:
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + 1e-6)
+
+
+def commitment(tokens: Array, cluster: Array, state: RoutingState, key_mask: Array | None) -> Array:
+    """Mean squared distance of tokens [B, T, N, H] and their centroids, over real tokens and channels."""
+    heads = jnp.arange(tokens.shape[2])
+    square = (tokens - state.centroids[heads, cluster]) ** 2
+    if key_mask is None:
+        return jnp.mean(square)
+    weight = jnp.broadcast_to(key_mask[:, :, None, None], square.shape)
+    return jnp.sum(jnp.where(weight, square, 0)) / jnp.maximum(jnp.sum(weight), 1)
+
+
+def statistics_of(tokens: Array, cluster: Array, state: RoutingState, key_mask: Array | None) -> RoutingStatistics:
+    clusters = state.centroids.shape[1]
+    tokens = einops.rearrange(jax.lax.stop_gradient(tokens), "B T N H -> N (B T) H")
+    if key_mask is not None:  # padding goes to a cluster of its own, which _sums drops
+        cluster = jnp.where(key_mask[..., None], cluster, clusters)
+    return _sums(tokens, einops.rearrange(cluster, "B T N -> N (B T)"), clusters)
+
+
+def _sums(tokens: Array, cluster: Array, clusters: int) -> RoutingStatistics:
+    """Counts and sums of tokens [N, S, H] by cluster [N, S]; clusters out of range are dropped."""
+
+    def head(tokens: Array, cluster: Array) -> RoutingStatistics:
+        add = functools.partial(jax.ops.segment_sum, segment_ids=cluster, num_segments=clusters)
+        return RoutingStatistics(add(jnp.ones_like(tokens[:, 0])), add(tokens))
+
+    return jax.vmap(head)(tokens, cluster)
+
+
+def check_state(name: str, state: Any, heads: int, head_dim: int) -> None:
+    if not isinstance(state, RoutingState):
+        raise TypeError(f"{name}: got {type(state).__name__}; need a RoutingState")
+    check_array(f"{name}.centroids", state.centroids, (heads, None, head_dim), "[heads, clusters, head_dim]")
+    clusters = state.centroids.shape[1]
+    require(clusters >= 1, f"{name}.centroids", shape_text(state.centroids), "need at least one cluster")
+    check_array(f"{name}.counts", state.counts, (heads, clusters), "[heads, clusters]")
+    check_array(f"{name}.sums", state.sums, (heads, clusters, head_dim), "[heads, clusters, head_dim]")
+
+
+def check_normalize(normalize: Any) -> None:
+    require(normalize in ("unit", "layer"), "normalize", repr(normalize), 'need "unit" or "layer"')
