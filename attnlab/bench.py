@@ -13,62 +13,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import attnlab
+from attnlab import catalog
 
-WINDOW = 256
 # Not timed: a program that would need more memory than this, or is expected to take longer.
 _MOST_BYTES, _MOST_SECONDS = 6 * 2**30, 20.0
 # The exponent of time is fitted over lengths from here on, where constant costs no longer show.
 _FIT_FROM = 4096
 
-
-def _agents(q: jax.Array) -> jax.Array:
-    """[64, N, H]: as many fixed agents, made of queries."""
-    return q[0, :: q.shape[1] // 64][:64]
-
-
-def _square(x: jax.Array) -> jax.Array:
-    """[B, T, N, H] -> [B, Y, X, N, H], as square as a power of two allows."""
-    rows = 2 ** (int(math.log2(x.shape[1])) // 2)
-    return x.reshape(x.shape[0], rows, -1, *x.shape[2:])
-
-
-def _routing(q: jax.Array, k: jax.Array, v: jax.Array, membership: Any) -> jax.Array:
-    clusters = math.isqrt(q.shape[1])
-    state = attnlab.init_routing(jax.random.key(1), q.shape[2], clusters, q.shape[3])
-    out, _ = attnlab.routing_attention(q, k, v, state, window=clusters, is_causal=True, membership=membership)
-    return out
-
-
-# By name: a function of query, key, value [1, length, 4, 64]; causal unless named otherwise.
-MECHANISMS: dict[str, Callable[..., jax.Array]] = {
-    "jax.nn dense": lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True),
-    f"jax.nn dense, window {WINDOW}": lambda q, k, v: jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, local_window_size=(WINDOW - 1, 0)
-    ),
-    "dot_product": lambda q, k, v: attnlab.dot_product_attention(q, k, v, is_causal=True),
-    f"local, window {WINDOW}": lambda q, k, v: attnlab.local_attention(q, k, v, window=WINDOW, is_causal=True),
-    f"dilated, window {WINDOW // 4}, dilation 4": lambda q, k, v: attnlab.dilated_attention(
-        q, k, v, window=WINDOW // 4, dilation=4, is_causal=True
-    ),
-    "routing, strict": lambda q, k, v: _routing(q, k, v, "strict"),
-    "routing, global": lambda q, k, v: _routing(q, k, v, "global"),
-    "axial, rows of an image": lambda q, k, v: attnlab.axial_attention(*map(_square, (q, k, v)), axis=1),
-    "agent, 64 agents": lambda q, k, v: attnlab.causal_agent_attention(q, k, v, _agents(q)),
-    "agent, 64 agents, not causal": lambda q, k, v: attnlab.agent_attention(q, k, v, _agents(q)),
-    "linear, elu": lambda q, k, v: attnlab.linear_attention(q, k, v, feature_map="elu", normalize=True),
-    "linear, retention": lambda q, k, v: attnlab.linear_attention(
-        q, k, v, log_decay=attnlab.retention_log_decay(q.shape[2])
-    ),
-    "linear, delta rule": lambda q, k, v: attnlab.linear_attention(
-        q, k / jnp.linalg.norm(k, axis=-1, keepdims=True), v, beta=jnp.full(q.shape[:3], 0.5)
-    ),
-    "inline, not causal": attnlab.inline_attention,
-    f"local-linear, window {WINDOW}": lambda q, k, v: attnlab.local_linear_attention(
-        q, k, v, ridge=10.0, window=WINDOW
-    ),
-    f"parallax, window {WINDOW}": lambda q, k, v: attnlab.parallax_attention(q, q, k, v, window=WINDOW),
+HEADS, HEAD_DIM, AGENTS, WINDOW = 4, 64, 64, catalog.WINDOW
+# Beside the catalog, for comparison: functions of query, key, value [1, length, HEADS, HEAD_DIM].
+_DENSE: dict[str, dict[str, Any]] = {
+    "jax.nn dense, causal": {"is_causal": True},
+    f"jax.nn dense, causal (window {WINDOW})": {"is_causal": True, "local_window_size": (WINDOW - 1, 0)},
 }
+NAMES = [*_DENSE, *catalog.MECHANISMS]
+
+
+def _call(name: str, length: int) -> tuple[str, Callable[..., jax.Array], dict[str, Any]]:
+    """(label, function of arrays by name, the arrays) at a length."""
+    if name in _DENSE:
+        shape = (3, 1, length, HEADS, HEAD_DIM)
+        arrays = dict(zip(("query", "key", "value"), jax.random.normal(jax.random.key(0), shape)))
+        return name, lambda arrays: jax.nn.dot_product_attention(**arrays, **_DENSE[name]), arrays
+    mechanism = catalog.MECHANISMS[name]
+    sizes = {"head_dim": HEAD_DIM, "value_dim": HEAD_DIM, "agents": AGENTS, "clusters": math.isqrt(length)}
+    arrays = mechanism.inputs(length, batch=1, heads=HEADS, **sizes)
+    options = mechanism.large(length)
+    # Those that do not grow with the length say what was timed.
+    fixed = [f"{option} {value}" for option, value in options.items() if value == mechanism.large(4 * length)[option]]
+    label = f"{name} ({', '.join(fixed)})" if fixed else name
+    return label, lambda arrays: mechanism(arrays, **options), jax.tree.map(jnp.asarray, arrays)
 
 
 def bench(
@@ -78,12 +52,12 @@ def bench(
     backward: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Times every mechanism at every length, float32, 1 sequence of 4 heads of 64.
+    """Times every mechanism of the catalog at every length, float32, 1 sequence of 4 heads of 64.
 
     Args:
       lengths: ascending.
-      only: names in MECHANISMS, whole or up to a comma; without any, all.
-      backward: time the gradient of query, key and value as well.
+      only: NAMES, whole or up to a comma; without any, all.
+      backward: time the gradient of all arrays as well.
       say: takes a line as each number comes.
 
     Returns:
@@ -92,22 +66,22 @@ def bench(
     """
     _reuse_freed_memory()
     rows = []
-    for name, function in MECHANISMS.items():
+    for name in NAMES:
         if only and not any(f"{name},".startswith(f"{start},") for start in only):
             continue
         expected = 0.0
         for previous, length in zip((lengths[0], *lengths), lengths):
-            arrays = jax.random.normal(jax.random.key(0), (3, 1, length, 4, 64))
-            compiled = jax.jit(_gradient(function) if backward else function).lower(*arrays).compile()
+            label, function, arrays = _call(name, length)
+            compiled = jax.jit(_gradient(function) if backward else function).lower(arrays).compile()
             memory: Any = compiled.memory_analysis()
             temporary = memory.temp_size_in_bytes
             expected *= (length / previous) ** 2
             fits = temporary <= _MOST_BYTES and expected <= _MOST_SECONDS
             seconds = _best_time(compiled, arrays) if fits else None
             expected = seconds if seconds is not None else expected
-            rows.append({"mechanism": name, "length": length, "seconds": seconds, "temporary_bytes": temporary})
+            rows.append({"mechanism": label, "length": length, "seconds": seconds, "temporary_bytes": temporary})
             shown = "not run" if seconds is None else f"{seconds * 1e3:9.1f} ms"
-            say(f"{name:<36} {length:>6}  {shown}  {temporary / 2**20:10.1f} MiB")
+            say(f"{label:<40} {length:>6}  {shown}  {temporary / 2**20:10.1f} MiB")
     return rows
 
 
@@ -126,16 +100,16 @@ def _reuse_freed_memory() -> None:
 
 
 def _gradient(function: Callable[..., jax.Array]) -> Callable[..., Any]:
-    return jax.grad(lambda q, k, v: jnp.sum(function(q, k, v) ** 2), (0, 1, 2))
+    return jax.grad(lambda arrays: jnp.sum(function(arrays) ** 2))
 
 
-def _best_time(compiled: Callable[..., Any], arrays: jax.Array) -> float:
+def _best_time(compiled: Callable[..., Any], arrays: Any) -> float:
     """Seconds of the fastest of at least 3 runs, and of as many as fit into half a second."""
-    jax.block_until_ready(compiled(*arrays))
+    jax.block_until_ready(compiled(arrays))
     times: list[float] = []
     while len(times) < 3 or (sum(times) < 0.5 and len(times) < 30):
         start = time.perf_counter()
-        jax.block_until_ready(compiled(*arrays))
+        jax.block_until_ready(compiled(arrays))
         times.append(time.perf_counter() - start)
     return min(times)
 

@@ -117,7 +117,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
         nargs="+",
         default=[],
         metavar="NAME",
-        help="mechanisms, as named in its table up to a comma: local, linear",
+        help="mechanisms, named as in its table, whole or up to a comma: linear, 'local, causal'",
     )
     bench.add_argument("--backward", action="store_true", help="time the gradient as well")
     bench.add_argument(
@@ -257,7 +257,7 @@ def _bench(command: argparse.Namespace, overrides: list[str]) -> int:
     rows = bench.bench(sorted(set(command.lengths)), only=command.only, backward=command.backward)
     if not rows:
         raise UserError(
-            f"only: no mechanism is named {' or '.join(command.only)}; there are: {'; '.join(bench.MECHANISMS)}"
+            f"only: no mechanism is named {' or '.join(command.only)}; there are: {'; '.join(bench.NAMES)}"
         )
     passes = "forward and backward" if command.backward else "forward"
     bench.write(rows, command.workdir, f"Attention against length, {passes}, on {jax.devices()[0].device_kind}")

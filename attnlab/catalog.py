@@ -1,0 +1,190 @@
+"""Every mechanism once: what it is called with, on inputs of any size. Suites of tests, the benchmark and galleries go
+over this table, so that a mechanism that has a row is in all of them.
+
+    for name, mechanism in catalog.MECHANISMS.items():
+        arrays = mechanism.inputs()
+        out = mechanism(arrays, implementation="xla")
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+import attnlab
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of a row's inputs: a batch of sequences or grids with this space, and counts of agents and of clusters."""
+
+    batch: int
+    space: tuple[int, ...]
+    heads: int
+    key_heads: int
+    head_dim: int
+    value_dim: int
+    agents: int
+    clusters: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Mechanism:
+    """One row: function(**arrays, **options).
+
+    options: for inputs of the default sizes. large: for realistic ones, of so many positions; over the options.
+    arrays: (rng, sizes) -> arguments beside query, key and value.
+    result: what the function returns -> the output [B, *space, N, V].
+    grid: takes images; else sequences. is_causal: no position sees a later one.
+    """
+
+    function: Callable[..., Any]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    large: Callable[[int], Mapping[str, Any]] = lambda length: {}
+    arrays: Callable[[np.random.Generator, Sizes], dict[str, Any]] = lambda rng, sizes: {}
+    result: Callable[[Any], Any] = lambda out: out
+    grid: bool = False
+    is_causal: bool = False
+
+    def inputs(
+        self,
+        length: int | None = None,
+        *,
+        seed: int = 0,
+        batch: int = 2,
+        heads: int = 4,
+        key_heads: int | None = None,
+        head_dim: int = 8,
+        value_dim: int = 6,
+        agents: int = 3,
+        clusters: int = 3,
+        dtype: Any = np.float32,
+    ) -> dict[str, Any]:
+        """Query, key, value and further arrays by name, drawn from the seed. length: positions, 13 or a grid of 4 x 5 by
+        default; else a grid is as square as its length allows."""
+        space: tuple[int, ...] = (13 if length is None else length,)
+        if self.grid:
+            space = (4, 5) if length is None else _near_square(length)
+        key_heads = heads if key_heads is None else key_heads
+        sizes = Sizes(batch, space, heads, key_heads, head_dim, value_dim, agents, clusters)
+        rng = np.random.default_rng(seed)
+        shapes = {"query": (heads, head_dim), "key": (key_heads, head_dim), "value": (key_heads, value_dim)}
+        drawn = {name: rng.normal(size=(batch, *space, *shape)) for name, shape in shapes.items()}
+        return jax.tree.map(lambda x: np.asarray(x, dtype), {**drawn, **self.arrays(rng, sizes)})
+
+    def __call__(self, arrays: Mapping[str, Any], implementation: str | None = None, **options: Any) -> Any:
+        """The output [B, *space, N, V]; options over the row's own."""
+        return self.result(self.function(**arrays, **{**self.options, **options}, implementation=implementation))
+
+
+def _near_square(length: int) -> tuple[int, int]:
+    rows = max(n for n in range(1, math.isqrt(length) + 1) if length % n == 0)
+    return rows, length // rows
+
+
+def _agents(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    return {"agents": rng.normal(size=(sizes.batch, sizes.agents, sizes.heads, sizes.head_dim))}
+
+
+def _agents_and_biases(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    positions = math.prod(sizes.space)
+    return {
+        **_agents(rng, sizes),
+        "gather_bias": rng.normal(size=(sizes.heads, sizes.agents, positions)),
+        "broadcast_bias": rng.normal(size=(sizes.heads, positions, sizes.agents)),
+    }
+
+
+def _decay(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    return {"log_decay": -rng.exponential(size=(sizes.batch, *sizes.space, sizes.heads))}
+
+
+def _channel_decay(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    return {"log_decay": -rng.exponential(size=(sizes.batch, *sizes.space, sizes.heads, sizes.head_dim))}
+
+
+def _strength(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    # Keys here have a squared length of about head_dim, and the delta rule diverges where beta times it is above 2.
+    return {"beta": 1.6 / sizes.head_dim * rng.uniform(size=(sizes.batch, *sizes.space, sizes.heads))}
+
+
+def _gates(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    return {**_decay(rng, sizes), **_strength(rng, sizes)}
+
+
+def _centroids(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    centroids = rng.normal(size=(sizes.heads, sizes.clusters, sizes.head_dim))
+    return {"state": attnlab.RoutingState(centroids, np.ones(centroids.shape[:2]), centroids)}
+
+
+def _probe(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    return {"probe": 0.5 * rng.normal(size=(sizes.batch, *sizes.space, sizes.heads, sizes.head_dim))}
+
+
+def _linear(**row: Any) -> Mechanism:
+    return Mechanism(attnlab.linear_attention, **{"is_causal": True, **row})
+
+
+_ELU = {"feature_map": "elu", "normalize": True}
+WINDOW = 256  # of large inputs on one axis
+
+MECHANISMS: dict[str, Mechanism] = {
+    "dot_product": Mechanism(attnlab.dot_product_attention),
+    "dot_product, causal": Mechanism(attnlab.dot_product_attention, {"is_causal": True}, is_causal=True),
+    "local, causal": Mechanism(
+        attnlab.local_attention,
+        {"window": 5, "is_causal": True},
+        large=lambda length: {"window": WINDOW},
+        is_causal=True,
+    ),
+    "local, grid": Mechanism(
+        attnlab.local_attention, {"window": (3, 4)}, large=lambda length: {"window": 13}, grid=True
+    ),
+    "dilated": Mechanism(
+        attnlab.dilated_attention,
+        {"window": 3, "dilation": 2},
+        large=lambda length: {"window": WINDOW // 4, "dilation": 4},
+    ),
+    "axial": Mechanism(attnlab.axial_attention, {"axis": 0}, grid=True),
+    "agent": Mechanism(attnlab.agent_attention, arrays=_agents_and_biases, grid=True),
+    "agent, causal": Mechanism(attnlab.causal_agent_attention, arrays=_agents, is_causal=True),
+    "linear": _linear(options=_ELU),
+    "linear, not causal": _linear(options={**_ELU, "is_causal": False}, is_causal=False),
+    "linear, taylor2": _linear(options={"feature_map": "taylor2", "normalize": True}),
+    "linear, decay": _linear(arrays=_decay),
+    "linear, decay per channel": _linear(arrays=_channel_decay),
+    "linear, delta rule": _linear(arrays=_strength),
+    "linear, gated delta rule": _linear(arrays=_gates),
+    "routing, strict": Mechanism(
+        attnlab.routing_attention,
+        {"window": 4, "is_causal": True},
+        large=lambda length: {"window": math.isqrt(length)},
+        arrays=_centroids,
+        result=lambda pair: pair[0],
+        is_causal=True,
+    ),
+    "routing, global": Mechanism(
+        attnlab.routing_attention,
+        {"window": 4, "membership": "global", "normalize": "layer"},
+        large=lambda length: {"window": math.isqrt(length)},
+        arrays=_centroids,
+        result=lambda pair: pair[0],
+    ),
+    "local-linear": Mechanism(attnlab.local_linear_attention, {"ridge": 2.0}, is_causal=True),
+    "local-linear, window": Mechanism(
+        attnlab.local_linear_attention,
+        {"ridge": 2.0, "window": 5, "is_causal": False},
+        large=lambda length: {"window": WINDOW, "ridge": 10.0},
+    ),
+    "parallax": Mechanism(
+        attnlab.parallax_attention,
+        {"window": 5},
+        large=lambda length: {"window": WINDOW},
+        arrays=_probe,
+        is_causal=True,
+    ),
+    "inline": Mechanism(attnlab.inline_attention, grid=True),
+}
