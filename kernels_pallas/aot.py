@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from kernels_pallas import schedule
+from kernels_pallas import patterns, schedule
 from kernels_pallas.tpu import (
     banded_covariance,
     banded_flash,
@@ -67,10 +67,10 @@ class Shape(NamedTuple):
         """[1, T, *axes]"""
         return jax.ShapeDtypeStruct((1, self.length, *axes), dtype or self.dtype)
 
-    def pattern(self, blocks: tuple[int, int]) -> banded_flash.Pattern:
+    def pattern(self, blocks: tuple[int, int]) -> patterns.Pattern:
         position = np.arange(self.length)
         starts, ends = np.maximum(position - self.window + 1, 0), position + 1
-        return banded_flash.intervals(starts, ends, self.length, block_q=blocks[0], block_k=blocks[1])
+        return patterns.intervals(starts, ends, self.length, block_q=blocks[0], block_k=blocks[1])
 
 
 SHAPES = {
@@ -98,7 +98,7 @@ class Row(NamedTuple):
     grids: Mapping[str, Grid]
 
 
-def _grid(visits: banded_flash.Visits, rows: int) -> Grid:
+def _grid(visits: patterns.Visits, rows: int) -> Grid:
     """Of a kernel that goes through the pairs of tiles for each of `rows`: first, full, partly seen, last."""
     first, last, active, full = (int(np.count_nonzero(visits.flags & 2**bit)) for bit in range(4))
     # A body that no step runs is compiled away where it is known; here flags are data, and both are there.
@@ -131,9 +131,7 @@ def _banded_flash_gradients(shape: Shape) -> Row:
     group = shape.heads // shape.key_heads
     grids = {
         "banded_flash_query_gradient": _grid(pattern.by_query, shape.heads),
-        "banded_flash_key_value_gradients": _grid(
-            banded_flash_backward.for_every_head(pattern.by_key, group), shape.key_heads
-        ),
+        "banded_flash_key_value_gradients": _grid(patterns.for_every_head(pattern.by_key, group), shape.key_heads),
     }
     return Row(gradients, [*arrays, arrays[0], lse, arrays[0], lse], vmem, grids)
 
@@ -167,7 +165,7 @@ def _banded_covariance_gradients(shape: Shape) -> Row:
     grids = {
         "banded_covariance_query_gradients": _grid(pattern.by_query, shape.heads),
         "banded_covariance_key_value_gradients": _grid(
-            banded_flash_backward.for_every_head(pattern.by_key, shape.heads // shape.key_heads), shape.key_heads
+            patterns.for_every_head(pattern.by_key, shape.heads // shape.key_heads), shape.key_heads
         ),
     }
     return Row(gradients, [*row.arrays, wide, wide, wide], row.vmem, grids)

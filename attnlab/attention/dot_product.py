@@ -289,7 +289,7 @@ def _chunks(arrays: tuple[tuple[Array | None, int], ...], size: int) -> tuple[An
 
 def _pattern_of(is_causal: bool) -> PatternOf:
     """One interval of keys a query."""
-    from kernels_pallas.tpu.banded_flash import intervals
+    from kernels_pallas.patterns import intervals
 
     def pattern(module: Any, arrays: Any) -> Any:
         queries, keys = arrays[0].shape[1], arrays[1].shape[1]

@@ -385,7 +385,7 @@ class _Layout(NamedTuple):
 
     def pattern(self, sinks: int, module: Any, arrays: Any) -> Any:
         """The pattern of a module of kernels. Several axes have tiles of their own."""
-        from kernels_pallas.tpu.banded_flash import boxes, intervals
+        from kernels_pallas.patterns import boxes, intervals
 
         if len(self.tiles) > 1:
             return boxes(self.bounds, [t.size for t in self.tiles])

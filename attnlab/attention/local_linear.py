@@ -307,7 +307,7 @@ def _bounds(length: int, is_causal: bool, window: int | None) -> tuple[np.ndarra
 
 
 def _pattern_of(is_causal: bool, window: int | None) -> PatternOf:
-    from kernels_pallas.tpu.banded_flash import intervals
+    from kernels_pallas.patterns import intervals
 
     def pattern(module: Any, arrays: Any) -> Any:
         length = arrays[0].shape[1]

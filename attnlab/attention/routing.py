@@ -621,7 +621,7 @@ def _strict_rows(
     self_is_last: bool,
     share_qk: bool,
 ) -> _Rows:
-    from kernels_pallas.tpu.banded_flash import traced_intervals
+    from kernels_pallas.patterns import traced_intervals
 
     batch, length, heads = cluster[0].shape
     ranges_of: Any = functools.partial(_strict_ranges, num_clusters=num_clusters, window=window, is_causal=is_causal)
@@ -661,7 +661,7 @@ def _global_rows(
     self_is_last: bool,
     share_qk: bool,
 ) -> _Rows:
-    from kernels_pallas.tpu.banded_flash import all_pairs
+    from kernels_pallas.patterns import all_pairs
 
     batch, length, heads, _ = similarity[0].shape
     taken_q, taken_k = _members_of_both(similarity, key_mask, window, share_qk)
@@ -772,6 +772,7 @@ def _pallas_tpu_refusal(
     operands: Any,
     **_: Any,
 ) -> str | None:
+    from kernels_pallas import patterns
     from kernels_pallas.tpu import banded_flash, banded_flash_backward
 
     if self_is_last and not is_causal:
@@ -781,11 +782,11 @@ def _pallas_tpu_refusal(
     tokens = length if is_strict else window
     block = _row_block(tokens, window)
     rows = batch * heads * (1 if is_strict else num_clusters)
-    lists = (rows, banded_flash.num_pairs(length, length, reach=window, block_q=block, block_k=block))
+    lists = (rows, patterns.num_pairs(length, length, reach=window, block_q=block, block_k=block))
     none = np.broadcast_to(np.int32(0), lists if is_strict else (1, (-(-tokens // block)) ** 2))
-    visits = banded_flash.Visits(none, none, none)
+    visits = patterns.Visits(none, none, none)
     coordinates = None if is_strict else none
-    pattern = banded_flash.Pattern(none, none, coordinates, visits, visits, block, block)
+    pattern = patterns.Pattern(none, none, coordinates, visits, visits, block, block)
     arrays = [jax.ShapeDtypeStruct((rows, tokens, 1, x.shape[-1]), operands) for x in (query, key, value)]
     reasons = (module.refusal(*arrays, pattern=pattern) for module in (banded_flash, banded_flash_backward))
     return next(filter(None, reasons), None)

@@ -27,10 +27,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.tpu import banded_flash as forward
+from kernels_pallas.patterns import Pattern, for_every_head
 from kernels_pallas.tpu import common
-from kernels_pallas.tpu.banded_flash import Band, Call, Pattern
-from kernels_pallas.tpu.banded_flash_backward import for_every_head
+from kernels_pallas.tpu.band import MASKED, Band, Call, blocks_of, is_first, is_last, visible, visit
+from kernels_pallas.tpu.band import refusal as band_refusal
 
 Array = jax.Array
 
@@ -43,7 +43,7 @@ _LSE, _KEY_MEAN, _VALUE_MEAN, _PRODUCT = range(4)
 
 def default_blocks(query: Any, key: Any, value: Any) -> tuple[int, int]:
     """(block_q, block_k) for arrays of these shapes and dtype, from a frozen table."""
-    return forward.blocks_of(_BLOCKS, _DEFAULT_BLOCKS, query, key, value)
+    return blocks_of(_BLOCKS, _DEFAULT_BLOCKS, query, key, value)
 
 
 def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype: Any, *, tables: int = 1) -> int:
@@ -60,8 +60,8 @@ def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype:
 
 
 def refusal(query: Any, key: Any, value: Any, **settings: Any) -> str | None:
-    """Why the kernels cannot serve these arguments, or None if they can; as banded_flash.refusal."""
-    return forward.refusal(query, key, value, footprint=vmem_bytes, **settings)
+    """Why the kernels cannot serve these arguments, or None if they can; as band.refusal."""
+    return band_refusal(query, key, value, footprint=vmem_bytes, **settings)
 
 
 def banded_covariance(
@@ -256,8 +256,8 @@ class _Tile:
                 columns = jnp.transpose(self.queries[...])
                 queries = [columns[:, row : row + 1] for row in self.band.rows]
             axis = 0 if self.transposed else 1
-            sees = forward.visible(self.band, *self.tiles, queries, keys, axis=axis)
-            logits = jnp.where(sees, logits, forward.MASKED)
+            sees = visible(self.band, *self.tiles, queries, keys, axis=axis)
+            logits = jnp.where(sees, logits, MASKED)
         return jnp.exp(logits - self.number(_LSE))
 
     def slopes(self) -> Array:
@@ -282,7 +282,7 @@ def _halves(x: Array) -> tuple[Array, Array]:
 
 
 def _clear(flags: Array, *sums: Any) -> None:
-    @pl.when(forward.is_first(flags))
+    @pl.when(is_first(flags))
     def _() -> None:
         for total in sums:
             total[...] = jnp.zeros_like(total)
@@ -296,9 +296,9 @@ def _forward_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: B
     def accumulate(masked: bool) -> None:
         total[...] += _product(tile.weights(masked) * tile.slopes(), tile.value[...], (1, 0))
 
-    forward.visit(accumulate, flags, band.segments)
+    visit(accumulate, flags, band.segments)
 
-    @pl.when(forward.is_last(flags))
+    @pl.when(is_last(flags))
     def _() -> None:
         out_ref[...] = total[...]
 
@@ -314,9 +314,9 @@ def _query_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Ban
         to_query[...] += _product(weights * (tile.slopes() * gains - tile.number(_PRODUCT)), key, (1, 0))
         to_direction[...] += _product(weights * gains, key, (1, 0))
 
-    forward.visit(accumulate, flags, band.segments)
+    visit(accumulate, flags, band.segments)
 
-    @pl.when(forward.is_last(flags))
+    @pl.when(is_last(flags))
     def _() -> None:
         query_out[...] = tile.scale[0, 0] * to_query[...]
         direction_out[...] = to_direction[...]
@@ -335,9 +335,9 @@ def _key_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band)
         to_key[...] += common.dot(weights * gains, tile.direction[...], (1, 0))
         to_value[...] += common.dot(weights * slopes, gradient, (1, 0))
 
-    forward.visit(accumulate, flags, band.segments)
+    visit(accumulate, flags, band.segments)
 
-    @pl.when(forward.is_last(flags))
+    @pl.when(is_last(flags))
     def _() -> None:
         key_out[...] = to_key[...]
         value_out[...] = to_value[...]

@@ -22,9 +22,21 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.tpu import banded_flash as forward
+from kernels_pallas.patterns import Pattern, Visits, for_every_head
 from kernels_pallas.tpu import common
-from kernels_pallas.tpu.banded_flash import Band, Call, Pattern, Visits
+from kernels_pallas.tpu.band import (
+    MASKED,
+    Band,
+    Call,
+    blocks_of,
+    is_first,
+    is_last,
+    over_lanes,
+    spread,
+    visible,
+    visit,
+)
+from kernels_pallas.tpu.band import refusal as band_refusal
 
 Array = jax.Array
 
@@ -45,7 +57,7 @@ _LOG_2 = np.float32(np.log(2))
 
 def default_blocks(query: Any, key: Any, value: Any) -> tuple[int, int]:
     """(block_q, block_k) for arrays of these shapes and dtype, from a frozen table."""
-    return forward.blocks_of(_BLOCKS, _DEFAULT_BLOCKS, query, key, value)
+    return blocks_of(_BLOCKS, _DEFAULT_BLOCKS, query, key, value)
 
 
 def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype: Any, *, tables: int = 1) -> int:
@@ -64,8 +76,8 @@ def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype:
 
 
 def refusal(query: Any, key: Any, value: Any, **settings: Any) -> str | None:
-    """Why banded_flash_gradients cannot serve these arguments, or None if it can; as banded_flash.refusal."""
-    return forward.refusal(query, key, value, footprint=vmem_bytes, **settings)
+    """Why banded_flash_gradients cannot serve these arguments, or None if it can; as band.refusal."""
+    return band_refusal(query, key, value, footprint=vmem_bytes, **settings)
 
 
 def banded_flash_gradients(
@@ -133,27 +145,6 @@ def banded_flash_gradients(
     )
 
 
-def for_every_head(visits: Visits, group: int) -> Visits:
-    """A list's rows, each gone through once for every query head of a key head."""
-    if group == 1:
-        return visits
-    (rows, columns, flags) = (np.asarray(x) for x in visits)
-    first, last = (flags & flag != 0 for flag in (forward._FIRST, forward._LAST))
-    parts: list[list[np.ndarray]] = []
-    for numbers in zip(rows, columns, flags, first, last, strict=True):
-        row, column, flag, begins, ends = numbers
-        order, heads = [], []
-        for a, b in zip(np.flatnonzero(begins), np.flatnonzero(ends), strict=True):
-            order.append(np.tile(np.arange(a, b + 1), group))
-            heads.append(np.repeat(np.arange(group), b + 1 - a))
-        steps, head = np.concatenate(order), np.concatenate(heads)
-        bits = flag[steps] & ~(forward._FIRST | forward._LAST)
-        bits |= np.where(begins[steps] & (head == 0), forward._FIRST, 0)
-        bits |= np.where(ends[steps] & (head == group - 1), forward._LAST, 0)
-        parts.append([row[steps], column[steps], bits | head << forward._HEAD_BIT])
-    return Visits(*(np.stack(part).astype(np.int32) for part in zip(*parts, strict=True)))
-
-
 def _specs(call: Call, query_of: Callable[..., Any], key_of: Callable[..., Any]) -> list[Any]:
     """Blocks of the arrays of both kernels. query_of, key_of: grid indices -> (batch, head, tile)."""
     band = call.band
@@ -198,29 +189,29 @@ def _query_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Ban
     scale_ref, queries_ref, keys_ref, rest = _unpack(band, refs)
     numbers_ref, query_ref, gradient_ref, key_ref, value_ref, out_ref, acc_ref, lse_ref, delta_ref, *bounds = rest
 
-    @pl.when(forward.is_first(flags))
+    @pl.when(is_first(flags))
     def _() -> None:
         acc_ref[...] = jnp.zeros_like(acc_ref)
         for row, ref in ((_LSE, lse_ref), (_DELTA, delta_ref)):
-            ref[...] = forward.spread(numbers_ref[row : row + 1, :])
+            ref[...] = spread(numbers_ref[row : row + 1, :])
         band.read_queries(queries_ref, bounds)
 
     def accumulate(masked: bool) -> None:
         key = key_ref[...]
         logits = scale_ref[0, 0] * common.dot(query_ref[...], key, contract=(1, 1))
         if masked:
-            queries = [forward.over_lanes(ref[...], band.block_k) for ref in bounds]
+            queries = [over_lanes(ref[...], band.block_k) for ref in bounds]
             keys = None if keys_ref is None else keys_ref[...]
-            sees = forward.visible(band, row, column, queries, keys, axis=1)
-            logits = jnp.where(sees, logits, forward.MASKED)
-        weights = jnp.exp2(logits - forward.over_lanes(lse_ref[...], band.block_k))
+            sees = visible(band, row, column, queries, keys, axis=1)
+            logits = jnp.where(sees, logits, MASKED)
+        weights = jnp.exp2(logits - over_lanes(lse_ref[...], band.block_k))
         products = common.dot(gradient_ref[...], value_ref[...], contract=(1, 1))
-        slopes = weights * (products - forward.over_lanes(delta_ref[...], band.block_k))
+        slopes = weights * (products - over_lanes(delta_ref[...], band.block_k))
         acc_ref[...] += common.dot(slopes.astype(key.dtype), key, contract=(1, 0))
 
-    forward.visit(accumulate, flags, band.segments)
+    visit(accumulate, flags, band.segments)
 
-    @pl.when(forward.is_last(flags))
+    @pl.when(is_last(flags))
     def _() -> None:
         out_ref[...] = (_LOG_2 * scale_ref[0, 0] * acc_ref[...]).astype(out_ref.dtype)
 
@@ -247,7 +238,7 @@ def _key_value_kernel(row: Array, column: Array, flags: Array, *refs: Any, band:
     numbers_ref, query_ref, gradient_ref, key_ref, value_ref, key_out_ref, value_out_ref, *sums = rest
     key_acc_ref, value_acc_ref = sums
 
-    @pl.when(forward.is_first(flags))
+    @pl.when(is_first(flags))
     def _() -> None:
         key_acc_ref[...] = jnp.zeros_like(key_acc_ref)
         value_acc_ref[...] = jnp.zeros_like(value_acc_ref)
@@ -258,17 +249,17 @@ def _key_value_kernel(row: Array, column: Array, flags: Array, *refs: Any, band:
         if masked:
             keys = None if keys_ref is None else jnp.transpose(keys_ref[...])
             queries = band.rows_of(queries_ref)
-            sees = forward.visible(band, column, row, queries, keys, axis=0)
-            logits = jnp.where(sees, logits, forward.MASKED)
+            sees = visible(band, column, row, queries, keys, axis=0)
+            logits = jnp.where(sees, logits, MASKED)
         weights = jnp.exp2(logits - numbers_ref[_LSE : _LSE + 1, :])
         value_acc_ref[...] += common.dot(weights.astype(gradient.dtype), gradient, contract=(1, 0))
         products = common.dot(value_ref[...], gradient, contract=(1, 1))
         slopes = weights * (products - numbers_ref[_DELTA : _DELTA + 1, :])
         key_acc_ref[...] += common.dot(slopes.astype(query.dtype), query, contract=(1, 0))
 
-    forward.visit(accumulate, flags, band.segments)
+    visit(accumulate, flags, band.segments)
 
-    @pl.when(forward.is_last(flags))
+    @pl.when(is_last(flags))
     def _() -> None:
         key_out_ref[...] = (_LOG_2 * scale_ref[0, 0] * key_acc_ref[...]).astype(key_out_ref.dtype)
         value_out_ref[...] = value_acc_ref[...].astype(value_out_ref.dtype)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from interpret import interpreted
 
 from attnlab import dilated_attention, local_attention
+from kernels_pallas.patterns import boxes, intervals
 from kernels_pallas.tpu import banded_flash, banded_flash_backward
-from kernels_pallas.tpu.banded_flash import banded_flash_attention, intervals, refusal, vmem_bytes
+from kernels_pallas.tpu.banded_flash import banded_flash_attention, refusal, vmem_bytes
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}  # bfloat16: weights are rounded to it, and so is the output
 
@@ -258,7 +259,7 @@ def test_boxes_are_products_of_intervals():
     """Tokens ordered tile by tile: the pairs of tiles of a space are those of its axes, each with each."""
     window, tile, sides = 5, (4, 2), (8, 6)
     bounds = [(np.maximum(np.arange(side) - window // 2, 0), np.minimum(np.arange(side) + 3, side)) for side in sides]
-    pattern = banded_flash.boxes(bounds, tile)
+    pattern = boxes(bounds, tile)
     y, x = (pattern.coordinates[0, axis] for axis in range(2))
     assert np.array_equal(y // 4 * 3 + x // 2, np.arange(48) // 8)
     sees = np.ones((48, 48), bool)
