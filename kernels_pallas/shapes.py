@@ -4,9 +4,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from kernels_pallas import patterns
+from kernels_pallas.patterns import Intervals
 
 
 class Shape(NamedTuple):
@@ -27,10 +26,8 @@ class Shape(NamedTuple):
         """[1, T, *axes]"""
         return jax.ShapeDtypeStruct((1, self.length, *axes), dtype or self.dtype)
 
-    def pattern(self, blocks: tuple[int, int]) -> patterns.Pattern:
-        position = np.arange(self.length)
-        starts, ends = np.maximum(position - self.window + 1, 0), position + 1
-        return patterns.intervals(starts, ends, self.length, block_q=blocks[0], block_k=blocks[1])
+    def pattern(self) -> Intervals:
+        return Intervals(lambda query: (query - self.window + 1, query + 1), self.length, self.length)
 
 
 SHAPES = {

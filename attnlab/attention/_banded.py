@@ -1,6 +1,5 @@
 """Banded flash attention's kernels as an implementation: values, gradients, and what they refuse."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,12 +10,10 @@ from attnlab.attention._kernel_call import kernel_call
 Array = jax.Array
 # Tables of so many tokens are made when a call is traced, and no more.
 MOST_TOKENS = 2**22
-# (one of the two modules of kernels, its arrays) -> the kernel's pattern, in the module's tiles.
-PatternOf = Callable[[Any, Any], Any]
 
 
 def banded_attention(
-    query: Array, key: Array, value: Array, segment_ids: Any, *, scale: Any, pattern_of: PatternOf, blocked: Any
+    query: Array, key: Array, value: Array, segment_ids: Any, *, scale: Any, pattern: Any, blocked: Any
 ) -> tuple[Array, Array]:
     """(out, lse) of query [B, T, N, H], key, value and a pair of segment ids, or None, on TPU.
 
@@ -26,13 +23,11 @@ def banded_attention(
 
     def kernel(arrays: Any, segment_ids: Any, keep: bool) -> tuple[Any, Any]:
         *tokens, scale = arrays
-        pattern = pattern_of(banded_flash, tokens)
         results = banded_flash.banded_flash_attention(*tokens, pattern=pattern, segment_ids=segment_ids, scale=scale)
         return results, results
 
     def gradients(arrays: Any, segment_ids: Any, kept: Any, cotangents: Any) -> Any:
         *tokens, scale = arrays
-        pattern = pattern_of(banded_flash_backward, tokens)
         return banded_flash_backward.banded_flash_gradients(
             *tokens, *kept, *cotangents, pattern=pattern, segment_ids=segment_ids, scale=scale
         )
@@ -45,7 +40,7 @@ def banded_attention(
     return kernel_call(kernel, gradients, in_plain_jax, arrays, segment_ids)
 
 
-def banded_refusal(query: Any, key: Any, value: Any, segment_ids: Any, pattern_of: PatternOf) -> str | None:
+def banded_refusal(query: Any, key: Any, value: Any, segment_ids: Any, pattern: Any) -> str | None:
     """Why banded_attention cannot serve arrays of these shapes, or None if it can."""
     from kernels_pallas.tpu import banded_flash, banded_flash_backward
 
@@ -54,7 +49,6 @@ def banded_refusal(query: Any, key: Any, value: Any, segment_ids: Any, pattern_o
     if max(query.shape[1], key.shape[1]) > MOST_TOKENS:
         return f"serves up to {MOST_TOKENS} tokens, got {max(query.shape[1], key.shape[1])}"
     for module in (banded_flash, banded_flash_backward):
-        pattern = pattern_of(module, (query, key, value))
         reason = module.refusal(query, key, value, pattern=pattern, segment_ids=segment_ids)
         if reason is not None:
             return reason

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from attnlab.attention import masks
-from attnlab.attention._banded import PatternOf, banded_attention, banded_refusal
+from attnlab.attention._banded import banded_attention, banded_refusal
 from attnlab.attention._checks import (
     accumulator_dtype,
     check_array,
@@ -287,17 +287,16 @@ def _chunks(arrays: tuple[tuple[Array | None, int], ...], size: int) -> tuple[An
     return parts, join
 
 
-def _pattern_of(is_causal: bool) -> PatternOf:
+def _pattern(query: Any, key: Any, is_causal: bool) -> Any:
     """One interval of keys a query."""
-    from kernels_pallas.patterns import intervals
+    from kernels_pallas.patterns import Intervals
 
-    def pattern(module: Any, arrays: Any) -> Any:
-        queries, keys = arrays[0].shape[1], arrays[1].shape[1]
-        ends = np.minimum(np.arange(queries) + 1, keys) if is_causal else np.full(queries, keys)
-        block_q, block_k = module.default_blocks(*arrays)
-        return intervals(np.zeros(queries, int), ends, keys, block_q=block_q, block_k=block_k)
+    queries, keys = query.shape[1], key.shape[1]
 
-    return pattern
+    def bounds(query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros_like(query), np.minimum(query + 1, keys) if is_causal else np.full_like(query, keys)
+
+    return Intervals(bounds, queries, keys)
 
 
 def _pallas_tpu(
@@ -306,8 +305,8 @@ def _pallas_tpu(
     def blocked(query: Array, key: Array, value: Array, segments: Any, scale: Any) -> Any:
         return _xla(query, key, value, None, None, segments, is_causal=is_causal, scale=scale)
 
-    pattern_of = _pattern_of(is_causal)
-    return banded_attention(query, key, value, segments, scale=scale, pattern_of=pattern_of, blocked=blocked)
+    pattern = _pattern(query, key, is_causal)
+    return banded_attention(query, key, value, segments, scale=scale, pattern=pattern, blocked=blocked)
 
 
 def _pallas_tpu_refusal(
@@ -324,7 +323,7 @@ def _pallas_tpu_refusal(
     for name, given in (("bias", bias), ("mask", mask)):
         if given is not None:
             return f"has no {name}"
-    return banded_refusal(query, key, value, segments, _pattern_of(is_causal))
+    return banded_refusal(query, key, value, segments, _pattern(query, key, is_causal))
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any] | Kernel] = {

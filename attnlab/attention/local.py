@@ -19,7 +19,7 @@ With dilation the tokens are reordered by residue group first, and each group ha
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -366,12 +366,12 @@ _KERNEL_TILE = {2: (16, 16), 3: (8, 8, 4)}
 class _Layout(NamedTuple):
     """How the kernels see the tokens: cut into tiles as _cut_tiles does, all in one axis.
 
-    bounds: per axis (starts, ends) of the places that a place sees, residue groups behind each other, each padded to
-    whole tiles; int [places].
+    axes: (bounds, length) of each: (starts, ends) of what positions see, residue groups behind each other, each padded
+    to whole tiles; and how many positions there are.
     """
 
     tiles: list[_Tiles]
-    bounds: list[tuple[np.ndarray, np.ndarray]]
+    axes: Sequence[tuple[Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], int]]
 
     def cut(self, x: Array) -> Array:
         """[B, *space, ...] -> [B, tokens, ...], 0 in the padding."""
@@ -383,31 +383,35 @@ class _Layout(NamedTuple):
         size = math.prod(t.size for t in self.tiles)
         return _join_tiles(jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0), self.tiles, space)
 
-    def pattern(self, sinks: int, module: Any, arrays: Any) -> Any:
-        """The pattern of a module of kernels. Several axes have tiles of their own."""
-        from kernels_pallas.patterns import boxes, intervals
+    def pattern(self, sinks: int) -> Any:
+        """The kernels' pattern. Several axes have tiles of their own."""
+        from kernels_pallas.patterns import Boxes, Intervals
 
         if len(self.tiles) > 1:
-            return boxes(self.bounds, [t.size for t in self.tiles])
-        ((starts, ends),) = self.bounds
-        block_q, block_k = module.default_blocks(*arrays)
-        return intervals(starts, ends, len(starts), sinks=sinks, block_q=block_q, block_k=block_k)
+            return Boxes(self.axes, [t.size for t in self.tiles])
+        ((bounds, length),) = self.axes
+        return Intervals(bounds, length, length, sinks)
+
+
+def _padded_bounds(axis: masks.AxisWindow, padded: int, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, ends) in residue groups behind each other, each padded to this length with copies of its last token."""
+    residue, index = np.divmod(position, padded)
+    length = axis.group_length(residue)
+    starts, ends = axis.group_bounds(np.minimum(index, length - 1), length)
+    return starts + residue * padded, ends + residue * padded
 
 
 def _layout(space: Any, **settings: Any) -> _Layout:
     axes = masks.axis_windows(space, **settings)
-    tiles, bounds = [], []
+    tiles, padded_axes = [], []
     for axis, side in zip(axes, _KERNEL_TILE.get(len(axes), (None,)), strict=True):
         group_length = -(-axis.length // axis.dilation)
         size = side or group_length  # intervals need no alignment
         padded = -(-group_length // size) * size
-        residue, index = np.repeat(np.arange(axis.dilation), padded), np.tile(np.arange(padded), axis.dilation)
-        length = axis.group_length(residue)
-        starts, ends = axis.group_bounds(np.minimum(index, length - 1), length)  # padding copies a group's last token
-        bounds.append((starts + residue * padded, ends + residue * padded))
-        first = residue[::size], index[::size]
+        padded_axes.append((functools.partial(_padded_bounds, axis, padded), axis.dilation * padded))
+        first = np.divmod(np.arange(0, axis.dilation * padded, size), padded)
         tiles.append(_Tiles(size, 0, axis.dilation, group_length, axis.group_length(first[0]), *first, first[1]))
-    return _Layout(tiles, bounds)
+    return _Layout(tiles, padded_axes)
 
 
 def _pallas_tpu(
@@ -429,7 +433,7 @@ def _pallas_tpu(
         value,
         None if ids is None else (ids, ids),
         scale=scale,
-        pattern_of=functools.partial(layout.pattern, sinks),
+        pattern=layout.pattern(sinks),
         blocked=blocked,
     )
     return layout.join(out, space), layout.join(lse, space)
@@ -443,7 +447,7 @@ def _pallas_tpu_refusal(
     layout = _layout(query.shape[1:-2], **settings)
     query, key, value = jax.eval_shape(lambda *x: tuple(map(layout.cut, x)), query, key, value)
     ids = None if segment_ids is None else (jax.eval_shape(layout.cut, segment_ids),) * 2
-    return banded_refusal(query, key, value, ids, functools.partial(layout.pattern, sinks))
+    return banded_refusal(query, key, value, ids, layout.pattern(sinks))
 
 
 # All take (query, key, value, segment_ids) and the options of _xla, settings per axis as tuples; all give (out, lse).

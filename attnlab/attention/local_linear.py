@@ -29,7 +29,7 @@ import numpy as np
 from jax import lax
 
 from attnlab.attention import dot_product, local, masks
-from attnlab.attention._banded import PatternOf, banded_attention, banded_refusal
+from attnlab.attention._banded import banded_attention, banded_refusal
 from attnlab.attention._checks import accumulator_dtype, check_query_key_value, default_scale, require, shape_text
 from attnlab.attention._dispatch import Kernel, dispatch
 from attnlab.attention._kernel_call import kernel_call
@@ -298,31 +298,24 @@ def weights_of(attend: Callable[[Array, Array], Array], query: Array) -> Softmax
     return SoftmaxWeights(lambda values: attend(query, values), covariance)
 
 
-def _bounds(length: int, is_causal: bool, window: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(starts, ends) of the keys that each query sees."""
-    position = np.arange(length)
+def _bounds(position: np.ndarray, length: int, is_causal: bool, window: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, ends) of the keys that the queries at these positions see."""
     if window is None:
-        return np.zeros(length, int), position + 1 if is_causal else np.full(length, length)
+        return np.zeros_like(position), position + 1 if is_causal else np.full_like(position, length)
     return masks.window_bounds(position, length, window=window, stride=1, is_causal=is_causal, edge="shift")
 
 
-def _pattern_of(is_causal: bool, window: int | None) -> PatternOf:
-    from kernels_pallas.patterns import intervals
+def _pattern(length: int, is_causal: bool, window: int | None) -> Any:
+    from kernels_pallas.patterns import Intervals
 
-    def pattern(module: Any, arrays: Any) -> Any:
-        length = arrays[0].shape[1]
-        starts, ends = _bounds(length, is_causal, window)
-        block_q, block_k = module.default_blocks(*arrays)
-        return intervals(starts, ends, length, block_q=block_q, block_k=block_k)
-
-    return pattern
+    return Intervals(lambda query: _bounds(query, length, is_causal, window), length, length)
 
 
 def pallas_attention(query: Array, key: Array, *, scale: Any, is_causal: bool, window: int | None) -> SoftmaxWeights:
     """By the TPU kernels."""
     from kernels_pallas.tpu import banded_covariance
 
-    pattern_of = _pattern_of(is_causal, window)
+    pattern = _pattern(query.shape[1], is_causal, window)
     settings: Any = {"is_causal": is_causal, "window": window}
 
     def attend_blocked(query: Array, key: Array, value: Array, _: None, scale: Any) -> Any:
@@ -337,22 +330,19 @@ def pallas_attention(query: Array, key: Array, *, scale: Any, is_causal: bool, w
             if known is values:
                 return mean, lse
         # The lse is used as a constant: that it depends on query and key is part of the covariance's own gradients.
-        mean, lse = banded_attention(
-            query, key, values, None, scale=scale, pattern_of=pattern_of, blocked=attend_blocked
-        )
+        mean, lse = banded_attention(query, key, values, None, scale=scale, pattern=pattern, blocked=attend_blocked)
         means.append((values, mean, lax.stop_gradient(lse)))
         return mean, means[-1][2]
 
     def covariance_kernel(arrays: Any, fixed: Any, keep: bool) -> tuple[Any, Any]:
         *tokens, x, scale = arrays
-        run: Any = functools.partial(banded_covariance.banded_covariance, pattern=pattern_of(banded_covariance, tokens))
+        run: Any = functools.partial(banded_covariance.banded_covariance, pattern=pattern)
         out = run(*tokens, x, *fixed[:2], scale=scale)
         return out, out
 
     def covariance_gradients(arrays: Any, fixed: Any, kept: Any, cotangent: Any) -> Any:
         *tokens, x, scale = arrays
         run: Any = banded_covariance.banded_covariance_gradients
-        pattern = pattern_of(banded_covariance, tokens)
         return run(*tokens, x, *fixed, kept, cotangent, pattern=pattern, scale=scale)
 
     def covariance_blocked(arrays: Any, _: Any) -> Any:
@@ -371,11 +361,11 @@ def pallas_attention(query: Array, key: Array, *, scale: Any, is_causal: bool, w
 def pallas_refusal(query: Array, key: Array, value: Array, *, is_causal: bool, window: int | None) -> str | None:
     from kernels_pallas.tpu import banded_covariance
 
-    pattern_of = _pattern_of(is_causal, window)
+    pattern = _pattern(query.shape[1], is_causal, window)
     for values in (key, value):
         arrays = (query, key, values)
-        reason = banded_refusal(*arrays, None, pattern_of)
-        reason = reason or banded_covariance.refusal(*arrays, pattern=pattern_of(banded_covariance, arrays))
+        reason = banded_refusal(*arrays, None, pattern)
+        reason = reason or banded_covariance.refusal(*arrays, pattern=pattern)
         if reason is not None:
             return reason
     return None

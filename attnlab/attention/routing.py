@@ -29,7 +29,6 @@ from typing import Any, Literal, NamedTuple
 import einops
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from attnlab.attention._checks import (
     accumulator_dtype,
@@ -621,7 +620,7 @@ def _strict_rows(
     self_is_last: bool,
     share_qk: bool,
 ) -> _Rows:
-    from kernels_pallas.patterns import traced_intervals
+    from kernels_pallas.patterns import SortedIntervals
 
     batch, length, heads = cluster[0].shape
     ranges_of: Any = functools.partial(_strict_ranges, num_clusters=num_clusters, window=window, is_causal=is_causal)
@@ -633,8 +632,7 @@ def _strict_rows(
     first, end = (
         jnp.take_along_axis(x, ranges.order_q, axis=2).reshape(batch * heads, length) for x in (ranges.first, end)
     )
-    block = _row_block(length, window)
-    pattern = traced_intervals(first, end, length, reach=window, block_q=block, block_k=block)
+    pattern = SortedIntervals(first, end, length, reach=window, block=_row_block(length, window))
     back = jnp.argsort(ranges.order_q, axis=2)
 
     def ordered(x: Array, order: Array) -> Array:
@@ -661,7 +659,7 @@ def _global_rows(
     self_is_last: bool,
     share_qk: bool,
 ) -> _Rows:
-    from kernels_pallas.patterns import all_pairs
+    from kernels_pallas.patterns import AllPairs
 
     batch, length, heads, _ = similarity[0].shape
     taken_q, taken_k = _members_of_both(similarity, key_mask, window, share_qk)
@@ -672,12 +670,11 @@ def _global_rows(
     if self_is_last:  # causal: others are those before
         earliest = jnp.min(jnp.where(real_k, place_k, length), axis=1, keepdims=True)
         end = jnp.where(place_q > earliest, place_q, end)
-    pattern = all_pairs(
+    pattern = AllPairs(
         jnp.zeros_like(place_q),
         jnp.where(real_q, end, 0),
         jnp.where(real_k, place_k, -1),
-        block_q=_row_block(window, window),
-        block_k=_row_block(window, window),
+        block=_row_block(window, window),
     )
 
     def over_heads(function: Callable[..., Array]) -> Callable[..., Array]:
@@ -782,11 +779,12 @@ def _pallas_tpu_refusal(
     tokens = length if is_strict else window
     block = _row_block(tokens, window)
     rows = batch * heads * (1 if is_strict else num_clusters)
-    lists = (rows, patterns.num_pairs(length, length, reach=window, block_q=block, block_k=block))
-    none = np.broadcast_to(np.int32(0), lists if is_strict else (1, (-(-tokens // block)) ** 2))
-    visits = patterns.Visits(none, none, none)
-    coordinates = None if is_strict else none
-    pattern = patterns.Pattern(none, none, coordinates, visits, visits, block, block)
+    numbers = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
+    pattern: Any = (
+        patterns.SortedIntervals(numbers, numbers, length, reach=window, block=block)
+        if is_strict
+        else patterns.AllPairs(numbers, numbers, numbers, block=block)
+    )
     arrays = [jax.ShapeDtypeStruct((rows, tokens, 1, x.shape[-1]), operands) for x in (query, key, value)]
     reasons = (module.refusal(*arrays, pattern=pattern) for module in (banded_flash, banded_flash_backward))
     return next(filter(None, reasons), None)

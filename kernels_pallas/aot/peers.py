@@ -12,8 +12,8 @@ from jax.experimental.pallas.ops.tpu import flash_attention as jax_flash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask
 
-from kernels_pallas import patterns
 from kernels_pallas.aot.compile import Grid, Row
+from kernels_pallas.patterns import ACTIVE
 from kernels_pallas.shapes import Shape
 from kernels_pallas.tpu import banded_flash, banded_flash_backward
 
@@ -31,20 +31,20 @@ def _splash(shape: Shape, *, backward: bool = False) -> Row:
     make = kernel.make_splash_mqa_single_device if shape.key_heads == 1 else kernel.make_splash_mha_single_device
     attend = make(mask.MultiHeadMask([causal_window] * shape.heads), block_sizes=kernel.BlockSizes(**sizes))
     arrays = [jax.ShapeDtypeStruct((x.shape[2], x.shape[1], x.shape[3]), x.dtype) for x in shape.arrays()]
-    tiles = shape.heads * int(np.count_nonzero(shape.pattern((block_q, block_k)).by_query.flags & patterns.ACTIVE))
+    tiling = shape.pattern().tiled(block_q, block_k)
+    tiles = shape.heads * int(np.count_nonzero(tiling.by_query.flags & ACTIVE))
     query_tiles = shape.heads * math.ceil(shape.length / block_q)
     key_tiles = math.ceil(shape.length / block_k)
     if not backward:
         # Its grid repeats the longest list of a query tile for all; its regions are those of ours without a mask.
-        longest = np.bincount(shape.pattern((block_q, block_k)).by_query.rows[0]).max()
-        grid = Grid(query_tiles * int(longest), (query_tiles, tiles, query_tiles), tiles)
+        longest = int(np.bincount(tiling.by_query.rows[0]).max())
+        grid = Grid(query_tiles * longest, (query_tiles, tiles, query_tiles), tiles)
         return Row(attend, arrays, None, {"splash_mha_fwd_no_residuals": grid})
 
     def gradients(query: Any, key: Any, value: Any) -> Any:
         return jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum(), (0, 1, 2))(query, key, value)
 
-    by_key = shape.pattern((block_q, block_k))
-    longest, widest = (int(np.bincount(visits.rows[0]).max()) for visits in (by_key.by_query, by_key.by_key))
+    longest, widest = (int(np.bincount(visits.rows[0]).max()) for visits in (tiling.by_query, tiling.by_key))
     grids = {
         "splash_mha_dq_no_residuals": Grid(query_tiles * longest, (query_tiles, tiles, query_tiles), tiles),
         "splash_mha_dkv_no_residuals": Grid(

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import patterns
 from kernels_pallas.aot import schedule
 from kernels_pallas.aot.compile import TOPOLOGIES, Grid, Row, compile_for_tpu
 from kernels_pallas.aot.peers import OTHERS
+from kernels_pallas.patterns import Visits, for_every_head
 from kernels_pallas.shapes import SHAPES, Shape
 from kernels_pallas.tpu import (
     banded_covariance,
@@ -28,7 +28,7 @@ from kernels_pallas.tpu.chunk import CHUNK
 from kernels_pallas.tpu.common import padded_width
 
 
-def _grid(visits: patterns.Visits, rows: int) -> Grid:
+def _grid(visits: Visits, rows: int) -> Grid:
     """Of a kernel that goes through the pairs of tiles for each of `rows`: first, full, partly seen, last."""
     first, last, active, full = (int(np.count_nonzero(visits.flags & 2**bit)) for bit in range(4))
     # A body that no step runs is compiled away where it is known; here flags are data, and both are there.
@@ -39,20 +39,21 @@ def _grid(visits: patterns.Visits, rows: int) -> Grid:
 def _banded_flash(shape: Shape) -> Row:
     arrays = shape.arrays()
     blocks = banded_flash.default_blocks(*arrays)
-    pattern = shape.pattern(blocks)
+    pattern = shape.pattern()
 
     def attend(query: Any, key: Any, value: Any) -> Any:
         return banded_flash.banded_flash_attention(query, key, value, pattern=pattern, scale=shape.head_dim**-0.5)
 
     vmem = banded_flash.vmem_bytes(*blocks, shape.head_dim, shape.head_dim, shape.dtype)
-    return Row(attend, arrays, vmem, {"banded_flash_attention": _grid(pattern.by_query, shape.heads)})
+    return Row(attend, arrays, vmem, {"banded_flash_attention": _grid(pattern.tiled(*blocks).by_query, shape.heads)})
 
 
 def _banded_flash_gradients(shape: Shape) -> Row:
     arrays = shape.arrays()
     lse = shape.array(shape.heads, dtype=jnp.float32)
     blocks = banded_flash_backward.default_blocks(*arrays)
-    pattern = shape.pattern(blocks)
+    pattern = shape.pattern()
+    tiling = pattern.tiled(*blocks)
 
     def gradients(*arrays: Any) -> Any:
         return banded_flash_backward.banded_flash_gradients(*arrays, pattern=pattern, scale=shape.head_dim**-0.5)
@@ -60,8 +61,8 @@ def _banded_flash_gradients(shape: Shape) -> Row:
     vmem = banded_flash_backward.vmem_bytes(*blocks, shape.head_dim, shape.head_dim, shape.dtype)
     group = shape.heads // shape.key_heads
     grids = {
-        "banded_flash_query_gradient": _grid(pattern.by_query, shape.heads),
-        "banded_flash_key_value_gradients": _grid(patterns.for_every_head(pattern.by_key, group), shape.key_heads),
+        "banded_flash_query_gradient": _grid(tiling.by_query, shape.heads),
+        "banded_flash_key_value_gradients": _grid(for_every_head(tiling.by_key, group), shape.key_heads),
     }
     return Row(gradients, [*arrays, arrays[0], lse, arrays[0], lse], vmem, grids)
 
@@ -69,7 +70,7 @@ def _banded_flash_gradients(shape: Shape) -> Row:
 def _banded_covariance(shape: Shape) -> Row:
     arrays = shape.arrays()
     blocks = banded_covariance.default_blocks(*arrays)
-    pattern = shape.pattern(blocks)
+    pattern = shape.pattern()
     wide = shape.array(shape.heads, shape.head_dim, dtype=jnp.float32)
     lse = shape.array(shape.heads, dtype=jnp.float32)
 
@@ -78,14 +79,15 @@ def _banded_covariance(shape: Shape) -> Row:
         return run(*arrays, scale=shape.head_dim**-0.5)
 
     vmem = banded_covariance.vmem_bytes(*blocks, shape.head_dim, shape.head_dim, shape.dtype)
-    grids = {"banded_covariance": _grid(pattern.by_query, shape.heads)}
+    grids = {"banded_covariance": _grid(pattern.tiled(*blocks).by_query, shape.heads)}
     return Row(covariance, [*arrays, wide, lse, wide], vmem, grids)
 
 
 def _banded_covariance_gradients(shape: Shape) -> Row:
     row = _banded_covariance(shape)
     blocks = banded_covariance.default_blocks(*row.arrays[:3])
-    pattern = shape.pattern(blocks)
+    pattern = shape.pattern()
+    tiling = pattern.tiled(*blocks)
     wide = row.arrays[3]
 
     def gradients(*arrays: Any) -> Any:
@@ -93,9 +95,9 @@ def _banded_covariance_gradients(shape: Shape) -> Row:
         return run(*arrays, scale=shape.head_dim**-0.5)
 
     grids = {
-        "banded_covariance_query_gradients": _grid(pattern.by_query, shape.heads),
+        "banded_covariance_query_gradients": _grid(tiling.by_query, shape.heads),
         "banded_covariance_key_value_gradients": _grid(
-            patterns.for_every_head(pattern.by_key, shape.heads // shape.key_heads), shape.key_heads
+            for_every_head(tiling.by_key, shape.heads // shape.key_heads), shape.key_heads
         ),
     }
     return Row(gradients, [*row.arrays, wide, wide, wide], row.vmem, grids)

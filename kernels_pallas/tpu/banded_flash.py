@@ -40,15 +40,17 @@ from kernels_pallas.tpu.band import (
     MASKED,
     Band,
     Call,
+    Step,
     blocks_of,
     is_first,
     is_last,
     over_lanes,
+    save_bounds,
     visible,
     visit,
 )
 from kernels_pallas.tpu.band import refusal as band_refusal
-from kernels_pallas.tpu.common import LANES, SUBLANES, dot, heads_first, round_up, varying, zero
+from kernels_pallas.tpu.common import LANES, SUBLANES, dot, round_up, tokens_first
 
 Array = jax.Array
 
@@ -93,9 +95,10 @@ def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype:
     return 2 * (blocks + rows) + state + logits + columns + product + splits
 
 
-def refusal(query: Any, key: Any, value: Any, **settings: Any) -> str | None:
-    """Why banded_flash_attention cannot serve these arguments, or None if it can; as band.refusal."""
-    return band_refusal(query, key, value, footprint=vmem_bytes, **settings)
+def refusal(query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None) -> str | None:
+    """Why banded_flash_attention cannot serve these arguments (arrays may be shape structs), or None if it can."""
+    settings: Any = {"pattern": pattern, "segment_ids": segment_ids}
+    return band_refusal(query, key, value, **settings, default_blocks=default_blocks, footprint=vmem_bytes)
 
 
 def banded_flash_attention(
@@ -113,7 +116,7 @@ def banded_flash_attention(
       query: [B, T, N, H], bfloat16 or float32.
       key: [B, S, K, H] of the same dtype. K divides N: query head n reads key head n // (N / K).
       value: [B, S, K, V] of the same dtype.
-      pattern: `intervals` or `boxes` of T queries and S keys.
+      pattern: of T queries and S keys.
       segment_ids: integers ([B, T], [B, S]); a query sees keys of its own segment only.
       scale: factor on the logits, may be traced.
 
@@ -129,76 +132,39 @@ def banded_flash_attention(
     reason = refusal(query, key, value, pattern=pattern, segment_ids=segment_ids)
     if reason is not None:
         raise ValueError(f"banded_flash_attention: {reason}")
-    band = Band(query, key, value, pattern, segment_ids)
-    call = Call(band, pattern.by_query, band.heads)
-    rows = (band.batch, band.heads)
-    over = varying(query, key, value, jnp.asarray(scale), *(segment_ids or ()))
+    tiling = pattern.tiled(*pattern.blocks(default_blocks(query, key, value)))
+    band = Band(query, key, value, tiling, segment_ids)
     # The running maximum is that of q.k, which takes a scale above 0; the scale goes into the exponent's own factor.
     scale = jnp.asarray(scale, jnp.float32)
     query = query * jnp.where(scale < 0, -1, 1).astype(query.dtype)
-    factor = jnp.maximum(jnp.abs(scale), _LEAST_SCALE) / _LOG_2
-
-    def lse_block(*indices: Any) -> tuple[Any, ...]:
-        batch, head, tile = call.row(*indices)
-        return batch, head, zero(), tile
-
-    out, lse = call.run(
+    out, lse = Call(band, by_key=False).run(
         functools.partial(_kernel, band=band),
-        in_specs=[
-            call.scale,
-            call.table("query", call.row),
-            *([call.table("key", call.column)] if band.key_table is not None else []),
-            call.block(band.block_q, band.key_width, call.row),
-            call.block(band.block_k, band.key_width, call.key_head(call.column)),
-            call.block(band.block_k, band.value_width, call.key_head(call.column)),
-        ],
-        out_specs=[
-            call.block(band.block_q, band.value_width, call.row),
-            pl.BlockSpec((None, None, 1, band.block_q), lse_block),
-        ],
-        scratch_shapes=[
-            pltpu.VMEM((band.block_q, LANES), jnp.float32),
-            pltpu.VMEM((band.block_q, LANES), jnp.float32),
-            pltpu.VMEM((band.block_q, band.value_width), jnp.float32),
-            *band.query_numbers(),
-        ],
-        out_shape=[
-            jax.ShapeDtypeStruct((*rows, band.padded_queries, band.value_width), query.dtype, manual_axis_type=over),
-            jax.ShapeDtypeStruct((*rows, 1, band.padded_queries), jnp.float32, manual_axis_type=over),
-        ],
+        "banded_flash_attention",
+        scale=jnp.maximum(jnp.abs(scale), _LEAST_SCALE) / _LOG_2,
+        tokens=[band.queries(query), band.keys(key), band.keys(value)],
+        out=[(band.value_width, query.dtype)],
+        lse=True,
+        scratch=[*[pltpu.VMEM((band.block_q, LANES), jnp.float32)] * 2, *band.bounds_scratch()],
         products=(band.key_width, band.value_width),
-        name="banded_flash_attention",
-        arrays=[
-            factor.reshape(1, 1),
-            *band.tables,
-            heads_first(query, band.padded_queries, band.key_width),
-            heads_first(key, band.padded_keys, band.key_width),
-            heads_first(value, band.padded_keys, band.value_width),
-        ],
     )
-    out, lse = out[:, :, : query.shape[1], : value.shape[-1]], lse[:, :, 0, : query.shape[1]]
-    return jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
+    return tokens_first(out, query.shape[1], value.shape[-1]), jnp.swapaxes(lse[:, :, 0, : query.shape[1]], 1, 2)
 
 
-def _kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band) -> None:
+def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
     """One visit of a query tile to a key tile. The maximum and sum of a query are repeated over the lanes."""
-    scale_ref, queries_ref, *refs = refs  # type: ignore[assignment]
-    keys_ref, *refs = refs if band.key_table is not None else (None, *refs)  # type: ignore[assignment]
-    query_ref, key_ref, value_ref, out_ref, lse_ref, maximum_ref, sum_ref, acc_ref, *numbers = refs
+    query_ref, key_ref, value_ref, out_ref, lse_ref, acc_ref, maximum_ref, sum_ref, *bounds = refs
 
-    @pl.when(is_first(flags))
+    @pl.when(is_first(step))
     def _() -> None:
         maximum_ref[...] = jnp.full_like(maximum_ref, MASKED)
         sum_ref[...] = jnp.zeros_like(sum_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
-        band.read_queries(queries_ref, numbers)
+        save_bounds(band, step, bounds)
 
     def accumulate(masked: bool) -> None:
         products = dot(query_ref[...], key_ref[...], contract=(1, 1))
         if masked:
-            queries = [over_lanes(ref[...], band.block_k) for ref in numbers]
-            keys = None if keys_ref is None else keys_ref[...]
-            sees = visible(band, row, column, queries, keys, axis=1)
+            sees = visible(band, step, [over_lanes(ref[...], band.block_k) for ref in bounds])
             products = jnp.where(sees, products, MASKED)
         old_maximum = maximum_ref[...]
         maximum = jnp.maximum(old_maximum, jnp.max(products, axis=1, keepdims=True))
@@ -213,9 +179,9 @@ def _kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band) -> 
             weights.astype(values.dtype), values, contract=(1, 0)
         )
 
-    visit(accumulate, flags, band.segments)
+    visit(band, step, accumulate)
 
-    @pl.when(is_last(flags))
+    @pl.when(is_last(step))
     def _() -> None:
         maximum, total = maximum_ref[...], sum_ref[...]
         empty = maximum <= MASKED

@@ -310,7 +310,7 @@ class _Call:
         )(*given)
 
     def from_tokens(self, x: Array, width: int) -> Array:
-        return jnp.swapaxes(x[:, :, : self.length, :width], 1, 2)
+        return common.tokens_first(x, self.length, width)
 
     def from_gate(self, x: Array, gate: Array) -> Array:
         if gate.ndim == 4:
