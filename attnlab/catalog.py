@@ -63,8 +63,8 @@ class Mechanism:
         clusters: int = 3,
         dtype: Any = np.float32,
     ) -> dict[str, Any]:
-        """Query, key, value and further arrays by name, drawn from the seed. length: positions, 13 or a grid of 4 x 5 by
-        default; else a grid is as square as its length allows."""
+        """Query, key, value and further arrays by name, drawn from the seed. length: positions, 13 or a grid of 4 x 5
+        by default; else a grid is as square as its length allows."""
         space: tuple[int, ...] = (13 if length is None else length,)
         if self.grid:
             space = (4, 5) if length is None else _near_square(length)
@@ -116,8 +116,8 @@ def _gates(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
 
 
 def _centroids(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
-    centroids = rng.normal(size=(sizes.heads, sizes.clusters, sizes.head_dim))
-    return {"state": attnlab.RoutingState(centroids, np.ones(centroids.shape[:2]), centroids)}
+    centroids: Any = rng.normal(size=(sizes.heads, sizes.clusters, sizes.head_dim))
+    return {"state": attnlab.RoutingState(centroids, np.ones_like(centroids[..., 0]), centroids)}
 
 
 def _probe(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:

@@ -256,9 +256,7 @@ def _bench(command: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"lengths: got {min(command.lengths)}; need at least the window, {bench.WINDOW}")
     rows = bench.bench(sorted(set(command.lengths)), only=command.only, backward=command.backward)
     if not rows:
-        raise UserError(
-            f"only: no mechanism is named {' or '.join(command.only)}; there are: {'; '.join(bench.NAMES)}"
-        )
+        raise UserError(f"only: no mechanism is named {' or '.join(command.only)}; there are: {'; '.join(bench.NAMES)}")
     passes = "forward and backward" if command.backward else "forward"
     bench.write(rows, command.workdir, f"Attention against length, {passes}, on {jax.devices()[0].device_kind}")
     print(f"\n{bench.table(rows)}\n\n{command.workdir / 'bench.png'}")

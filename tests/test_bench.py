@@ -12,7 +12,9 @@ def test_bench_times_what_is_asked_for_and_keeps_it(tmp_path, capsys):
     command = ["bench", "--lengths", "512", "256", "--only", "local, causal", "--backward", "--workdir", str(tmp_path)]
     assert cli.main(command) == 0
     rows = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
-    assert [(row["mechanism"], row["length"]) for row in rows] == [("local, causal (window 256)", n) for n in (256, 512)]
+    assert [(row["mechanism"], row["length"]) for row in rows] == [
+        ("local, causal (window 256)", n) for n in (256, 512)
+    ]
     assert all(row["seconds"] > 0 and row["temporary_bytes"] > 0 for row in rows)
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert bench.table(rows) in capsys.readouterr().out

@@ -19,18 +19,28 @@ float32 operand is split in two bfloat16 numbers, so that a product is exact to 
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.tpu import banded_flash as forward
+from kernels_pallas.patterns import Pattern
 from kernels_pallas.tpu import common
-from kernels_pallas.tpu.banded_flash import Band, Call, Pattern
-from kernels_pallas.tpu.banded_flash_backward import for_every_head
+from kernels_pallas.tpu.band import (
+    MASKED,
+    Band,
+    Call,
+    Step,
+    Tokens,
+    blocks_of,
+    bounds_along_lanes,
+    is_first,
+    is_last,
+    visible,
+    visit,
+)
+from kernels_pallas.tpu.band import refusal as band_refusal
 
 Array = jax.Array
 
@@ -43,7 +53,7 @@ _LSE, _KEY_MEAN, _VALUE_MEAN, _PRODUCT = range(4)
 
 def default_blocks(query: Any, key: Any, value: Any) -> tuple[int, int]:
     """(block_q, block_k) for arrays of these shapes and dtype, from a frozen table."""
-    return forward.blocks_of(_BLOCKS, _DEFAULT_BLOCKS, query, key, value)
+    return blocks_of(_BLOCKS, _DEFAULT_BLOCKS, query, key, value)
 
 
 def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype: Any, *, tables: int = 1) -> int:
@@ -59,9 +69,9 @@ def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype:
     return 2 * (read + rows) + 3 * written + logits + columns + splits
 
 
-def refusal(query: Any, key: Any, value: Any, **settings: Any) -> str | None:
-    """Why the kernels cannot serve these arguments, or None if they can; as banded_flash.refusal."""
-    return forward.refusal(query, key, value, footprint=vmem_bytes, **settings)
+def refusal(query: Any, key: Any, value: Any, *, pattern: Pattern) -> str | None:
+    """Why the kernels cannot serve these arguments (arrays may be shape structs), or None if they can."""
+    return band_refusal(query, key, value, pattern=pattern, default_blocks=default_blocks, footprint=vmem_bytes)
 
 
 def banded_covariance(
@@ -87,20 +97,16 @@ def banded_covariance(
     """
     band = _band("banded_covariance", query, key, value, pattern)
     means = jnp.sum(direction * key_mean.astype(jnp.float32), axis=-1)
-    call = Call(band, pattern.by_query, band.heads)
-    over = common.varying(query, key, value, direction, lse, jnp.asarray(scale))
-    shape = (band.batch, band.heads, band.padded_queries, band.value_width)
-    out = call.run(
+    (out,) = Call(band, by_key=False).run(
         functools.partial(_forward_kernel, band=band),
-        in_specs=[*_specs(call, call.row, call.key_head(call.column))],
-        out_specs=call.block(band.block_q, band.value_width, call.row),
-        scratch_shapes=[pltpu.VMEM((band.block_q, band.value_width), jnp.float32)],
-        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=over),
+        "banded_covariance",
+        scale=scale,
+        numbers=band.numbers({_LSE: _finite(lse), _KEY_MEAN: means}),
+        tokens=_tokens(band, query, key, value, direction),
+        out=[(band.value_width, jnp.float32)],
         products=(band.key_width, band.key_width, band.value_width),
-        name="banded_covariance",
-        arrays=[*_arrays(band, scale, query, key, value, direction, {_LSE: _finite(lse), _KEY_MEAN: means})],
     )
-    return _back(out, query.shape[1], value.shape[-1])
+    return common.tokens_first(out, query.shape[1], value.shape[-1])
 
 
 def banded_covariance_gradients(
@@ -131,48 +137,33 @@ def banded_covariance_gradients(
         _VALUE_MEAN: jnp.sum(gradient * value_mean.astype(jnp.float32), axis=-1),
         _PRODUCT: jnp.sum(gradient * out, axis=-1),
     }
-    arrays = _arrays(band, scale, query, key, value, direction, numbers)
-    arrays.append(common.heads_first(gradient, band.padded_queries, band.value_width))
-    over = common.varying(query, key, value, direction, lse, gradient, jnp.asarray(scale))
-
-    def results(call: Call, rows: int, tokens: int, widths: tuple[int, ...]) -> dict[str, Any]:
-        shapes = [(band.batch, call.heads, tokens, width) for width in widths]
-        return {
-            "out_specs": [call.block(rows, width, call.row) for width in widths],
-            "scratch_shapes": [pltpu.VMEM((rows, width), jnp.float32) for width in widths],
-            "out_shape": [jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=over) for shape in shapes],
-        }
-
+    operands: Any = {
+        "scale": scale,
+        "numbers": band.numbers(numbers),
+        "tokens": [*_tokens(band, query, key, value, direction), band.queries(gradient)],
+    }
     keys, values = band.key_width, band.value_width
-    call = Call(band, pattern.by_query, band.heads)
-    to_query, to_direction = call.run(
+    to_query, to_direction = Call(band, by_key=False).run(
         functools.partial(_query_kernel, band=band),
-        in_specs=[
-            *_specs(call, call.row, call.key_head(call.column)),
-            call.block(band.block_q, values, call.row),
-        ],
-        **results(call, band.block_q, band.padded_queries, (keys, keys)),
+        "banded_covariance_query_gradients",
+        **operands,
+        out=[(keys, jnp.float32), (keys, jnp.float32)],
         products=(keys, keys, values, keys, keys),
-        name="banded_covariance_query_gradients",
-        arrays=arrays,
     )
-    call = Call(band, for_every_head(pattern.by_key, band.group), band.key_heads)
-    query_of = call.query_head(call.column)
-    to_key, to_value = call.run(
+    to_key, to_value = Call(band, by_key=True).run(
         functools.partial(_key_kernel, band=band),
-        in_specs=[*_specs(call, query_of, call.row), call.block(band.block_q, values, query_of)],
-        **results(call, band.block_k, band.padded_keys, (keys, values)),
+        "banded_covariance_key_value_gradients",
+        **operands,
+        out=[(keys, jnp.float32), (values, jnp.float32)],
         products=(keys, keys, values, keys, keys, values),
-        name="banded_covariance_key_value_gradients",
-        arrays=arrays,
     )
-    to_query = _back(to_query, query.shape[1], query.shape[-1])
+    to_query = common.tokens_first(to_query, *query.shape[1::2])
     to_scale = jnp.sum(query.astype(jnp.float32) * to_query) / scale
     return (
         to_query.astype(query.dtype),
-        _back(to_key, key.shape[1], key.shape[-1]).astype(key.dtype),
-        _back(to_value, value.shape[1], value.shape[-1]).astype(value.dtype),
-        _back(to_direction, query.shape[1], query.shape[-1]),
+        common.tokens_first(to_key, *key.shape[1::2]).astype(key.dtype),
+        common.tokens_first(to_value, *value.shape[1::2]).astype(value.dtype),
+        common.tokens_first(to_direction, *query.shape[1::2]),
         to_scale,
     )
 
@@ -181,7 +172,7 @@ def _band(name: str, query: Array, key: Array, value: Array, pattern: Pattern) -
     reason = refusal(query, key, value, pattern=pattern)
     if reason is not None:
         raise ValueError(f"{name}: {reason}")
-    return Band(query, key, value, pattern, None)
+    return Band(query, key, value, pattern.tiled(*pattern.blocks(default_blocks(query, key, value))))
 
 
 def _finite(lse: Array) -> Array:
@@ -189,75 +180,45 @@ def _finite(lse: Array) -> Array:
     return jnp.where(lse == -jnp.inf, 0, lse)
 
 
-def _back(x: Array, length: int, width: int) -> Array:
-    return jnp.swapaxes(x[:, :, :length, :width], 1, 2)
+def _tokens(band: Band, query: Array, key: Array, value: Array, direction: Array) -> list[Tokens]:
+    return [band.queries(query), band.keys(key), band.keys(value), band.queries(direction.astype(jnp.float32))]
 
 
-def _arrays(
-    band: Band,
-    scale: Any,
-    query: Array,
-    key: Array,
-    value: Array,
-    direction: Array,
-    numbers: dict[int, Array],
-) -> list[Array]:
-    return [
-        jnp.asarray(scale, jnp.float32).reshape(1, 1),
-        *band.tables,
-        band.numbers(numbers),
-        common.heads_first(query, band.padded_queries, band.key_width),
-        common.heads_first(key, band.padded_keys, band.key_width),
-        common.heads_first(value, band.padded_keys, band.value_width),
-        common.heads_first(direction.astype(jnp.float32), band.padded_queries, band.key_width),
-    ]
+class _Tile(NamedTuple):
+    """What all three kernels compute of a pair of tiles, [queries, keys], by key [keys, queries].
 
+    Fields from scale on are references.
+    """
 
-def _specs(call: Call, query_of: Callable[..., Any], key_of: Callable[..., Any]) -> list[Any]:
-    band = call.band
-    return [
-        *call.of_pair(query_of, key_of),
-        call.block(band.block_q, band.key_width, query_of),
-        call.block(band.block_k, band.key_width, key_of),
-        call.block(band.block_k, band.value_width, key_of),
-        call.block(band.block_q, band.key_width, query_of),
-    ]
-
-
-class _Tile:
-    """What all three kernels compute of a pair of tiles, [queries, keys] (transposed: [keys, queries])."""
-
-    def __init__(self, band: Band, refs: Any, query_tile: Array, key_tile: Array, *, transposed: bool = False):
-        self.band, self.tiles, self.transposed = band, (query_tile, key_tile), transposed
-        self.scale, self.queries, *refs = refs
-        self.keys = None
-        if band.key_table is not None:
-            self.keys, *refs = refs
-        self.numbers, self.query, self.key, self.value, self.direction, *self.rest = refs
+    band: Band
+    step: Step
+    scale: Any
+    numbers: Any
+    query: Any
+    key: Any
+    value: Any
+    direction: Any
 
     def number(self, row: int) -> Array:
-        if self.transposed:
+        if self.step.by_key:
             return self.numbers[row : row + 1, :]
         return jnp.transpose(self.numbers[...])[:, row : row + 1]
 
     def pairs(self, of_query: Array, of_key: Array) -> Array:
         """Products of every query's row with every key's."""
-        if self.transposed:
+        if self.step.by_key:
             return _product(of_key, of_query, (1, 1))
         return _product(of_query, of_key, (1, 1))
 
     def weights(self, masked: bool) -> Array:
         logits = self.scale[0, 0] * self.pairs(self.query[...], self.key[...])
         if masked:
-            keys = None if self.keys is None else self.keys[...]
-            if self.transposed:
-                queries, keys = self.band.rows_of(self.queries), None if keys is None else jnp.transpose(keys)
+            if self.step.by_key:
+                queries = bounds_along_lanes(self.band, self.step)
             else:
-                columns = jnp.transpose(self.queries[...])
+                columns = jnp.transpose(self.step.query_table[...])
                 queries = [columns[:, row : row + 1] for row in self.band.rows]
-            axis = 0 if self.transposed else 1
-            sees = forward.visible(self.band, *self.tiles, queries, keys, axis=axis)
-            logits = jnp.where(sees, logits, forward.MASKED)
+            logits = jnp.where(visible(self.band, self.step, queries), logits, MASKED)
         return jnp.exp(logits - self.number(_LSE))
 
     def slopes(self) -> Array:
@@ -281,32 +242,32 @@ def _halves(x: Array) -> tuple[Array, Array]:
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
-def _clear(flags: Array, *sums: Any) -> None:
-    @pl.when(forward.is_first(flags))
+def _clear(step: Step, *sums: Any) -> None:
+    @pl.when(is_first(step))
     def _() -> None:
         for total in sums:
             total[...] = jnp.zeros_like(total)
 
 
-def _forward_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band) -> None:
-    tile = _Tile(band, refs, row, column)
-    out_ref, total = tile.rest
-    _clear(flags, total)
+def _forward_kernel(step: Step, *refs: Any, band: Band) -> None:
+    *inputs, out_ref, total = refs
+    tile = _Tile(band, step, *inputs)
+    _clear(step, total)
 
     def accumulate(masked: bool) -> None:
         total[...] += _product(tile.weights(masked) * tile.slopes(), tile.value[...], (1, 0))
 
-    forward.visit(accumulate, flags, band.segments)
+    visit(band, step, accumulate)
 
-    @pl.when(forward.is_last(flags))
+    @pl.when(is_last(step))
     def _() -> None:
         out_ref[...] = total[...]
 
 
-def _query_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band) -> None:
-    tile = _Tile(band, refs, row, column)
-    gradient_ref, query_out, direction_out, to_query, to_direction = tile.rest
-    _clear(flags, to_query, to_direction)
+def _query_kernel(step: Step, *refs: Any, band: Band) -> None:
+    *inputs, gradient_ref, query_out, direction_out, to_query, to_direction = refs
+    tile = _Tile(band, step, *inputs)
+    _clear(step, to_query, to_direction)
 
     def accumulate(masked: bool) -> None:
         weights, gains = tile.weights(masked), tile.gains(gradient_ref[...])
@@ -314,18 +275,18 @@ def _query_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Ban
         to_query[...] += _product(weights * (tile.slopes() * gains - tile.number(_PRODUCT)), key, (1, 0))
         to_direction[...] += _product(weights * gains, key, (1, 0))
 
-    forward.visit(accumulate, flags, band.segments)
+    visit(band, step, accumulate)
 
-    @pl.when(forward.is_last(flags))
+    @pl.when(is_last(step))
     def _() -> None:
         query_out[...] = tile.scale[0, 0] * to_query[...]
         direction_out[...] = to_direction[...]
 
 
-def _key_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band) -> None:
-    tile = _Tile(band, refs, column, row, transposed=True)
-    gradient_ref, key_out, value_out, to_key, to_value = tile.rest
-    _clear(flags, to_key, to_value)
+def _key_kernel(step: Step, *refs: Any, band: Band) -> None:
+    *inputs, gradient_ref, key_out, value_out, to_key, to_value = refs
+    tile = _Tile(band, step, *inputs)
+    _clear(step, to_key, to_value)
 
     def accumulate(masked: bool) -> None:
         gradient = gradient_ref[...]
@@ -335,9 +296,9 @@ def _key_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band)
         to_key[...] += common.dot(weights * gains, tile.direction[...], (1, 0))
         to_value[...] += common.dot(weights * slopes, gradient, (1, 0))
 
-    forward.visit(accumulate, flags, band.segments)
+    visit(band, step, accumulate)
 
-    @pl.when(forward.is_last(flags))
+    @pl.when(is_last(step))
     def _() -> None:
         key_out[...] = to_key[...]
         value_out[...] = to_value[...]

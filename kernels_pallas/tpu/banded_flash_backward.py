@@ -13,7 +13,6 @@ tiles of logits are [keys, queries], so that what belongs to a query lies along 
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,9 +21,24 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.tpu import banded_flash as forward
+from kernels_pallas.patterns import Pattern
 from kernels_pallas.tpu import common
-from kernels_pallas.tpu.banded_flash import Band, Call, Pattern, Visits
+from kernels_pallas.tpu.band import (
+    MASKED,
+    Band,
+    Call,
+    Step,
+    blocks_of,
+    bounds_along_lanes,
+    is_first,
+    is_last,
+    over_lanes,
+    save_bounds,
+    spread,
+    visible,
+    visit,
+)
+from kernels_pallas.tpu.band import refusal as band_refusal
 
 Array = jax.Array
 
@@ -45,7 +59,7 @@ _LOG_2 = np.float32(np.log(2))
 
 def default_blocks(query: Any, key: Any, value: Any) -> tuple[int, int]:
     """(block_q, block_k) for arrays of these shapes and dtype, from a frozen table."""
-    return forward.blocks_of(_BLOCKS, _DEFAULT_BLOCKS, query, key, value)
+    return blocks_of(_BLOCKS, _DEFAULT_BLOCKS, query, key, value)
 
 
 def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype: Any, *, tables: int = 1) -> int:
@@ -63,9 +77,10 @@ def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype:
     return 2 * (read + written + rows) + 2 * state + logits + columns + splits
 
 
-def refusal(query: Any, key: Any, value: Any, **settings: Any) -> str | None:
-    """Why banded_flash_gradients cannot serve these arguments, or None if it can; as banded_flash.refusal."""
-    return forward.refusal(query, key, value, footprint=vmem_bytes, **settings)
+def refusal(query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None) -> str | None:
+    """Why banded_flash_gradients cannot serve these arguments (arrays may be shape structs), or None if it can."""
+    settings: Any = {"pattern": pattern, "segment_ids": segment_ids}
+    return band_refusal(query, key, value, **settings, default_blocks=default_blocks, footprint=vmem_bytes)
 
 
 def banded_flash_gradients(
@@ -84,7 +99,7 @@ def banded_flash_gradients(
     """Gradients with respect to query, key, value and scale of banded_flash_attention.
 
     Args:
-      query, key, value, pattern, segment_ids, scale: as in banded_flash_attention; the pattern's tiles may differ.
+      query, key, value, pattern, segment_ids, scale: as in banded_flash_attention.
       out, lse: what it gave. out_gradient [B, T, N, V], lse_gradient [B, T, N]: of the loss, with respect to these.
 
     Returns:
@@ -98,156 +113,82 @@ def banded_flash_gradients(
     reason = refusal(query, key, value, pattern=pattern, segment_ids=segment_ids)
     if reason is not None:
         raise ValueError(f"banded_flash_gradients: {reason}")
-    band = Band(query, key, value, pattern, segment_ids)
-
-    wide_gradient = out_gradient.astype(jnp.float32)
-    delta = jnp.sum(wide_gradient * out.astype(jnp.float32), axis=-1) - lse_gradient
+    tiling = pattern.tiled(*pattern.blocks(default_blocks(query, key, value)))
+    band = Band(query, key, value, tiling, segment_ids)
+    delta = jnp.sum(out_gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - lse_gradient
     # A query that sees no key has no visible pair, whose weight would be exp(-inf + inf).
     finite_lse = jnp.where(lse == -jnp.inf, 0, lse)
-    numbers = band.numbers({_LSE: finite_lse / _LOG_2, _DELTA: delta})
-    arrays = [
-        jnp.asarray(scale / _LOG_2, jnp.float32).reshape(1, 1),
-        *band.tables,
-        numbers,
-        common.heads_first(query, band.padded_queries, band.key_width),
-        common.heads_first(out_gradient.astype(query.dtype), band.padded_queries, band.value_width),
-        common.heads_first(key, band.padded_keys, band.key_width),
-        common.heads_first(value, band.padded_keys, band.value_width),
-    ]
-    over = common.varying(query, key, value, out_gradient, lse_gradient, jnp.asarray(scale), *(segment_ids or ()))
-    query_gradient = _query_gradient(band, pattern.by_query, arrays, query.dtype, over)
-    by_key = for_every_head(pattern.by_key, band.group)
-    key_gradient, value_gradient = _key_value_gradients(band, by_key, arrays, query.dtype, over)
-
-    def back(x: Array, length: int, width: int) -> Array:
-        return jnp.swapaxes(x[:, :, :length, :width], 1, 2)
-
-    query_gradient = back(query_gradient, *query.shape[1::2])
-    # dq = scale sum dl k, and dscale = sum dl (q . k).
-    scale_gradient = jnp.sum(query.astype(jnp.float32) * query_gradient.astype(jnp.float32)) / scale
-    return (
-        query_gradient,
-        back(key_gradient, *key.shape[1::2]),
-        back(value_gradient, *value.shape[1::2]),
-        scale_gradient,
-    )
-
-
-def for_every_head(visits: Visits, group: int) -> Visits:
-    """A list's rows, each gone through once for every query head of a key head."""
-    if group == 1:
-        return visits
-    (rows, columns, flags) = (np.asarray(x) for x in visits)
-    first, last = (flags & flag != 0 for flag in (forward._FIRST, forward._LAST))
-    parts: list[list[np.ndarray]] = []
-    for numbers in zip(rows, columns, flags, first, last, strict=True):
-        row, column, flag, begins, ends = numbers
-        order, heads = [], []
-        for a, b in zip(np.flatnonzero(begins), np.flatnonzero(ends), strict=True):
-            order.append(np.tile(np.arange(a, b + 1), group))
-            heads.append(np.repeat(np.arange(group), b + 1 - a))
-        steps, head = np.concatenate(order), np.concatenate(heads)
-        bits = flag[steps] & ~(forward._FIRST | forward._LAST)
-        bits |= np.where(begins[steps] & (head == 0), forward._FIRST, 0)
-        bits |= np.where(ends[steps] & (head == group - 1), forward._LAST, 0)
-        parts.append([row[steps], column[steps], bits | head << forward._HEAD_BIT])
-    return Visits(*(np.stack(part).astype(np.int32) for part in zip(*parts, strict=True)))
-
-
-def _specs(call: Call, query_of: Callable[..., Any], key_of: Callable[..., Any]) -> list[Any]:
-    """Blocks of the arrays of both kernels. query_of, key_of: grid indices -> (batch, head, tile)."""
-    band = call.band
-    return [
-        *call.of_pair(query_of, key_of),
-        call.block(band.block_q, band.key_width, query_of),
-        call.block(band.block_q, band.value_width, query_of),
-        call.block(band.block_k, band.key_width, key_of),
-        call.block(band.block_k, band.value_width, key_of),
-    ]
-
-
-def _query_gradient(band: Band, visits: Visits, arrays: list[Array], dtype: Any, over: Any) -> Array:
-    call = Call(band, visits, band.heads)
-    shape = (band.batch, band.heads, band.padded_queries, band.key_width)
-    return call.run(
-        functools.partial(_query_kernel, band=band),
-        in_specs=_specs(call, call.row, call.key_head(call.column)),
-        out_specs=call.block(band.block_q, band.key_width, call.row),
-        scratch_shapes=[
-            pltpu.VMEM((band.block_q, band.key_width), jnp.float32),
-            *[pltpu.VMEM((band.block_q, common.LANES), jnp.float32)] * 2,
-            *band.query_numbers(),
+    operands: Any = {
+        "scale": scale / _LOG_2,
+        "numbers": band.numbers({_LSE: finite_lse / _LOG_2, _DELTA: delta}),
+        "tokens": [
+            band.queries(query),
+            band.queries(out_gradient.astype(query.dtype)),
+            band.keys(key),
+            band.keys(value),
         ],
-        out_shape=jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=over),
+    }
+    (to_query,) = Call(band, by_key=False).run(
+        functools.partial(_query_kernel, band=band),
+        "banded_flash_query_gradient",
+        **operands,
+        out=[(band.key_width, query.dtype)],
+        scratch=[*[pltpu.VMEM((band.block_q, common.LANES), jnp.float32)] * 2, *band.bounds_scratch()],
         products=(band.key_width, band.key_width, band.value_width),
-        name="banded_flash_query_gradient",
-        arrays=arrays,
+    )
+    to_key, to_value = Call(band, by_key=True).run(
+        functools.partial(_key_value_kernel, band=band),
+        "banded_flash_key_value_gradients",
+        **operands,
+        out=[(band.key_width, query.dtype), (band.value_width, query.dtype)],
+        products=(band.key_width,) * 2 + (band.value_width,) * 2,
+    )
+    to_query = common.tokens_first(to_query, *query.shape[1::2])
+    # dq = scale sum dl k, and dscale = sum dl (q . k).
+    to_scale = jnp.sum(query.astype(jnp.float32) * to_query.astype(jnp.float32)) / scale
+    return (
+        to_query,
+        common.tokens_first(to_key, *key.shape[1::2]),
+        common.tokens_first(to_value, *value.shape[1::2]),
+        to_scale,
     )
 
 
-def _unpack(band: Band, refs: Any) -> tuple[Any, ...]:
-    """(scale, table of queries, table of keys or None, the rest)."""
-    scale, queries, *rest = refs
-    if band.key_table is None:
-        return scale, queries, None, rest
-    return scale, queries, rest[0], rest[1:]
-
-
-def _query_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band) -> None:
+def _query_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
     """One visit of a query tile to a key tile."""
-    scale_ref, queries_ref, keys_ref, rest = _unpack(band, refs)
-    numbers_ref, query_ref, gradient_ref, key_ref, value_ref, out_ref, acc_ref, lse_ref, delta_ref, *bounds = rest
+    numbers_ref, query_ref, gradient_ref, key_ref, value_ref, out_ref, acc_ref, lse_ref, delta_ref, *bounds = refs
 
-    @pl.when(forward.is_first(flags))
+    @pl.when(is_first(step))
     def _() -> None:
         acc_ref[...] = jnp.zeros_like(acc_ref)
         for row, ref in ((_LSE, lse_ref), (_DELTA, delta_ref)):
-            ref[...] = forward.spread(numbers_ref[row : row + 1, :])
-        band.read_queries(queries_ref, bounds)
+            ref[...] = spread(numbers_ref[row : row + 1, :])
+        save_bounds(band, step, bounds)
 
     def accumulate(masked: bool) -> None:
         key = key_ref[...]
         logits = scale_ref[0, 0] * common.dot(query_ref[...], key, contract=(1, 1))
         if masked:
-            queries = [forward.over_lanes(ref[...], band.block_k) for ref in bounds]
-            keys = None if keys_ref is None else keys_ref[...]
-            sees = forward.visible(band, row, column, queries, keys, axis=1)
-            logits = jnp.where(sees, logits, forward.MASKED)
-        weights = jnp.exp2(logits - forward.over_lanes(lse_ref[...], band.block_k))
+            sees = visible(band, step, [over_lanes(ref[...], band.block_k) for ref in bounds])
+            logits = jnp.where(sees, logits, MASKED)
+        weights = jnp.exp2(logits - over_lanes(lse_ref[...], band.block_k))
         products = common.dot(gradient_ref[...], value_ref[...], contract=(1, 1))
-        slopes = weights * (products - forward.over_lanes(delta_ref[...], band.block_k))
+        slopes = weights * (products - over_lanes(delta_ref[...], band.block_k))
         acc_ref[...] += common.dot(slopes.astype(key.dtype), key, contract=(1, 0))
 
-    forward.visit(accumulate, flags, band.segments)
+    visit(band, step, accumulate)
 
-    @pl.when(forward.is_last(flags))
+    @pl.when(is_last(step))
     def _() -> None:
         out_ref[...] = (_LOG_2 * scale_ref[0, 0] * acc_ref[...]).astype(out_ref.dtype)
 
 
-def _key_value_gradients(band: Band, visits: Visits, arrays: list[Array], dtype: Any, over: Any) -> tuple[Array, Array]:
-    call = Call(band, visits, band.key_heads)
-    widths = (band.key_width, band.value_width)
-    shapes = [(band.batch, band.key_heads, band.padded_keys, width) for width in widths]
-    return call.run(
-        functools.partial(_key_value_kernel, band=band),
-        in_specs=_specs(call, call.query_head(call.column), call.row),
-        out_specs=[call.block(band.block_k, width, call.row) for width in widths],
-        scratch_shapes=[pltpu.VMEM((band.block_k, width), jnp.float32) for width in widths],
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=over) for shape in shapes],
-        products=(band.key_width,) * 2 + (band.value_width,) * 2,
-        name="banded_flash_key_value_gradients",
-        arrays=arrays,
-    )
-
-
-def _key_value_kernel(row: Array, column: Array, flags: Array, *refs: Any, band: Band) -> None:
+def _key_value_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
     """One visit of a key tile to a query tile of one query head."""
-    scale_ref, queries_ref, keys_ref, rest = _unpack(band, refs)
-    numbers_ref, query_ref, gradient_ref, key_ref, value_ref, key_out_ref, value_out_ref, *sums = rest
+    numbers_ref, query_ref, gradient_ref, key_ref, value_ref, key_out_ref, value_out_ref, *sums = refs
     key_acc_ref, value_acc_ref = sums
 
-    @pl.when(forward.is_first(flags))
+    @pl.when(is_first(step))
     def _() -> None:
         key_acc_ref[...] = jnp.zeros_like(key_acc_ref)
         value_acc_ref[...] = jnp.zeros_like(value_acc_ref)
@@ -256,19 +197,17 @@ def _key_value_kernel(row: Array, column: Array, flags: Array, *refs: Any, band:
         query, gradient = query_ref[...], gradient_ref[...]
         logits = scale_ref[0, 0] * common.dot(key_ref[...], query, contract=(1, 1))  # [keys, queries]
         if masked:
-            keys = None if keys_ref is None else jnp.transpose(keys_ref[...])
-            queries = band.rows_of(queries_ref)
-            sees = forward.visible(band, column, row, queries, keys, axis=0)
-            logits = jnp.where(sees, logits, forward.MASKED)
+            sees = visible(band, step, bounds_along_lanes(band, step))
+            logits = jnp.where(sees, logits, MASKED)
         weights = jnp.exp2(logits - numbers_ref[_LSE : _LSE + 1, :])
         value_acc_ref[...] += common.dot(weights.astype(gradient.dtype), gradient, contract=(1, 0))
         products = common.dot(value_ref[...], gradient, contract=(1, 1))
         slopes = weights * (products - numbers_ref[_DELTA : _DELTA + 1, :])
         key_acc_ref[...] += common.dot(slopes.astype(query.dtype), query, contract=(1, 0))
 
-    forward.visit(accumulate, flags, band.segments)
+    visit(band, step, accumulate)
 
-    @pl.when(forward.is_last(flags))
+    @pl.when(is_last(step))
     def _() -> None:
         key_out_ref[...] = (_LOG_2 * scale_ref[0, 0] * key_acc_ref[...]).astype(key_out_ref.dtype)
         value_out_ref[...] = value_acc_ref[...].astype(value_out_ref.dtype)

@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.tpu.banded_flash import MASKED
+from kernels_pallas.tpu.band import MASKED
 from kernels_pallas.tpu.common import LANES, VMEM_BUDGET, dot, round_up, varying, zero
 
 Array = jax.Array

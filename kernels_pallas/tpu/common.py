@@ -49,3 +49,8 @@ def heads_first(x: Array, length: int, width: int) -> Array:
     """[B, L, N, H] -> [B, N, length, width], padded with 0."""
     x = jnp.swapaxes(x, 1, 2)
     return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, width - x.shape[3])))
+
+
+def tokens_first(x: Array, length: int, width: int) -> Array:
+    """The inverse of heads_first: [B, N, L', H'] -> [B, length, N, width]."""
+    return jnp.swapaxes(x[:, :, :length, :width], 1, 2)

@@ -1,14 +1,17 @@
 """Which implementation runs, what refuses and why, and the linear call behind the kernels' derivatives."""
 
 import functools
+import time
 
 import jax
+import jax.experimental.pallas
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from attnlab import dilated_attention, dot_product_attention, explain, local_attention
-from attnlab.attention._tangent_call import tangent_call
+from attnlab.attention._dispatch.deferred import tangent_call
+from attnlab.catalog import MECHANISMS
 
 LINE = jax.ShapeDtypeStruct((1, 40, 2, 8), jnp.float32)
 IMAGE = jax.ShapeDtypeStruct((1, 6, 6, 2, 8), jnp.float64)
@@ -69,6 +72,45 @@ def test_none_runs_the_xla_form_on_a_cpu():
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def gradient_of(name, implementation):
+    mechanism = MECHANISMS[name]
+
+    def gradient(arrays):
+        return jax.grad(lambda arrays: jnp.sum(mechanism(arrays, implementation) ** 2))(arrays)
+
+    return gradient
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_a_program_for_a_cpu_traces_no_kernel(name, monkeypatch):
+    """Values and gradients traced and lowered for the CPU while every kernel fails."""
+
+    def kernel(*args, **options):
+        raise AssertionError("a kernel was traced")
+
+    monkeypatch.setattr(jax.experimental.pallas, "pallas_call", kernel)
+    jax.jit(gradient_of(name, None)).lower(MECHANISMS[name].inputs())
+
+
+@pytest.mark.slow
+def test_tracing_millions_of_tokens_costs_what_the_xla_form_costs():
+    arrays = {name: jax.ShapeDtypeStruct((1, 2**22, 1, 64), jnp.float32) for name in ("query", "key", "value")}
+
+    def seconds(implementation):
+        def loss(arrays):
+            return jnp.sum(local_attention(**arrays, window=1024, is_causal=True, implementation=implementation))
+
+        def once():
+            start = time.perf_counter()
+            jax.jit(jax.grad(loss)).trace(arrays)
+            jax.clear_caches()
+            return time.perf_counter() - start
+
+        return min(once() for _ in range(5))
+
+    assert seconds(None) < 3 * seconds("xla")
+
+
 def plain(weight, x):
     return {"a": jnp.tanh(weight @ x), "b": (x**3).sum()}
 
@@ -86,7 +128,8 @@ def _(primals, tangents):
     def transpose(residuals, cotangents):
         return jax.vjp(plain, *residuals)[1](cotangents)
 
-    return wrapped(*primals), tangent_call(tangent, transpose, primals, tangents)
+    out = wrapped(*primals)
+    return out, tangent_call(tangent, transpose, out, primals, tangents)
 
 
 def scalar(function):

@@ -11,7 +11,9 @@ import pytest
 
 import attnlab
 from attnlab import local_attention
-from kernels_pallas import aot
+from kernels_pallas.aot.compile import TOPOLOGIES, compile_for_tpu
+from kernels_pallas.aot.table import KERNELS
+from kernels_pallas.shapes import SHAPES
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu (the extra tpu-aot)"
@@ -28,11 +30,11 @@ def loss(query, key, value, segment_ids=None):
 
 @pytest.mark.parametrize("tpu", ["v5e", "v5p"])
 def test_none_takes_the_kernel_on_a_tpu(tpu):
-    forward = aot.compile_for_tpu(
+    forward = compile_for_tpu(
         lambda *a: local_attention(*a, window=70, sinks=4, is_causal=True), QUERY, KEY, KEY, tpu=tpu
     )
     assert KERNEL in forward.as_text()
-    gradient = aot.compile_for_tpu(jax.grad(loss, argnums=(0, 1, 2)), QUERY, KEY, KEY, SEGMENTS, tpu=tpu)
+    gradient = compile_for_tpu(jax.grad(loss, argnums=(0, 1, 2)), QUERY, KEY, KEY, SEGMENTS, tpu=tpu)
     calls = [line for line in gradient.as_text().splitlines() if KERNEL in line]
     for name in ("banded_flash_attention", "banded_flash_query_gradient", "banded_flash_key_value_gradients"):
         assert any(name in line for line in calls), name
@@ -53,23 +55,23 @@ def test_decoding_in_a_scan_takes_the_kernels(tpu):
         lambda: (attnlab.init_local_cache(2, 2, 80, window=70, dtype=jnp.bfloat16), attnlab.init_linear_cache(2, 4, 80))
     )
     tokens = [jax.ShapeDtypeStruct((9, 2, 1, heads, 80), jnp.bfloat16) for heads in (4, 2, 2)]
-    compiled = aot.compile_for_tpu(decode, window, state, tokens, tpu=tpu).as_text()
+    compiled = compile_for_tpu(decode, window, state, tokens, tpu=tpu).as_text()
     assert "cached_flash_attention" in compiled
     assert "linear_step" in compiled
 
 
 def test_vmap_and_x64_compile():
     batched = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in (QUERY, KEY, KEY)]
-    assert KERNEL in aot.compile_for_tpu(jax.vmap(loss), *batched, tpu="v5e").as_text()
+    assert KERNEL in compile_for_tpu(jax.vmap(loss), *batched, tpu="v5e").as_text()
     scaled = jax.vmap(lambda x, scale: local_attention(x, x, x, window=9, scale=scale))
     scales = jax.ShapeDtypeStruct((3,), jnp.float32)
-    assert KERNEL in aot.compile_for_tpu(scaled, batched[0], scales, tpu="v5e").as_text()
+    assert KERNEL in compile_for_tpu(scaled, batched[0], scales, tpu="v5e").as_text()
     with jax.enable_x64(True):
-        assert KERNEL in aot.compile_for_tpu(loss, QUERY, KEY, KEY, SEGMENTS, tpu="v5e").as_text()
+        assert KERNEL in compile_for_tpu(loss, QUERY, KEY, KEY, SEGMENTS, tpu="v5e").as_text()
 
 
 def test_a_name_overrides_the_choice():
-    blocked = aot.compile_for_tpu(
+    blocked = compile_for_tpu(
         lambda *a: local_attention(*a, window=70, implementation="xla"), QUERY, KEY, KEY, tpu="v5e"
     )
     assert KERNEL not in blocked.as_text()
@@ -78,17 +80,17 @@ def test_a_name_overrides_the_choice():
 QUICK = {(tpu, "small model 2k") for tpu in ("v5p", "v6e")}
 
 
-@pytest.mark.parametrize("kernel", aot.KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     ("tpu", "shape"),
     [
         pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow)
-        for pair in itertools.product(aot.TOPOLOGIES, aot.SHAPES)
+        for pair in itertools.product(TOPOLOGIES, SHAPES)
     ],
 )
 def test_kernels_compile(kernel, tpu, shape):
-    row = aot.KERNELS[kernel](aot.SHAPES[shape])
-    assert KERNEL in aot.compile_for_tpu(row.function, *row.arrays, tpu=tpu).as_text()
+    row = KERNELS[kernel](SHAPES[shape])
+    assert KERNEL in compile_for_tpu(row.function, *row.arrays, tpu=tpu).as_text()
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,16 @@
-"""Banded flash attention: its lists of tiles by brute force, its values in TPU interpret mode, and what it refuses."""
+"""Banded flash attention: its values and gradients in TPU interpret mode, and what it refuses."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from interpret import interpreted
 
 from attnlab import dilated_attention, local_attention
-from kernels_pallas.tpu import banded_flash, banded_flash_backward
-from kernels_pallas.tpu.banded_flash import banded_flash_attention, intervals, refusal, vmem_bytes
+from kernels_pallas.patterns import Intervals, SortedIntervals
+from kernels_pallas.tpu import banded_covariance, banded_flash, banded_flash_backward
+from kernels_pallas.tpu.banded_flash import banded_flash_attention, refusal, vmem_bytes
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}  # bfloat16: weights are rounded to it, and so is the output
 
@@ -77,7 +74,7 @@ def slow_but(quick):
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("case", slow_but(QUICK_VALUES))
-def test_equals_the_reference(case):
+def test_equals_the_reference(case, interpreted):
     attend, arrays, tolerance = draw_case(case)
     out, lse = interpreted(attend, *arrays, implementation="pallas_tpu")
     expected, expected_lse = attend(*arrays, implementation="reference")
@@ -87,7 +84,8 @@ def test_equals_the_reference(case):
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
-def test_a_query_without_keys_gives_zero_and_other_tiles_are_never_read():
+@pytest.mark.usefixtures("small_tiles")
+def test_a_query_without_keys_gives_zero_and_other_tiles_are_never_read(interpreted):
     """Intervals may leave out queries, whole query tiles and keys; key tiles that nobody sees hold NaN here."""
     starts, ends = np.zeros(384, int), np.zeros(384, int)
     starts[130:140], ends[130:140] = 256, 300  # the second query tile sees a part of the third key tile; others nothing
@@ -98,7 +96,7 @@ def test_a_query_without_keys_gives_zero_and_other_tiles_are_never_read():
         query,
         jnp.where(unseen, jnp.nan, key),
         jnp.where(unseen, jnp.nan, value),
-        pattern=intervals(starts, ends, 384, block_q=128, block_k=128),
+        pattern=Intervals(lambda query: (starts[query], ends[query]), 384, 384),
         scale=0.125,
     )
     sees = np.zeros(384, bool)
@@ -111,42 +109,19 @@ def test_a_query_without_keys_gives_zero_and_other_tiles_are_never_read():
     np.testing.assert_allclose(lse[:, 130:140], jax.nn.logsumexp(logits, axis=-1), rtol=1e-5, atol=1e-5)
 
 
-@given(
-    lengths=st.tuples(st.integers(1, 300), st.integers(1, 300)),
-    offset=st.integers(-320, 320),
-    width=st.integers(1, 320),
-    shifted=st.none() | st.integers(0, 299),
-)
-def test_a_band_is_recognised_and_nothing_else(lengths, offset, width, shifted):
-    queries, keys = lengths
-    starts = np.maximum(np.arange(queries) + offset, 0)
-    ends = np.minimum(np.arange(queries) + offset + width, keys)
-    if shifted is not None:
-        starts[shifted % queries] += 1
-    found = intervals(starts, ends, keys, block_q=128, block_k=128).diagonals
-    tiled = np.arange(-(-keys // 128) * 128)  # the kernel's keys, with padding
-    sees = (starts[:, None] <= tiled) & (tiled < ends[:, None])
-    if found is None:
-        past_the_end = keys % 128 != 0 and queries - 1 + offset + width > keys
-        assert shifted is not None or past_the_end or not sees.any() or (ends <= starts).any()
-    else:
-        first = (np.arange(queries) + found[0])[:, None]
-        assert np.array_equal(sees, (first <= tiled) & (tiled < first + found[1]))
-
-
-def test_sinks_are_seen_before_the_end_of_an_empty_interval_too():
+def test_sinks_are_seen_before_the_end_of_an_empty_interval_too(interpreted):
     starts, ends = np.array([9, 9, 3, 0] * 32), np.array([2, 0, 12, 0] * 32)
     query, key, value = draw_arrays(128)
-    pattern = intervals(starts, ends, 128, sinks=5, block_q=128, block_k=128)
+    pattern = Intervals(lambda query: (starts[query], ends[query]), 128, 128, sinks=5)
     _, lse = interpreted(banded_flash_attention, query, key, jnp.ones_like(value), pattern=pattern, scale=0.125)
-    places = np.arange(128)
-    sees = (starts[:, None] <= places) & (places < ends[:, None]) | (places < np.minimum(5, ends[:, None]))
+    keys = np.arange(128)
+    sees = (starts[:, None] <= keys) & (keys < ends[:, None]) | (keys < np.minimum(5, ends[:, None]))
     logits = 0.125 * jnp.einsum("btnh,bsh->btns", query, key[:, :, 0], precision="highest")
     expected = jax.nn.logsumexp(jnp.where(sees[:, None], logits, -jnp.inf), axis=-1)
     np.testing.assert_allclose(lse, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_runs_give_the_same_bits_under_jit_and_not():
+def test_runs_give_the_same_bits_under_jit_and_not(interpreted):
     arrays = draw_arrays(260, dtype=jnp.bfloat16)
     attend = functools.partial(local_attention, window=33, return_lse=True, implementation="pallas_tpu")
     first, again = interpreted(attend, *arrays), interpreted(jax.jit(attend), *arrays)
@@ -156,7 +131,7 @@ def test_runs_give_the_same_bits_under_jit_and_not():
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("case", slow_but(QUICK))
-def test_gradients_equal_the_reference_s(case):
+def test_gradients_equal_the_reference_s(case, interpreted):
     attend, (query, key, value), tolerance = draw_case(case)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(*query.shape[:-1], value.shape[-1])), jnp.float32)
 
@@ -174,13 +149,14 @@ def test_gradients_equal_the_reference_s(case):
         np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=0, atol=tolerance * max(1, largest))
 
 
-def test_gradients_are_the_same_bits_again_and_unread_tiles_may_be_nan():
+@pytest.mark.usefixtures("small_tiles")
+def test_gradients_are_the_same_bits_again_and_unread_tiles_may_be_nan(interpreted):
     starts, ends = np.zeros(384, int), np.zeros(384, int)
     starts[130:140], ends[130:140] = 256, 300
     query, key, value = draw_arrays(384)
     unseen = (jnp.arange(384) < 256)[:, None, None]
     key, value = (jnp.where(unseen, jnp.nan, x) for x in (key, value))
-    options = {"pattern": intervals(starts, ends, 384, block_q=128, block_k=128), "scale": 0.125}
+    options = {"pattern": Intervals(lambda query: (starts[query], ends[query]), 384, 384), "scale": 0.125}
 
     def gradients(query, key, value):
         out, lse = banded_flash_attention(query, key, value, **options)
@@ -200,7 +176,7 @@ def test_gradients_are_the_same_bits_again_and_unread_tiles_may_be_nan():
 
 
 @pytest.mark.slow  # compiles for 20 s
-def test_derivatives_in_both_modes_and_of_gradients():
+def test_derivatives_in_both_modes_and_of_gradients(interpreted):
     """Gradients are the kernels', tangents and what is beyond first order the blocked form's. (vmap: test_aot compiles
     it; JAX's interpret mode does not run a batched kernel that says which grid axes are parallel.)"""
     arrays = (*draw_arrays(140, head_dim=8, value_dim=8), jnp.float32(0.3))
@@ -221,93 +197,49 @@ def test_derivatives_in_both_modes_and_of_gradients():
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_visits_are_exact(data):
-    """Against the dense mask: a tile is visited iff a query sees a key of it, and called full iff all see all."""
-    num_queries, num_keys = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30))
-    block_q, block_k = data.draw(st.sampled_from([1, 4, 7])), data.draw(st.sampled_from([1, 3, 8]))
-    sinks = data.draw(st.integers(0, 12))
-    interval = st.tuples(st.integers(-3, num_keys + 3), st.integers(-3, num_keys + 3))
-    starts, ends = np.array(data.draw(st.lists(interval, min_size=num_queries, max_size=num_queries))).T
-    keys = np.arange(num_keys)
-    sees = (keys < ends[:, None]) & ((keys >= starts[:, None]) | (keys < sinks))
-
-    pattern = intervals(starts, ends, num_keys, sinks=sinks, block_q=block_q, block_k=block_k)
-    tiles = [range(-(-count // block)) for count, block in ((num_queries, block_q), (num_keys, block_k))]
-    expected = {}
-    for i, j in itertools.product(*tiles):
-        pairs = sees[i * block_q : (i + 1) * block_q, j * block_k : (j + 1) * block_k]
-        if pairs.any():  # the padding beyond the last key is not to be seen
-            expected[i, j] = bool(pairs.all() and (j + 1) * block_k <= num_keys)
-    assert listed(pattern.by_query, len(tiles[0])) == expected
-    assert listed(pattern.by_key, len(tiles[1])) == {(j, i): full for (i, j), full in expected.items()}
-
-
-def listed(visits, rows):
-    """{pair that is looked at: whether it is full}; every row is there, begins once and ends once."""
-    first, last, active, full = ((visits.flags[0] & bit) != 0 for bit in (1, 2, 4, 8))
-    assert np.all(np.diff(visits.rows[0], prepend=-1) == first)
-    assert np.all(np.diff(visits.rows[0], append=rows) == last)
-    assert np.all(active | first & last)
-    pairs = zip(visits.rows[0].tolist(), visits.columns[0].tolist(), strict=True)
-    return {pair: bool(whole) for pair, looked, whole in zip(pairs, active, full, strict=True) if looked}
-
-
-def test_boxes_are_products_of_intervals():
-    """Tokens ordered tile by tile: the pairs of tiles of a space are those of its axes, each with each."""
-    window, tile, sides = 5, (4, 2), (8, 6)
-    bounds = [(np.maximum(np.arange(side) - window // 2, 0), np.minimum(np.arange(side) + 3, side)) for side in sides]
-    pattern = banded_flash.boxes(bounds, tile)
-    y, x = (pattern.coordinates[0, axis] for axis in range(2))
-    assert np.array_equal(y // 4 * 3 + x // 2, np.arange(48) // 8)
-    sees = np.ones((48, 48), bool)
-    for axis, place in enumerate((y, x)):
-        sees &= (place >= pattern.starts[0, axis][:, None]) & (place < pattern.ends[0, axis][:, None])
-    tiles = sees.reshape(6, 8, 6, 8)
-    assert listed(pattern.by_query, 6) == {
-        (i, j): bool(tiles[i, :, j].all()) for i in range(6) for j in range(6) if tiles[i, :, j].any()
-    }
-
-
-def test_visits_grow_with_the_window_not_the_length():
-    position = np.arange(2**16)
-    pattern = intervals(position - 1023, position + 1, 2**16, block_q=512, block_k=512)
-    assert pattern.by_query.rows.shape == (1, 3 * 128 - 3)
-
-
-def shapes(length=256, head_dim=64, value_dim=64, dtype=jnp.bfloat16, block_q=None, block_k=None):
+def shapes(length=256, head_dim=64, value_dim=64, dtype=jnp.bfloat16):
     structs = [jax.ShapeDtypeStruct((1, length, 2, width), dtype) for width in (head_dim, head_dim, value_dim)]
-    default_q, default_k = banded_flash.default_blocks(*structs)
-    blocks = {"block_q": block_q or default_q, "block_k": block_k or default_k}
-    return structs, {"pattern": intervals(np.zeros(length, int), np.full(length, length), length, **blocks)}
+    return structs, Intervals(lambda query: (np.zeros_like(query), np.full_like(query, length)), length, length)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
+    ("arguments", "blocks", "reason"),
     [
-        ({"dtype": jnp.float16}, "all bfloat16 or all float32, got float16"),
-        ({"dtype": jnp.float64}, "all bfloat16 or all float32, got float64"),
-        ({"block_q": 100}, "block_q a positive multiple of 128, got 100"),
-        ({"block_q": 1024, "block_k": 2048}, "of VMEM, more than 16 MiB"),
-        ({"head_dim": 8192}, "head dims 8192 and 64 takes"),
-        (
-            {"length": 2**15, "block_q": 128, "block_k": 128},
-            "list of 65536 pairs of tiles takes 768 KiB of scalar memory",
-        ),
+        ({"dtype": jnp.float16}, None, "all bfloat16 or all float32, got float16"),
+        ({"dtype": jnp.float64}, None, "all bfloat16 or all float32, got float64"),
+        ({"length": 0}, None, "arrays that are not empty"),
+        ({"length": 4096}, (1024, 2048), "of VMEM, more than 16 MiB"),
+        ({"head_dim": 8192}, None, "head dims 8192 and 64 takes"),
+        ({"length": 2**15}, (128, 128), "list of 65536 pairs of tiles takes 768 KiB of scalar memory"),
     ],
 )
-def test_refuses_with_the_reason(arguments, reason):
+def test_refuses_with_the_reason(arguments, blocks, reason, monkeypatch):
+    if blocks is not None:
+        monkeypatch.setattr(banded_flash, "_BLOCKS", {(2, 64): blocks})
     with jax.enable_x64(True):
-        arrays, options = shapes(**arguments)
-        assert refusal(*arrays, **options) is not None
+        arrays, pattern = shapes(**arguments)
+        assert refusal(*arrays, pattern=pattern) is not None
         with pytest.raises(ValueError, match=reason):
-            jax.eval_shape(functools.partial(banded_flash_attention, scale=1.0, **options), *arrays)
+            jax.eval_shape(functools.partial(banded_flash_attention, scale=1.0, pattern=pattern), *arrays)
+
+
+def test_refuses_tiles_that_are_no_multiple_of_the_lanes():
+    arrays, _ = shapes()
+    bounds = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+    pattern = SortedIntervals(bounds, bounds, 256, reach=9, block=100)
+    assert refusal(*arrays, pattern=pattern) == "needs block_q a positive multiple of 128, got 100"
+
+
+def test_a_refusal_makes_no_list(monkeypatch):
+    monkeypatch.setattr(Intervals, "tiled", None)
+    arrays, pattern = shapes(2**15)
+    for module in (banded_flash, banded_flash_backward, banded_covariance):
+        assert module.refusal(*arrays, pattern=pattern) is None
 
 
 def test_serves_what_it_should():
     for head_dim in (1, 64, 80, 128, 256, 512):
         for dtype in (jnp.bfloat16, jnp.float32):
-            arrays, options = shapes(4096, head_dim, head_dim, dtype)
-            assert refusal(*arrays, **options) is None
+            arrays, pattern = shapes(4096, head_dim, head_dim, dtype)
+            assert refusal(*arrays, pattern=pattern) is None
     assert vmem_bytes(512, 1024, 128, 128, jnp.bfloat16) < vmem_bytes(512, 1024, 256, 128, jnp.bfloat16)

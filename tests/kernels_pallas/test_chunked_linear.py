@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpret import interpreted
 
 from attnlab import LinearState, linear_attention
 from kernels_pallas.tpu import chunked_linear
@@ -66,7 +65,7 @@ def assert_close(got, want, tolerance):
 @pytest.mark.parametrize(
     "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
-def test_values_states_and_gradients_equal_the_reference_s(case):
+def test_values_states_and_gradients_equal_the_reference_s(case, interpreted):
     length, drawn = CASES[case]
     arrays, options = draw(length, **drawn)
     rng = np.random.default_rng(1)
@@ -87,7 +86,7 @@ def test_values_states_and_gradients_equal_the_reference_s(case):
 
 
 @pytest.mark.slow
-def test_runs_give_the_same_bits():
+def test_runs_give_the_same_bits(interpreted):
     arrays, _ = draw(70, delta=True, dtype=jnp.bfloat16)
 
     def run(arrays):
@@ -99,7 +98,7 @@ def test_runs_give_the_same_bits():
 
 
 @pytest.mark.parametrize("decay", ["token", "channel"])
-def test_strong_decays_and_repeated_keys_stay_exact(decay):
+def test_strong_decays_and_repeated_keys_stay_exact(decay, interpreted):
     """Decays that drop the state, -inf among them, and one key over and over, where inverses by powers fail."""
     arrays, _ = draw(160, decay=decay, delta=True)
     arrays["key"] = jnp.broadcast_to(arrays["key"][:, :1], arrays["key"].shape)
@@ -114,7 +113,7 @@ def test_strong_decays_and_repeated_keys_stay_exact(decay):
 
 
 @pytest.mark.slow  # compiles for 20 s; the same seam is held by test_banded_flash.py
-def test_tangents_and_second_derivatives_are_the_blocked_form_s():
+def test_tangents_and_second_derivatives_are_the_blocked_form_s(interpreted):
     arrays, _ = draw(130, decay="token", head_dim=8, value_dim=8)
 
     def derivatives(arrays, implementation):

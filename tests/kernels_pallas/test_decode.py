@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpret import interpreted
 
 import attnlab
 from kernels_pallas.tpu import cached_flash
@@ -67,7 +66,7 @@ QUICK = ("first token", "sinks", "three key heads", "bfloat16", "dilated")
 
 
 @pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CACHES])
-def test_a_step_equals_plain_jax_s(case):
+def test_a_step_equals_plain_jax_s(case, interpreted):
     step, cache, tokens = CACHES[case]()
     out, after = interpreted(step, cache, *tokens, implementation="pallas_tpu")
     want, want_after = step(cache, *tokens, implementation="xla")
@@ -77,7 +76,7 @@ def test_a_step_equals_plain_jax_s(case):
     jax.tree.map(np.testing.assert_array_equal, after, want_after)
 
 
-def test_blocks_past_the_last_slot_in_use_are_not_read():
+def test_blocks_past_the_last_slot_in_use_are_not_read(interpreted):
     query, key, value = draw(1, 1, 2, 16), draw(1, 5000, 1, 16, seed=1), draw(1, 5000, 1, 16, seed=2)
     unused = (jnp.arange(5000) >= 2048)[:, None, None]  # whole blocks
     key, value = (jnp.where(unused, jnp.nan, x) for x in (key, value))
@@ -89,14 +88,14 @@ def test_blocks_past_the_last_slot_in_use_are_not_read():
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 30.0])
-def test_any_scale(scale):
+def test_any_scale(scale, interpreted):
     step, cache, tokens = CACHES["sinks"]()
     step = functools.partial(step, scale=scale)
     out, _ = interpreted(step, cache, *tokens, implementation="pallas_tpu")
     np.testing.assert_allclose(out, step(cache, *tokens, implementation="xla")[0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_step_of_local_attention_has_gradients():
+def test_a_step_of_local_attention_has_gradients(interpreted):
     step, cache, tokens = CACHES["sinks"]()
 
     def gradients(implementation):
@@ -134,7 +133,7 @@ def linear(
 
 
 @pytest.mark.parametrize("case", [c if c in QUICK_LINEAR else pytest.param(c, marks=pytest.mark.slow) for c in LINEAR])
-def test_a_linear_step_equals_plain_jax_s(case):
+def test_a_linear_step_equals_plain_jax_s(case, interpreted):
     step, state, tokens = linear(**LINEAR[case])
     got = interpreted(step, state, *tokens, implementation="pallas_tpu")
     want = step(state, *tokens, implementation="xla")
@@ -145,7 +144,7 @@ def test_a_linear_step_equals_plain_jax_s(case):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
 
 
-def test_a_linear_step_has_gradients():
+def test_a_linear_step_has_gradients(interpreted):
     step, state, tokens = linear(decay="token", delta=True)
 
     def gradients(implementation):

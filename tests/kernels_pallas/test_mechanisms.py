@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpret import interpreted
 
 from attnlab import (
     agent_attention,
@@ -76,7 +75,7 @@ QUICK = ("axial", "parallax")
 @pytest.mark.parametrize(
     "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
-def test_values_and_gradients_equal_the_reference_s(case):
+def test_values_and_gradients_equal_the_reference_s(case, interpreted):
     attend, arrays = CASES[case]
     shape = jax.eval_shape(lambda arrays: attend(**arrays), arrays).shape
     weights = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)

@@ -14,7 +14,7 @@ from attnlab import data, nn
 from attnlab.models import LanguageModel
 from attnlab.train import Experiment, LanguageTask
 from attnlab.train.loop import OptimizerOptions, initial_state, make_optimizer, make_step
-from kernels_pallas import aot
+from kernels_pallas.aot.compile import topology_devices
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu (the extra tpu-aot)"
@@ -49,7 +49,7 @@ def test_train_step_runs_the_kernels_on_every_chip(mixer):
     optimizer = make_optimizer(OptimizerOptions(), 1000)
     key = jax.random.key(0)
     state = jax.eval_shape(lambda: initial_state(experiment, optimizer, key))
-    mesh = jax.sharding.Mesh(np.array(aot.topology_devices("v5p")), ("data",))
+    mesh = jax.sharding.Mesh(np.array(topology_devices("v5p")), ("data",))
 
     def placed(tree, spec):
         sharding = NamedSharding(mesh, spec)

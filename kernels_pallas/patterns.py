@@ -1,0 +1,319 @@
+"""Which keys the queries see, as data; kernels cut it into tiles by their own blocks and get lists of pairs of tiles.
+
+    Intervals          an interval of keys per query, by a function of the query's number; the first `sinks` keys too
+    Boxes              a box of space per query, an interval along every axis
+    SortedIntervals    an interval of keys per query, computed with the arrays, for each row of the batch
+    AllPairs           an interval of coordinates per query, computed with the arrays: every pair of tiles is looked at
+
+All have
+
+    has_coordinates              whether a key brings its coordinates; otherwise it has its number
+    blocks(default)              (block_q, block_k): the kernel's own, or those that the pattern needs
+    num_pairs(block_q, block_k)  the steps of the list by query, over all lists, at most; O(query tiles) time and memory
+    tiled(block_q, block_k)      the Tiling, with the lists; O(T)
+
+Lists are made on the host (those of traced bounds, in the program); nothing here belongs to one backend.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+# Numbers of queries, int [n] -> (starts, ends), int [n]: the keys starts <= s < ends. Both grow with the query.
+Bounds = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+# What a step does, as bits.
+FIRST, LAST, ACTIVE, FULL = (np.int32(2**bit) for bit in range(4))
+HEAD_BIT = np.int32(4)  # and above it the query head, among those of its key head
+
+
+class Visits(NamedTuple):
+    """Pairs of tiles, one per grid step; all pairs of a row follow each other. int32 [lists, steps].
+
+    There is one list, or one for every row of the batch. flags: the first and the last step of a row, whether
+    the pair is looked at (a row without pairs has one step that is not), and whether every query sees every key.
+    """
+
+    rows: Any
+    columns: Any
+    flags: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tiling:
+    """A pattern cut into tiles: what a kernel reads.
+
+    starts, ends: int32 [lists, axes, T]. coordinates: int32 [lists, axes, S], or None: the key's number.
+    by_query: pairs (query tile, key tile); by_key: the same pairs as (key tile, query tile).
+    diagonals: (offset, width) where query t sees the keys t + offset <= s < t + offset + width that there are, and the
+    sinks: then the kernels read no bounds.
+    """
+
+    starts: Any
+    ends: Any
+    coordinates: Any
+    by_query: Visits
+    by_key: Visits
+    block_q: int
+    block_k: int
+    sinks: int = 0
+    diagonals: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Intervals:
+    """Queries that see the keys starts <= s < ends and s < min(sinks, ends), of this many queries and keys."""
+
+    bounds: Bounds
+    queries: int
+    keys: int
+    sinks: int = 0
+    has_coordinates = False
+
+    def blocks(self, default: tuple[int, int]) -> tuple[int, int]:
+        return default
+
+    def num_pairs(self, block_q: int, block_k: int) -> int:
+        """Exact where the intervals of a tile's queries leave out no key tile between them."""
+        return int(_count_pairs(self.bounds, self.queries, self.keys, self.sinks, block_q, block_k).sum())
+
+    def tiled(self, block_q: int, block_k: int) -> Tiling:
+        """Exact: a pair is listed iff some query sees some key. O(T + query tiles x key tiles) time and memory."""
+        starts, ends = _cut(*self.bounds(np.arange(self.queries)), self.keys)
+        diagonals = _diagonals(starts, ends, self.keys, block_k)
+        starts = np.where(starts <= self.sinks, 0, starts)  # an interval that touches the sinks begins with them
+        lists = lists_of(*_visited(starts, ends, self.keys, self.sinks, block_q, block_k))
+        first, end = (x.astype(np.int32)[None, None] for x in (starts, ends))
+        return Tiling(first, end, None, *lists, block_q, block_k, self.sinks, diagonals)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Boxes:
+    """Queries of an N-D space that see the box of keys with starts <= coordinate < ends along every axis.
+
+    axes: per axis (bounds, length), lengths multiples of `tile`. tile: per axis the side of a tile, the same for
+    queries and keys. The tokens come tile by tile, row-major in space and within a tile.
+    """
+
+    axes: Sequence[tuple[Bounds, int]]
+    tile: Sequence[int]
+    has_coordinates = True
+
+    def blocks(self, default: tuple[int, int]) -> tuple[int, int]:
+        return math.prod(self.tile), math.prod(self.tile)
+
+    def num_pairs(self, block_q: int, block_k: int) -> int:
+        """Exact where those of every axis are."""
+        along = ((bounds, side, side, 0, step, step) for (bounds, side), step in zip(self.axes, self.tile))
+        return math.prod(int(_count_pairs(*axis).sum()) for axis in along)
+
+    def tiled(self, block_q: int, block_k: int) -> Tiling:
+        sides = [side for _, side in self.axes]
+        tables = [(*_cut(*bounds(np.arange(side)), side), np.arange(side)) for bounds, side in self.axes]
+        rows: list[Any] = []
+        for field in range(3):
+            grids = np.meshgrid(*(table[field] for table in tables), indexing="ij")
+            rows.append(np.stack([_by_tile(grid, self.tile) for grid in grids])[None].astype(np.int32))
+        visited, full = np.ones((1, 1), bool), np.ones((1, 1), bool)
+        for (starts, ends, _), side, step in zip(tables, sides, self.tile):
+            along = _visited(starts, ends, side, 0, step, step)
+            visited, full = np.kron(visited, along[0]), np.kron(full, along[1])
+        starts, ends, coordinates = rows
+        return Tiling(starts, ends, coordinates, *lists_of(visited, full), block_q, block_k)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SortedIntervals:
+    """Queries that see the keys starts <= s < ends, of bounds that are computed with the arrays, a list for each row.
+
+    starts, ends: int [B, T], maybe traced; shape structs will do for num_pairs. keys: how many there are. Both bounds
+    must grow along the queries, and every start must be at least the end before it minus `reach`. block: of queries
+    and of keys.
+    """
+
+    starts: Any
+    ends: Any
+    keys: int
+    reach: int
+    block: int
+    has_coordinates = False
+
+    def blocks(self, default: tuple[int, int]) -> tuple[int, int]:
+        return self.block, self.block
+
+    def num_pairs(self, block_q: int, block_k: int) -> int:
+        """The ranges of tiles grow, and each begins `reach` before the last one's end at the earliest. One more for
+        every tile that sees, or is seen by, none."""
+        return self.starts.shape[0] * self._steps(block_q, block_k)
+
+    def _steps(self, block_q: int, block_k: int) -> int:
+        """Of one list."""
+        tiles, key_tiles = -(-self.starts.shape[1] // block_q), -(-self.keys // block_k)
+        return 2 * key_tiles + tiles * (-(-(self.reach - 1) // block_k) + 2)
+
+    def tiled(self, block_q: int, block_k: int) -> Tiling:
+        batch, queries = self.starts.shape
+        tiles, key_tiles = -(-queries // block_q), -(-self.keys // block_k)
+        past = tiles * block_q - queries
+        by_tile = [
+            jnp.pad(x, ((0, 0), (0, past)), mode="edge").reshape(batch, tiles, block_q)
+            for x in (self.starts, self.ends)
+        ]
+        start, end = by_tile[0].min(-1), by_tile[1].max(-1)
+        first, last = start // block_k, jnp.maximum(end - 1, 0) // block_k  # key tiles; they grow with the tile
+        key_tile = jnp.arange(key_tiles)
+        seen_first = jax.vmap(lambda last: jnp.searchsorted(last, key_tile, side="left"))(last)
+        seen_last = jax.vmap(lambda first: jnp.searchsorted(first, key_tile, side="right"))(first) - 1
+        steps = self._steps(block_q, block_k)
+        by_query = _list_ranges(first, jnp.where(end > start, last - first + 1, 0), steps)
+        by_key = _list_ranges(jnp.minimum(seen_first, tiles - 1), jnp.maximum(seen_last - seen_first + 1, 0), steps)
+        first_key, end_key = (x.astype(jnp.int32)[:, None] for x in (self.starts, self.ends))
+        return Tiling(first_key, end_key, None, by_query, by_key, block_q, block_k)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AllPairs:
+    """Queries that see the keys with starts <= coordinate < ends: every pair of tiles is looked at.
+
+    starts, ends: int [B, T]; coordinates: int [B, S]; all maybe traced. block: of queries and of keys.
+    """
+
+    starts: Any
+    ends: Any
+    coordinates: Any
+    block: int
+    has_coordinates = True
+
+    def blocks(self, default: tuple[int, int]) -> tuple[int, int]:
+        return self.block, self.block
+
+    def num_pairs(self, block_q: int, block_k: int) -> int:
+        return math.prod(self._tiles(block_q, block_k))
+
+    def _tiles(self, block_q: int, block_k: int) -> tuple[int, int]:
+        return -(-self.starts.shape[1] // block_q), -(-self.coordinates.shape[1] // block_k)
+
+    def tiled(self, block_q: int, block_k: int) -> Tiling:
+        visited = np.ones(self._tiles(block_q, block_k), bool)
+        starts, ends, coordinates = (x.astype(jnp.int32)[:, None] for x in (self.starts, self.ends, self.coordinates))
+        return Tiling(starts, ends, coordinates, *lists_of(visited, ~visited), block_q, block_k)
+
+
+Pattern = Intervals | Boxes | SortedIntervals | AllPairs
+
+
+def lists_of(visited: np.ndarray, full: np.ndarray) -> tuple[Visits, Visits]:
+    """bool [query tiles, key tiles], in which some query sees some key, and all see all -> (by_query, by_key)."""
+    return _list_visits(visited, full), _list_visits(visited.T, full.T)
+
+
+def for_every_head(visits: Visits, group: int) -> Visits:
+    """A list's rows, each gone through once for every query head of a key head."""
+    if group == 1:
+        return visits
+    (rows, columns, flags) = (np.asarray(x) for x in visits)
+    first, last = (flags & flag != 0 for flag in (FIRST, LAST))
+    parts: list[list[np.ndarray]] = []
+    for numbers in zip(rows, columns, flags, first, last, strict=True):
+        row, column, flag, begins, ends = numbers
+        order, heads = [], []
+        for a, b in zip(np.flatnonzero(begins), np.flatnonzero(ends), strict=True):
+            order.append(np.tile(np.arange(a, b + 1), group))
+            heads.append(np.repeat(np.arange(group), b + 1 - a))
+        steps, head = np.concatenate(order), np.concatenate(heads)
+        bits = flag[steps] & ~(FIRST | LAST)
+        bits |= np.where(begins[steps] & (head == 0), FIRST, 0)
+        bits |= np.where(ends[steps] & (head == group - 1), LAST, 0)
+        parts.append([row[steps], column[steps], bits | head << HEAD_BIT])
+    return Visits(*(np.stack(part).astype(np.int32) for part in zip(*parts, strict=True)))
+
+
+def _list_visits(visited: np.ndarray, full: np.ndarray) -> Visits:
+    """bool [rows, columns], twice -> the pairs of visited row by row."""
+    listed = visited.copy()
+    listed[~visited.any(axis=1), 0] = True
+    rows, columns = np.nonzero(listed)
+    flags = ACTIVE * visited[rows, columns] + FULL * full[rows, columns]
+    flags += FIRST * (np.diff(rows, prepend=-1) != 0) + LAST * (np.diff(rows, append=-1) != 0)
+    return Visits(*(x.astype(np.int32)[None] for x in (rows, columns, flags)))
+
+
+def _list_ranges(first: Array, counts: Array, steps: int) -> Visits:
+    """The pairs of each row with `counts` columns from `first` on; int [B, rows] -> lists of this many steps."""
+
+    def one(first: Array, counts: Array) -> tuple[Array, Array, Array]:
+        taken = jnp.maximum(counts, 1)
+        end = jnp.cumsum(taken)
+        step = jnp.arange(steps)
+        row = jnp.minimum(jnp.searchsorted(end, step, side="right"), len(end) - 1)
+        index = jnp.minimum(step, end[-1] - 1) - (end[row] - taken[row])
+        real = step < end[-1]
+        flags = jnp.where(real & (counts[row] > 0), ACTIVE, 0)
+        flags |= jnp.where(real & (index == 0), FIRST, 0) | jnp.where(step == end[row] - 1, LAST, 0)
+        return row, first[row] + index, flags
+
+    return Visits(*(x.astype(jnp.int32) for x in jax.vmap(one)(first, counts)))
+
+
+def _cut(starts: Any, ends: Any, keys: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of keys that there are."""
+    return np.maximum(np.asarray(starts), 0), np.minimum(np.asarray(ends), keys)
+
+
+def _count_pairs(bounds: Bounds, queries: int, keys: int, sinks: int, block_q: int, block_k: int) -> np.ndarray:
+    """Steps of each query tile, int [query tiles]: of the key tiles from its first query's start to its last one's end,
+    and of those of the sinks before them."""
+    first_query = np.arange(0, queries, block_q)
+    last_query = np.minimum(first_query + block_q, queries) - 1
+    start, end = _cut(bounds(first_query)[0], bounds(last_query)[1], keys)
+    sees = start < end
+    first = start // block_k
+    window = np.where(sees, -(-end // block_k) - first, 0)
+    # The sinks end no later than the window.
+    sink = -(-np.clip(end, 0, sinks) // block_k)
+    return np.maximum(window + np.where(sees, np.minimum(sink, first), sink), 1)
+
+
+def _visited(
+    starts: np.ndarray, ends: np.ndarray, num_keys: int, sinks: int, block_q: int, block_k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """bool [query tiles, key tiles]: pairs in which some query sees some key, and in which all queries see all keys."""
+    num_tiles = math.ceil(len(starts) / block_q)
+    tile = np.arange(len(starts)) // block_q
+    # Intervals of key tiles, as +1 where one begins and -1 after it ends.
+    edges = np.zeros((num_tiles, math.ceil(num_keys / block_k) + 1), np.int64)
+    for first, last in ((starts, ends), (np.zeros_like(ends), np.minimum(ends, sinks))):
+        sees = first < last
+        np.add.at(edges, (tile[sees], first[sees] // block_k), 1)
+        np.add.at(edges, (tile[sees], (last[sees] - 1) // block_k + 1), -1)
+    visited = np.cumsum(edges, axis=1)[:, :-1] > 0
+    first_queries = np.arange(num_tiles) * block_q
+    latest_start, earliest_end = np.maximum.reduceat(starts, first_queries), np.minimum.reduceat(ends, first_queries)
+    first = np.arange(visited.shape[1]) * block_k
+    after_start = (first >= latest_start[:, None]) | (first + block_k <= sinks)
+    return visited, visited & after_start & (first + block_k <= earliest_end[:, None])
+
+
+def _diagonals(starts: np.ndarray, ends: np.ndarray, num_keys: int, block_k: int) -> tuple[int, int] | None:
+    """Tiling.diagonals of these intervals, or None if they are no band."""
+    query = np.arange(len(starts))
+    cut_starts, cut_ends = starts == 0, ends == num_keys
+    offset = -len(starts) if cut_starts.all() else int((starts - query)[~cut_starts][0])
+    end = num_keys if cut_ends.all() else int((ends - query)[~cut_ends][0])
+    seen_past_the_end = num_keys % block_k and query[-1] + end > num_keys
+    is_band = np.array_equal(starts, np.maximum(query + offset, 0)) and np.array_equal(
+        ends, np.minimum(query + end, num_keys)
+    )
+    return (offset, end - offset) if is_band and end > offset and not seen_past_the_end else None
+
+
+def _by_tile(x: np.ndarray, tile: Sequence[int]) -> np.ndarray:
+    """[*space] -> [tokens], tile by tile."""
+    split = x.reshape([n for side, step in zip(x.shape, tile) for n in (side // step, step)])
+    return split.transpose(*range(0, split.ndim, 2), *range(1, split.ndim, 2)).ravel()

@@ -1,0 +1,223 @@
+"""Patterns: their lists of pairs of tiles, and how many there are, by brute force."""
+
+import ast
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels_pallas import patterns
+from kernels_pallas.patterns import ACTIVE, FIRST, FULL, HEAD_BIT, LAST, AllPairs, Boxes, Intervals, SortedIntervals
+
+
+def intervals(starts, ends, num_keys, sinks=0):
+    return Intervals(lambda query: (starts[query], ends[query]), len(starts), num_keys, sinks)
+
+
+def listed(visits, rows):
+    """{pair that is looked at: whether it is full}; every row is there, begins once and ends once."""
+    first, last, active, full = ((visits.flags[0] & bit) != 0 for bit in (FIRST, LAST, ACTIVE, FULL))
+    assert np.all(np.diff(visits.rows[0], prepend=-1) == first)
+    assert np.all(np.diff(visits.rows[0], append=rows) == last)
+    assert np.all(active | first & last)
+    pairs = zip(visits.rows[0].tolist(), visits.columns[0].tolist(), strict=True)
+    return {pair: bool(whole) for pair, looked, whole in zip(pairs, active, full, strict=True) if looked}
+
+
+def seen_tiles(sees, block_q, block_k):
+    """{pair of tiles in which a query sees a key: whether all see all}, of the dense mask."""
+    rows, columns = (range(0, side, block) for side, block in zip(sees.shape, (block_q, block_k)))
+    cut = {
+        (i // block_q, j // block_k): sees[i : i + block_q, j : j + block_k]
+        for i, j in itertools.product(rows, columns)
+    }
+    # The padding beyond the last key is not to be seen.
+    return {pair: bool(tile.all() and tile.shape[1] == block_k) for pair, tile in cut.items() if tile.any()}
+
+
+def tiles_of(count, block):
+    return -(-count // block)
+
+
+BLOCKS = st.tuples(st.sampled_from([1, 4, 7]), st.sampled_from([1, 3, 8]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_visits_are_exact(data):
+    """Against the dense mask: a tile is visited iff a query sees a key of it, and called full iff all see all."""
+    num_queries, num_keys = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30))
+    block_q, block_k = data.draw(BLOCKS)
+    sinks = data.draw(st.integers(0, 12))
+    interval = st.tuples(st.integers(-3, num_keys + 3), st.integers(-3, num_keys + 3))
+    starts, ends = np.array(data.draw(st.lists(interval, min_size=num_queries, max_size=num_queries))).T
+    keys = np.arange(num_keys)
+    sees = (keys < ends[:, None]) & ((keys >= starts[:, None]) | (keys < sinks))
+
+    tiling = intervals(starts, ends, num_keys, sinks).tiled(block_q, block_k)
+    expected = seen_tiles(sees, block_q, block_k)
+    assert listed(tiling.by_query, tiles_of(num_queries, block_q)) == expected
+    assert listed(tiling.by_key, tiles_of(num_keys, block_k)) == {(j, i): full for (i, j), full in expected.items()}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_no_list_is_longer_than_num_pairs(data):
+    """Which is exact where the windows of queries touch each other; queries may see nothing, and whole tiles too."""
+    num_queries, num_keys = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30))
+    block_q, block_k = data.draw(BLOCKS)
+    sinks = data.draw(st.integers(0, 12))
+    bound = st.lists(st.integers(-3, num_keys + 3), min_size=num_queries, max_size=num_queries)
+    starts, ends = (np.sort(data.draw(bound)) for _ in range(2))
+    if touching := data.draw(st.booleans()):
+        ends = ends.clip(1, num_keys)
+        starts = np.minimum(starts, np.minimum(ends - 1, np.concatenate([ends[:1], ends[:-1]])))
+    pattern = intervals(starts, ends, num_keys, sinks)
+    steps = pattern.tiled(block_q, block_k).by_query.rows.size
+    most = pattern.num_pairs(block_q, block_k)
+    assert steps == most if touching else steps <= most
+
+
+def test_tiles_that_see_nothing_take_a_step_each():
+    none = np.zeros(20, int)
+    pattern = intervals(none, none, 30)
+    assert pattern.num_pairs(4, 8) == pattern.tiled(4, 8).by_query.rows.size == 5
+
+
+def test_num_pairs_asks_for_the_bounds_of_two_queries_of_a_tile():
+    asked = []
+
+    def bounds(query):
+        asked.append(query.size)
+        return query - 1023, query + 1
+
+    assert Intervals(bounds, 2**22, 2**22).num_pairs(512, 512) == 3 * 2**13 - 3
+    assert asked == [2**13, 2**13]
+
+
+def test_visits_grow_with_the_window_not_the_length():
+    pattern = Intervals(lambda query: (query - 1023, query + 1), 2**16, 2**16)
+    assert pattern.blocks((512, 512)) == (512, 512)
+    assert pattern.tiled(512, 512).by_query.rows.shape == (1, 3 * 128 - 3)
+
+
+@given(
+    lengths=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    offset=st.integers(-320, 320),
+    width=st.integers(1, 320),
+    shifted=st.none() | st.integers(0, 299),
+)
+def test_a_band_is_recognised_and_nothing_else(lengths, offset, width, shifted):
+    queries, keys = lengths
+    starts = np.maximum(np.arange(queries) + offset, 0)
+    ends = np.minimum(np.arange(queries) + offset + width, keys)
+    if shifted is not None:
+        starts[shifted % queries] += 1
+    found = intervals(starts, ends, keys).tiled(128, 128).diagonals
+    tiled = np.arange(-(-keys // 128) * 128)  # the kernel's keys, with padding
+    sees = (starts[:, None] <= tiled) & (tiled < ends[:, None])
+    if found is None:
+        past_the_end = keys % 128 != 0 and queries - 1 + offset + width > keys
+        assert shifted is not None or past_the_end or not sees.any() or (ends <= starts).any()
+    else:
+        first = (np.arange(queries) + found[0])[:, None]
+        assert np.array_equal(sees, (first <= tiled) & (tiled < first + found[1]))
+
+
+def box_axis(side, before, after):
+    return lambda query: (np.maximum(query - before, 0), np.minimum(query + after, side)), side
+
+
+@pytest.mark.parametrize(
+    ("sides", "tile", "reach"), [((8, 6), (4, 2), (2, 3)), ((4, 6, 4), (2, 3, 4), (1, 2)), ((9,), (3,), (0, 0))]
+)
+def test_boxes_are_products_of_intervals(sides, tile, reach):
+    """Tokens ordered tile by tile: the pairs of tiles of a space are those of its axes, each with each."""
+    pattern = Boxes([box_axis(side, *reach) for side in sides], tile)
+    block, tokens = int(np.prod(tile)), int(np.prod(sides))
+    assert pattern.blocks((512, 512)) == (block, block)
+    tiling = pattern.tiled(block, block)
+    assert (tiling.block_q, tiling.block_k) == (block, block)
+    places = tiling.coordinates[0]
+    grid = [side // step for side, step in zip(sides, tile)]
+    tile_of = [place // step for place, step in zip(places, tile)]
+    assert np.array_equal(np.ravel_multi_index(tile_of, grid), np.arange(tokens) // block)
+    assert len({tuple(place) for place in places.T.tolist()}) == tokens
+    sees = np.ones((tokens, tokens), bool)
+    for place, starts, ends in zip(places, tiling.starts[0], tiling.ends[0]):
+        assert np.array_equal(starts, np.maximum(place - reach[0], 0))
+        sees &= (place >= starts[:, None]) & (place < ends[:, None])
+    assert listed(tiling.by_query, tokens // block) == seen_tiles(sees, block, block)
+    assert tiling.by_query.rows.size == pattern.num_pairs(block, block)
+
+
+@pytest.mark.parametrize(("queries", "keys", "reach", "block"), [(30, 30, 5, 4), (50, 20, 20, 8), (9, 40, 3, 8)])
+def test_lists_of_sorted_intervals_have_all_that_is_seen(queries, keys, reach, block):
+    rng = np.random.default_rng(queries)
+    starts = np.sort(rng.integers(0, keys, (3, queries)), axis=1)
+    ends = np.minimum(np.maximum.accumulate(starts + rng.integers(0, reach + 1, starts.shape), axis=1), keys)
+    ends = np.minimum(ends, starts + reach)
+    ends[2] = starts[2]  # a row that sees nothing
+    pattern = SortedIntervals(jnp.asarray(starts), jnp.asarray(ends), keys, reach=reach, block=block)
+    assert pattern.blocks((512, 512)) == (block, block)
+    tiling = jax.jit(lambda: pattern.tiled(block, block).by_query)(), pattern.tiled(block, block).by_key
+    counts = tiles_of(queries, block), tiles_of(keys, block)
+    for visits, rows, is_transposed in zip(tiling, counts, (False, True)):
+        assert visits.rows.size == pattern.num_pairs(block, block)
+        for batch in range(3):
+            one = patterns.Visits(*(np.asarray(x)[batch] for x in visits))
+            first, last, active = ((one.flags & bit) != 0 for bit in (FIRST, LAST, ACTIVE))
+            assert one.rows[first].tolist() == one.rows[last].tolist() == list(range(rows))
+            assert np.all(np.flatnonzero(first) <= np.flatnonzero(last))
+            assert not np.any(active[np.flatnonzero(last)[-1] + 1 :])  # what is left of the list does nothing
+            assert np.all(np.diff(one.rows) >= 0)
+            pairs = set(zip(one.rows[active].tolist(), one.columns[active].tolist(), strict=True))
+            key = np.arange(keys)
+            sees = (starts[batch][:, None] <= key) & (key < ends[batch][:, None])
+            assert pairs >= set(seen_tiles(sees.T if is_transposed else sees, block, block))
+
+
+def test_num_pairs_of_computed_bounds_reads_shapes_alone():
+    numbers = jax.ShapeDtypeStruct((3, 300), jnp.int32)
+    assert SortedIntervals(numbers, numbers, 300, reach=40, block=128).num_pairs(128, 128) == 3 * (2 * 3 + 3 * 3)
+    assert AllPairs(numbers, numbers, numbers, block=128).num_pairs(128, 128) == 9
+
+
+def test_all_pairs_are_looked_at():
+    numbers = jnp.zeros((2, 300), int)
+    pattern = AllPairs(numbers, numbers, jnp.zeros((2, 200), int), block=128)
+    tiling = pattern.tiled(*pattern.blocks((512, 512)))
+    assert listed(tiling.by_query, 3) == dict.fromkeys(itertools.product(range(3), range(2)), False)
+    assert tiling.by_query.rows.size == pattern.num_pairs(128, 128)
+    assert pattern.has_coordinates
+    assert tiling.coordinates.shape == (2, 1, 200)
+
+
+def test_a_row_is_gone_through_for_every_head():
+    visited = np.array([[True, True, False], [False, False, False], [False, True, True]])
+    visits, _ = patterns.lists_of(visited, visited)
+    assert patterns.for_every_head(visits, 1) is visits
+    rows, columns, flags = (x[0] for x in patterns.for_every_head(visits, 2))
+    heads = flags >> HEAD_BIT
+    assert list(zip(rows.tolist(), heads.tolist(), columns.tolist())) == [
+        *[(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)],
+        *[(1, 0, 0), (1, 1, 0)],
+        *[(2, 0, 1), (2, 0, 2), (2, 1, 1), (2, 1, 2)],
+    ]
+    first, last, active = ((flags & bit) != 0 for bit in (FIRST, LAST, ACTIVE))
+    assert np.flatnonzero(first).tolist() == [0, 4, 6]
+    assert np.flatnonzero(last).tolist() == [3, 5, 9]
+    assert np.flatnonzero(~active).tolist() == [4, 5]
+
+
+def test_patterns_belong_to_no_backend():
+    tree = ast.parse(Path(patterns.__file__).read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert names == {"dataclasses", "math", "jax", "jax.numpy", "numpy"}
+    assert modules == {"collections.abc", "typing"}
