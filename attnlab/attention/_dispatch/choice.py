@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import jax
 
+from attnlab.attention._dispatch.deferred import deferring
+
 Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 # The platform names of lax.platform_dependent.
@@ -126,7 +128,7 @@ def dispatch(
     if not serving:
         return bound("xla")(*arrays)
     # platform_dependent picks when the program is lowered, so compiling for a TPU on a CPU host takes the TPU kernel.
-    by_platform = {platform: bound(name) for platform, name in serving.items()}
+    by_platform = {platform: deferring(bound(name)) for platform, name in serving.items()}
     return jax.lax.platform_dependent(*arrays, default=bound("xla"), **by_platform)
 
 

@@ -1,8 +1,8 @@
 """Functions that are one operation of a traced program, and are traced themselves only where it is lowered.
 
-`deferred_call`: a kernel. A call that names no implementation holds the kernels of all platforms; traced as usual, each
-would cost every program on every platform its tracing time, and its tables of tiles the host's memory. Lowering for a
-platform drops the other platforms' branches, and so never traces what is in them.
+`deferred_call`: a kernel among several. A call that names no implementation holds the kernels of all platforms; traced
+as usual, each would cost every program on every platform its tracing time, and its tables of tiles the host's memory.
+Lowering for a platform drops the other platforms' branches, and so never traces what is in them.
 
 `tangent_call`: a linear map with a transpose of its own, which makes a kernel differentiable in both modes.
 jax.custom_vjp rules out jvp, and a call that may run as a kernel on one platform holds that kernel's rule on every
@@ -11,6 +11,8 @@ is a `tangent_call`, jvp uses the tangent map (plain JAX) and grad its transpose
 jax.custom_derivatives.linear_call has the same aim but no batching rule (jax 0.12), hence this primitive.
 """
 
+import contextvars
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +24,26 @@ from jax.sharding import AxisType
 
 _call_p = Primitive("deferred_call")
 _call_p.multiple_results = True
+_deferring: contextvars.ContextVar[bool] = contextvars.ContextVar("attnlab_deferring", default=False)
+
+
+def is_deferring() -> bool:
+    """Whether what is traced now stands for one platform of several, so that kernels should be deferred."""
+    return _deferring.get()
+
+
+def deferring(function: Callable[..., Any]) -> Callable[..., Any]:
+    """function, while which is traced kernels are deferred."""
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        token = _deferring.set(True)
+        try:
+            return function(*args)
+        finally:
+            _deferring.reset(token)
+
+    return traced
 
 
 def deferred_call(function: Callable[..., Any], results: Any, *operands: Any) -> Any:

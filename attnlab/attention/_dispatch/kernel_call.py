@@ -1,12 +1,13 @@
 """A kernel and the kernel of its gradients as one function, differentiable in both modes and to any order."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention._dispatch.deferred import tangent_call
+from attnlab.attention._dispatch.deferred import is_deferring, tangent_call
 from attnlab.attention._dispatch.mesh import by_batch
 
 
@@ -21,7 +22,7 @@ def kernel_call(
     kept: Any = (),
 ) -> Any:
     """kernel(arrays, fixed)'s results. Kernels give values and gradients; tangents, and derivatives of gradients, are
-    the blocked form's, in plain JAX. Kernels are traced where the call is lowered.
+    the blocked form's, in plain JAX.
 
     Args:
       kernel: (arrays, fixed, keep) -> (results, what gradients needs of them); with keep=False the second is not used.
@@ -31,13 +32,15 @@ def kernel_call(
       results, kept: shape structs of what the kernel returns, floating.
     """
 
+    spread = functools.partial(by_batch, defer=is_deferring())
+
     @jax.custom_jvp
     def attend(arrays: Any, fixed: Any) -> Any:
-        return by_batch(lambda arrays, fixed: kernel(arrays, fixed, False)[0], results, arrays, fixed)
+        return spread(lambda arrays, fixed: kernel(arrays, fixed, False)[0], results, arrays, fixed)
 
     @jax.custom_jvp
     def attend_and_keep(arrays: Any, fixed: Any) -> Any:
-        return by_batch(lambda arrays, fixed: kernel(arrays, fixed, True), (results, kept), arrays, fixed)
+        return spread(lambda arrays, fixed: kernel(arrays, fixed, True), (results, kept), arrays, fixed)
 
     def tangent(residuals: Any, tangents: Any) -> Any:
         arrays, fixed, _ = residuals
@@ -51,7 +54,7 @@ def kernel_call(
     def transpose(residuals: Any, cotangents: Any) -> Any:
         if gradients is None:
             return of_blocked(residuals, cotangents)
-        return by_batch(gradients, residuals[0], *residuals, cotangents)
+        return spread(gradients, residuals[0], *residuals, cotangents)
 
     @transpose.defjvp
     def _(primals: Any, tangents: Any) -> Any:

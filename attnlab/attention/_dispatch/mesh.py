@@ -17,20 +17,24 @@ from attnlab.attention._dispatch.deferred import deferred_call
 BATCH_AXES = ("data", "fsdp")
 
 
-def by_batch(function: Callable[..., Any], results: Any, *arguments: Any) -> Any:
-    """function(*arguments), a deferred call, each device of the mesh in context with its part of the batch.
+def by_batch(function: Callable[..., Any], results: Any, *arguments: Any, defer: bool) -> Any:
+    """function(*arguments), each device of the mesh in context with its part of the batch.
 
     function: independent along the batch. arguments: pytrees of arrays; the first axis of all is the batch, but for
       scalars. results: arrays or shape structs like what it returns, with the batch first too; scalars are sums over
-      the batch.
+      the batch. defer: trace function where the call is lowered.
     """
+
+    def run(results: Any, *arguments: Any) -> Any:
+        return deferred_call(function, results, *arguments) if defer else function(*arguments)
+
     mesh = jax.sharding.get_abstract_mesh()
     automatic = [name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto]
     batched = [x for x in jax.tree.leaves((arguments, results)) if x.ndim]
     batch = batched[0].shape[0]
     is_batched = all(x.shape[0] == batch for x in batched)
     if len(automatic) < len(mesh.axis_names) or math.prod(mesh.axis_sizes) == 1 or not is_batched:
-        return deferred_call(function, results, *arguments)  # one device, inside shard_map already, or not by batch
+        return run(results, *arguments)  # one device, inside shard_map already, or not by batch
     axes = tuple(name for name in BATCH_AXES if name in automatic)
     parts = math.prod(mesh.shape[name] for name in axes)
     if batch % parts:
@@ -43,7 +47,7 @@ def by_batch(function: Callable[..., Any], results: Any, *arguments: Any) -> Any
         return jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]) if x.ndim else (), x.dtype)
 
     def own_part(*arguments: Any) -> Any:
-        out = deferred_call(function, jax.tree.map(part_of, results), *arguments)
+        out = run(jax.tree.map(part_of, results), *arguments)
         return jax.tree.map(lambda x: x if x.ndim or not axes else jax.lax.psum(x, axes), out)
 
     in_specs, out_specs = jax.tree.map(spec, arguments), jax.tree.map(spec, results)
