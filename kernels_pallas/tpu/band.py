@@ -142,7 +142,7 @@ class Band:
         return table
 
     def bounds_scratch(self) -> list[Any]:
-        """Scratch for what tells a query's keys: a number a row, repeated over the lanes."""
+        """Scratch for what tells a query's keys: one number per row, repeated over the lanes."""
         return [pltpu.VMEM((self.block_q, LANES), jnp.int32)] * len(self.rows)
 
     def _table(self, rows: list[Any], segment_ids: Array | None, past: int, **padding: Any) -> Array:
@@ -206,8 +206,8 @@ class Call:
 
     def _of_tokens(self, width: int, *, of_keys: bool) -> Any:
         """Block of an array [B, N, T', width] or [B, K, S', width]."""
-        place, block = (self._key, self.band.block_k) if of_keys else (self._query, self.band.block_q)
-        return pl.BlockSpec((None, None, block, width), lambda *step: (*place(*step), zero()))
+        tile_of, block = (self._key, self.band.block_k) if of_keys else (self._query, self.band.block_q)
+        return pl.BlockSpec((None, None, block, width), lambda *step: (*tile_of(*step), zero()))
 
     def _of_numbers(self, rows: int) -> Any:
         """Block of an array [B, N, rows, T']."""
@@ -218,9 +218,11 @@ class Call:
 
         return pl.BlockSpec((None, None, rows, self.band.block_q), index)
 
-    def _of_table(self, table: Array, block: int, place: Callable[..., Any]) -> Any:
+    def _of_table(self, table: Array, block: int, tile_of: Callable[..., Any]) -> Any:
+        """Block of a table [1 or B, 8, tokens]; tile_of: _query or _key."""
+
         def index(*step: Any) -> tuple[Any, ...]:
-            batch, _, tile = place(*step)
+            batch, _, tile = tile_of(*step)
             return zero() if table.shape[0] == 1 else batch, zero(), tile
 
         return pl.BlockSpec((None, SUBLANES, block), index)
@@ -235,17 +237,16 @@ class Call:
         tokens: Sequence[Tokens],
         out: Sequence[tuple[int, Any]],
         lse: bool = False,
-        scratch: Sequence[Any] = (),
+        scratch: Sequence[Any],
         products: Sequence[int],
     ) -> list[Array]:
         """The kernel's results, heads first and padded.
 
         Args:
-          kernel: (step, scale, numbers if given, *tokens, *out, lse if asked for, a sum for each of out, *scratch), all
-            but the step (a Step) references.
+          kernel: (step, scale, numbers if given, *tokens, *out, lse if asked for, *scratch), all but the step (a Step)
+            references.
           scale: []. numbers: as Band.numbers gives them. tokens: as Band.queries and Band.keys do.
-          out: (head dim, dtype) of each result, of the rows' tokens. lse: one more, float32 [B, N, 1, T'].
-          scratch: beside a float32 sum of the block of each of out.
+          out: (head dim, dtype) of each result, for the tokens of the rows. lse: one more, float32 [B, N, 1, T'].
           products: the head dim of each product of a step's tiles.
         """
         band = self.band
@@ -260,7 +261,7 @@ class Call:
         given += [(x, self._of_tokens(x.shape[-1], of_keys=of_keys)) for x, of_keys in tokens]
         arrays, in_specs = zip(*given)
 
-        block, length = (band.block_k, band.padded_keys) if self.by_key else (band.block_q, band.padded_queries)
+        length = band.padded_keys if self.by_key else band.padded_queries
         shapes: list[Any] = [((batch, heads, length, width), dtype) for width, dtype in out]
         out_specs = [self._of_tokens(width, of_keys=self.by_key) for width, _ in out]
         if lse:
@@ -277,7 +278,7 @@ class Call:
 
         tile, both = band.block_q * band.block_k, band.key_width + band.value_width
         all_steps = math.prod(self.grid)
-        moved = all_steps * band.block_k + batch * heads * band.padded_queries
+        moved = all_steps * band.block_k + batch * band.heads * band.padded_queries
         return pl.pallas_call(
             body,
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -285,7 +286,7 @@ class Call:
                 grid=self.grid,
                 in_specs=in_specs,
                 out_specs=out_specs,
-                scratch_shapes=[*(pltpu.VMEM((block, width), jnp.float32) for width, _ in out), *scratch],
+                scratch_shapes=scratch,
             ),
             out_shape=[jax.ShapeDtypeStruct(*shape, manual_axis_type=over) for shape in shapes],
             compiler_params=pltpu.CompilerParams(

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.patterns import Pattern
 from kernels_pallas.tpu import common
@@ -104,6 +105,7 @@ def banded_covariance(
         numbers=band.numbers({_LSE: _finite(lse), _KEY_MEAN: means}),
         tokens=_tokens(band, query, key, value, direction),
         out=[(band.value_width, jnp.float32)],
+        scratch=[pltpu.VMEM((band.block_q, band.value_width), jnp.float32)],
         products=(band.key_width, band.key_width, band.value_width),
     )
     return common.tokens_first(out, query.shape[1], value.shape[-1])
@@ -148,13 +150,15 @@ def banded_covariance_gradients(
         "banded_covariance_query_gradients",
         **operands,
         out=[(keys, jnp.float32), (keys, jnp.float32)],
+        scratch=[pltpu.VMEM((band.block_q, keys), jnp.float32)] * 2,
         products=(keys, keys, values, keys, keys),
     )
     to_key, to_value = Call(band, by_key=True).run(
         functools.partial(_key_kernel, band=band),
         "banded_covariance_key_value_gradients",
         **operands,
-        out=[(keys, jnp.float32), (values, jnp.float32)],
+        out=[(width, jnp.float32) for width in (keys, values)],
+        scratch=[pltpu.VMEM((band.block_k, width), jnp.float32) for width in (keys, values)],
         products=(keys, keys, values, keys, keys, values),
     )
     to_query = common.tokens_first(to_query, *query.shape[1::2])

@@ -15,8 +15,8 @@ Milakov & Gimelshein 2018).
               2   . # .
 
 The list comes by scalar prefetch, so that the pipeline knows the next tiles early. Query heads that share a key head
-read it in place. With several axes the caller orders the tokens so that a box of space is one tile (boxes below), and
-every key brings its coordinates.
+read it in place. With several axes the caller orders the tokens so that a box of space is one tile (patterns.Boxes),
+and every key brings its coordinates.
 
 Numerics: products of bfloat16 operands are accumulated in float32; float32 operands are multiplied at full float32
 precision (Precision.HIGHEST, six passes of the matrix unit: a float32 call is about as accurate as XLA's at that
@@ -144,7 +144,12 @@ def banded_flash_attention(
         tokens=[band.queries(query), band.keys(key), band.keys(value)],
         out=[(band.value_width, query.dtype)],
         lse=True,
-        scratch=[*[pltpu.VMEM((band.block_q, LANES), jnp.float32)] * 2, *band.bounds_scratch()],
+        scratch=[
+            pltpu.VMEM((band.block_q, LANES), jnp.float32),
+            pltpu.VMEM((band.block_q, LANES), jnp.float32),
+            pltpu.VMEM((band.block_q, band.value_width), jnp.float32),
+            *band.bounds_scratch(),
+        ],
         products=(band.key_width, band.value_width),
     )
     return tokens_first(out, query.shape[1], value.shape[-1]), jnp.swapaxes(lse[:, :, 0, : query.shape[1]], 1, 2)
@@ -152,7 +157,7 @@ def banded_flash_attention(
 
 def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
     """One visit of a query tile to a key tile. The maximum and sum of a query are repeated over the lanes."""
-    query_ref, key_ref, value_ref, out_ref, lse_ref, acc_ref, maximum_ref, sum_ref, *bounds = refs
+    query_ref, key_ref, value_ref, out_ref, lse_ref, maximum_ref, sum_ref, acc_ref, *bounds = refs
 
     @pl.when(is_first(step))
     def _() -> None:

@@ -133,14 +133,20 @@ def banded_flash_gradients(
         "banded_flash_query_gradient",
         **operands,
         out=[(band.key_width, query.dtype)],
-        scratch=[*[pltpu.VMEM((band.block_q, common.LANES), jnp.float32)] * 2, *band.bounds_scratch()],
+        scratch=[
+            pltpu.VMEM((band.block_q, band.key_width), jnp.float32),
+            pltpu.VMEM((band.block_q, common.LANES), jnp.float32),
+            pltpu.VMEM((band.block_q, common.LANES), jnp.float32),
+            *band.bounds_scratch(),
+        ],
         products=(band.key_width, band.key_width, band.value_width),
     )
     to_key, to_value = Call(band, by_key=True).run(
         functools.partial(_key_value_kernel, band=band),
         "banded_flash_key_value_gradients",
         **operands,
-        out=[(band.key_width, query.dtype), (band.value_width, query.dtype)],
+        out=[(width, query.dtype) for width in (band.key_width, band.value_width)],
+        scratch=[pltpu.VMEM((band.block_k, width), jnp.float32) for width in (band.key_width, band.value_width)],
         products=(band.key_width,) * 2 + (band.value_width,) * 2,
     )
     to_query = common.tokens_first(to_query, *query.shape[1::2])
