@@ -68,23 +68,6 @@ def window_bounds(
     return centre - left, centre + (right + 1)
 
 
-def window_queries(
-    key: Any, length: Any, *, window: int, stride: int = 1, is_causal: bool = False, edge: Edge = "shift"
-) -> tuple[Any, Any]:
-    """The inverse of window_bounds: the queries that see a key are start <= query < end (for backwards over keys)."""
-    if is_causal:
-        past_border = (key + window >= length) if edge == "shift" else 0
-        return key, _minimum(((key + window) // stride + past_border) * stride, length)
-    left, right = window // 2, window - 1 - window // 2
-    offset = stride - stride // 2 - 1
-    start = _maximum((key - right + offset) // stride * stride, 0)
-    end = _minimum((key + left + offset + 1) // stride * stride, length)
-    if edge == "shift":
-        start = start * (key >= window)
-        end = end + (length - end) * (key >= length - window)
-    return start, end
-
-
 @dataclasses.dataclass(frozen=True)
 class AxisWindow:
     """The neighbourhood on one space axis, in token coordinates. Hashable; all fields are static."""
@@ -281,39 +264,6 @@ def block_map(
         visited[row] = np.bincount(key_tiles, weights=sees.any(0), minlength=num_key_tiles) > 0
         full[row] = np.bincount(key_tiles, weights=sees.all(0), minlength=num_key_tiles) == keys_in_tile
     return BlockMap(visited, full)
-
-
-class TileVisits(NamedTuple):
-    """Key tiles that a query tile visits, on average and at worst, and how many there are in all."""
-
-    mean: float
-    worst: int
-    tiles: int
-
-    @property
-    def bound(self) -> float:
-        """How many times faster than attention to all tiles a kernel that skips tiles can be, on average."""
-        return self.tiles / self.mean
-
-
-def tile_visits(axes: Sequence[AxisWindow], query_tile: Sequence[int], key_tile: Sequence[int]) -> TileVisits:
-    """What a neighbourhood costs in tiles of these sizes, from its bounds alone: O(sum of lengths) time.
-
-    A query tile visits the box of key tiles around its windows; tiles do not mix the residue groups of a dilation.
-    """
-    mean, worst, tiles = 1.0, 1, 1
-    for axis, rows, columns in zip(axes, query_tile, key_tile, strict=True):
-        visits = []
-        for residue in range(axis.dilation):
-            length = axis.group_length(residue)
-            first = np.arange(0, length, rows)
-            last = np.minimum(first + rows, length) - 1
-            start, end = axis.group_bounds(first, length)[0], axis.group_bounds(last, length)[1]
-            visits.append(-(-end // columns) - start // columns)
-        each = np.concatenate(visits)
-        mean, worst = mean * float(each.mean()), worst * int(each.max())
-        tiles *= -(-axis.length // columns)
-    return TileVisits(mean, worst, tiles)
 
 
 def draw(mask: Mask, shape: Sequence[int], query: Sequence[int] | None = None, axes: Any = None) -> Any:

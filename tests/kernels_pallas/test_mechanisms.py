@@ -1,4 +1,5 @@
-"""Mechanisms made of the kernels of others: values and gradients in TPU interpret mode against their references."""
+"""Every mechanism of the catalog by its kernels, and calls with more options: values and gradients in TPU interpret mode
+against the references."""
 
 import functools
 
@@ -7,16 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab import (
-    agent_attention,
-    axial_attention,
-    causal_agent_attention,
-    dot_product_attention,
-    init_routing,
-    local_linear_attention,
-    parallax_attention,
-    routing_attention,
-)
+from attnlab import agent_attention, dot_product_attention, init_routing, local_linear_attention, routing_attention
+from attnlab.catalog import MECHANISMS
+
+# Rows that no kernel serves, and what a call by name says.
+WITHOUT_KERNEL = {
+    "agent": "has no gather_bias",
+    "linear, not causal": "serves causal calls",
+    "inline": "inline_attention has no such form",
+}
+SERVED = [name for name in MECHANISMS if name not in WITHOUT_KERNEL]
+# Of forms that share a kernel, one is looked at in every run of the tests.
+QUICK = ("axial", "parallax")
+
+
+def catalog_inputs(name):
+    arrays = MECHANISMS[name].inputs(196, batch=1, heads=2, key_heads=1, head_dim=64, value_dim=64)
+    return jax.tree.map(jnp.asarray, arrays)
 
 
 def draw(query_shape, key_shape=None, agents=None, dtype=jnp.float32):
@@ -44,7 +52,6 @@ CASES = {  # function of the arrays, the arrays
         functools.partial(dot_product_attention, segment_ids=jnp.arange(300)[None] // 70),
         draw((300, 2), (300, 1), dtype=jnp.bfloat16),
     ),
-    "axial": (functools.partial(axial_attention, axis=0, is_causal=True), draw((30, 5, 2))),
     "agent": (agent_attention, draw((300, 2), (200, 1), agents=9)),
     "agent, keys hidden": (
         functools.partial(agent_attention, key_mask=HIDDEN),
@@ -59,41 +66,62 @@ CASES = {  # function of the arrays, the arrays
     ),
     "routing, global": (routed(90, membership="global", normalize="layer", key_mask=HIDDEN), draw((300, 2), (300, 1))),
     "routing, global, shared": (routed(140, membership="global", is_causal=True, share_qk=True), draw((300, 2))),
-    "local-linear": (functools.partial(local_linear_attention, ridge=1.0), draw((200, 2), (200, 1))),
     "local-linear, window": (
         functools.partial(local_linear_attention, ridge=10.0, window=40),
         draw((200, 2), (200, 1), dtype=jnp.bfloat16),
     ),
-    "parallax": (lambda query, **arrays: parallax_attention(query, 0.3 * query, **arrays), draw((200, 4), (200, 2))),
-    "agent, causal": (causal_agent_attention, draw((300, 2), (300, 1), agents=9)),
 }
 
 
-QUICK = ("axial", "parallax")
-
-
 @pytest.mark.parametrize(
-    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SERVED]
 )
-def test_values_and_gradients_equal_the_reference_s(case, interpreted):
+def test_the_catalog_s_values_and_gradients_equal_the_reference_s(name, interpreted):
+    mechanism = MECHANISMS[name]
+    assert_equals_the_reference(mechanism, catalog_inputs(name), interpreted, tolerance_of(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_with_more_options_equal_the_reference_s(case, interpreted):
     attend, arrays = CASES[case]
-    shape = jax.eval_shape(lambda arrays: attend(**arrays), arrays).shape
+    assert_equals_the_reference(
+        lambda arrays, implementation: attend(**arrays, implementation=implementation),
+        arrays,
+        interpreted,
+        tolerance_of(case),
+    )
+
+
+def tolerance_of(name):
+    """What comes of conjugate gradients that stop at 1e-6 has a few digits less."""
+    return 5e-5 if "local-linear" in name else 1e-5
+
+
+def assert_equals_the_reference(attend, arrays, interpreted, tolerance=1e-5):
+    """Within this share of the largest number of each array, in bfloat16 2e-2."""
+    shape = jax.eval_shape(lambda arrays: attend(arrays, "reference"), arrays).shape
     weights = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
 
     def run(arrays, implementation):
         def loss(arrays):
-            out = attend(**arrays, implementation=implementation)
+            out = attend(arrays, implementation)
             return jnp.sum(out.astype(jnp.float32) * weights), out
 
         return jax.grad(loss, has_aux=True)(arrays)
 
     got, want = interpreted(run, arrays, "pallas_tpu"), jax.jit(run, static_argnums=1)(arrays, "reference")
-    # What comes of conjugate gradients that stop at 1e-6 has a few digits less.
-    tolerance = {jnp.float32: 5e-5 if "linear" in case else 1e-5, jnp.bfloat16: 2e-2}[arrays["query"].dtype.type]
+    tolerance = {jnp.float32: tolerance, jnp.bfloat16: 2e-2}[arrays["query"].dtype.type]
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.dtype == b.dtype
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("name", WITHOUT_KERNEL)
+def test_rows_without_a_kernel_say_so(name):
+    with pytest.raises(ValueError, match=WITHOUT_KERNEL[name]):
+        jax.eval_shape(lambda arrays: MECHANISMS[name](arrays, "pallas_tpu"), catalog_inputs(name))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Patterns: their lists of pairs of tiles, and how many there are, by brute force."""
 
 import ast
+import functools
 import itertools
+import math
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnlab.attention import masks
 from kernels_pallas import patterns
 from kernels_pallas.patterns import ACTIVE, FIRST, FULL, HEAD_BIT, LAST, AllPairs, Boxes, Intervals, SortedIntervals
 
@@ -221,3 +224,28 @@ def test_patterns_belong_to_no_backend():
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert names == {"dataclasses", "math", "jax", "jax.numpy", "numpy"}
     assert modules == {"collections.abc", "typing"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "window", "stride", "tile", "mean", "bound"),
+    [
+        ((32768,), (2048,), (1,), (128,), 16.94, 15.1),
+        ((32768,), (2048,), (256,), (128,), 16, 16),
+        ((256, 256), (80, 80), (1, 1), (16, 8), 68.1, 7.5),
+        ((256, 256), (80, 80), (16, 16), (16, 8), 50, 10.24),
+        ((30, 48, 80), (18, 24, 24), (1, 1, 1), (2, 8, 8), None, 5.4),
+        ((30, 48, 80), (18, 24, 24), (16, 8, 8), (2, 8, 8), None, 11.1),
+    ],
+)
+def test_windows_visit_the_tiles_of_generalized_neighborhood_attention(shape, window, stride, tile, mean, bound):
+    """Key tiles per query tile, and how many times fewer than all that is (Hassani et al. 2025)."""
+    axes = [
+        (functools.partial(masks.window_bounds, length=length, window=k, stride=s), length)
+        for length, k, s in zip(shape, window, stride, strict=True)
+    ]
+    block = math.prod(tile)
+    pairs = len(Boxes(axes, tile).tiled(block, block).by_query.rows[0])
+    tiles = math.prod(shape) // block
+    assert tiles**2 / pairs == pytest.approx(bound, abs=0.06)
+    if mean is not None:
+        assert pairs / tiles == pytest.approx(mean, abs=0.06)

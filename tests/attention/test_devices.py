@@ -1,0 +1,39 @@
+"""Mechanisms over several devices of a CPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Every delta rule's loss and gradients with the batch over all devices, beside one device's.
+_DELTA_RULES = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from attnlab.catalog import MECHANISMS
+
+sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+for name, mechanism in MECHANISMS.items():
+    arrays = mechanism.inputs(512, batch=8, heads=8, head_dim=16, value_dim=16)
+    if "beta" not in arrays:
+        continue
+    run = jax.jit(jax.value_and_grad(lambda arrays: jnp.sum(mechanism(arrays) ** 2)))
+    got, want = run(jax.device_put(arrays, sharding)), run(arrays)
+    assert len(got[1]["query"].sharding.device_set) == len(jax.devices())
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5 * max(1, np.abs(b).max()))
+    print(name)
+"""
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_delta_rules_return_where_their_batch_is_sharded(count):
+    """LAPACK's triangular solve never did, with jax 0.10.2: it waits for a thread of the pool that it runs in. Of how
+    many devices a process has depends the size of that pool, so each has one of its own."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={count}")
+    command = [sys.executable, "-c", _DELTA_RULES]
+    done = subprocess.run(
+        command, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split("\n")[:-1] == ["linear, delta rule", "linear, gated delta rule"]
