@@ -23,7 +23,7 @@ from attnlab.ablate.attending import attend
 from attnlab.ablate.plan import Plan, Run
 from attnlab.errors import UserError
 from attnlab.train import Experiment, train
-from attnlab.train.loop import loss_shapes
+from attnlab.train.step import loss_shapes
 from attnlab.train.workdir import replace_text
 
 _LOOK_AGAIN_AFTER = 1.0  # seconds, while other processes train what is left
@@ -156,7 +156,8 @@ def _attended(plan: Plan, run: Run, outcome: Mapping[str, Any], runs: Path, work
 
 def implementations(experiment: Experiment) -> list[str]:
     """Which implementation each attention call of the model runs, once each."""
-    return list(dict.fromkeys(str(choice) for choice in attnlab.explain(lambda: loss_shapes(experiment))))
+    model, task, batch_size = experiment.model, experiment.task, experiment.batch_size
+    return list(dict.fromkeys(str(choice) for choice in attnlab.explain(lambda: loss_shapes(model, task, batch_size))))
 
 
 def environment() -> dict[str, str]:

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from attnlab import data, nn
 from attnlab.models import LanguageModel
-from attnlab.train import Experiment, LanguageTask
-from attnlab.train.loop import OptimizerOptions, initial_state, make_optimizer, make_step
+from attnlab.train import LanguageTask, OptimizerOptions
+from attnlab.train.step import initial_state, make_optimizer, make_step
 from kernels_pallas import aot
 
 pytestmark = pytest.mark.skipif(
@@ -45,19 +45,21 @@ def test_train_step_runs_the_kernels_on_every_chip(mixer):
     make, kernels = MIXERS[mixer]
     text = data.Corpus("zeros", np.zeros(4000, np.uint8), np.zeros(4000, np.uint8))
     model = LanguageModel(vocabulary=256, mixers=[make], depth=1, features=128, dtype=jnp.bfloat16)
-    experiment = Experiment(model=model, task=LanguageTask(text, sequence_length=256), steps=1000, batch_size=8)
-    optimizer = make_optimizer(OptimizerOptions(), 1000)
-    key = jax.random.key(0)
-    state = jax.eval_shape(lambda: initial_state(experiment, optimizer, key))
+    task, optimizer, key = (
+        LanguageTask(text, sequence_length=256),
+        make_optimizer(OptimizerOptions(), 1000),
+        jax.random.key(0),
+    )
+    state = jax.eval_shape(lambda: initial_state(model, task, 8, optimizer, key))
     mesh = jax.sharding.Mesh(np.array(aot.topology_devices("v5p")), ("data",))
 
     def placed(tree, spec):
         sharding = NamedSharding(mesh, spec)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
-    batch = experiment.task.inputs(experiment.batch_size)
+    batch = task.inputs(8)
     with jax.set_mesh(mesh):
-        step = make_step(experiment, optimizer, key)
+        step = make_step(model, task, optimizer, key)
         compiled = step.lower(placed(state, PartitionSpec()), placed(batch, PartitionSpec("data"))).compile()
     found = set(re.findall(r"(\w+)/pallas_call", compiled.as_text()))
     assert kernels <= found
