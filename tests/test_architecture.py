@@ -22,7 +22,7 @@ ALLOWED = {
     "bench": {""},
     "regress": {""},
     "show": {"models", "nn", "attention"},
-    "config": {"errors", "ablate", "train", "models", "data", "nn"},
+    "config": {"errors", "train", "models", "data", "nn"},
     "cli": {"errors", "config", "show", "bench", "regress", "ablate", "train", "models", "data", "nn"},
     "errors": set(),
     "__init__": {"attention"},

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attnlab.ablate import figures
+import attnlab.ablate.figures as figures
 from attnlab.ablate.attending import TEMPERATURE, read_attending, unpacked
 from attnlab.ablate.results import (
     Row,

@@ -17,9 +17,10 @@ import jax
 from tqdm import tqdm
 
 import attnlab
+import attnlab.ablate.cache as cache
 from attnlab import nn
-from attnlab.ablate import cache, claims
 from attnlab.ablate.attending import attend
+from attnlab.ablate.claims import claim
 from attnlab.ablate.plan import Plan, Run
 from attnlab.errors import UserError
 from attnlab.train import Experiment, train
@@ -96,7 +97,7 @@ def _obtain(run: Run, runs: Path) -> dict[str, Any] | None:
     outcome = cache.outcome(cache.folder(runs, run.name, run.digest))
     if outcome is not None:
         return outcome
-    with claims.claim(runs / "claims", run.digest) as is_ours:
+    with claim(runs / "claims", run.digest) as is_ours:
         if not is_ours:
             return None
         folder = cache.folder(runs, run.name, run.digest)
