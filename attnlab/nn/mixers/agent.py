@@ -106,6 +106,3 @@ class AgentAttention(Attention):
 
     def mechanism_flops(self, space: tuple[int, ...]) -> int:
         return self.pair_flops(2 * math.prod(space) * self.count)
-
-    def mechanism_state_size(self, length: int) -> int:
-        return self.num_heads * self.count * (self.value_dim + 2)

@@ -35,8 +35,8 @@ class Task(Protocol):
         """The data, as JSON: source, sizes, content hash."""
 
     def costs(self, model: Any) -> dict[str, Any]:
-        """{"unit": "token" or "image" or the like, "units": in an example, "flops": forward, of a unit, "state_size",
-        "length"}."""
+        """{"unit": "token" or "image" or the like, "units": in an example, "flops": forward, of a unit, "state_size":
+        None where nothing is decoded, "length": None where there is no sequence}."""
 
 
 @runtime_checkable
