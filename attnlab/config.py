@@ -31,7 +31,8 @@ class Built:
     """What a config gave.
 
     value: the object. text: the resolved config, itself a config file. values: every option that was in force, defaults
-    included, {"LanguageModel.depth": "4"}. modules: names of those imported that are not attnlab's, in order.
+    included, {"LanguageModel.depth": "4"}. modules: names of the modules of all that was called, and of others than
+    attnlab's that the files import, in order.
     """
 
     value: Any
@@ -209,8 +210,11 @@ def _macros() -> tuple[set[str], set[str]]:
 
 
 def _modules() -> tuple[str, ...]:
-    names = {statement.module for statement in gin.config._IMPORTS}
-    return tuple(sorted(name for name in names if name.partition(".")[0] not in ("attnlab", "__gin__")))
+    selectors = {selector for _, selector in gin.config._OPERATIVE_CONFIG if not selector.startswith("gin.")}
+    called = {gin.config._REGISTRY[selector].wrapped.__module__ for selector in selectors}
+    imported = {statement.module for statement in gin.config._IMPORTS}
+    own = {name for name in imported if name.partition(".")[0] not in ("attnlab", "__gin__")}
+    return tuple(sorted(called | own))
 
 
 def _operative_values() -> Iterator[tuple[str, str]]:

@@ -122,8 +122,8 @@ def test_modules_of_ones_own_are_wired_the_same_way(tmp_path, monkeypatch):
     built = build(sources=[BASE, str(tmp_path / "mine.gin")])
     mixer = built.value.layers[0].mixer
     assert (mixer.extra, mixer.num_heads) == (3, 2)
-    assert built.modules == ("mymixers",)
-    assert build().modules == ()
+    assert built.modules == ("attnlab.models.lm", "mymixers")
+    assert build().modules == ("attnlab.models.lm", "attnlab.nn.mixers.softmax")
 
 
 def test_what_configs_name_is_known_without_building_it():
