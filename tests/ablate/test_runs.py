@@ -92,12 +92,6 @@ train.LanguageTask.sequence_length = 32
     assert "wild-seed0 failed" in capsys.readouterr().out
 
 
-@pytest.fixture
-def pretended(monkeypatch):
-    """Trains nothing, and notes what would be trained."""
-    monkeypatch.setattr(runs, "train", tiny_sweep.pretend_train)
-
-
 def run(folder, *bindings, workdir="out", **options):
     return run_ablation(tiny_sweep.write(folder, *bindings), [], folder / workdir, say=lambda line: None, **options)
 
