@@ -85,6 +85,14 @@ def check_query_key_value(
         )
 
 
+def check_int(name: str, value: Any, *, least: int | None = None) -> int:
+    """An integer, numpy's too but no bool, as an int. Raises TypeError for another type, ValueError below `least`."""
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: got {value!r}; need an int")
+    require(least is None or value >= least, name, value, f"need at least {least}")
+    return int(value)
+
+
 def per_axis(name: str, value: Any, rank: int, kind: type = int) -> tuple[Any, ...]:
     """One value, or one per space axis -> a tuple of `rank` values of type int (>= 1 is not checked here) or bool."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attnlab.attention._checks import check_int
 from attnlab.nn.layers import GatedMLP, RMSNorm, dropout
 from attnlab.nn.mixers import MixerCache, MixerFactory
 from attnlab.nn.signatures import show_shared_options
@@ -67,8 +68,7 @@ class Stack(nnx.Module):
     ):
         if not mixers:
             raise ValueError("mixers: got an empty list; need at least one mixer, repeated over the layers")
-        if depth < 1:
-            raise ValueError(f"depth: got {depth}; need at least 1")
+        check_int("depth", depth, least=1)
         self.features, self.dropout_rate, self.remat, self.dtype = features, dropout_rate, remat, dtype
         hidden = -(-features * 8 // 24) * 8 if mlp_hidden is None else mlp_hidden
         self.layers = nnx.List(

@@ -24,6 +24,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from attnlab import nn
+from attnlab.attention._checks import check_int
 from attnlab.train.step import (
     OptimizerOptions,
     initial_state,
@@ -68,9 +69,8 @@ class Experiment:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; need at least 1")
-        if self.evaluation_batches is not None and self.evaluation_batches < 1:
+            check_int(name, getattr(self, name), least=1)
+        if self.evaluation_batches is not None and check_int("evaluation_batches", self.evaluation_batches) < 1:
             raise ValueError(f"evaluation_batches: got {self.evaluation_batches}; need at least 1, or None for all")
         if not 0 <= self.optimizer.warmup_steps <= self.steps:
             raise ValueError(f"warmup_steps: got {self.optimizer.warmup_steps}; need 0 to steps = {self.steps}")

@@ -34,6 +34,11 @@ def test_layers_take_the_mixers_in_turn(hybrid):
     assert kinds == ["LocalAttention", "LinearAttention", "LocalAttention"]
 
 
+def test_depth_is_an_integer():
+    with pytest.raises(TypeError, match=r"depth: got 2\.0; need an int"):
+        LanguageModel(vocabulary=8, mixers=HYBRID, depth=2.0, features=16)
+
+
 def test_a_model_decodes_if_its_mixers_do():
     assert LanguageModel(vocabulary=8, mixers=HYBRID, depth=2, features=16).decoding_refusal == ""
     leaking = functools.partial(nn.RoutingAttention, clusters=2, window=4, membership="global")

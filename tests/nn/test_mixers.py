@@ -295,6 +295,7 @@ def test_flops_count_the_pairs_that_are_seen():
     [
         (lambda: nn.SoftmaxAttention(10, is_causal=True, num_heads=4), "num_heads: got 4; must divide features 10"),
         (lambda: nn.SoftmaxAttention(16, is_causal=True, num_key_heads=3), "num_key_heads: got 3"),
+        (lambda: nn.SoftmaxAttention(16, is_causal=True, num_heads=0), "num_heads: got 0; need at least 1"),
         (lambda: nn.LinearAttention(16, is_causal=True, decay="slow"), "decay: got 'slow'"),
         (lambda: nn.LinearAttention(16, is_causal=False, decay="data"), "is_causal=False"),
         (lambda: nn.LinearAttention(16, is_causal=False, beta=1.0), "beta: got 1.0 with is_causal=False"),
@@ -316,6 +317,14 @@ def test_flops_count_the_pairs_that_are_seen():
 def test_bad_options_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("given", [True, 2.0, "2"])
+def test_counts_are_integers_and_numpy_s_count(given):
+    for mixer, name in ((nn.SoftmaxAttention, "num_heads"), (nn.AgentAttention, "agents")):
+        with pytest.raises(TypeError, match=f"^{name}: got {given!r}; need an int"):
+            mixer(FEATURES, is_causal=True, **{name: given})
+        assert mixer(FEATURES, is_causal=True, **{name: np.int64(2)}).flops((3,)) > 0
 
 
 def test_rotary_needs_room_for_every_axis():

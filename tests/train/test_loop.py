@@ -206,6 +206,13 @@ def test_bad_options_are_named(options, message):
         runs.experiment(**options)
 
 
+@pytest.mark.parametrize("name", ["steps", "batch_size", "log_every", "evaluation_batches"])
+def test_counts_are_integers(name):
+    for given in (True, 8.0):
+        with pytest.raises(TypeError, match=f"{name}: got {given}; need an int"):
+            runs.experiment(**{name: given})
+
+
 def test_evaluation_is_exact_over_a_ragged_last_batch():
     """The mean over all validation examples, whatever the batch size."""
     results = []

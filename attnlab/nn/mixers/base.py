@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from attnlab.attention._checks import check_int
 from attnlab.nn.layers import DepthwiseConvolution, Linear, RMSNorm, grid_positions, rotary_embedding
 from attnlab.nn.signatures import show_shared_options
 
@@ -72,9 +73,10 @@ class Attention(nnx.Module):
     ):
         if is_causal and not self.has_causal_form:
             raise ValueError(f"is_causal: got True; {type(self).__name__} has no causal form")
+        check_int("num_heads", num_heads, least=1)
         if head_dim is None and features % num_heads:
             raise ValueError(f"num_heads: got {num_heads}; must divide features {features}, or give head_dim")
-        num_key_heads = num_heads if num_key_heads is None else num_key_heads
+        num_key_heads = num_heads if num_key_heads is None else check_int("num_key_heads", num_key_heads, least=1)
         if num_heads % num_key_heads:
             raise ValueError(f"num_key_heads: got {num_key_heads}; must divide num_heads {num_heads}")
         self.features, self.is_causal, self.dtype = features, is_causal, dtype
@@ -101,7 +103,7 @@ class Attention(nnx.Module):
     ) -> DepthwiseConvolution | None:
         if widths == 0:
             return None
-        widths = (widths,) if isinstance(widths, int) else tuple(widths)
+        widths = tuple(widths) if isinstance(widths, (tuple, list)) else (widths,)
         return DepthwiseConvolution(widths, channels, is_causal=self.is_causal, use_bias=use_bias, dtype=self.dtype)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

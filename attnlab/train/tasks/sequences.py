@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from attnlab import data
+from attnlab.attention._checks import check_int
 from attnlab.models import LanguageModel, SequenceRegressor
 from attnlab.train.tasks.base import Batch, sequence_costs, weighted_means
 
@@ -26,8 +27,7 @@ class _DrawnTask:
     validation_examples: int = 1024
 
     def __post_init__(self) -> None:
-        if self.validation_examples < 1:
-            raise ValueError(f"validation_examples: got {self.validation_examples}; need at least 1")
+        check_int("validation_examples", self.validation_examples, least=1)
 
     def batches(self, split: str, batch_size: int, seed: int) -> grain.IterDataset:
         return data.sequence_batches(
