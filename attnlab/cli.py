@@ -164,7 +164,6 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
     import jax
 
     from attnlab import config
-    from attnlab.ablate.attending import why_mute
     from attnlab.train import LanguageTask, restore_values
     from attnlab.train.tasks import Illustrated
     from attnlab.train.workdir import last_step
@@ -180,7 +179,7 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
     model, task = experiment.model, experiment.task
     if not isinstance(task, (Illustrated, LanguageTask)):
         raise UserError(f"sample: models of {type(task).__name__} draw nothing")
-    if isinstance(task, LanguageTask) and (reason := why_mute(model)):
+    if isinstance(task, LanguageTask) and (reason := model.decoding_refusal):
         raise UserError(f"sample: this model does not go on with a text: {reason}")
     values = restore_values(experiment, command.workdir)
     print(f"step {last_step(command.workdir)} of {experiment.steps}", file=sys.stderr)
@@ -229,20 +228,15 @@ def _report(command: argparse.Namespace, overrides: list[str]) -> int:
 def _show(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab import config
     from attnlab.show import show
+    from attnlab.train import Experiment
 
-    def model(base: str) -> Any:
-        # The default model comes first, so that a model among the configs takes its place.
-        return config.build([base, *command.configs], overrides, root="Experiment").value.model
-
-    try:
-        shown = model("experiments/lm/quickstart.gin")
-    except UserError as error:
-        try:
-            shown = model("experiments/image/digits.gin")  # for mixers of images
-        except UserError:
-            raise error from None
+    sources, named = list(command.configs), config.named(command.configs, overrides)
+    if not any(thing is Experiment and "model" in options for thing, options in named):
+        mixers = [(thing, options) for thing, options in named if _is_mixer(thing)]
+        images = any(mixer.is_for_grids(options) for mixer, options in mixers)
+        sources.insert(0, "experiments/image/digits.gin" if images else "experiments/lm/quickstart.gin")
     out = command.out or Path("-".join(Path(source).stem for source in command.configs) + ".png")
-    show(shown, out, length=command.length)
+    show(config.build(sources, overrides, root="Experiment").value.model, out, length=command.length)
     print(out)
     return 0
 
@@ -281,7 +275,7 @@ def _list(command: argparse.Namespace, overrides: list[str]) -> int:
     def summary(thing: object) -> str:
         return (thing.__doc__ or "").strip().splitlines()[0]
 
-    mixers = [thing for name in nn.__all__ if isinstance(thing := getattr(nn, name), type) and _is_mixer(thing)]
+    mixers = [thing for name in nn.__all__ if _is_mixer(thing := getattr(nn, name))]
     tasks = [
         thing for name in train.__all__ if name.endswith("Task") and name != "Task" and (thing := getattr(train, name))
     ]
@@ -295,10 +289,10 @@ def _list(command: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _is_mixer(thing: type) -> bool:
-    from attnlab.nn.mixers import Attention
+def _is_mixer(thing: Any) -> bool:
+    from attnlab.nn import Attention
 
-    return issubclass(thing, Attention) and thing is not Attention
+    return isinstance(thing, type) and issubclass(thing, Attention) and thing is not Attention
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ import gin
 import gin.config
 from gin.config_parser import ImportStatement
 
+from attnlab import data, models, nn, train
 from attnlab.errors import UserError
+
+# What they offer can be named by overrides without an import. Anything else a file imports itself, ablate among it.
+_PACKAGES = (data, models, nn, train)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Built:
     """What a config gave.
 
     value: the object. text: the resolved config, itself a config file. values: every option that was in force, defaults
-    included, {"LanguageModel.depth": "4"}. modules: names of those imported that are not attnlab's, in order.
+    included, {"LanguageModel.depth": "4"}. modules: names of the modules of all that was called, and of others than
+    attnlab's that the files import, in order.
     """
 
     value: Any
@@ -95,9 +100,49 @@ def options(sources: Sequence[str], overrides: Sequence[str] = (), *, root: str)
         return gin.get_bindings(selector)
 
 
+def named(sources: Sequence[str], overrides: Sequence[str] = ()) -> list[tuple[Any, dict[str, Any]]]:
+    """The classes and functions that configs name, once per scope, each with the options that they set of it.
+
+    Macros are replaced by their values; nothing is built, and the configs need not be complete.
+    """
+    with _parsed(sources, overrides):
+        references = gin.config.iterate_references(gin.config._CONFIG)
+        keys = {*gin.config._CONFIG, *(reference.config_key for reference in references)}
+        found = []
+        for scope, selector in sorted(key for key in keys if key[1] != "gin.macro"):
+            bindings = gin.get_bindings(f"{scope}/{selector}".lstrip("/"), resolve_references=False)
+            values = {option: _macro_value(value) for option, value in bindings.items()}
+            found.append((gin.config._REGISTRY[selector].wrapped, values))
+        return found
+
+
+def _macro_value(value: Any) -> Any:
+    """What a macro stands for, where it is set; any other value as it is."""
+    while isinstance(value, gin.config.ConfigurableReference) and value.config_key[1] == "gin.macro":
+        value = gin.config._CONFIG.get(value.config_key, {}).get("value")
+    return value
+
+
 @contextlib.contextmanager
 def _read(sources: Sequence[str], overrides: Sequence[str], root: str) -> Iterator[str]:
-    """Reads configs into gin and gives its name for `root`. What fails, also in the body, is raised as UserError."""
+    """Reads configs that are complete and gives gin's name for `root`. Raises UserError as `_parsed` does."""
+    with _parsed(sources, overrides) as (defined, used):
+        selectors = {selector for _, selector in gin.config._CONFIG if selector.rpartition(".")[2] == root}
+        if len(selectors) != 1:
+            raise UserError(f"config: {', '.join(sources)} configures no {root}; `attnlab list` prints files that do")
+        for name in sorted(used - defined):
+            raise UserError(f"config: macro %{name} is used but never set{_nearest(name, defined)}")
+        for name in sorted(defined - used):
+            raise UserError(f"config: macro {name} is set but nothing uses it{_nearest(name, used)}")
+        yield selectors.pop()
+
+
+@contextlib.contextmanager
+def _parsed(sources: Sequence[str], overrides: Sequence[str]) -> Iterator[tuple[set[str], set[str]]]:
+    """Reads configs into gin and gives the macros that are set and those that are used.
+
+    What fails, also in the body, is raised as UserError.
+    """
     gin.clear_config()
     _register_attnlab()
     if _READER not in gin.config._FILE_READERS:
@@ -112,14 +157,7 @@ def _read(sources: Sequence[str], overrides: Sequence[str], root: str) -> Iterat
             # A macro counts as used also where a later source replaces the value that refers to it.
             now_defined, now_used = _macros()
             defined, used = defined | now_defined, used | now_used
-        selectors = {selector for _, selector in gin.config._CONFIG if selector.rpartition(".")[2] == root}
-        if len(selectors) != 1:
-            raise UserError(f"config: {', '.join(sources)} configures no {root}; `attnlab list` prints files that do")
-        for name in sorted(used - defined):
-            raise UserError(f"config: macro %{name} is used but never set{_nearest(name, defined)}")
-        for name in sorted(defined - used):
-            raise UserError(f"config: macro {name} is set but nothing uses it{_nearest(name, used)}")
-        yield selectors.pop()
+        yield defined, used
     except UserError as error:
         raise UserError(_explained(error)) from error  # gin may have added lines of its own
     except Exception as error:
@@ -172,8 +210,11 @@ def _macros() -> tuple[set[str], set[str]]:
 
 
 def _modules() -> tuple[str, ...]:
-    names = {statement.module for statement in gin.config._IMPORTS}
-    return tuple(sorted(name for name in names if name.partition(".")[0] not in ("attnlab", "__gin__")))
+    selectors = {selector for _, selector in gin.config._OPERATIVE_CONFIG if not selector.startswith("gin.")}
+    called = {gin.config._REGISTRY[selector].wrapped.__module__ for selector in selectors}
+    imported = {statement.module for statement in gin.config._IMPORTS}
+    own = {name for name in imported if name.partition(".")[0] not in ("attnlab", "__gin__")}
+    return tuple(sorted(called | own))
 
 
 def _operative_values() -> Iterator[tuple[str, str]]:
@@ -189,15 +230,8 @@ def _nearest(name: str, candidates: Iterable[str]) -> str:
 
 
 def _known_names() -> list[str]:
-    """Everything a config can name: the classes and functions of attnlab's packages, by module and name."""
-    import attnlab.ablate
-    import attnlab.data
-    import attnlab.models
-    import attnlab.nn
-    import attnlab.train
-
-    packages = [attnlab.ablate, attnlab.data, attnlab.models, attnlab.nn, attnlab.train]
-    return [f"{package.__name__.removeprefix('attnlab.')}.{name}" for package in packages for name in package.__all__]
+    """Everything an override can name without an import: what attnlab's packages offer, by module and name."""
+    return [f"{package.__name__.removeprefix('attnlab.')}.{name}" for package in _PACKAGES for name in package.__all__]
 
 
 def _explained(error: Exception) -> str:
@@ -207,8 +241,10 @@ def _explained(error: Exception) -> str:
     unknown = re.search(r"(?:Couldn't resolve selector|No configurable matching(?: reference)?) '?@?([\w./]+)", text)
     if unknown:
         name = unknown.group(1).rstrip(".")
-        short = {known.rpartition(".")[2] for known in _known_names()}
-        candidates = _known_names() if "." in name else sorted(short)
+        # What the files imported and named before, gin has registered too.
+        registered = {selector.removeprefix("attnlab.") for selector, _ in gin.config._REGISTRY.items()}
+        known = sorted({*_known_names(), *(name for name in registered if not name.startswith("gin."))})
+        candidates = known if "." in name else sorted({full.rpartition(".")[2] for full in known})
         return f"unknown name {name!r}{_nearest(name, candidates)}{_location(text)}"
     parameter = re.search(r"'([\w./]+)' doesn't have a parameter named '(\w+)'", text)
     if parameter:

@@ -1,6 +1,5 @@
 """Pictures of a model's mixers: who sees whom, which tiles of keys that touches, and how far a stack reaches."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab import nn
+from attnlab.attention import masks
 from attnlab.models import ImageClassifier, LanguageModel
 
 # Places on a side of the tiles that are counted as visited.
@@ -65,16 +65,14 @@ def _draw_layer(row: Any, mixer: nn.Attention, layers: list[int], weights: np.nd
     image = who.imshow(np.where(seen, scaled, np.nan), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     who.set(title="who sees whom, at initialisation", xlabel=f"key{order}", ylabel="query")
     row.colorbar(image, ax=who, label="weight / the query's largest")
-    count = math.ceil(places / _TILE)
-    padded = np.zeros((count * _TILE, count * _TILE), bool)
-    padded[:places, :places] = seen
-    blocks = padded.reshape(count, _TILE, count, _TILE)
-    visited, full = blocks.any(axis=(1, 3)), blocks.all(axis=(1, 3))
+    padded = np.pad(seen, (0, -places % _TILE))  # so that a last tile that is cut off is never full
+    mask = masks.Mask(lambda query, key: padded[query[0], key[0]])
+    visited, full = masks.block_map(mask, padded.shape[:1], (_TILE,), (_TILE,))
     tiles.imshow(visited.astype(int) + full, cmap="Blues", vmin=0, vmax=2, interpolation="nearest")
     tiles.locator_params(integer=True)
     tiles.set(
-        title=f"tiles of {_TILE} x {_TILE}: {visited.sum()} of {count * count} visited, {full.sum()} full;\n"
-        f"skipping the others is at most {count * count / max(visited.sum(), 1):.1f} times faster",
+        title=f"tiles of {_TILE} x {_TILE}: {visited.sum()} of {visited.size} visited, {full.sum()} full;\n"
+        f"skipping the others is at most {visited.size / max(visited.sum(), 1):.1f} times faster",
         xlabel="tile of keys",
         ylabel="tile of queries",
     )

@@ -24,7 +24,7 @@ ALLOWED = {
     "bench": {"catalog"},
     "regress": {""},
     "show": {"models", "nn", "attention"},
-    "config": {"errors", "train", "models", "data", "nn", "ablate"},
+    "config": {"errors", "train", "models", "data", "nn"},
     "cli": {"errors", "config", "show", "bench", "regress", "ablate", "train", "models", "data", "nn", ""},
     "errors": set(),
     "__init__": {"attention"},

@@ -5,12 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from attnlab import config
+from attnlab import config, models, nn
 from attnlab.errors import UserError
 
 BASE = "experiments/lm/quickstart.gin"
 LOCAL = "experiments/mixers/local.gin"
 IMAGES = "experiments/image/digits.gin"
+SWEEP = "experiments/sweeps/quickstart.gin"
 # Mixers that have no causal form, or that are set up for a grid.
 FOR_IMAGES = [f"experiments/mixers/{name}.gin" for name in ("agent_image", "agent_softmax", "axial", "inline", "l2vit")]
 
@@ -121,8 +122,20 @@ def test_modules_of_ones_own_are_wired_the_same_way(tmp_path, monkeypatch):
     built = build(sources=[BASE, str(tmp_path / "mine.gin")])
     mixer = built.value.layers[0].mixer
     assert (mixer.extra, mixer.num_heads) == (3, 2)
-    assert built.modules == ("mymixers",)
-    assert build().modules == ()
+    assert built.modules == ("attnlab.models.lm", "mymixers")
+    assert build().modules == ("attnlab.models.lm", "attnlab.nn.mixers.softmax")
+
+
+def test_what_configs_name_is_known_without_building_it():
+    fragment = dict(config.named([LOCAL], ["WINDOW=3", "LanguageModel.depth=0"]))
+    assert fragment == {nn.LocalAttention: {"window": 3}, models.LanguageModel: {"depth": 0}}
+    axes = config.named(["experiments/mixers/axial.gin"])
+    assert axes == [(nn.AxialAttention, {"axis": 0}), (nn.AxialAttention, {"axis": 1})]
+    whole = dict(config.named([BASE]))
+    assert whole[nn.SoftmaxAttention] == {}
+    assert whole[models.LanguageModel]["vocabulary"] == 256
+    with pytest.raises(UserError, match="did you mean 'LanguageModel'"):
+        config.named([LOCAL], ["LanguageModle.depth=2"])
 
 
 def test_options_are_built_and_what_they_are_for_is_not_called():
@@ -157,6 +170,8 @@ def test_options_are_built_and_what_they_are_for_is_not_called():
             [],
             "unknown name 'nn.LocalAtention'; did you mean 'nn.LocalAttention'",
         ),
+        ([SWEEP], ["Ablatin.seeds=[0]"], "unknown name 'Ablatin'; did you mean 'Ablation'"),
+        ([SWEEP], ["ablate.Ablaton.seeds=[0]"], "unknown name 'ablate.Ablaton'; did you mean 'ablate.Ablation'"),
         ([BASE], ["LanguageModel.depth"], "override 'LanguageModel.depth' is not NAME=VALUE"),
         ([BASE], ["LanguageModel.depth=[1,"], "config: "),
         ([BASE], ["LanguageModel.depth=0"], r"depth: got 0; need at least 1 \(in LanguageModel\)"),

@@ -43,7 +43,7 @@ def attend(experiment: Experiment, folder: Path) -> dict[str, Any]:
         kept = {"example": show_example(experiment, batch), **_layers(experiment, values, batch)}
         if isinstance(experiment.task, LanguageTask):
             model: Any = experiment.model
-            if reason := why_mute(model):
+            if reason := model.decoding_refusal:
                 replace_text(folder / "samples.txt", f"(nothing: {reason})")
             else:
                 ((kept["prompt"], continuation),) = experiment.task.continuations(
@@ -54,15 +54,6 @@ def attend(experiment: Experiment, folder: Path) -> dict[str, Any]:
     if "skipped" in kept:
         return {"skipped": kept["skipped"]}
     return {name: [mean_of_known(layer[name]) for layer in kept["layers"]] for name in ("distance", "entropy")}
-
-
-def why_mute(model: Any) -> str:
-    """Why a language model cannot go on with a text; "" where it can. Some mixers train and do not decode."""
-    try:
-        jax.eval_shape(lambda: model.init_cache(1, 1))
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def read_attending(folder: Path) -> dict[str, Any] | None:

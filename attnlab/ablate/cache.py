@@ -1,41 +1,98 @@
 """Folders of runs, found by what decides a run's numbers, so that sweeps that ask for the same run share it.
 
-A folder is called ARM-seedSEED-DIGEST for people; the digest of config, data and code alone identifies it.
+A folder is called ARM-seedSEED-DIGEST for people; the digest of config, data and code alone identifies it. The code is
+what the modules of the config's classes import, as their sources say, and what those import in turn.
 """
 
+import ast
 import functools
 import hashlib
 import importlib.util
 import json
 import re
 import sys
-from collections.abc import Mapping
+import sysconfig
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import attnlab
 from attnlab.train.workdir import read_result, replace_text
 
-# The parts of attnlab that a run can depend on once its config is resolved.
-_PARTS = ("attention", "data", "models", "nn", "train")
+# Their versions count, and not their sources.
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy")
+_OURS = ("attnlab", "kernels_pallas")
 
 
 @functools.cache
-def code_version(modules: tuple[str, ...] = ()) -> str:
+def code_version(modules: tuple[str, ...]) -> str:
     """Digest of the sources that a run executes, and of the versions of Python and the libraries below them.
 
-    modules: names of imported modules beside attnlab's; of these, the file alone counts and not what it imports.
+    modules: names of the modules of what the config builds (config.Built.modules).
     """
-    kernels = importlib.util.find_spec("kernels_pallas")
-    folders = [Path(attnlab.__file__).parent / part for part in _PARTS]
-    folders += map(Path, (kernels and kernels.submodule_search_locations) or [])
-    sources = {f"{folder.name}/{path.relative_to(folder)}": path for folder in folders for path in folder.rglob("*.py")}
-    sources |= {name: Path(file) for name in modules if (file := getattr(sys.modules[name], "__file__", None))}
     versions = {name: metadata.version(name) for name in _LIBRARIES} | {"python": list(sys.version_info[:2])}
-    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sources.items()}
+    digests = {name: hashlib.sha256(source).hexdigest() for name, source in reached(modules).items()}
     return digest({"sources": digests, "versions": versions})
+
+
+def reached(modules: Iterable[str]) -> dict[str, bytes]:
+    """The sources of these modules and of all that they import, also inside functions, by module name.
+
+    Followed are attnlab, kernels_pallas, the packages of the modules given, and others that are not installed: what
+    lies beside them. Nothing is imported.
+    """
+    followed = {*_OURS, *(name.partition(".")[0] for name in modules)}
+    sources: dict[str, bytes] = {}
+    seen, left = set[str](), list(modules)
+    while left:
+        name = left.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        left += [".".join(name.split(".")[:count]) for count in range(1, name.count(".") + 1)]  # run on its import
+        path = _path(name)
+        if path is not None and (name.partition(".")[0] in followed or not _is_installed(path)):
+            sources[name] = path.read_bytes()
+            left += _imports(name if path.name == "__init__.py" else name.rpartition(".")[0], sources[name])
+    return sources
+
+
+@functools.cache  # arms share nearly all of their sources
+def _imports(package: str, source: bytes) -> list[str]:
+    """Names that a module of this package imports; of `from a import b` both a and a.b, which may be a module."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            above = parts[: len(parts) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return names
+
+
+def _path(name: str) -> Path | None:
+    """The file of a module, found without importing it; None for what is no module or has no source in Python."""
+    top, *rest = name.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except ValueError:  # a module made by hand
+        return None
+    if spec is None:
+        return None
+    folders = [Path(folder).joinpath(*rest) for folder in spec.submodule_search_locations or ()]
+    files = [folder / "__init__.py" for folder in folders] + [folder.with_suffix(".py") for folder in folders if rest]
+    if not rest and spec.origin is not None:
+        files.append(Path(spec.origin))
+    return next((file for file in files if file.suffix == ".py" and file.is_file()), None)
+
+
+def _is_installed(path: Path) -> bool:
+    """Whether a file belongs to the standard library or to an installed package."""
+    return path.is_relative_to(sysconfig.get_path("stdlib")) or not {"site-packages", "dist-packages"}.isdisjoint(
+        path.parts
+    )
 
 
 def digest(facts: Mapping[str, Any]) -> str:

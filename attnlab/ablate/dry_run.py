@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from attnlab.ablate import cache
+import attnlab.ablate.cache as cache
 from attnlab.ablate.plan import Plan, Run
 from attnlab.train.workdir import last_step
 

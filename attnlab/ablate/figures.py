@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib import image, ticker
 
-from attnlab.ablate.results import Cost, Row, by_seed, count, finished, front, mean_cost
+from attnlab.ablate.results import Cost, Row, by_seed, count, finished, front, mean_cost, weighed
 from attnlab.ablate.statistics import paired_difference
 
 # Okabe and Ito's colours, told apart also by colour-blind readers.
@@ -171,7 +171,7 @@ def against_cost(rows: Sequence[Row], looks: dict[str, Style], metric: str, cost
 
     def draw(figure: Any, axes: Any) -> None:
         best = front(rows, cost)
-        shown = [arm for arm in looks if finished(rows, arm)]
+        shown = [arm for arm in looks if arm in weighed(rows, cost)]
         points = {arm: (mean_cost(rows, arm, cost), float(np.mean(list(by_seed(rows, arm).values())))) for arm in shown}
         deviations = {arm: _deviation(list(by_seed(rows, arm).values())) for arm in shown}
         for arm in shown:

@@ -27,13 +27,15 @@ class Match:
 
 
 def cost_of(options: Mapping[str, Any], cost: str) -> float:
-    """parameters, flops or state_size of the model and the task of an Experiment's options; nothing is traced."""
+    """parameters, flops or state_size of the model and the task of an Experiment's options; nothing is computed."""
     if cost == "parameters":
         return nn.count_parameters(options["model"])
-    value = options["task"].costs(options["model"])[cost]
-    if value is None:
-        raise UserError(f"match: got {cost!r}; {type(options['task']).__name__} has none")
-    return value
+    costs = options["task"].costs(options["model"])
+    if costs[cost] is None:
+        of_sequences = costs["length"] is not None
+        reason = f", as the model does not decode: {options['model'].decoding_refusal}" if of_sequences else ""
+        raise UserError(f"match: got {cost!r}; {type(options['task']).__name__} has none{reason}")
+    return costs[cost]
 
 
 def closest(cost_at: Callable[[int], float], target: float, *, what: str) -> int:

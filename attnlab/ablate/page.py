@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attnlab.ablate import figures
+import attnlab.ablate.figures as figures
 from attnlab.ablate.attending import TEMPERATURE, read_attending, unpacked
 from attnlab.ablate.results import (
     Row,
@@ -18,6 +18,7 @@ from attnlab.ablate.results import (
     first_row,
     mean_over_layers,
     settings,
+    weighed,
 )
 
 _STYLE = """
@@ -184,6 +185,7 @@ def _against_costs(rows: Sequence[Row], looks: dict[str, figures.Style]) -> str:
             figures.against_cost(rows, looks, rows[0]["metric"], cost), title=f"Quality against {cost.name}", height=3.6
         )
         for cost in costs(rows)
+        if weighed(rows, cost)
     )
     return f"""<h2>Quality against cost</h2>
 <p class="soft">A dot an arm, the mean over seeds; the bar is their standard deviation. Dashed: the Pareto front. Arms

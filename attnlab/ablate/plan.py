@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import attnlab.ablate.cache as cache
 from attnlab import config, nn
-from attnlab.ablate import cache, matching
-from attnlab.ablate.matching import Match
+from attnlab.ablate.matching import Match, closest, cost_of
 from attnlab.ablate.sweep import Ablation
 from attnlab.errors import UserError
 from attnlab.train import Experiment
@@ -112,7 +112,7 @@ class Plan:
         def cost(arm: str, knob: str | None = None, value: int | None = None) -> float:
             overrides = [*self._overrides, *([f"{knob}={value}"] if knob else [])]
             options = config.options([self._file, *self._sources[arm]], overrides, root="Experiment")
-            return matching.cost_of(options, matched_by)
+            return cost_of(options, matched_by)
 
         target = cost(ablation.baseline)
         matches = {}
@@ -120,7 +120,7 @@ class Plan:
             knob, value = ablation.knob(arm), None
             if knob is not None:
                 what = f"{knob} of {arm} for the {matched_by} of {ablation.baseline}"
-                value = matching.closest(functools.partial(cost, arm, knob), target, what=what)
+                value = closest(functools.partial(cost, arm, knob), target, what=what)
             matches[arm] = Match(matched_by, cost(arm, knob, value) / target - 1, knob, value)
         return matches
 

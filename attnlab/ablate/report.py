@@ -16,6 +16,7 @@ from attnlab.ablate.results import (
     by_seed,
     costs,
     count,
+    decodes,
     finished,
     first_row,
     front,
@@ -85,14 +86,14 @@ def _differences(rows: Sequence[Row]) -> dict[str, Difference]:
 def _table(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[list[str]]:
     """Header and a row an arm."""
     metric, baseline, unit = rows[0]["metric"], rows[0]["baseline"], rows[0]["unit"]
-    decodes = rows[0]["state_size"] is not None
+    with_state = decodes(rows)
     head = ["arm", f"validation {metric}", f"minus {baseline} [95 % CI]", "parameters", f"FLOPs/{unit}", f"{unit}s/s"]
-    table = [[*head, *(["decode state"] if decodes else []), "seeds"]]
+    table = [[*head, *(["decode state"] if with_state else []), "seeds"]]
     for arm in arms_of(rows):
         done, some = finished(rows, arm), first_row(rows, arm)
         if not done:
             known = [f"{some['parameters']:,}", count(some["flops"]), ""]
-            table.append([arm, "failed", "", *known, *([""] if decodes else []), "0"])
+            table.append([arm, "failed", "", *known, *([""] if with_state else []), "0"])
             continue
         values = by_seed(rows, arm)
         if arm == baseline:
@@ -109,11 +110,15 @@ def _table(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[l
                 f"{some['parameters']:,}",
                 count(some["flops"]),
                 count(float(np.mean([row["items_per_second"] for row in done]))),
-                *([count(some["state_size"])] if decodes else []),
+                *([_state(some)] if with_state else []),
                 str(len(done)),
             ]
         )
     return table
+
+
+def _state(row: Row) -> str:
+    return "" if row["state_size"] is None else count(row["state_size"])
 
 
 def _other_metrics(rows: Sequence[Row]) -> list[list[str]]:
@@ -155,7 +160,7 @@ def _better(row: Row) -> str:
 def _notes(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[str]:
     """What the tables' numbers mean and how they came about, in paragraphs of plain text."""
     row = rows[0]
-    length = "" if row["state_size"] is None else f" Decode state: numbers kept to decode after {row['length']} tokens."
+    length = f" Decode state: numbers kept to decode after {row['length']} tokens." if decodes(rows) else ""
     notes = [
         f"{_better(row).capitalize()} is better. ±: standard deviation over seeds. Differences are paired by seed, "
         f"with Student's t interval. FLOPs: forward, matrix products only, 2 a multiply-add.{length}",

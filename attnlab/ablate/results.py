@@ -47,12 +47,16 @@ class Cost(NamedTuple):
     more_is_better: bool
 
 
+def decodes(rows: Sequence[Row]) -> bool:
+    """Whether some arm's model decodes. Those that do not have no state size."""
+    return any(row["state_size"] is not None for row in rows)
+
+
 def costs(rows: Sequence[Row]) -> list[Cost]:
     unit = rows[0]["unit"]
-    decodes = rows[0]["state_size"] is not None
     return [
         Cost("flops", f"FLOPs/{unit}", False),
-        *([Cost("state_size", "decode state", False)] if decodes else []),
+        *([Cost("state_size", "decode state", False)] if decodes(rows) else []),
         Cost("items_per_second", f"{unit}s/s", True),
     ]
 
@@ -62,9 +66,14 @@ def mean_cost(rows: Sequence[Row], arm: str, cost: Cost) -> float:
     return float(np.mean([row[cost.column] for row in finished(rows, arm)]))
 
 
+def weighed(rows: Sequence[Row], cost: Cost) -> list[str]:
+    """Arms with a finished run whose cost is known."""
+    return [arm for arm in arms_of(rows) if (done := finished(rows, arm)) and done[0][cost.column] is not None]
+
+
 def front(rows: Sequence[Row], cost: Cost) -> list[str]:
     """Arms of which no other is both better (mean over seeds) and cheaper, from the cheapest to the best."""
-    arms = [arm for arm in arms_of(rows) if finished(rows, arm)]
+    arms = weighed(rows, cost)
     quality, expense = (-1 if rows[0]["higher_is_better"] else 1), (-1 if cost.more_is_better else 1)
     points = [
         (expense * mean_cost(rows, arm, cost), quality * float(np.mean(list(by_seed(rows, arm).values()))))

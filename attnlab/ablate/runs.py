@@ -17,13 +17,14 @@ import jax
 from tqdm import tqdm
 
 import attnlab
+import attnlab.ablate.cache as cache
 from attnlab import nn
-from attnlab.ablate import cache, claims
 from attnlab.ablate.attending import attend
+from attnlab.ablate.claims import claim
 from attnlab.ablate.plan import Plan, Run
 from attnlab.errors import UserError
 from attnlab.train import Experiment, train
-from attnlab.train.loop import loss_shapes
+from attnlab.train.step import loss_shapes
 from attnlab.train.workdir import replace_text
 
 _LOOK_AGAIN_AFTER = 1.0  # seconds, while other processes train what is left
@@ -96,7 +97,7 @@ def _obtain(run: Run, runs: Path) -> dict[str, Any] | None:
     outcome = cache.outcome(cache.folder(runs, run.name, run.digest))
     if outcome is not None:
         return outcome
-    with claims.claim(runs / "claims", run.digest) as is_ours:
+    with claim(runs / "claims", run.digest) as is_ours:
         if not is_ours:
             return None
         folder = cache.folder(runs, run.name, run.digest)
@@ -156,7 +157,8 @@ def _attended(plan: Plan, run: Run, outcome: Mapping[str, Any], runs: Path, work
 
 def implementations(experiment: Experiment) -> list[str]:
     """Which implementation each attention call of the model runs, once each."""
-    return list(dict.fromkeys(str(choice) for choice in attnlab.explain(lambda: loss_shapes(experiment))))
+    model, task, batch_size = experiment.model, experiment.task, experiment.batch_size
+    return list(dict.fromkeys(str(choice) for choice in attnlab.explain(lambda: loss_shapes(model, task, batch_size))))
 
 
 def environment() -> dict[str, str]:

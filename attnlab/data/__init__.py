@@ -9,7 +9,6 @@ from attnlab.data.images import (
     image_batches,
     imagenet_npz,
     photo_crops,
-    pixel_batches,
 )
 from attnlab.data.sequences import (
     IGNORED,
@@ -45,7 +44,6 @@ __all__ = [
     "image_batches",
     "imagenet_npz",
     "photo_crops",
-    "pixel_batches",
     "sequence_batches",
     "text_batches",
     "text_files",

@@ -187,15 +187,16 @@ class _Pixels(grain.sources.RandomAccessDataSource):
         return {"pixels": self._images[index].astype(np.int32)}
 
 
-def image_batches(images: LabelledImages, split: str, *, batch_size: int, seed: int) -> grain.IterDataset:
-    """{"image": float32 [batch, Y, X, channels] in [0, 1], "label": int32 [batch]}; splits as in text_batches."""
-    if split == "train":
-        return endless(_Examples(images.train_images, images.train_labels, images.levels), batch_size, seed)
-    return one_pass(_Examples(images.validation_images, images.validation_labels, images.levels), batch_size)
+def image_batches(
+    images: LabelledImages, split: str, *, batch_size: int, seed: int, with_labels: bool = True
+) -> grain.IterDataset:
+    """{"image": float32 [batch, Y, X, channels] in [0, 1], "label": int32 [batch]}; splits as in text_batches.
 
-
-def pixel_batches(images: LabelledImages, split: str, *, batch_size: int, seed: int) -> grain.IterDataset:
-    """{"pixels": int32 [batch, Y, X, channels] below images.levels}; splits as in text_batches."""
+    Without labels {"pixels": int32 [batch, Y, X, channels] below images.levels}, of the same images in the same order.
+    """
     if split == "train":
-        return endless(_Pixels(images.train_images), batch_size, seed)
-    return one_pass(_Pixels(images.validation_images), batch_size)
+        pixels, labels = images.train_images, images.train_labels
+    else:
+        pixels, labels = images.validation_images, images.validation_labels
+    source = _Examples(pixels, labels, images.levels) if with_labels else _Pixels(pixels)
+    return endless(source, batch_size, seed) if split == "train" else one_pass(source, batch_size)

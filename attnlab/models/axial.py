@@ -25,6 +25,7 @@ from attnlab.attention import (
     dot_product_step,
     init_dot_product_cache,
 )
+from attnlab.attention._shared.checks import check_int
 from attnlab.nn.layers import LayerNorm, Linear, dropout
 from attnlab.nn.parameters import normal, parameter, zeros
 
@@ -310,14 +311,12 @@ class AxialTransformer(nnx.Module):
     ):
         if len(image_size) != 3 or min(image_size) < 1:
             raise ValueError(f"image_size: got {image_size}; need (height, width, channels)")
-        if levels < 2:
-            raise ValueError(f"levels: got {levels}; need at least 2")
+        check_int("levels", levels, least=2)
         if heads < 1 or features % heads:
             raise ValueError(f"heads: got {heads}; must divide features {features}")
         height, width, channels = image_size
         for name, count in (("outer_layers", outer_layers), ("inner_layers", inner_layers), ("mlp_factor", mlp_factor)):
-            if count < 1:
-                raise ValueError(f"{name}: got {count}; need at least 1")
+            check_int(name, count, least=1)
         if exterior_layers < 0 or (channels == 1 and exterior_layers):
             allowed = "0, as the only channel has none before it" if channels == 1 else "at least 0"
             raise ValueError(f"exterior_layers: got {exterior_layers}; need {allowed}")

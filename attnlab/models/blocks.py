@@ -1,14 +1,17 @@
-"""The residual block that every model stacks, and mixers by layer."""
+"""The residual block, and the stack of them that models share, with mixers by layer."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from attnlab.attention._shared.checks import check_int
 from attnlab.nn.layers import GatedMLP, RMSNorm, dropout
 from attnlab.nn.mixers import MixerCache, MixerFactory
+from attnlab.nn.signatures import show_shared_options
 
 
 class Block(nnx.Module):
@@ -38,45 +41,78 @@ class Block(nnx.Module):
         return self.mixer.flops(space) + 6 * math.prod(space) * self.features * self.mlp_hidden
 
 
-def stack(
-    mixers: Sequence[MixerFactory],
-    *,
-    depth: int,
-    features: int,
-    is_causal: bool,
-    mlp_hidden: int | None,
-    dropout_rate: float,
-    dtype: Any,
-) -> nnx.List:
-    """`depth` blocks; layer i has mixers[i mod len(mixers)]. mlp_hidden None: 8/3 of features, in multiples of 8."""
-    if not mixers:
-        raise ValueError("mixers: got an empty list; need at least one mixer, repeated over the layers")
-    if depth < 1:
-        raise ValueError(f"depth: got {depth}; need at least 1")
-    hidden = -(-features * 8 // 24) * 8 if mlp_hidden is None else mlp_hidden
-    return nnx.List(
-        Block(
-            features,
-            mixers[layer % len(mixers)],
-            is_causal=is_causal,
-            mlp_hidden=hidden,
-            dropout_rate=dropout_rate,
-            dtype=dtype,
+class Stack(nnx.Module):
+    """Blocks in turn, and the norm for what comes after: what every model is built around.
+
+    Args:
+      mixers: mixer factories; layer i has mixers[i mod len(mixers)], so one entry serves all layers and several make a
+        hybrid.
+      depth, features, mlp_hidden: layers, width D, hidden width of the MLP (default 8/3 D, in multiples of 8).
+      dropout_rate: on every residual branch, in training.
+      remat: recompute each block in the backward, to save memory.
+      dtype: what is computed in; parameters are float32.
+    """
+
+    is_causal = True
+
+    def __init__(
+        self,
+        *,
+        mixers: Sequence[MixerFactory],
+        depth: int = 4,
+        features: int = 128,
+        mlp_hidden: int | None = None,
+        dropout_rate: float = 0.0,
+        remat: bool = False,
+        dtype: Any = jnp.float32,
+    ):
+        if not mixers:
+            raise ValueError("mixers: got an empty list; need at least one mixer, repeated over the layers")
+        check_int("depth", depth, least=1)
+        self.features, self.dropout_rate, self.remat, self.dtype = features, dropout_rate, remat, dtype
+        hidden = -(-features * 8 // 24) * 8 if mlp_hidden is None else mlp_hidden
+        self.layers = nnx.List(
+            Block(
+                features,
+                mixers[layer % len(mixers)],
+                is_causal=self.is_causal,
+                mlp_hidden=hidden,
+                dropout_rate=dropout_rate,
+                dtype=dtype,
+            )
+            for layer in range(depth)
         )
-        for layer in range(depth)
-    )
+        self.norm = RMSNorm(features)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        show_shared_options(cls)
 
-def run(
-    blocks: nnx.List, x: jax.Array, *, segment_ids: jax.Array | None, key: jax.Array | None, remat: bool
-) -> jax.Array:
-    """Applies the blocks in turn. remat: keep only each block's input for the backward and compute the rest again."""
+    def run(self, x: jax.Array, *, key: jax.Array | None, segment_ids: jax.Array | None = None) -> jax.Array:
+        """Applies the blocks in turn, [B, *space, D] -> [B, *space, D].
 
-    def apply(block: Block, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        return block(x, segment_ids=segment_ids, key=key)
+        key: for dropout; None is evaluation. segment_ids: int [B, T], packed sequences that do not see each other.
+        """
 
-    for layer, block in enumerate(blocks):
-        block_key = None if key is None else jax.random.fold_in(key, layer)
-        # nnx's remat, for what a block's buffers learn comes out beside x.
-        x = (nnx.remat(apply) if remat else apply)(block, x, block_key)
-    return x
+        def apply(block: Block, x: jax.Array, key: jax.Array | None) -> jax.Array:
+            return block(x, segment_ids=segment_ids, key=key)
+
+        for layer, block in enumerate(self.layers):
+            block_key = None if key is None else jax.random.fold_in(key, layer)
+            # nnx's remat, for what a block's buffers learn comes out beside x.
+            x = (nnx.remat(apply) if self.remat else apply)(block, x, block_key)
+        return x
+
+    def stack_flops(self, space: tuple[int, ...]) -> int:
+        """Floating-point operations of matrix products (2 a multiply-add) in the blocks, forward, for one example."""
+        return sum(block.flops(space) for block in self.layers)
+
+    @property
+    def decoding_refusal(self) -> str:
+        """Why it does not decode: what its first mixer that does not gives as the reason; "" where all do."""
+        return next((block.mixer.decoding_refusal for block in self.layers if not block.mixer.decodes), "")
+
+    def state_size(self, length: int) -> int | None:
+        """Numbers kept per sequence to decode the token after `length` tokens; None if it does not decode."""
+        sizes = (block.mixer.state_size(length) for block in self.layers)
+        return sum(size for size in sizes if size is not None) if not self.decoding_refusal else None

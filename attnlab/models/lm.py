@@ -1,63 +1,35 @@
 """A decoder-only language model that takes any causal mixer, layer by layer."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from attnlab.models import blocks
-from attnlab.nn.layers import RMSNorm, dropout
-from attnlab.nn.mixers import MixerCache, MixerFactory
+from attnlab.models.blocks import Stack
+from attnlab.nn.layers import dropout
+from attnlab.nn.mixers import MixerCache
 from attnlab.nn.parameters import normal, parameter
 
 # Folded into the dropout key; the layers fold in their number, so that a layer's dropout does not depend on depth.
 _EMBEDDING_DROPOUT = 2**31
 
 
-class LanguageModel(nnx.Module):
+class LanguageModel(Stack):
     """Tied embeddings, pre-norm blocks of mixer and gated MLP: tokens [B, T] -> logits [B, T, vocabulary].
 
     Args:
       vocabulary: number of tokens.
-      mixers: mixer factories; layer i has mixers[i mod len(mixers)], so one entry serves all layers and several make a
-        hybrid.
-      depth, features, mlp_hidden: layers, width D, hidden width of the MLP (default 8/3 D).
       max_length: with a number, learned positions up to it are added to the embeddings; None adds none (the mixers'
         rotary positions are their own).
-      dropout_rate: on the embeddings and every residual branch, in training.
-      remat: recompute each block in the backward, to save memory.
-      dtype: what is computed in; parameters and logits are float32.
+      stack: mixers and further options, as in attnlab.models.blocks.Stack. Dropout is on the embeddings too; logits are
+        float32.
     """
 
-    def __init__(
-        self,
-        *,
-        vocabulary: int,
-        mixers: Sequence[MixerFactory],
-        depth: int = 4,
-        features: int = 128,
-        mlp_hidden: int | None = None,
-        max_length: int | None = None,
-        dropout_rate: float = 0.0,
-        remat: bool = False,
-        dtype: Any = jnp.float32,
-    ):
-        self.vocabulary, self.features, self.max_length = vocabulary, features, max_length
-        self.dropout_rate, self.remat, self.dtype = dropout_rate, remat, dtype
-        self.embedding = parameter((vocabulary, features), normal(0.02))
-        self.positions = None if max_length is None else parameter((max_length, features), normal(0.02))
-        self.layers = blocks.stack(
-            mixers,
-            depth=depth,
-            features=features,
-            is_causal=True,
-            mlp_hidden=mlp_hidden,
-            dropout_rate=dropout_rate,
-            dtype=dtype,
-        )
-        self.norm = RMSNorm(features)
+    def __init__(self, *, vocabulary: int, max_length: int | None = None, **stack: Any):
+        super().__init__(**stack)
+        self.vocabulary, self.max_length = vocabulary, max_length
+        self.embedding = parameter((vocabulary, self.features), normal(0.02))
+        self.positions = None if max_length is None else parameter((max_length, self.features), normal(0.02))
 
     def __call__(
         self,
@@ -76,7 +48,7 @@ class LanguageModel(nnx.Module):
             raise ValueError(f"tokens: got {tokens.dtype}{list(tokens.shape)}; need integers [batch, length]")
         x = self._embed(tokens, jnp.arange(tokens.shape[1]))
         x = dropout(x, self.dropout_rate, None if key is None else jax.random.fold_in(key, _EMBEDDING_DROPOUT))
-        x = blocks.run(self.layers, x, segment_ids=segment_ids, key=key, remat=self.remat)
+        x = self.run(x, key=key, segment_ids=segment_ids)
         return self._logits(x if places is None else jnp.take_along_axis(x, places[..., None], axis=1))
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
@@ -112,11 +84,7 @@ class LanguageModel(nnx.Module):
 
     def flops(self, length: int) -> int:
         """Floating-point operations of matrix products (2 a multiply-add) for one sequence, forward."""
-        return sum(block.flops((length,)) for block in self.layers) + 2 * length * self.features * self.vocabulary
-
-    def state_size(self, length: int) -> int:
-        """Numbers kept per sequence to decode the token after `length` tokens."""
-        return sum(block.mixer.state_size(length) for block in self.layers)
+        return self.stack_flops((length,)) + 2 * length * self.features * self.vocabulary
 
 
 def generate(

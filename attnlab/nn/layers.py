@@ -24,8 +24,8 @@ class Linear(nnx.Module):
         initializer: Initializer | None = None,
         dtype: Any = jnp.float32,
     ):
-        self.inputs = (inputs,) if isinstance(inputs, int) else inputs
-        self.outputs = (outputs,) if isinstance(outputs, int) else outputs
+        self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        self.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         self.dtype = dtype
         self.kernel = parameter(self.inputs + self.outputs, initializer or normal(math.prod(self.inputs) ** -0.5))
         self.bias = parameter(self.outputs, zeros) if use_bias else None

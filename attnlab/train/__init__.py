@@ -1,6 +1,7 @@
 """Training: tasks, and a loop that goes on where it stopped."""
 
-from attnlab.train.loop import Experiment, OptimizerOptions, Result, restore_values, train
+from attnlab.train.loop import Experiment, Result, restore_values, train
+from attnlab.train.step import OptimizerOptions
 from attnlab.train.tasks import (
     AxialImageTask,
     ImageClassificationTask,

@@ -1,4 +1,4 @@
-"""The training loop, from top to bottom: `train` is the whole of it.
+"""The training loop, from top to bottom: `train` is the whole of it, around the steps of `attnlab.train.step`.
 
 A run is decided by its experiment alone: initial values by parameter path, batches by index, dropout by step, all from
 one seed. A checkpoint holds the state and the place in the data, and metrics are truncated to it on the way back in, so
@@ -7,7 +7,6 @@ a run that was stopped, however abruptly, goes on bit for bit as if it had not b
 
 import contextlib
 import dataclasses
-import functools
 import math
 import signal
 import sys
@@ -15,44 +14,30 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from tqdm import tqdm
 
 from attnlab import nn
+from attnlab.attention._shared.checks import check_int
+from attnlab.train.step import (
+    OptimizerOptions,
+    initial_state,
+    loss_shapes,
+    make_evaluation,
+    make_optimizer,
+    make_step,
+)
 from attnlab.train.tasks import Batch, Illustrated, Task
 from attnlab.train.workdir import Workdir, newest_state, read_result
 
-# Folded into the seed's key, a number a purpose.
-_INITIAL_VALUES, _DROPOUT, _SAMPLES = 0, 1, 2
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerOptions:
-    """AdamW after global-norm clipping, with linear warm-up and cosine decay.
-
-    Args:
-      learning_rate: its peak.
-      warmup_steps: steps from 0 to the peak; at most the number of steps.
-      final_fraction: the last step's share of the peak.
-      weight_decay: on matrices (parameters of two and more axes), decoupled, times the learning rate.
-      clip_norm: largest norm of the whole gradient.
-      b1, b2: Adam's decay rates.
-    """
-
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    final_fraction: float = 0.1
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    b1: float = 0.9
-    b2: float = 0.99
+# Folded into the seed's key to draw samples; the step folds in smaller numbers.
+_SAMPLES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +60,7 @@ class Experiment:
     task: Task
     steps: int
     batch_size: int
-    optimizer: OptimizerOptions = OptimizerOptions()
+    optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
     seed: int = 0
     log_every: int = 10
     evaluate_every: int = 100
@@ -84,14 +69,13 @@ class Experiment:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; need at least 1")
-        if self.evaluation_batches is not None and self.evaluation_batches < 1:
+            check_int(name, getattr(self, name), least=1)
+        if self.evaluation_batches is not None and check_int("evaluation_batches", self.evaluation_batches) < 1:
             raise ValueError(f"evaluation_batches: got {self.evaluation_batches}; need at least 1, or None for all")
         if not 0 <= self.optimizer.warmup_steps <= self.steps:
             raise ValueError(f"warmup_steps: got {self.optimizer.warmup_steps}; need 0 to steps = {self.steps}")
         # Traces the model on the task's shapes, so that what does not fit is said now and not once a run is under way.
-        loss_shapes(self)
+        loss_shapes(self.model, self.task, self.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,16 +92,6 @@ class Result:
     items_per_second: float
     seconds: float
     compile_seconds: float
-
-
-class State(NamedTuple):
-    """All that a step changes. buffers: what layers learn by themselves. sums: metrics added up since the last row."""
-
-    parameters: nn.Parameters
-    buffers: nn.Parameters
-    optimizer: optax.OptState
-    step: jax.Array
-    sums: dict[str, jax.Array]
 
 
 def train(
@@ -151,11 +125,11 @@ def train(
     model, task, steps = experiment.model, experiment.task, experiment.steps
     key = jax.random.key(experiment.seed)
     optimizer = make_optimizer(experiment.optimizer, steps)
-    step_function, evaluate_function = make_step(experiment, optimizer, key), make_evaluation(experiment)
+    step_function, evaluate_function = make_step(model, task, optimizer, key), make_evaluation(model, task)
     unit, units = (task.costs(model)[name] for name in ("unit", "units"))
 
     batches: grain.DatasetIterator = iter(task.batches("train", experiment.batch_size, experiment.seed))
-    state = initial_state(experiment, optimizer, key)
+    state = initial_state(model, task, experiment.batch_size, optimizer, key)
     history: list[dict[str, Any]] = []
     if folder is not None:
         state, history = folder.restore(state, batches)
@@ -223,66 +197,15 @@ def train(
     return result
 
 
-def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
-    schedule = optax.schedules.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=options.learning_rate,
-        warmup_steps=options.warmup_steps,
-        decay_steps=steps,
-        end_value=options.learning_rate * options.final_fraction,
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(options.clip_norm),
-        optax.adamw(
-            schedule,
-            b1=options.b1,
-            b2=options.b2,
-            weight_decay=options.weight_decay,
-            mask=lambda parameters: jax.tree.map(lambda leaf: leaf.ndim >= 2, parameters),
-        ),
-    )
-
-
-def initial_state(experiment: Experiment, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
-    values = nn.initialize(experiment.model, jax.random.fold_in(key, _INITIAL_VALUES))
-    parameters, buffers = nn.split(experiment.model, values)
-    zeros = {name: jnp.zeros((), jnp.float32) for name in (*loss_shapes(experiment)[1], "steps")}
-    return State(parameters, buffers, optimizer.init(parameters), jnp.zeros((), jnp.int32), zeros)
-
-
 def restore_values(experiment: Experiment, path: Path) -> nn.Parameters:
     """The model's values, buffers too, from the newest checkpoint in the folder of a run of this experiment.
 
     Raises UserError: there is none, or it cannot be read.
     """
-    optimizer = make_optimizer(experiment.optimizer, experiment.steps)
-    key = jax.random.key(experiment.seed)
-    state = newest_state(path, jax.eval_shape(lambda: initial_state(experiment, optimizer, key)))
+    model, task, batch_size = experiment.model, experiment.task, experiment.batch_size
+    optimizer, key = make_optimizer(experiment.optimizer, experiment.steps), jax.random.key(experiment.seed)
+    state = newest_state(path, jax.eval_shape(lambda: initial_state(model, task, batch_size, optimizer, key)))
     return nn.merge(state.parameters, state.buffers)
-
-
-def make_step(experiment: Experiment, optimizer: optax.GradientTransformation, key: jax.Array) -> Any:
-    """The jitted training step, (state, batch) -> state. It takes the old state's memory."""
-
-    def step(state: State, batch: Batch) -> State:
-        dropout_key = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), state.step)
-
-        def loss(parameters: nn.Parameters) -> tuple[jax.Array, tuple[dict[str, jax.Array], nn.Parameters]]:
-            return _loss(experiment, nn.merge(parameters, state.buffers), batch, dropout_key)
-
-        gradients, (metrics, buffers) = jax.grad(loss, has_aux=True)(state.parameters)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
-        added = {**metrics, "steps": jnp.ones(())}
-        sums = {name: value + added.get(name, 0.0) for name, value in state.sums.items()}
-        parameters = optax.apply_updates(state.parameters, updates)
-        return State(parameters, buffers, optimizer_state, state.step + 1, sums)
-
-    return jax.jit(step, donate_argnums=0)
-
-
-def make_evaluation(experiment: Experiment) -> Callable[[nn.Parameters, Batch], dict[str, jax.Array]]:
-    """The jitted evaluation of a batch: all values of the model, batch -> metrics."""
-    return jax.jit(lambda values, batch: _loss(experiment, values, batch, None)[1][0])
 
 
 def evaluate(
@@ -300,24 +223,6 @@ def evaluate(
         weight += batch_weight
     means = {name: total / weight for name, total in totals.items()}
     return means | experiment.task.derived(means)
-
-
-def loss_shapes(experiment: Experiment) -> tuple[Any, dict[str, Any]]:
-    """Shapes of the training loss and its metrics; nothing is computed."""
-    values = jax.eval_shape(lambda: nn.initialize(experiment.model, jax.random.key(0)))
-    inputs = experiment.task.inputs(experiment.batch_size)
-    loss, (metrics, _) = jax.eval_shape(functools.partial(_loss, experiment, key=jax.random.key(0)), values, inputs)
-    return loss, metrics
-
-
-def _loss(
-    experiment: Experiment, values: nn.Parameters, batch: Batch, key: jax.Array | None
-) -> tuple[jax.Array, tuple[dict[str, jax.Array], nn.Parameters]]:
-    """The loss with what layers add to it, the metrics, and the buffers after this batch."""
-    model = nn.bind(experiment.model, values)
-    loss, metrics = experiment.task.loss(model, batch, key=key)
-    buffers, auxiliary = nn.learned(model)
-    return loss + auxiliary, (metrics, buffers)
 
 
 def _arrays(batch: Batch) -> Batch:

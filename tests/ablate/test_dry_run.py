@@ -4,13 +4,10 @@ import pytest
 import tiny_sweep
 
 from attnlab import cli
-from attnlab.ablate import dry_run, run_ablation, runs
+from attnlab.ablate import dry_run, run_ablation
 from attnlab.ablate.plan import Plan
 
-
-@pytest.fixture(autouse=True)
-def pretended(monkeypatch):
-    monkeypatch.setattr(runs, "train", tiny_sweep.pretend_train)
+pytestmark = pytest.mark.usefixtures("pretended")
 
 
 def cells(shown):

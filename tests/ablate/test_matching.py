@@ -3,7 +3,7 @@
 import pytest
 import tiny_sweep
 
-from attnlab.ablate import matching, run_ablation, runs, write_report
+from attnlab.ablate import matching, run_ablation, write_report
 from attnlab.ablate.plan import Plan
 from attnlab.errors import UserError
 
@@ -104,13 +104,16 @@ def test_a_knob_that_does_nothing_and_a_cost_that_is_not_there(tmp_path):
         UserError, match=r"match: LocalAttention\.window of gated_delta for the flops of softmax: the cost"
     ):
         plan(tmp_path, "flops", {"gated_delta": "LocalAttention.window"})
+    leaking = "['experiments/mixers/routing.gin', 'RoutingAttention.membership = \"global\"']"
+    mute = f"ablate.Ablation.arms = {{'softmax': {leaking}}}"
+    with pytest.raises(UserError, match=r"SequenceTask has none, as the model does not decode: membership"):
+        Plan(tiny_sweep.write(tmp_path, mute), ["Ablation.match=state_size", "Ablation.knobs=WINDOW"])
     images = "experiments/sweeps/digits.gin"
     with pytest.raises(UserError, match="match: got 'state_size'; ImageClassificationTask has none"):
         Plan(images, ["Ablation.match=state_size", "Ablation.knobs=WINDOW"])
 
 
-def test_the_report_says_how_far_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "train", tiny_sweep.pretend_train)
+def test_the_report_says_how_far_off(pretended, tmp_path):
     file = tiny_sweep.write(
         tmp_path, "ablate.Ablation.match = 'parameters'", "ablate.Ablation.knobs = 'LanguageModel.mlp_hidden'"
     )

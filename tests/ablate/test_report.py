@@ -116,6 +116,22 @@ def test_images_have_no_decode_state(tmp_path):
     assert "decode state" not in table.lower()
 
 
+def test_arms_that_do_not_decode_have_an_unknown_state(tmp_path):
+    sizes = {"base": None, "low": 2048, "mute": None}
+    rows = [row(arm, 0, loss, state_size=sizes[arm]) for arm, loss in (("base", 1.0), ("low", 0.9), ("mute", 0.5))]
+    page, table = report(rows, tmp_path)
+    head, _, *lines = (line.strip("| ").split(" | ") for line in table.split("\n\n")[1].splitlines())
+    assert {line[0]: line[head.index("decode state")] for line in lines} == {"base": "", "low": "2.05 k", "mute": ""}
+    assert "decode state: low;" in table
+    assert "Decode state: numbers kept to decode after 4 tokens." in table
+    assert "Quality against decode state" in page
+    with (tmp_path / "results.csv").open() as file:
+        assert [line["state_size"] for line in csv.DictReader(file)] == ["", "2048", ""]
+    page, _ = report([row("base", 0, 1.0, state_size=None), row("low", 0, 1.0, status="failed", error="e")], tmp_path)
+    assert "Quality against FLOPs/token" in page
+    assert "Quality against decode state" not in page
+
+
 def test_an_accuracy_is_better_when_higher_and_is_drawn_by_group(tmp_path):
     def accurate(arm, seed, accuracy):
         final = {"accuracy": accuracy, "accuracy, 1 pairs": 1.0, "accuracy, 4 pairs": 2 * accuracy - 1.0}

@@ -1,8 +1,8 @@
 """The arms of a sweep: alike in all but what the arm says; a failing arm does not take the others with it."""
 
-import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,12 +92,6 @@ train.LanguageTask.sequence_length = 32
     assert "wild-seed0 failed" in capsys.readouterr().out
 
 
-@pytest.fixture
-def pretended(monkeypatch):
-    """Trains nothing, and notes what would be trained."""
-    monkeypatch.setattr(runs, "train", tiny_sweep.pretend_train)
-
-
 def run(folder, *bindings, workdir="out", **options):
     return run_ablation(tiny_sweep.write(folder, *bindings), [], folder / workdir, say=lambda line: None, **options)
 
@@ -138,23 +132,96 @@ def test_other_code_trains_anew_beside_the_old_runs(pretended, tmp_path, monkeyp
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def test_code_version_follows_sources_that_a_run_executes_and_ones_own_modules(tmp_path, monkeypatch):
-    version = cache.code_version()
+MODULES = ("attnlab.nn.mixers.softmax", "attnlab.train.loop")
+
+
+def version(*modules):
     cache.code_version.cache_clear()
-    assert cache.code_version() == version
-    own = tmp_path / "own_module.py"
+    return cache.code_version(modules)
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A copy of attnlab and kernels_pallas that code versions are of, to be edited."""
+    root = Path(attnlab.__file__).parents[1]
+    for package in ("attnlab", "kernels_pallas"):
+        shutil.copytree(root / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    path_of = cache._path
+
+    def path_in_copy(name):
+        path = path_of(name)
+        if name.partition(".")[0] not in ("attnlab", "kernels_pallas"):
+            return path
+        module = tmp_path.joinpath(*name.split("."))
+        return next((file for file in (module / "__init__.py", module.with_suffix(".py")) if file.is_file()), None)
+
+    monkeypatch.setattr(cache, "_path", path_in_copy)
+    yield tmp_path
+    cache.code_version.cache_clear()
+
+
+def append(file, text):
+    file.write_text(f"{file.read_text()}\n{text}\n")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "attnlab/nn/mixers/softmax.py",
+        "attnlab/nn/layers.py",
+        "attnlab/attention/masks.py",
+        "attnlab/models/lm.py",
+        "attnlab/data/text.py",
+        "attnlab/train/step.py",
+        "attnlab/train/tasks/base.py",
+        "kernels_pallas/tpu/banded_flash_backward.py",  # which a function of attention imports
+    ],
+)
+def test_code_version_follows_an_edit_of_what_a_run_executes(copied, file):
+    before = version(*MODULES)
+    assert version(*MODULES) == before
+    append(copied / file, "A = 1")
+    assert version(*MODULES) != before
+
+
+def test_code_version_stays_with_edits_of_what_no_run_executes(copied):
+    before = version(*MODULES)
+    for file in ("cli.py", "config.py", "show.py", "bench.py", "ablate/report.py", "ablate/runs.py"):
+        append(copied / "attnlab" / file, "A = 1")
+    assert version(*MODULES) == before
+
+
+def test_a_package_that_is_added_counts_once_it_is_imported(copied):
+    before = version(*MODULES)
+    added = copied / "attnlab" / "added"
+    added.mkdir()
+    (added / "__init__.py").write_text("")
+    (added / "deep.py").write_text("A = 1")
+    assert version(*MODULES) == before
+    append(copied / "attnlab" / "nn" / "layers.py", "def later():\n    from attnlab.added import deep")
+    imported = version(*MODULES)
+    append(added / "deep.py", "A = 2")
+    assert len({before, imported, version(*MODULES)}) == 3
+
+
+def test_code_version_follows_ones_own_modules_and_what_lies_beside_them(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    versions = set()
-    for text in ("A = 1", "A = 2"):
-        own.write_text(text)
-        importlib.import_module("own_module")
-        cache.code_version.cache_clear()
-        versions.add(cache.code_version(("own_module",)))
-    assert len(versions | {version}) == 3
-    monkeypatch.setattr(cache, "_PARTS", ("attention",))
-    cache.code_version.cache_clear()
-    assert cache.code_version() != version
-    cache.code_version.cache_clear()
+    package = tmp_path / "own_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("from . import inner\nimport numpy, json")
+    (package / "inner.py").write_text("from ..nothing import at_all\n")
+    (tmp_path / "own_module.py").write_text("def late():\n    import own_package\n")
+    (tmp_path / "beside.py").write_text("A = 1")
+    assert set(cache.reached(["own_module"])) == {"own_module", "own_package", "own_package.inner"}
+    versions = {version(*MODULES), version(*MODULES, "own_module")}
+    append(tmp_path / "beside.py", "A = 2")
+    assert version(*MODULES, "own_module") in versions
+    append(package / "inner.py", "A = 2")
+    versions.add(version(*MODULES, "own_module"))
+    append(tmp_path / "own_module.py", "A = 2")
+    versions.add(version(*MODULES, "own_module"))
+    assert len(versions) == 4
+    assert "own_package" not in sys.modules
 
 
 def test_a_rate_is_chosen_for_each_arm_and_no_run_is_trained_twice(pretended, tmp_path):

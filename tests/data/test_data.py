@@ -113,7 +113,7 @@ def test_batches_hold_floats_for_classes_and_integers_for_pixels():
     images = data.digits()
     for split, wanted in (("validation", images.validation_images), ("train", None)):
         floats = next(iter(data.image_batches(images, split, batch_size=5, seed=3)))
-        pixels = next(iter(data.pixel_batches(images, split, batch_size=5, seed=3)))
+        pixels = next(iter(data.image_batches(images, split, batch_size=5, seed=3, with_labels=False)))
         assert (floats["image"].dtype, pixels["pixels"].dtype) == (np.float32, np.int32)
         np.testing.assert_array_equal(floats["image"] * 16, pixels["pixels"])
         if wanted is not None:

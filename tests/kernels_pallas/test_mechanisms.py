@@ -1,5 +1,5 @@
-"""Every mechanism of the catalog by its kernels, and calls with more options: values and gradients in TPU interpret mode
-against the references."""
+"""Every mechanism of the catalog by its kernels, and calls with more options: values and gradients in TPU interpret
+mode against the references."""
 
 import functools
 

@@ -34,6 +34,23 @@ def test_layers_take_the_mixers_in_turn(hybrid):
     assert kinds == ["LocalAttention", "LinearAttention", "LocalAttention"]
 
 
+def test_depth_is_an_integer():
+    with pytest.raises(TypeError, match=r"depth: got 2\.0; need an int"):
+        LanguageModel(vocabulary=8, mixers=HYBRID, depth=2.0, features=16)
+
+
+def test_a_model_decodes_if_its_mixers_do():
+    assert LanguageModel(vocabulary=8, mixers=HYBRID, depth=2, features=16).decoding_refusal == ""
+    leaking = functools.partial(nn.RoutingAttention, clusters=2, window=4, membership="global")
+    mute = LanguageModel(vocabulary=8, mixers=[*HYBRID, leaking], depth=3, features=16)
+    assert mute.decoding_refusal == "membership: got 'global'; only \"strict\" decodes"
+    assert mute.state_size(8) is None
+    # Their first two layers are the same.
+    assert LanguageModel(vocabulary=8, mixers=[*HYBRID, leaking], depth=2, features=16).state_size(8) > 0
+    image = ImageClassifier(image_size=(4, 4, 1), classes=2, mixers=[nn.SoftmaxAttention], depth=1, features=16)
+    assert image.decoding_refusal == "SoftmaxAttention: only a causal mixer decodes; this one has is_causal=False"
+
+
 def test_decoding_equals_the_call(hybrid, tokens):
     model, parameters = hybrid
     logits = compiled(model)(parameters, tokens)

@@ -1,57 +1,30 @@
 """Mixers: one table over mechanisms; decode equals the parallel form, costs are what is done and kept."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mixers import DECODING, MIXERS
 
 from attnlab import attention, nn
 
-MIXERS = {
-    "softmax": nn.SoftmaxAttention,
-    "grouped": functools.partial(nn.SoftmaxAttention, num_key_heads=2, normalize_qk=True),
-    "local": functools.partial(nn.LocalAttention, window=5),
-    "local_sinks": functools.partial(nn.LocalAttention, window=4, sinks=2, value_dim=3),
-    "local_stride": functools.partial(nn.LocalAttention, window=6, stride=3, edge="clip"),
-    "dilated": functools.partial(nn.DilatedAttention, window=3, dilation=4),
-    "dilated_stride": functools.partial(nn.DilatedAttention, window=4, dilation=3, stride=2, edge="clip"),
-    "linear": functools.partial(nn.LinearAttention, feature_map="elu", normalize=True),
-    "taylor": functools.partial(
-        nn.LinearAttention, feature_map="taylor2", normalize=True, num_key_heads=2, head_dim=3, value_dim=5
-    ),
-    "retention": functools.partial(nn.LinearAttention, decay="retention", rotary=True),
-    "gated": functools.partial(nn.LinearAttention, decay="data"),
-    "gla": functools.partial(nn.LinearAttention, decay="channel", output_gate=True, num_key_heads=2),
-    "delta": functools.partial(nn.LinearAttention, beta=1.0, convolution=4),
-    "gated_delta": functools.partial(nn.LinearAttention, beta=2.0, decay="data", convolution=4, output_gate=True),
-    "agent": functools.partial(nn.AgentAttention, agents=3),
-    "agent_grouped": functools.partial(nn.AgentAttention, agents=4, num_key_heads=2, residual_convolution=0),
-    "routing": functools.partial(nn.RoutingAttention, clusters=3, window=4),
-    "routing_layer": functools.partial(
-        nn.RoutingAttention, clusters=2, window=3, normalize="layer", local_heads=2, local_window=5, value_dim=3
-    ),
-    "local_linear": functools.partial(nn.LocalLinearAttention, ridge=3.0, num_key_heads=2),
-    "local_linear_window": functools.partial(nn.LocalLinearAttention, ridge=3.0, window=5, value_dim=3),
-    "parallax": functools.partial(nn.ParallaxAttention, value_dim=3, num_key_heads=2),
-    "parallax_window": functools.partial(nn.ParallaxAttention, window=5, normalize_qk=False),
-    "softmax_convolved": functools.partial(nn.SoftmaxAttention, convolution=3, residual_convolution=5, num_key_heads=2),
-}
 FEATURES, LENGTH, BATCH = 16, 13, 2
 
 
 @functools.cache
 def causal(name):
     """A causal mixer, its parameters, an input, and what it gives for all of it at once."""
-    mixer = MIXERS[name](FEATURES, is_causal=True)
+    mixer = MIXERS[name](FEATURES)
     parameters = nn.initialize(mixer, jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (BATCH, LENGTH, FEATURES))
     call = jax.jit(lambda parameters, x: nn.bind(mixer, parameters)(x))
     return mixer, parameters, x, call
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", DECODING)
 def test_decoding_step_by_step_equals_the_call(name):
     mixer, parameters, x, call = causal(name)
 
@@ -69,7 +42,7 @@ def test_decoding_step_by_step_equals_the_call(name):
     np.testing.assert_allclose(decode(parameters, x), call(parameters, x), atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", DECODING)
 def test_a_later_token_changes_nothing_before_it(name):
     _, parameters, x, call = causal(name)
     changed = call(parameters, x.at[:, 7].add(3.0))
@@ -80,7 +53,7 @@ def test_a_later_token_changes_nothing_before_it(name):
     assert np.all(np.any(changed[:, 7:8] != unchanged[:, 7:8], axis=-1))
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", DECODING)
 def test_attention_weights_are_what_the_mechanism_applies_to_the_values(name):
     mixer, parameters, x, _ = causal(name)
 
@@ -96,7 +69,7 @@ def test_attention_weights_are_what_the_mechanism_applies_to_the_values(name):
     assert np.all(weights[:, :, *np.triu_indices(LENGTH, 1)] == 0)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", DECODING)
 def test_packed_sequences_do_not_see_each_other(name):
     """The second sequence gives the same when the first one changes, whatever comes before it."""
     mixer, parameters, x, _ = causal(name)
@@ -111,42 +84,97 @@ def test_packed_sequences_do_not_see_each_other(name):
     assert np.any(out[:, :6] != changed[:, :6])
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", DECODING)
 def test_state_size_is_what_the_cache_holds(name):
     mixer = causal(name)[0]
     cache = mixer.init_cache(1, LENGTH)
     held = sum(leaf.size for leaf in jax.tree.leaves(cache) if jnp.issubdtype(leaf.dtype, jnp.floating))
     assert mixer.state_size(LENGTH) == held
+    assert tuple(mixer.state_size(length) for length in (3, LENGTH, 64)) == MIXERS[name].state_sizes
+
+
+def test_every_mixer_has_a_row():
+    offered = {thing for name in nn.__all__ if isinstance(thing := getattr(nn, name), type)}
+    assert {row.mixer for row in MIXERS.values()} == {
+        thing for thing in offered if issubclass(thing, nn.Attention) and thing is not nn.Attention
+    }
 
 
 @pytest.mark.parametrize("name", MIXERS)
+def test_a_mixer_says_whether_it_decodes(name):
+    row = MIXERS[name]
+    mixer = row(FEATURES)
+    assert mixer.decodes == row.decodes == (not mixer.decoding_refusal)
+    if row.decodes:
+        mixer.init_cache(1, 4)
+    else:
+        assert mixer.state_size(LENGTH) is None
+        with pytest.raises(ValueError, match=f"^{re.escape(mixer.decoding_refusal)}$"):
+            mixer.init_cache(1, 4)
+
+
+def test_a_mixer_without_a_cache_does_not_decode():
+    class Mine(nn.Attention):
+        def mix(self, query, key, value, x, segment_ids):
+            return value
+
+        def mechanism_flops(self, space):
+            return 0
+
+    mixer = Mine(FEATURES, is_causal=True)
+    assert mixer.decoding_refusal == "Mine: it has no cache to decode from"
+    assert mixer.state_size(4) is None
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_mixer_for_grids_is_known_by_its_options(name):
+    """Of those that are tried on grids, the ones that have no causal form with these options."""
+    row = MIXERS[name]
+    for_grids = {"local, grid", "dilated, grid", "l2vit", "axial", "agent, grid", "inline"}
+    assert row.mixer.is_for_grids(row.options) == (name in for_grids)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 5},
+        {"window": 4, "sinks": 2},
+        {"window": 3, "sinks": 6},
+        {"window": 6, "stride": 3, "edge": "clip"},
+        {"window": 6, "stride": 3, "edge": "clip", "sinks": 2},
+        {"window": 4, "stride": 4, "edge": "clip", "sinks": 9},
+    ],
+)
+def test_a_local_cache_for_few_tokens_decodes_them_as_one_for_many(options):
+    mixer = nn.LocalAttention(FEATURES, is_causal=True, **options)
+    bound = nn.bind(mixer, nn.initialize(mixer, jax.random.key(0)))
+    x = jax.random.normal(jax.random.key(1), (1, 9, FEATURES))
+    step = jax.jit(bound.step)
+
+    def decode(length, max_length):
+        cache, outputs = bound.init_cache(1, max_length), []
+        for token in range(length):
+            y, cache = step(cache, x[:, token : token + 1])
+            outputs.append(y)
+        return jnp.concatenate(outputs, axis=1)
+
+    want = decode(9, 99)
+    for length in range(1, 10):
+        np.testing.assert_allclose(decode(length, length), want[:, :length], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DECODING)
 def test_bfloat16_is_computed_in_and_given_back(name):
-    mixer = MIXERS[name](FEATURES, is_causal=True, dtype=jnp.bfloat16)
+    mixer = MIXERS[name](FEATURES, dtype=jnp.bfloat16)
     _, parameters, x, call = causal(name)
     y = jax.jit(lambda parameters, x: nn.bind(mixer, parameters)(x))(parameters, x.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(jnp.float32), call(parameters, x), atol=0.08, rtol=0.08)
 
 
-GRID_MIXERS = {
-    "softmax": nn.SoftmaxAttention,
-    "local": functools.partial(nn.LocalAttention, window=(3, 9)),
-    "dilated": functools.partial(nn.DilatedAttention, window=3, dilation=(1, 2)),
-    "linear": functools.partial(nn.LinearAttention, feature_map="relu", normalize=True),
-    "l2vit": functools.partial(
-        nn.LinearAttention, feature_map="relu", normalizer_floor=0.5, residual_convolution=(3, 5)
-    ),
-    "axial": functools.partial(nn.AxialAttention, axis=1),
-    "agent": functools.partial(nn.AgentAttention, agents=(2, 3), bias_grid=(5, 6)),
-    "agent_learned": functools.partial(nn.AgentAttention, agents=4, num_key_heads=2),
-    "inline": nn.InlineAttention,
-    "routing": functools.partial(nn.RoutingAttention, clusters=3, window=10, membership="global", num_key_heads=2),
-}
-
-
-@pytest.mark.parametrize("name", GRID_MIXERS)
+@pytest.mark.parametrize("name", [name for name, mixer in MIXERS.items() if mixer.is_grid])
 def test_a_grid_keeps_its_shape(name):
-    mixer = GRID_MIXERS[name](FEATURES, is_causal=False)
+    mixer = MIXERS[name](FEATURES)
     x = jax.random.normal(jax.random.key(0), (BATCH, 5, 6, FEATURES))
     y = jax.jit(lambda x: nn.bind(mixer, nn.initialize(mixer, jax.random.key(0)))(x))(x)
     assert y.shape == x.shape
@@ -267,6 +295,7 @@ def test_flops_count_the_pairs_that_are_seen():
     [
         (lambda: nn.SoftmaxAttention(10, is_causal=True, num_heads=4), "num_heads: got 4; must divide features 10"),
         (lambda: nn.SoftmaxAttention(16, is_causal=True, num_key_heads=3), "num_key_heads: got 3"),
+        (lambda: nn.SoftmaxAttention(16, is_causal=True, num_heads=0), "num_heads: got 0; need at least 1"),
         (lambda: nn.LinearAttention(16, is_causal=True, decay="slow"), "decay: got 'slow'"),
         (lambda: nn.LinearAttention(16, is_causal=False, decay="data"), "is_causal=False"),
         (lambda: nn.LinearAttention(16, is_causal=False, beta=1.0), "beta: got 1.0 with is_causal=False"),
@@ -288,6 +317,14 @@ def test_flops_count_the_pairs_that_are_seen():
 def test_bad_options_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("given", [True, 2.0, "2"])
+def test_counts_are_integers_and_numpy_s_count(given):
+    for mixer, name in ((nn.SoftmaxAttention, "num_heads"), (nn.AgentAttention, "agents")):
+        with pytest.raises(TypeError, match=f"^{name}: got {given!r}; need an int"):
+            mixer(FEATURES, is_causal=True, **{name: given})
+        assert mixer(FEATURES, is_causal=True, **{name: np.int64(2)}).flops((3,)) > 0
 
 
 def test_rotary_needs_room_for_every_axis():

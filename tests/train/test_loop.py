@@ -11,13 +11,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 import pytest
 import runs
 
 from attnlab import nn
 from attnlab.errors import UserError
-from attnlab.train import OptimizerOptions, loop, restore_values, train
+from attnlab.train import OptimizerOptions, loop, restore_values, step, train
 
 
 def losses(history):
@@ -131,7 +130,8 @@ def test_restored_values_evaluate_as_the_run_did_at_its_end(finished):
     workdir, result = finished
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     values = restore_values(runs.experiment(), workdir)
-    metrics = loop.evaluate(runs.experiment(), loop.make_evaluation(runs.experiment()), values)
+    experiment = runs.experiment()
+    metrics = loop.evaluate(experiment, step.make_evaluation(experiment.model, experiment.task), values)
     np.testing.assert_allclose(metrics["loss"], result.final["loss"], rtol=1e-5)
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
@@ -206,21 +206,19 @@ def test_bad_options_are_named(options, message):
         runs.experiment(**options)
 
 
+@pytest.mark.parametrize("name", ["steps", "batch_size", "log_every", "evaluation_batches"])
+def test_counts_are_integers(name):
+    for given in (True, 8.0):
+        with pytest.raises(TypeError, match=f"{name}: got {given}; need an int"):
+            runs.experiment(**{name: given})
+
+
 def test_evaluation_is_exact_over_a_ragged_last_batch():
     """The mean over all validation examples, whatever the batch size."""
     results = []
     for batch_size in (3, 8):
         experiment = runs.experiment(batch_size=batch_size, steps=4, evaluation_batches=None)
         parameters = nn.initialize(experiment.model, jax.random.key(0))
-        results.append(loop.evaluate(experiment, loop.make_evaluation(experiment), parameters)["loss"])
+        evaluation = step.make_evaluation(experiment.model, experiment.task)
+        results.append(loop.evaluate(experiment, evaluation, parameters)["loss"])
     np.testing.assert_allclose(*results, rtol=1e-5)
-
-
-def test_weight_decay_is_for_matrices_alone():
-    parameters = {"matrix": np.ones((2, 2), np.float32), "vector": np.ones(2, np.float32)}
-    optimizer = loop.make_optimizer(OptimizerOptions(learning_rate=0.1, warmup_steps=0, weight_decay=0.5), 10)
-    zeros = jax.tree.map(np.zeros_like, parameters)
-    updates, _ = optimizer.update(zeros, optimizer.init(parameters), parameters)
-    decayed = optax.apply_updates(parameters, updates)
-    np.testing.assert_allclose(decayed["matrix"], 0.95)
-    np.testing.assert_array_equal(decayed["vector"], 1)

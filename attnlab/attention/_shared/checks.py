@@ -31,7 +31,7 @@ def check_int(name: str, value: Any, *, least: int | None = None, of: Any = None
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: got {given!r}; need an int")
     number = int(value)
-    require(least is None or number >= least, name, repr(given), f"must be at least {least}")
+    require(least is None or number >= least, name, repr(given), f"need at least {least}")
     return number
 
 

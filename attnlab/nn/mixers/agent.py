@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 import attnlab.attention as attention
+from attnlab.attention._shared.checks import check_int
 from attnlab.nn.mixers.base import Attention
 from attnlab.nn.parameters import normal, parameter
 
@@ -44,12 +45,17 @@ class AgentAttention(Attention):
         super().__init__(
             features, is_causal=is_causal, rotary=rotary, residual_convolution=residual_convolution, **shared
         )
-        if is_causal and not isinstance(agents, int):
-            raise ValueError(f"agents: got {agents} with is_causal=True; pooling sees later tokens, so give a number")
+        self.grid: tuple[int, int] | None = None
+        if isinstance(agents, (tuple, list)):
+            if is_causal:
+                raise ValueError(
+                    f"agents: got {agents} with is_causal=True; pooling sees later tokens, so give a number"
+                )
+            self.grid, count = (agents[0], agents[1]), math.prod(agents)
+        else:
+            count = check_int("agents", agents)
         if bias_grid is not None and is_causal:
             raise ValueError(f"bias_grid: got {bias_grid} with is_causal=True; the biases are for images")
-        self.grid = None if isinstance(agents, int) else (agents[0], agents[1])
-        count = agents if isinstance(agents, int) else math.prod(agents)
         if count < 1:
             raise ValueError(f"agents: got {agents}; need at least one")
         self.count, heads = count, self.num_heads
@@ -106,6 +112,3 @@ class AgentAttention(Attention):
 
     def mechanism_flops(self, space: tuple[int, ...]) -> int:
         return self.pair_flops(2 * math.prod(space) * self.count)
-
-    def mechanism_state_size(self, length: int) -> int:
-        return self.num_heads * self.count * (self.value_dim + 2)

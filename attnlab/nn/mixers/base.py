@@ -4,10 +4,9 @@ Every mixer is projections to query, key and value, a mechanism of attnlab.atten
 back. A mechanism is one subclass of Attention: what it computes, what it keeps to decode, and what that costs.
 """
 
-import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from attnlab.attention._shared.checks import check_int
 from attnlab.nn.layers import DepthwiseConvolution, Linear, RMSNorm, grid_positions, rotary_embedding
+from attnlab.nn.signatures import show_shared_options
 
 Array = jax.Array
 
@@ -72,9 +73,10 @@ class Attention(nnx.Module):
     ):
         if is_causal and not self.has_causal_form:
             raise ValueError(f"is_causal: got True; {type(self).__name__} has no causal form")
+        check_int("num_heads", num_heads, least=1)
         if head_dim is None and features % num_heads:
             raise ValueError(f"num_heads: got {num_heads}; must divide features {features}, or give head_dim")
-        num_key_heads = num_heads if num_key_heads is None else num_key_heads
+        num_key_heads = num_heads if num_key_heads is None else check_int("num_key_heads", num_key_heads, least=1)
         if num_heads % num_key_heads:
             raise ValueError(f"num_key_heads: got {num_key_heads}; must divide num_heads {num_heads}")
         self.features, self.is_causal, self.dtype = features, is_causal, dtype
@@ -101,17 +103,12 @@ class Attention(nnx.Module):
     ) -> DepthwiseConvolution | None:
         if widths == 0:
             return None
-        widths = (widths,) if isinstance(widths, int) else tuple(widths)
+        widths = tuple(widths) if isinstance(widths, (tuple, list)) else (widths,)
         return DepthwiseConvolution(widths, channels, is_causal=self.is_causal, use_bias=use_bias, dtype=self.dtype)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Shows a mechanism's own options and the shared ones in one signature, for help and for configs."""
         super().__init_subclass__(**kwargs)
-        own = inspect.signature(cls.__init__).parameters
-        shared = inspect.signature(super(cls, cls).__init__).parameters
-        named = [option for option in own.values() if option.kind is not option.VAR_KEYWORD]
-        named += [option for option in shared.values() if option.name not in own]
-        cls.__init__.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+        show_shared_options(cls)
 
     @abstractmethod
     def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
@@ -121,19 +118,34 @@ class Attention(nnx.Module):
     def mechanism_flops(self, space: tuple[int, ...]) -> int:
         """Floating-point operations (2 a multiply-add) between the heads, for one example, forward."""
 
-    # To decode; mechanisms without a causal form have none of these three.
+    # To decode; mechanisms without a causal form have neither a cache nor a step.
 
     def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
-        """What the mechanism keeps to decode up to max_length tokens."""
+        """What the mechanism keeps to decode up to max_length tokens; no more than these need."""
         raise NotImplementedError
 
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
         """One token [B, 1, N|K, H] -> (out [B, 1, N, V], cache)."""
         raise NotImplementedError
 
-    def mechanism_state_size(self, length: int) -> int:
-        """Numbers kept per example by the mechanism to decode the token after `length` tokens."""
-        raise NotImplementedError
+    @property
+    def decoding_refusal(self) -> str:
+        """Why it does not decode; "" where it does. A mechanism adds what else it refuses."""
+        if not self.is_causal:
+            return f"{type(self).__name__}: only a causal mixer decodes; this one has is_causal=False"
+        if type(self).init_mechanism_cache is Attention.init_mechanism_cache:
+            return f"{type(self).__name__}: it has no cache to decode from"
+        return ""
+
+    @property
+    def decodes(self) -> bool:
+        return not self.decoding_refusal
+
+    @classmethod
+    def is_for_grids(cls, options: Mapping[str, Any]) -> bool:
+        """Whether a mixer of these options is for grids alone: not causal, or with an option per space axis."""
+        per_axis = (isinstance(value, (tuple, list)) and len(value) > 1 for value in options.values())
+        return not cls.has_causal_form or any(per_axis)
 
     def _heads(
         self, x: Array, positions: Array, segment_ids: Array | None, convolved: dict[str, Array] | None = None
@@ -204,8 +216,9 @@ class Attention(nnx.Module):
         return rearrange(flat(weights), "B T N S -> B N T S")
 
     def init_cache(self, batch: int, max_length: int) -> MixerCache:
-        if not self.is_causal:
-            raise ValueError(f"{type(self).__name__}: only a causal mixer decodes; this one has is_causal=False")
+        """An empty cache for decoding up to max_length tokens. Raises ValueError with its decoding_refusal."""
+        if not self.decodes:
+            raise ValueError(self.decoding_refusal)
         convolved = {name: layer.init_cache(batch) for name, layer in self._convolutions().items()}
         return MixerCache(jnp.zeros((), jnp.int32), self.init_mechanism_cache(batch, max_length), convolved)
 
@@ -220,10 +233,12 @@ class Attention(nnx.Module):
         names = ("query_convolution", "key_convolution", "value_convolution", "residual_convolution")
         return {name: layer for name in names if (layer := getattr(self, name)) is not None}
 
-    def state_size(self, length: int) -> int:
-        """Numbers kept per example to decode the token after `length` tokens."""
-        convolved = sum((layer.taps - 1) * layer.features for layer in self._convolutions().values())
-        return self.mechanism_state_size(length) + convolved
+    def state_size(self, length: int) -> int | None:
+        """Numbers kept per example to decode the token after `length` tokens; None if it does not decode."""
+        if not self.decodes:
+            return None
+        kept = jax.tree.leaves(jax.eval_shape(lambda: self.init_cache(1, length)))
+        return sum(leaf.size for leaf in kept if jnp.issubdtype(leaf.dtype, jnp.floating))
 
     def flops(self, space: tuple[int, ...]) -> int:
         """Floating-point operations of matrix products (2 a multiply-add) for one example of this space, forward."""

@@ -1,7 +1,7 @@
 """States of fixed size: linear attention with its gates, and InLine attention for images."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -143,8 +143,9 @@ class LinearAttention(Attention):
         kv = jax.eval_shape(lambda: self.init_mechanism_cache(1, 1).kv)
         return (4 if self.beta is None else 6) * math.prod(space) * kv.size
 
-    def mechanism_state_size(self, length: int) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: self.init_mechanism_cache(1, length))))
+    @classmethod
+    def is_for_grids(cls, options: Mapping[str, Any]) -> bool:
+        return options.get("normalizer_floor") is not None or super().is_for_grids(options)
 
 
 def _gate_bias(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -54,28 +54,33 @@ class LocalAttention(Attention):
         )
 
     def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
-        (window,) = per_axis("window", self.window, 1)
-        self._check_decodes()
+        (window,), (stride,) = per_axis("window", self.window, 1), per_axis("stride", self.stride, 1)
+        # A window that reaches back to the sinks from the end of the last stride group sees all of max_length tokens.
+        sinks = min(self.sinks, max_length - 1)
+        window = min(window, max(-(-max_length // stride) * stride - sinks, stride))
         return attention.init_local_cache(
             batch,
             self.num_key_heads,
             self.head_dim,
             window=window,
-            sinks=self.sinks,
+            sinks=sinks,
             value_dim=self.value_dim,
             dtype=self.dtype,
         )
 
-    def _check_decodes(self) -> None:
-        if per_axis("stride", self.stride, 1) > (1,) and self.edge == "shift":
-            raise ValueError(
+    @property
+    def decoding_refusal(self) -> str:
+        if self.is_causal and self.edge == "shift" and np.max(self.stride) > 1:
+            return (
                 'edge: got "shift" with a stride; the last window would depend on where the sequence ends, so decoding '
                 'needs edge="clip"'
             )
+        return super().decoding_refusal
 
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
-        (window,), (stride,) = per_axis("window", self.window, 1), per_axis("stride", self.stride, 1)
-        return attention.local_step(cache, query, key, value, window=window, sinks=self.sinks, stride=stride)
+        slots, (stride,) = cache.key.shape[1], per_axis("stride", self.stride, 1)
+        sinks = min(self.sinks, slots - stride)
+        return attention.local_step(cache, query, key, value, window=slots - sinks, sinks=sinks, stride=stride)
 
     def mechanism_flops(self, space: tuple[int, ...]) -> int:
         rank = len(space)
@@ -93,10 +98,6 @@ class LocalAttention(Attention):
         if self.sinks:
             pairs += int(np.sum(np.minimum(bounds[0][0], self.sinks)))
         return self.pair_flops(pairs)
-
-    def mechanism_state_size(self, length: int) -> int:
-        kept = min(length, per_axis("window", self.window, 1)[0] + self.sinks)
-        return kept * self.num_key_heads * (self.head_dim + self.value_dim)
 
 
 class DilatedAttention(LocalAttention):
@@ -131,7 +132,6 @@ class DilatedAttention(LocalAttention):
 
     def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
         (window,), (dilation,) = self._window((max_length,)), self._dilation((max_length,))
-        self._check_decodes()
         return attention.init_dilated_cache(
             batch,
             self.num_key_heads,
@@ -146,7 +146,3 @@ class DilatedAttention(LocalAttention):
         _, dilation, window = cache.key.shape[:3]
         (stride,) = per_axis("stride", self.stride, 1)
         return attention.dilated_step(cache, query, key, value, window=window, dilation=dilation, stride=stride)
-
-    def mechanism_state_size(self, length: int) -> int:
-        (window,), (dilation,) = self._window((length,)), self._dilation((length,))
-        return min(length, window * dilation) * self.num_key_heads * (self.head_dim + self.value_dim)

@@ -46,9 +46,6 @@ class _KeyValueMixer(Attention):
     def _cached_window(self, cache: Any) -> int | None:
         return None if self.window is None else cache.key.shape[1]
 
-    def mechanism_state_size(self, length: int) -> int:
-        return (self._within(length) or length) * self.num_key_heads * (self.head_dim + self.value_dim)
-
 
 class LocalLinearAttention(_KeyValueMixer):
     """A weighted ridge regression of values on keys around every query: attention.local_linear_attention.

@@ -115,9 +115,13 @@ class RoutingAttention(Attention):
         self.commitment_loss.set_value(self.commitment * aux.loss.astype(jnp.float32))
         return out
 
+    @property
+    def decoding_refusal(self) -> str:
+        if self.is_causal and self.membership != "strict":
+            return f'membership: got {self.membership!r}; only "strict" decodes'
+        return super().decoding_refusal
+
     def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
-        if self.membership != "strict":
-            raise ValueError(f'membership: got {self.membership!r}; only "strict" decodes')
         split, window = self.local_heads, min(self.window, max_length)
         widths = {"value_dim": self.value_dim, "dtype": self.dtype}
         routed = attention.init_routing_cache(
@@ -155,9 +159,3 @@ class RoutingAttention(Attention):
         queries = length if self.membership == "strict" else self.clusters * window
         near = length * min(self.local_window, length) * self.local_heads
         return compare + 2 * (queries * window * routed + near) * (self.head_dim + self.value_dim)
-
-    def mechanism_state_size(self, length: int) -> int:
-        split = self.local_heads
-        kept = (self.num_heads - split) * self.clusters * min(self.window, length)
-        kept += split * min(self.local_window, length)
-        return kept * (self.head_dim + self.value_dim)

@@ -36,6 +36,3 @@ class SoftmaxAttention(Attention):
     def mechanism_flops(self, space: tuple[int, ...]) -> int:
         length = math.prod(space)
         return self.pair_flops(length * (length + 1) // 2 if self.is_causal else length * length)
-
-    def mechanism_state_size(self, length: int) -> int:
-        return length * self.num_key_heads * (self.head_dim + self.value_dim)

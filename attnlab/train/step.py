@@ -1,0 +1,121 @@
+"""The training step and what it works on, as pure functions of a model and a task; the loop has files and signals."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from attnlab import nn
+from attnlab.train.tasks import Batch, Task
+
+# Folded into the seed's key, one number per purpose; the loop folds in 2 to draw samples.
+_INITIAL_VALUES, _DROPOUT = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """AdamW after global-norm clipping, with linear warm-up and cosine decay.
+
+    Args:
+      learning_rate: its peak.
+      warmup_steps: steps from 0 to the peak; at most the number of steps.
+      final_fraction: the last step's share of the peak.
+      weight_decay: on matrices (parameters of two and more axes), decoupled, times the learning rate.
+      clip_norm: largest norm of the whole gradient.
+      b1, b2: Adam's decay rates.
+    """
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    final_fraction: float = 0.1
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.99
+
+
+class State(NamedTuple):
+    """All that a step changes. buffers: what layers learn by themselves. sums: metrics added up since the last row."""
+
+    parameters: nn.Parameters
+    buffers: nn.Parameters
+    optimizer: optax.OptState
+    step: jax.Array
+    sums: dict[str, jax.Array]
+
+
+def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
+    schedule = optax.schedules.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=options.learning_rate,
+        warmup_steps=options.warmup_steps,
+        decay_steps=steps,
+        end_value=options.learning_rate * options.final_fraction,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(options.clip_norm),
+        optax.adamw(
+            schedule,
+            b1=options.b1,
+            b2=options.b2,
+            weight_decay=options.weight_decay,
+            mask=lambda parameters: jax.tree.map(lambda leaf: leaf.ndim >= 2, parameters),
+        ),
+    )
+
+
+def initial_state(
+    model: nnx.Module, task: Task, batch_size: int, optimizer: optax.GradientTransformation, key: jax.Array
+) -> State:
+    """The state before the first step. model: without values; the seed's key decides them."""
+    values = nn.initialize(model, jax.random.fold_in(key, _INITIAL_VALUES))
+    parameters, buffers = nn.split(model, values)
+    zeros = {name: jnp.zeros((), jnp.float32) for name in (*loss_shapes(model, task, batch_size)[1], "steps")}
+    return State(parameters, buffers, optimizer.init(parameters), jnp.zeros((), jnp.int32), zeros)
+
+
+def make_step(model: nnx.Module, task: Task, optimizer: optax.GradientTransformation, key: jax.Array) -> Any:
+    """The jitted training step, (state, batch) -> state. It takes the old state's memory. key: the seed's."""
+
+    def step(state: State, batch: Batch) -> State:
+        dropout_key = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), state.step)
+
+        def loss(parameters: nn.Parameters) -> tuple[jax.Array, tuple[dict[str, jax.Array], nn.Parameters]]:
+            return _loss(model, task, nn.merge(parameters, state.buffers), batch, dropout_key)
+
+        gradients, (metrics, buffers) = jax.grad(loss, has_aux=True)(state.parameters)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+        added = {**metrics, "steps": jnp.ones(())}
+        sums = {name: value + added.get(name, 0.0) for name, value in state.sums.items()}
+        parameters = optax.apply_updates(state.parameters, updates)
+        return State(parameters, buffers, optimizer_state, state.step + 1, sums)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_evaluation(model: nnx.Module, task: Task) -> Callable[[nn.Parameters, Batch], dict[str, jax.Array]]:
+    """The jitted evaluation of a batch: all values of the model, batch -> metrics."""
+    return jax.jit(lambda values, batch: _loss(model, task, values, batch, None)[1][0])
+
+
+def loss_shapes(model: nnx.Module, task: Task, batch_size: int) -> tuple[Any, dict[str, Any]]:
+    """Shapes of the training loss and its metrics; nothing is computed."""
+    values = jax.eval_shape(lambda: nn.initialize(model, jax.random.key(0)))
+    loss, (metrics, _) = jax.eval_shape(
+        lambda values, batch: _loss(model, task, values, batch, jax.random.key(0)), values, task.inputs(batch_size)
+    )
+    return loss, metrics
+
+
+def _loss(
+    model: nnx.Module, task: Task, values: nn.Parameters, batch: Batch, key: jax.Array | None
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], nn.Parameters]]:
+    """The loss with what layers add to it, the metrics, and the buffers after this batch."""
+    bound = nn.bind(model, values)
+    loss, metrics = task.loss(bound, batch, key=key)
+    buffers, auxiliary = nn.learned(bound)
+    return loss + auxiliary, (metrics, buffers)

@@ -1,0 +1,113 @@
+"""Texts."""
+
+import dataclasses
+import math
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from attnlab import data, nn
+from attnlab.models import LanguageModel, generate
+from attnlab.train.tasks.base import Batch, sequence_costs, weighted_means
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageTask:
+    """Prediction of the next token of a text: mean cross entropy in nats per token, and as bits or perplexity.
+
+    Args:
+      corpus: the text.
+      sequence_length: tokens that are predicted in an example.
+      probe_future: evaluation also looks for a leak: it reads each sequence again with the second half of another one,
+        and reports the loss in the first half both times ("first half, own future", "first half, other future") and the
+        share of its places whose logits move by more than 0.001 ("leak"), which is 0 for a causal model.
+    """
+
+    corpus: data.Corpus
+    sequence_length: int = 256
+    probe_future: bool = False
+
+    def __post_init__(self) -> None:
+        if self.probe_future and self.sequence_length < 4:
+            raise ValueError(f"probe_future: got True with sequence_length {self.sequence_length}; needs at least 4")
+
+    def batches(self, split: str, batch_size: int, seed: int) -> grain.IterDataset:
+        return data.text_batches(
+            self.corpus, split, sequence_length=self.sequence_length, batch_size=batch_size, seed=seed
+        )
+
+    def loss(
+        self, model: LanguageModel, batch: Batch, *, key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        if model.vocabulary < self.corpus.vocabulary:
+            raise ValueError(
+                f"vocabulary: got {model.vocabulary}; the tokens of {self.corpus.name} need {self.corpus.vocabulary}"
+            )
+        targets = batch["tokens"][:, 1:]
+        logits = model(batch["tokens"][:, :-1], key=key)
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
+        means = weighted_means(
+            batch,
+            loss=jnp.mean(losses, axis=-1),
+            accuracy=jnp.mean(jnp.argmax(logits, axis=-1) == targets, axis=-1),
+        )
+        if self.probe_future and key is None:
+            means |= weighted_means(batch, **self._leak(model, batch["tokens"], logits))
+        return means["loss"], means
+
+    def _leak(self, model: LanguageModel, tokens: jax.Array, logits: jax.Array) -> dict[str, jax.Array]:
+        half = self.sequence_length // 2
+        swapped = jnp.concatenate([tokens[:, :half], jnp.roll(tokens[:, half:], 1, axis=0)], axis=1)
+        # The last place of the first half predicts a token of the second.
+        own, other = (x[:, : half - 1] for x in (logits, model(swapped[:, :-1])))
+        targets = tokens[:, 1:half]
+        entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+        return {
+            "first half, own future": jnp.mean(entropy(own, targets), axis=-1),
+            "first half, other future": jnp.mean(entropy(other, targets), axis=-1),
+            "leak": jnp.mean(jnp.max(jnp.abs(own - other), axis=-1) > 1e-3, axis=-1),
+        }
+
+    def derived(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Of the mean loss, in the units of the literature."""
+        if self.corpus.unit == "word":
+            return {"perplexity": math.exp(min(metrics["loss"], 700.0))}
+        return {f"bits_per_{self.corpus.unit}": metrics["loss"] / math.log(2)}
+
+    def inputs(self, batch_size: int) -> Batch:
+        return {"tokens": jax.ShapeDtypeStruct((batch_size, self.sequence_length + 1), jnp.int32)}
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.corpus.describe(), "sequence length": self.sequence_length}
+
+    def costs(self, model: LanguageModel) -> dict[str, Any]:
+        return sequence_costs(model, self.sequence_length)
+
+    def continuations(
+        self, model: LanguageModel, values: nn.Parameters, *, key: jax.Array, count: int, temperature: float
+    ) -> list[tuple[str, str]]:
+        """Beginnings from the validation text and how the model goes on, sequence_length tokens together.
+
+        model: without values. temperature: 0 takes the likeliest tokens.
+        """
+        given = max(1, min(32, self.sequence_length // 4))
+        starts = np.linspace(0, len(self.corpus.validation) - given, count).astype(int)
+        prompts = np.stack([self.corpus.validation[start : start + given] for start in starts]).astype(np.int32)
+
+        @jax.jit
+        def draw(values: nn.Parameters, prompts: jax.Array) -> jax.Array:
+            return generate(
+                nn.bind(model, values),
+                prompts,
+                length=self.sequence_length - given,
+                key=key,
+                temperature=temperature,
+                below=self.corpus.vocabulary,
+            )
+
+        texts = np.asarray(draw(values, prompts))
+        return [(self.corpus.decode(text[:given]), self.corpus.decode(text[given:])) for text in texts]

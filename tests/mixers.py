@@ -1,0 +1,123 @@
+"""Every mixer of attnlab.nn as rows of one table, for the tests that hold for all of them."""
+
+import dataclasses
+from typing import Any
+
+from attnlab import nn
+
+FLASH = {"banded_flash_attention", "banded_flash_query_gradient", "banded_flash_key_value_gradients"}
+LINEAR = {"chunked_linear_attention", "chunked_linear_gradients"}
+COVARIANCE = {"banded_covariance", "banded_covariance_query_gradients", "banded_covariance_key_value_gradients"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixer:
+    """A mixer's class and options.
+
+    is_grid: of images of 5 x 6 positions, and not causal; else of sequences, and causal.
+    state_sizes: numbers kept to decode after 3, 13 and 64 tokens, for 16 features; None: it does not decode.
+    kernels: those that a training step on a TPU runs; None: another row's.
+    """
+
+    mixer: type[nn.Attention]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    _: dataclasses.KW_ONLY
+    is_grid: bool = False
+    state_sizes: tuple[int, int, int] | None = None
+    kernels: set[str] | None = None
+
+    @property
+    def decodes(self) -> bool:
+        return self.state_sizes is not None
+
+    def __call__(self, features: int, *, is_causal: bool | None = None, **options: Any) -> nn.Attention:
+        is_causal = not self.is_grid if is_causal is None else is_causal
+        return self.mixer(features, is_causal=is_causal, **self.options, **options)
+
+
+MIXERS = {
+    "softmax": Mixer(nn.SoftmaxAttention, state_sizes=(96, 416, 2048), kernels=FLASH),
+    "grouped": Mixer(nn.SoftmaxAttention, {"num_key_heads": 2, "normalize_qk": True}, state_sizes=(48, 208, 1024)),
+    "local": Mixer(nn.LocalAttention, {"window": 5}, state_sizes=(96, 160, 160), kernels=FLASH),
+    "local_sinks": Mixer(nn.LocalAttention, {"window": 4, "sinks": 2, "value_dim": 3}, state_sizes=(84, 168, 168)),
+    "local_stride": Mixer(nn.LocalAttention, {"window": 6, "stride": 3, "edge": "clip"}, state_sizes=(96, 192, 192)),
+    "local_stride_shift": Mixer(nn.LocalAttention, {"window": 6, "stride": 3}),
+    "dilated": Mixer(nn.DilatedAttention, {"window": 3, "dilation": 4}, state_sizes=(96, 384, 384), kernels=FLASH),
+    "dilated_stride": Mixer(
+        nn.DilatedAttention, {"window": 4, "dilation": 3, "stride": 2, "edge": "clip"}, state_sizes=(96, 384, 384)
+    ),
+    "linear": Mixer(
+        nn.LinearAttention, {"feature_map": "elu", "normalize": True}, state_sizes=(80, 80, 80), kernels=LINEAR
+    ),
+    "taylor": Mixer(
+        nn.LinearAttention,
+        {"feature_map": "taylor2", "normalize": True, "num_key_heads": 2, "head_dim": 3, "value_dim": 5},
+        state_sizes=(240, 240, 240),
+    ),
+    "retention": Mixer(
+        nn.LinearAttention, {"decay": "retention", "rotary": True}, state_sizes=(64, 64, 64), kernels=LINEAR
+    ),
+    "gated": Mixer(nn.LinearAttention, {"decay": "data"}, state_sizes=(64, 64, 64)),
+    "gla": Mixer(
+        nn.LinearAttention,
+        {"decay": "channel", "output_gate": True, "num_key_heads": 2},
+        state_sizes=(64, 64, 64),
+        kernels=LINEAR,
+    ),
+    "delta": Mixer(nn.LinearAttention, {"beta": 1.0, "convolution": 4}, state_sizes=(208, 208, 208)),
+    "gated_delta": Mixer(
+        nn.LinearAttention,
+        {"beta": 2.0, "decay": "data", "convolution": 4, "output_gate": True},
+        state_sizes=(208, 208, 208),
+        kernels=LINEAR,
+    ),
+    "agent": Mixer(nn.AgentAttention, {"agents": 3}, state_sizes=(104, 104, 104), kernels=LINEAR),
+    "agent_grouped": Mixer(
+        nn.AgentAttention, {"agents": 4, "num_key_heads": 2, "residual_convolution": 0}, state_sizes=(96, 96, 96)
+    ),
+    "routing": Mixer(nn.RoutingAttention, {"clusters": 3, "window": 4}, state_sizes=(288, 384, 384), kernels=FLASH),
+    "routing_layer": Mixer(
+        nn.RoutingAttention,
+        {"clusters": 2, "window": 3, "normalize": "layer", "local_heads": 2, "local_window": 5, "value_dim": 3},
+        state_sizes=(126, 154, 154),
+    ),
+    "routing_global": Mixer(nn.RoutingAttention, {"clusters": 3, "window": 4, "membership": "global"}),
+    "local_linear": Mixer(
+        nn.LocalLinearAttention,
+        {"ridge": 3.0, "num_key_heads": 2},
+        state_sizes=(48, 208, 1024),
+        kernels=FLASH | COVARIANCE,
+    ),
+    "local_linear_window": Mixer(
+        nn.LocalLinearAttention, {"ridge": 3.0, "window": 5, "value_dim": 3}, state_sizes=(84, 140, 140)
+    ),
+    "parallax": Mixer(
+        nn.ParallaxAttention,
+        {"value_dim": 3, "num_key_heads": 2},
+        state_sizes=(42, 182, 896),
+        kernels=FLASH | COVARIANCE,
+    ),
+    "parallax_window": Mixer(nn.ParallaxAttention, {"window": 5, "normalize_qk": False}, state_sizes=(96, 160, 160)),
+    "softmax_convolved": Mixer(
+        nn.SoftmaxAttention,
+        {"convolution": 3, "residual_convolution": 5, "num_key_heads": 2},
+        state_sizes=(144, 304, 1120),
+    ),
+    "softmax, grid": Mixer(nn.SoftmaxAttention, is_grid=True),
+    "local, grid": Mixer(nn.LocalAttention, {"window": (3, 9)}, is_grid=True),
+    "dilated, grid": Mixer(nn.DilatedAttention, {"window": 3, "dilation": (1, 2)}, is_grid=True),
+    "linear, grid": Mixer(nn.LinearAttention, {"feature_map": "relu", "normalize": True}, is_grid=True),
+    "l2vit": Mixer(
+        nn.LinearAttention,
+        {"feature_map": "relu", "normalizer_floor": 0.5, "residual_convolution": (3, 5)},
+        is_grid=True,
+    ),
+    "axial": Mixer(nn.AxialAttention, {"axis": 1}, is_grid=True),
+    "agent, grid": Mixer(nn.AgentAttention, {"agents": (2, 3), "bias_grid": (5, 6)}, is_grid=True),
+    "agent_learned": Mixer(nn.AgentAttention, {"agents": 4, "num_key_heads": 2}, is_grid=True),
+    "inline": Mixer(nn.InlineAttention, is_grid=True),
+    "routing, grid": Mixer(
+        nn.RoutingAttention, {"clusters": 3, "window": 10, "membership": "global", "num_key_heads": 2}, is_grid=True
+    ),
+}
+DECODING = [name for name, mixer in MIXERS.items() if mixer.decodes]

@@ -1,0 +1,28 @@
+"""Texts: the probe for a leak from the future."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from attnlab import data, models, nn
+from attnlab.train import LanguageTask
+
+
+@pytest.mark.parametrize(("membership", "leaks"), [("strict", False), ("global", True)])
+def test_another_future_moves_the_past_of_leaking_models_alone(membership, leaks):
+    text = np.random.default_rng(0).integers(16, size=2000).astype(np.uint8)
+    task = LanguageTask(data.Corpus("noise", text[:1000], text[1000:]), sequence_length=32, probe_future=True)
+    mixer = functools.partial(nn.RoutingAttention, clusters=4, window=8, membership=membership)
+    model = models.LanguageModel(vocabulary=256, mixers=[mixer], depth=2, features=32)
+    bound = nn.bind(model, nn.initialize(model, jax.random.key(0)))
+    batch = next(iter(task.batches("validation", 8, 0)))
+    both = jax.jit(lambda batch: (task.loss(bound, batch, key=None)[1], bound(batch["tokens"][:, :-1])))
+    metrics, logits = both(batch)
+    own, other = metrics["first half, own future"], metrics["first half, other future"]
+    assert (metrics["leak"] > 0.05) == (abs(own - other) > 1e-5) == leaks
+    assert leaks or metrics["leak"] == 0
+    logits = np.asarray(logits, np.float64)[:, :15]
+    picked = np.take_along_axis(logits, batch["tokens"][:, 1:16, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(own, np.mean(np.log(np.exp(logits).sum(-1)) - picked), rtol=1e-5)

@@ -1,0 +1,146 @@
+"""Pixels: what a loss is of, what it costs, and what a task draws."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import data, models, nn
+from attnlab.train import AxialImageTask, RasterImageTask
+from attnlab.train.tasks import Illustrated
+
+
+def images(channels, levels=5):
+    """7 images for training and 3 for validation, 3 x 4."""
+    rng = np.random.default_rng(0)
+    train, validation = (rng.integers(levels, size=(count, 3, 4, channels), dtype=np.uint8) for count in (7, 3))
+    labels = np.zeros(7, np.int32), np.zeros(3, np.int32)
+    return data.LabelledImages("noise", 1, train, labels[0], validation, labels[1], levels=levels)
+
+
+def axial(channels, **options):
+    task = AxialImageTask(images(channels))
+    return task, models.AxialTransformer(
+        image_size=(3, 4, channels), **{"levels": 5, "features": 8, "heads": 2, "outer_layers": 1, **options}
+    )
+
+
+def raster(channels, **options):
+    task = RasterImageTask(images(channels))
+    return task, models.LanguageModel(
+        **{"vocabulary": 6, "mixers": [nn.SoftmaxAttention], "max_length": 12 * channels, "depth": 1, **options}
+    )
+
+
+def cross_entropy(logits, targets):
+    """In numpy: nats by place."""
+    logits = np.asarray(logits, np.float64)
+    return np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
+
+
+def values_of(model):
+    """Larger than a model starts with, so that its logits are far from even."""
+    return jax.tree.map(lambda x: 3 * x, nn.initialize(model, jax.random.key(0)))
+
+
+@pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_loss_in_raster_order_is_the_cross_entropy_of_each_sub_pixel_after_those_before(channels):
+    task, model = raster(channels)
+    bound = nn.bind(model, values_of(model))
+    (batch,) = task.batches("validation", 4, 0)  # with one filler
+    loss, metrics = jax.jit(lambda batch: task.loss(bound, batch, key=None))(batch)
+    losses = []
+    for image in task.images.validation_images:
+        tokens = [int(level) for row in image for pixel in row for level in pixel]  # channels innermost
+        logits = bound(jnp.array([[5, *tokens[:-1]]]))[0, :, :5]  # the start token is never an answer
+        losses.append(cross_entropy(logits, tokens))
+    np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
+    assert metrics["loss"] == loss
+    assert task.derived({"loss": float(loss)})["bits_per_dim"] == pytest.approx(np.mean(losses) / math.log(2))
+
+
+@pytest.fixture(scope="module")
+def colour():
+    """Task, model bound, its evaluation of the validation batch, and its logits [3, Y, X, C, levels]."""
+    task, model = axial(3)
+    bound = nn.bind(model, values_of(model))
+    (batch,) = task.batches("validation", 4, 0)
+    loss, _ = jax.jit(lambda batch: task.loss(bound, batch, key=None))(batch)
+    return task, bound, float(loss), bound(jnp.asarray(task.images.validation_images, jnp.int32))
+
+
+def test_axial_evaluation_is_exact_over_every_channel(colour):
+    task, _, loss, logits = colour
+    np.testing.assert_allclose(loss, np.mean(cross_entropy(logits, task.images.validation_images)), rtol=1e-5)
+
+
+def test_axial_training_takes_a_channel_of_each_image_that_the_key_draws(colour):
+    task, bound, _, logits = colour
+    one = jax.jit(lambda pixels, seed: task.loss(bound, {"pixels": pixels}, key=jax.random.key(seed))[0])
+    pixels = jnp.asarray(task.images.validation_images[:1], jnp.int32)
+    of_first = cross_entropy(logits[:1], task.images.validation_images[:1]).mean(axis=(0, 1, 2))
+    assert len(set(np.round(of_first, 4))) == 3
+    drawn = [int(np.argmin(np.abs(of_first - one(pixels, seed)))) for seed in range(16)]
+    np.testing.assert_allclose([one(pixels, seed) for seed in range(16)], of_first[drawn], rtol=1e-4)
+    assert set(drawn) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("make", [axial, raster])
+@pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_a_model_that_knows_nothing_needs_the_logarithm_of_the_levels(make, channels):
+    task, model = make(channels)
+    zeros = jax.tree.map(jnp.zeros_like, nn.initialize(model, jax.random.key(0)))
+    (batch,) = task.batches("validation", 3, 0)
+    loss, _ = task.loss(nn.bind(model, zeros), batch, key=None)
+    assert task.derived({"loss": float(loss)})["bits_per_dim"] == pytest.approx(math.log2(5), rel=1e-6)
+
+
+def test_costs_are_of_a_sub_pixel():
+    for make, channels, unit, units in (
+        (axial, 1, "pixel", 12),
+        (axial, 3, "sub-pixel", 12),
+        (raster, 3, "sub-pixel", 36),
+    ):
+        task, model = make(channels)
+        costs = task.costs(model)
+        assert (costs["unit"], costs["units"], costs["length"]) == (unit, units, 12 * channels)
+        whole = model.flops() if make is axial else model.flops(36)
+        assert costs["flops"] * 12 * channels == pytest.approx(whole)
+        assert costs["state_size"] > 0
+        assert next(iter(task.batches("train", 2, 0)))["pixels"].shape == task.inputs(2)["pixels"].shape
+
+
+@pytest.mark.parametrize("make", [axial, raster])
+def test_models_of_other_levels_are_refused(make):
+    task, model = make(1, **({"levels": 6} if make is axial else {"vocabulary": 5}))
+    batch = task.inputs(2)
+    with pytest.raises(ValueError, match=r"levels: got 6; noise have 5|vocabulary: got 5; noise need 6"):
+        jax.eval_shape(lambda: task.loss(nn.bind(model, nn.initialize(model, jax.random.key(0))), batch, key=None))
+
+
+@pytest.mark.parametrize("make", [axial, raster])
+def test_a_picture_has_validation_images_over_samples(make, tmp_path):
+    from matplotlib.image import imread
+
+    task, model = make(3)
+    assert isinstance(task, Illustrated)
+    values = values_of(model)
+    path, again, other = (tmp_path / f"{number}.png" for number in range(3))
+    for file, seed in ((path, 0), (again, 0), (other, 1)):
+        task.illustrate(model, values, file, key=jax.random.key(seed), count=9)
+    assert path.read_bytes() == again.read_bytes()
+    assert path.read_bytes() != other.read_bytes()
+    picture = np.round(imread(path)[..., :3] * 255)
+    # Tiles of 24 screen pixels a pixel: the first validation image, wherever it is, and as many samples as asked for.
+    first = np.round(task.images.validation_images[0] * (255 / 4)).repeat(24, axis=0).repeat(24, axis=1)
+    found = [
+        (y, x)
+        for y in range(picture.shape[0] - first.shape[0] + 1)
+        for x in range(20)
+        if np.array_equal(picture[y : y + first.shape[0], x : x + first.shape[1]], first)
+    ]
+    assert len(found) == 1
+    assert picture.shape[1] > 8 * first.shape[1]
+    assert picture.shape[0] > 3 * first.shape[0]  # a row of validation images, 8 samples, and one more
