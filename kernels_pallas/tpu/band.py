@@ -202,7 +202,8 @@ class Call:
         index = self._index(b, s)
         if self.by_key:
             return b, n, rows[index]
-        return b, lax.div(n, np.int32(self.band.group)), columns[index]
+        tile = columns[index]
+        return b, lax.div(n, np.int32(self.band.group)), tile
 
     def _of_tokens(self, width: int, *, of_keys: bool) -> Any:
         """Block of an array [B, N, T', width] or [B, K, S', width]."""
