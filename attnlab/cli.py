@@ -165,7 +165,7 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
 
     from attnlab import config
     from attnlab.train import LanguageTask, restore_values
-    from attnlab.train.tasks import Illustrated
+    from attnlab.train.tasks.base import Illustrated
     from attnlab.train.workdir import last_step
 
     if command.count is not None and command.count < 1:
@@ -275,10 +275,8 @@ def _list(command: argparse.Namespace, overrides: list[str]) -> int:
     def summary(thing: object) -> str:
         return (thing.__doc__ or "").strip().splitlines()[0]
 
-    mixers = [thing for name in nn.__all__ if _is_mixer(thing := getattr(nn, name))]
-    tasks = [
-        thing for name in train.__all__ if name.endswith("Task") and name != "Task" and (thing := getattr(train, name))
-    ]
+    mixers = [thing for _, thing in sorted(config.offered(nn).items()) if _is_mixer(thing)]
+    tasks = [thing for name, thing in sorted(config.offered(train).items()) if name.endswith("Task") and name != "Task"]
     for title, things in (("mixers", mixers), ("tasks", tasks)):
         print(title)
         for thing in things:

@@ -13,6 +13,7 @@ import re
 import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import gin
@@ -229,9 +230,16 @@ def _nearest(name: str, candidates: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def offered(package: ModuleType) -> dict[str, Any]:
+    """What a package of attnlab offers, by name: all that its __init__ imports."""
+    return {
+        name: thing for name, thing in vars(package).items() if name[0] != "_" and not isinstance(thing, ModuleType)
+    }
+
+
 def _known_names() -> list[str]:
     """Everything an override can name without an import: what attnlab's packages offer, by module and name."""
-    return [f"{package.__name__.removeprefix('attnlab.')}.{name}" for package in _PACKAGES for name in package.__all__]
+    return [f"{package.__name__.removeprefix('attnlab.')}.{name}" for package in _PACKAGES for name in offered(package)]
 
 
 def _explained(error: Exception) -> str:

@@ -5,15 +5,3 @@ from attnlab.ablate.report import write_report
 from attnlab.ablate.runs import read_rows, run_ablation
 from attnlab.ablate.statistics import Difference, paired_difference, pareto_front, seeds_needed
 from attnlab.ablate.sweep import Ablation
-
-__all__ = [
-    "Ablation",
-    "Difference",
-    "dry_run",
-    "paired_difference",
-    "pareto_front",
-    "read_rows",
-    "run_ablation",
-    "seeds_needed",
-    "write_report",
-]

@@ -19,8 +19,6 @@ from typing import Any
 
 from attnlab.train.workdir import read_result, replace_text
 
-# Their versions count, and not their sources.
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy")
 _OURS = ("attnlab", "kernels_pallas")
 
 
@@ -30,9 +28,19 @@ def code_version(modules: tuple[str, ...]) -> str:
 
     modules: names of the modules of what the config builds (config.Built.modules).
     """
-    versions = {name: metadata.version(name) for name in _LIBRARIES} | {"python": list(sys.version_info[:2])}
-    digests = {name: hashlib.sha256(source).hexdigest() for name, source in reached(modules).items()}
-    return digest({"sources": digests, "versions": versions})
+    sources = reached(modules)
+    digests = {name: hashlib.sha256(source).hexdigest() for name, source in sources.items()}
+    return digest({"sources": digests, "versions": versions(sources), "python": list(sys.version_info[:2])})
+
+
+def versions(sources: Mapping[str, bytes]) -> dict[str, str]:
+    """Of the installed packages that these modules import, by name, and of jaxlib, which jax imports."""
+    imported = {
+        base.partition(".")[0] for source in sources.values() for level, base, _ in _imports(source) if not level
+    }
+    packages = metadata.packages_distributions()
+    names = {"jaxlib", *(name for top in imported.difference(_OURS) for name in packages.get(top, ()))}
+    return {name: metadata.version(name) for name in sorted(names)}
 
 
 def reached(modules: Iterable[str]) -> dict[str, bytes]:
@@ -53,23 +61,24 @@ def reached(modules: Iterable[str]) -> dict[str, bytes]:
         path = _path(name)
         if path is not None and (name.partition(".")[0] in followed or not _is_installed(path)):
             sources[name] = path.read_bytes()
-            left += _imports(name if path.name == "__init__.py" else name.rpartition(".")[0], sources[name])
+            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+            for level, base, names in _imports(sources[name]):
+                above = package.split(".")[: package.count(".") + 2 - level] if level else []
+                full = ".".join([*above, *([base] if base else [])])
+                left += [full, *(f"{full}.{each}" for each in names)]  # a name may be a module
     return sources
 
 
 @functools.cache  # arms share nearly all of their sources
-def _imports(package: str, source: bytes) -> list[str]:
-    """Names that a module of this package imports; of `from a import b` both a and a.b, which may be a module."""
-    names = []
+def _imports(source: bytes) -> list[tuple[int, str, list[str]]]:
+    """(level, a, [b]) of every `from a import b` and `import a`, also inside functions; level counts leading dots."""
+    found: list[tuple[int, str, list[str]]] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            found += [(0, alias.name, []) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".")
-            above = parts[: len(parts) - node.level + 1] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    return names
+            found.append((node.level, node.module or "", [alias.name for alias in node.names]))
+    return found
 
 
 def _path(name: str) -> Path | None:

@@ -23,30 +23,3 @@ from attnlab.data.sequences import (
     sequence_batches,
 )
 from attnlab.data.text import Corpus, characters, embedded_text, text_batches, text_files, words
-
-__all__ = [
-    "IGNORED",
-    "Copy",
-    "Corpus",
-    "Induction",
-    "LabelledImages",
-    "LinearRegressions",
-    "MultiQueryRecall",
-    "Needle",
-    "Permutations",
-    "SelectiveCopy",
-    "SequenceSource",
-    "characters",
-    "cifar10",
-    "digits",
-    "embedded_text",
-    "idx_images",
-    "image_batches",
-    "imagenet_npz",
-    "photo_crops",
-    "sequence_batches",
-    "text_batches",
-    "text_files",
-    "weight_of",
-    "words",
-]

@@ -4,5 +4,3 @@ from attnlab.models.axial import AxialTransformer, sample
 from attnlab.models.image import ImageClassifier
 from attnlab.models.lm import LanguageModel, generate
 from attnlab.models.regressor import SequenceRegressor
-
-__all__ = ["AxialTransformer", "ImageClassifier", "LanguageModel", "SequenceRegressor", "generate", "sample"]

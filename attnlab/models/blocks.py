@@ -10,7 +10,7 @@ from flax import nnx
 
 from attnlab.attention._shared.checks import check_int
 from attnlab.nn.layers import GatedMLP, RMSNorm, dropout
-from attnlab.nn.mixers import MixerCache, MixerFactory
+from attnlab.nn.mixers.base import MixerCache, MixerFactory
 from attnlab.nn.signatures import show_shared_options
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from attnlab.models.blocks import Stack
 from attnlab.nn.layers import dropout
-from attnlab.nn.mixers import MixerCache
+from attnlab.nn.mixers.base import MixerCache
 from attnlab.nn.parameters import normal, parameter
 
 # Folded into the dropout key; the layers fold in their number, so that a layer's dropout does not depend on depth.

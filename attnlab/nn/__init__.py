@@ -1,21 +1,14 @@
 """Flax NNX layers. Parameters have no value until `initialize` draws them by path."""
 
 from attnlab.nn.layers import GatedMLP, Linear, RMSNorm, dropout, rotary_embedding
-from attnlab.nn.mixers import (
-    AgentAttention,
-    Attention,
-    AxialAttention,
-    DilatedAttention,
-    InlineAttention,
-    LinearAttention,
-    LocalAttention,
-    LocalLinearAttention,
-    MixerCache,
-    MixerFactory,
-    ParallaxAttention,
-    RoutingAttention,
-    SoftmaxAttention,
-)
+from attnlab.nn.mixers.agent import AgentAttention
+from attnlab.nn.mixers.axial import AxialAttention
+from attnlab.nn.mixers.base import Attention, MixerCache, MixerFactory
+from attnlab.nn.mixers.linear import InlineAttention, LinearAttention
+from attnlab.nn.mixers.local import DilatedAttention, LocalAttention
+from attnlab.nn.mixers.local_linear import LocalLinearAttention, ParallaxAttention
+from attnlab.nn.mixers.routing import RoutingAttention
+from attnlab.nn.mixers.softmax import SoftmaxAttention
 from attnlab.nn.parameters import (
     AuxiliaryLoss,
     Buffer,
@@ -31,37 +24,3 @@ from attnlab.nn.parameters import (
     parameter_shapes,
     split,
 )
-
-__all__ = [
-    "AgentAttention",
-    "Attention",
-    "AuxiliaryLoss",
-    "AxialAttention",
-    "Buffer",
-    "DilatedAttention",
-    "GatedMLP",
-    "InlineAttention",
-    "Linear",
-    "LinearAttention",
-    "LocalAttention",
-    "LocalLinearAttention",
-    "MixerCache",
-    "MixerFactory",
-    "ParallaxAttention",
-    "Parameters",
-    "RMSNorm",
-    "RoutingAttention",
-    "SoftmaxAttention",
-    "auxiliary_loss",
-    "bind",
-    "buffer",
-    "count_parameters",
-    "dropout",
-    "initialize",
-    "learned",
-    "merge",
-    "parameter",
-    "parameter_shapes",
-    "rotary_embedding",
-    "split",
-]

@@ -1,28 +1,9 @@
-"""Training: tasks, and a loop that goes on where it stopped."""
+"""Training: tasks, and a loop that continues where it stopped."""
 
 from attnlab.train.loop import Experiment, Result, restore_values, train
 from attnlab.train.step import OptimizerOptions
-from attnlab.train.tasks import (
-    AxialImageTask,
-    ImageClassificationTask,
-    LanguageTask,
-    RasterImageTask,
-    RegressionTask,
-    SequenceTask,
-    Task,
-)
-
-__all__ = [
-    "AxialImageTask",
-    "Experiment",
-    "ImageClassificationTask",
-    "LanguageTask",
-    "OptimizerOptions",
-    "RasterImageTask",
-    "RegressionTask",
-    "Result",
-    "SequenceTask",
-    "Task",
-    "restore_values",
-    "train",
-]
+from attnlab.train.tasks.base import Task
+from attnlab.train.tasks.images import ImageClassificationTask
+from attnlab.train.tasks.language import LanguageTask
+from attnlab.train.tasks.pixels import AxialImageTask, RasterImageTask
+from attnlab.train.tasks.sequences import RegressionTask, SequenceTask

@@ -33,7 +33,7 @@ from attnlab.train.step import (
     make_optimizer,
     make_step,
 )
-from attnlab.train.tasks import Batch, Illustrated, Task
+from attnlab.train.tasks.base import Batch, Illustrated, Task
 from attnlab.train.workdir import Workdir, newest_state, read_result
 
 # Folded into the seed's key to draw samples; the step folds in smaller numbers.

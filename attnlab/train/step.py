@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from attnlab import nn
-from attnlab.train.tasks import Batch, Task
+from attnlab.train.tasks.base import Batch, Task
 
 # Folded into the seed's key, one number per purpose; the loop folds in 2 to draw samples.
 _INITIAL_VALUES, _DROPOUT = 0, 1

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -222,6 +223,17 @@ def test_code_version_follows_ones_own_modules_and_what_lies_beside_them(tmp_pat
     versions.add(version(*MODULES, "own_module"))
     assert len(versions) == 4
     assert "own_package" not in sys.modules
+
+
+def test_versions_are_those_of_what_is_imported(tmp_path, monkeypatch):
+    """No list of packages has to be kept for a run's numbers to follow a new version of one."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_module.py").write_text("def late():\n    import scipy.linalg, json\n")
+    own = cache.versions(cache.reached(["own_module"]))
+    assert own == {name: metadata.version(name) for name in ("jaxlib", "scipy")}
+    of_model = cache.versions(cache.reached(MODULES))
+    assert {"jax", "jaxlib", "flax", "numpy", "einops"} <= set(of_model)
+    assert not {"matplotlib-inline", "pytest", "gin-config"} & set(of_model)
 
 
 def test_a_rate_is_chosen_for_each_arm_and_no_run_is_trained_twice(pretended, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from attnlab import data, models, nn
 from attnlab.train import AxialImageTask, RasterImageTask
-from attnlab.train.tasks import Illustrated
+from attnlab.train.tasks.base import Illustrated
 
 
 def images(channels, levels=5):
