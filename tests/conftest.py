@@ -4,6 +4,8 @@ import gc
 import os
 import tempfile
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu: ask no metadata server
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several test processes on one machine
@@ -22,3 +24,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Tracing makes millions of small objects that live on: looking through them less often saves a twentieth of the time.
 gc.set_threshold(100_000, 50, 100)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_end_with_their_module():
+    """What a module compiled is gone with it, so that a process of many modules does not grow by gigabytes."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
+    if path := os.environ.get("RSSLOG"):
+        import resource, psutil
+        open(path, "a").write(f"{psutil.Process().memory_info().rss/2**20:.0f} MiB peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024:.0f}\n")

@@ -386,7 +386,7 @@ def test_memory_is_linear_in_length(form):
         ({"segment_ids": jnp.zeros((2, 7), jnp.int32)}, r"segment_ids: got int32\[2,7\]"),
         ({"initial_state": LinearState(jnp.zeros((2, 2, 5, 4)))}, r"initial_state.kv: got float32\[2,2,5,4\]"),
         ({"initial_state": LinearState(jnp.zeros((2, 4, 5, 4))), "normalize": True}, "initial_state.k_sum: got None"),
-        ({"chunk_size": 0}, "chunk_size: got 0; need an integer >= 1"),
+        ({"chunk_size": 0}, "chunk_size: got 0; need at least 1"),
         ({"implementation": "pallas"}, "implementation: got 'pallas'"),
     ],
 )
@@ -401,7 +401,7 @@ def test_wrong_calls_say_what_is_allowed(change, message):
     [
         ({"value": jnp.zeros((2, 8, 2, 4), jnp.int32)}, "value: got dtype int32"),
         ({"log_decay": -0.1}, "log_decay: got float; need an array"),
-        ({"segment_ids": jnp.zeros((2, 8))}, "segment_ids: got dtype float32; need integers"),
+        ({"segment_ids": jnp.zeros((2, 8))}, "segment_ids: got dtype float32; need an integer dtype"),
         ({"initial_state": jnp.zeros((2, 4, 5, 4))}, "initial_state: got .*; need a LinearState"),
     ],
 )
@@ -413,7 +413,7 @@ def test_wrong_types_say_what_is_needed(change, message):
 
 def test_wrong_steps_say_what_is_allowed():
     token = {"query": jnp.zeros((2, 1, 4, 5)), "key": jnp.zeros((2, 1, 2, 5)), "value": jnp.zeros((2, 1, 2, 4))}
-    with pytest.raises(ValueError, match=r"query: .* need one token"):
+    with pytest.raises(ValueError, match=r"query: .*; a step takes one token"):
         linear_step(init_linear_cache(2, 4, 5, 4), **jax.tree.map(lambda x: jnp.repeat(x, 2, 1), token))
     with pytest.raises(ValueError, match=r"state.kv: got float32\[2,4,5,5\]"):
         linear_step(init_linear_cache(2, 4, 5), **token)

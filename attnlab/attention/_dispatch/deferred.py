@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 _call_p = Primitive("deferred_call")
 _call_p.multiple_results = True
@@ -119,8 +119,17 @@ def _impl(*leaves: jax.Array, function: Callable, **_: Any) -> Any:
 def _abstract_eval(*avals: Any, function: Callable, results: Any, **_: Any) -> Any:
     if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
         return jax.make_jaxpr(function)(*avals).out_avals  # how results are sharded follows from the function alone
-    over = jax.sharding.ManualAxisType(varying=frozenset().union(*(aval.manual_axis_type.varying for aval in avals)))
-    return [jax.core.ShapedArray(shape, dtype, manual_axis_type=over) for shape, dtype in results]
+    # Like an operand: inside shard_map all vary alike, over axes of the one mesh.
+    like = avals[0]
+    return [
+        like.update(
+            shape=shape,
+            dtype=dtype,
+            weak_type=False,
+            sharding=NamedSharding(like.sharding.mesh, PartitionSpec(*[None] * len(shape))),
+        )
+        for shape, dtype in results
+    ]
 
 
 def _shapes(avals: Any) -> tuple[tuple[tuple[int, ...], Any], ...]:
