@@ -36,4 +36,7 @@ def compiled_programs_end_with_their_module():
     gc.collect()
     if path := os.environ.get("RSSLOG"):
         import resource, psutil
-        open(path, "a").write(f"{psutil.Process().memory_info().rss/2**20:.0f} MiB peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024:.0f}\n")
+
+        open(path, "a").write(
+            f"{psutil.Process().memory_info().rss / 2**20:.0f} MiB peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}\n"
+        )

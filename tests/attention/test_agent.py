@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_oracle import attention_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,18 +45,12 @@ def arrays(length=11, keys=None, agents=3, heads=4, key_heads=2, dtype=jnp.float
     return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
 
 
-def assert_close(got, want, tolerance):
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(np.float64(x), np.float64(y), rtol=tolerance, atol=tolerance), got, want
-    )
-
-
 # --- Published code ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-10), (False, 2e-5)])
 @pytest.mark.parametrize("case", ["pooled", "biased"])
-def test_agrees_with_published_code(case, wide, tolerance):
+def test_agrees_with_published_code(case, wide, tolerance, assert_close):
     with jax.enable_x64(wide):
         data = np.load(VECTORS / f"{case}.npz")
         dtype, heads, (rows, columns) = jnp.float64 if wide else jnp.float32, int(data["num_heads"]), data["grid_hw"]
@@ -104,7 +97,7 @@ def bilinear(table, rows, columns):
 
 
 @pytest.mark.parametrize("class_token", [False, True])
-def test_biases_of_grids_that_shrink_and_differ(class_token):
+def test_biases_of_grids_that_shrink_and_differ(class_token, assert_close):
     heads, m, (rows, columns), (key_rows, key_columns) = 2, 4, (9, 5), (6, 3)
     shapes = {
         "an": (heads, m, 7, 7),
@@ -139,7 +132,7 @@ def test_biases_of_grids_that_shrink_and_differ(class_token):
     key_heads=st.sampled_from([1, 2, 4]),
     extras=st.booleans(),
 )
-def test_both_forms_equal_two_softmaxes_in_float64(lengths, agents, key_heads, extras):
+def test_both_forms_equal_two_softmaxes_in_float64(lengths, agents, key_heads, extras, assert_close, attention_oracle):
     inputs = arrays(*lengths, agents, key_heads=key_heads)
     query, key, value, agent = inputs
     rng, options, sees, bias = np.random.default_rng(1), {}, np.ones((1, 1, 1, 1), bool), (None, None)
@@ -160,7 +153,7 @@ def test_both_forms_equal_two_softmaxes_in_float64(lengths, agents, key_heads, e
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_constant_value_comes_out_and_one_agent_gives_equal_rows(form):
+def test_a_constant_value_comes_out_and_one_agent_gives_equal_rows(form, assert_close):
     query, key, value, agents = arrays()
     constant = jnp.broadcast_to(value[:, :1], value.shape)
     out = attend(query, key, constant, agents, implementation=form)
@@ -180,7 +173,7 @@ def test_the_mixing_matrix_is_row_stochastic_of_rank_at_most_m(form):
     assert singular[..., 3:].max() < 1e-6 < singular[..., 2].min()
 
 
-def test_queries_as_agents_equal_full_attention_in_the_sharp_limit_alone():
+def test_queries_as_agents_equal_full_attention_in_the_sharp_limit_alone(attention_oracle):
     _, key, value, _ = arrays(key_heads=4)
     key = key / jnp.linalg.norm(key, axis=-1, keepdims=True)  # so that each token is nearest to itself
     for scale, equal in ((1.0, False), (1e4, True)):
@@ -190,7 +183,7 @@ def test_queries_as_agents_equal_full_attention_in_the_sharp_limit_alone():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_mask_hides_keys_and_what_no_agent_sees_is_zero(form):
+def test_the_mask_hides_keys_and_what_no_agent_sees_is_zero(form, assert_close):
     query, key, value, agents = arrays()
     mask = jnp.ones((2, 11), bool).at[0, 4:].set(False).at[1].set(False)
 
@@ -207,7 +200,7 @@ def test_the_mask_hides_keys_and_what_no_agent_sees_is_zero(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_agent_that_sees_no_key_is_seen_by_no_query(form):
+def test_an_agent_that_sees_no_key_is_seen_by_no_query(form, assert_close):
     query, key, value, agents = arrays()
     bias = jnp.zeros((1, 1, 3, 11)).at[:, :, 1].set(-jnp.inf)
     out = attend(query, key, value, agents, gather_bias=bias, implementation=form)
@@ -223,7 +216,7 @@ MECHANISMS = {
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
-def test_forms_agree_in_gradients_tangents_and_batches(name):
+def test_forms_agree_in_gradients_tangents_and_batches(name, assert_close):
     inputs = arrays()
 
     @functools.partial(jax.jit, static_argnames="form")
@@ -239,7 +232,7 @@ def test_forms_agree_in_gradients_tangents_and_batches(name):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", MECHANISMS)
-def test_bfloat16_in_and_out_with_sums_in_float32(name, form):
+def test_bfloat16_in_and_out_with_sums_in_float32(name, form, assert_close):
     inputs = arrays(length=300, dtype=jnp.bfloat16)
     wide = [x.astype(jnp.float32) for x in inputs]
     run = jax.jit(functools.partial(MECHANISMS[name], implementation=form))
@@ -293,7 +286,7 @@ def test_explain_names_the_form(function):
 # --- Causal -----------------------------------------------------------------------------------------------------------
 
 
-def causal_oracle(query, key, value, agents, scale):
+def causal_oracle(attention_oracle, query, key, value, agents, scale):
     """Row t of the definition: both steps over the tokens up to t alone."""
     every = np.ones((1, 1, 1, 1), bool)
     rows = []
@@ -311,19 +304,19 @@ def causal_oracle(query, key, value, agents, scale):
     key_heads=st.sampled_from([1, 4]),
     scale=st.sampled_from([0.5, 30.0]),
 )
-def test_causal_equals_its_definition(length, chunk_size, agents, key_heads, scale):
+def test_causal_equals_its_definition(length, chunk_size, agents, key_heads, scale, assert_close, attention_oracle):
     inputs = arrays(length, None, agents, key_heads=key_heads)
-    want = causal_oracle(*inputs, scale)
+    want = causal_oracle(attention_oracle, *inputs, scale)
     for form in FORMS:
         out, _ = causal(*inputs, scale=scale, chunk_size=chunk_size, implementation=form)
         # A logit of 30 * 10 has a rounding error of 2e-5.
         assert_close(out, want, 2e-5 if scale < 1 else 2e-4)
 
 
-def test_causal_equals_its_definition_in_float64():
+def test_causal_equals_its_definition_in_float64(assert_close, attention_oracle):
     with jax.enable_x64(True):
         inputs = arrays(dtype=jnp.float64)
-        want = causal_oracle(*inputs, 5**-0.5)
+        want = causal_oracle(attention_oracle, *inputs, 5**-0.5)
         for form in FORMS:
             assert_close(causal(*inputs, chunk_size=4, implementation=form)[0], want, 1e-12)
 
@@ -342,7 +335,7 @@ def test_a_token_sees_no_later_one_and_all_earlier_ones(form, size):
     assert np.all(np.any(before != after, axis=-1))
 
 
-def test_steps_equal_the_parallel_form():
+def test_steps_equal_the_parallel_form(assert_close):
     query, key, value, agents = arrays()
     want, want_state = causal(query, key, value, agents, chunk_size=4)
     state, outs = init_agent_cache(2, 4, 3, 6), []
@@ -356,7 +349,7 @@ def test_steps_equal_the_parallel_form():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_state_carries_values_and_gradients_over_a_cut(form):
+def test_a_state_carries_values_and_gradients_over_a_cut(form, assert_close):
     query, key, value, agents = arrays()
 
     def whole(*inputs):

@@ -89,12 +89,6 @@ def cut(arrays, start, stop):
     return {name: x if x.ndim == 1 else x[:, start:stop] for name, x in arrays.items()}
 
 
-def assert_close(got, want, tolerance):
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(np.float64(x), np.float64(y), rtol=tolerance, atol=tolerance), got, want
-    )
-
-
 # --- Published code ---------------------------------------------------------------------------------------------------
 
 CASES = {
@@ -197,7 +191,7 @@ def everything(arrays, tangents, cotangents, *, segment_ids, options):
     either_way=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_chunks_agree_with_the_reference(form, length, heads, state, segments, either_way, seed):
+def test_chunks_agree_with_the_reference(form, length, heads, state, segments, either_way, seed, assert_close):
     with jax.enable_x64(True):
         arrays, options = inputs(form, length, heads=heads, state=state, dtype=np.float64, seed=seed)
         options = {**options, "chunk_size": 8}
@@ -228,7 +222,7 @@ def test_bfloat16_inputs_keep_float32_states(form):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_vmap_is_a_loop(implementation):
+def test_vmap_is_a_loop(implementation, assert_close):
     options = {**FORMS["function, token"][0], "implementation": implementation, "chunk_size": 8}
     two = [inputs("function, token", 12, state=True, seed=seed)[0] for seed in (0, 1)]
     mapped = jax.vmap(functools.partial(attend, **options))(jax.tree.map(lambda *x: jnp.stack(x), *two))
@@ -236,7 +230,7 @@ def test_vmap_is_a_loop(implementation):
     assert_close(mapped, looped, 1e-5)
 
 
-def test_runs_inside_shard_map():
+def test_runs_inside_shard_map(assert_close):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     arrays, options = inputs("gated delta", 12)
     spec = jax.sharding.PartitionSpec("data")
@@ -266,7 +260,7 @@ def test_the_future_has_no_say(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_resuming_equals_one_pass_and_decoding_equals_both(form):
+def test_resuming_equals_one_pass_and_decoding_equals_both(form, assert_close):
     arrays, options = inputs(form, 21, heads=(4, 2))
     whole, final = attend(arrays, chunk_size=8, **options)
 
@@ -280,7 +274,7 @@ def test_resuming_equals_one_pass_and_decoding_equals_both(form):
     assert_close(state, final, 2e-5)
 
 
-def test_decoding_starts_from_the_empty_cache():
+def test_decoding_starts_from_the_empty_cache(assert_close):
     arrays, options = inputs("taylor2", 3, heads=(4, 2))
     whole, final = attend(arrays, **options)
     state = init_linear_cache(2, 4, 5, 3, **options)
@@ -292,7 +286,7 @@ def test_decoding_starts_from_the_empty_cache():
 
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_segments_are_calls_of_their_own(implementation, is_causal):
+def test_segments_are_calls_of_their_own(implementation, is_causal, assert_close):
     form = "function, token" if is_causal else "elu"
     arrays, options = inputs(form, 21, batch=1, state=True)
     options = {**options, "implementation": implementation, "is_causal": is_causal, "chunk_size": 8}
@@ -307,7 +301,7 @@ def test_segments_are_calls_of_their_own(implementation, is_causal):
     assert_close((packed, final), (jnp.concatenate(apart, axis=1), state), 2e-5)
 
 
-def test_no_tokens_leave_the_state_alone():
+def test_no_tokens_leave_the_state_alone(assert_close):
     arrays, options = inputs("gated delta", 0, state=True)
     out, state = attend(arrays, **options)
     assert out.shape == (2, 0, 2, 3)
@@ -318,7 +312,7 @@ def test_no_tokens_leave_the_state_alone():
 
 
 @pytest.mark.parametrize("form", ["constant", "token", "channel", "gated delta", "channel-gated delta"])
-def test_strong_decays_are_exact_and_finite(form):
+def test_strong_decays_are_exact_and_finite(form, assert_close):
     """Log decays that add up to -10^4 in a chunk, and -inf, with mild ones between that must not drown in the sum."""
     arrays, options = inputs(form, 48, head_dim=4, seed=2)
     rng = np.random.default_rng(0)

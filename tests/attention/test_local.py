@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_oracle import attention_oracle, window_by_definition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,7 +82,7 @@ def case_id(case):
     return str(case).replace(" ", "") if isinstance(case, dict) else "x".join(map(str, case))
 
 
-def sees_by_definition(space, *, sinks=0, segment_ids=None, **options):
+def sees_by_definition(window_by_definition, space, *, sinks=0, segment_ids=None, **options):
     """bool [B|1, 1, T, T] from the definition of the window."""
     each = {
         name: value if isinstance(value, tuple) else (value,) * len(space)
@@ -106,10 +105,10 @@ def sees_by_definition(space, *, sinks=0, segment_ids=None, **options):
 
 @pytest.mark.parametrize(("space", "options"), SPACES, ids=case_id)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_equals_the_float64_oracle(implementation, space, options):
+def test_equals_the_float64_oracle(implementation, space, options, attention_oracle, window_by_definition):
     arrays = draw_arrays(0, space)
     ids = jnp.asarray(np.random.default_rng(1).integers(0, 2, (2, *space)))
-    sees = sees_by_definition(space, **options, segment_ids=ids)
+    sees = sees_by_definition(window_by_definition, space, **options, segment_ids=ids)
     flat = [np.asarray(x).reshape(2, -1, *x.shape[-2:]) for x in arrays]
     out, lse = attention_oracle(*flat, sees)
     options = dict(segment_ids=ids, return_lse=True, implementation=implementation, **options)

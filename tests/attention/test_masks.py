@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_oracle import window_by_definition
 
 from attnlab.attention import masks
 
@@ -26,7 +25,7 @@ def keys_seen(length, **settings):
     return [sorted(np.flatnonzero(row)) for row in np.asarray(masks.dense_mask(mask, (length,)))]
 
 
-def test_window_equals_its_definition_on_every_small_setting():
+def test_window_equals_its_definition_on_every_small_setting(window_by_definition):
     for settings in SETTINGS:
         axis = masks.AxisWindow(**settings)
         token = np.arange(axis.length)

@@ -1,9 +1,34 @@
-"""Softmax attention in float64 numpy, one query at a time: what every implementation is measured against."""
+"""What tests of several mechanisms measure against: softmax attention in float64 numpy, one query at a time, and the
+window's definition. Fixtures are the functions themselves."""
 
+import jax
 import numpy as np
+import pytest
 
 
-def attention_oracle(query, key, value, sees, *, scale=None, bias=None):
+@pytest.fixture(scope="session")
+def attention_oracle():
+    return _attention_oracle
+
+
+@pytest.fixture(scope="session")
+def window_by_definition():
+    return _window_by_definition
+
+
+@pytest.fixture(scope="session")
+def assert_close():
+    return _assert_close
+
+
+def _assert_close(got, want, tolerance):
+    """Pytrees alike; every number to this tolerance, of itself or of 1."""
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(np.float64(x), np.float64(y), rtol=tolerance, atol=tolerance), got, want
+    )
+
+
+def _attention_oracle(query, key, value, sees, *, scale=None, bias=None):
     """query [B,T,N,H], key [B,S,K,H], value [B,S,K,V], sees bool [B,N,T,S] (broadcast) -> (out, lse) in float64."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     batch, queries, heads, head_dim = query.shape
@@ -24,7 +49,7 @@ def attention_oracle(query, key, value, sees, *, scale=None, bias=None):
     return out, lse
 
 
-def window_by_definition(query, length, window, *, dilation=1, stride=1, is_causal=False, edge="shift"):
+def _window_by_definition(query, length, window, *, dilation=1, stride=1, is_causal=False, edge="shift"):
     """The keys that one query of one axis sees, as a set, from the definition and not from attnlab's arithmetic."""
     group = [token for token in range(length) if token % dilation == query % dilation]
     index = group.index(query)
