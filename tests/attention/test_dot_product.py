@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_oracle import attention_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -70,7 +69,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("names", OPTIONS, ids="-".join)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_equals_the_float64_oracle(implementation, names):
+def test_equals_the_float64_oracle(implementation, names, attention_oracle):
     batch, queries, keys, heads = 2, 13, 37, 4
     arrays = draw_arrays(0, batch, queries, keys, heads, 2)
     options, sees, bias = draw_options(1, names, batch, queries, keys, heads)
@@ -132,7 +131,7 @@ def test_vmap_equals_a_loop(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_float64_in_float64_out(implementation):
+def test_float64_in_float64_out(implementation, attention_oracle):
     with jax.enable_x64(True):
         arrays = draw_arrays(0, 1, 11, 21, 2, 1, dtype=jnp.float64)
         out, lse = jax.jit(lambda *a: dot_product_attention(*a, return_lse=True, implementation=implementation))(
