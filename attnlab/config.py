@@ -265,5 +265,5 @@ def _explained(error: Exception) -> str:
 
 
 def _location(text: str) -> str:
-    place = re.search(r"In file \"([^\"]+)\", line (\d+)", text)
-    return f" ({place.group(1)}, line {place.group(2)})" if place else ""
+    found = re.search(r"In file \"([^\"]+)\", line (\d+)", text)
+    return f" ({found.group(1)}, line {found.group(2)})" if found else ""

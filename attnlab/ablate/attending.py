@@ -17,8 +17,8 @@ from attnlab.models.blocks import Block
 from attnlab.train import Experiment, LanguageTask, restore_values
 from attnlab.train.workdir import last_step, replace_text
 
-# Weights of every layer are computed whole, [heads, places, places]: no longer examples than this.
-_MOST_PLACES = 512
+# Weights of every layer are computed whole, [heads, positions, positions]: no longer examples than this.
+_MOST_POSITIONS = 512
 _MAP_SIDE = 64
 # At which texts are continued.
 TEMPERATURE = 0.8
@@ -72,7 +72,7 @@ def layer_weights(
 ) -> list[tuple[str, tuple[int, ...], np.ndarray]]:
     """Of every block in the model as it evaluates a batch: (mixer's name, space, weights [N, T, S] of example 0).
 
-    Raises ValueError: the model has no blocks, or an example has too many places.
+    Raises ValueError: the model has no blocks, or an example has too many positions.
     """
     seen: list[tuple[str, tuple[int, ...]]] = []
 
@@ -91,8 +91,8 @@ def layer_weights(
     if not shapes:
         raise ValueError("model: it has no blocks with a mixer")
     most = max(math.prod(space) for _, space in seen)
-    if most > _MOST_PLACES:
-        raise ValueError(f"length: an example has {most} places; weights are shown of at most {_MOST_PLACES}")
+    if most > _MOST_POSITIONS:
+        raise ValueError(f"length: an example has {most} positions; weights are shown of at most {_MOST_POSITIONS}")
     arrays = jax.jit(weights)(values, batch)
     return [(name, space, np.asarray(array)) for (name, space), array in zip(seen, arrays)]
 
@@ -110,13 +110,13 @@ class _Recorder(nnx.Module):
 
 
 def summarize(weights: np.ndarray, space: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean attention distance, in places, and entropy, in nats, of weights [N, T, S]: two arrays [N], NaN for none.
+    """Mean attention distance, in positions, and entropy, in nats, of weights [N, T, S]: two arrays [N], NaN for none.
 
     With p = |w| / sum |w| of a query: the mean over queries of sum p |i - j|, Euclidean on a grid, and of -sum p log p.
     Queries that see nothing are left out.
     """
-    places = np.stack(np.unravel_index(np.arange(math.prod(space)), space), axis=-1)
-    distances = np.linalg.norm(places[:, None] - places[None, :], axis=-1)
+    positions = np.stack(np.unravel_index(np.arange(math.prod(space)), space), axis=-1)
+    distances = np.linalg.norm(positions[:, None] - positions[None, :], axis=-1)
     shares, sees = _shares(weights)
     surprise = -np.log(np.where(shares > 0, shares, 1.0))
     queries = np.where(sees.sum(axis=1) > 0, sees.sum(axis=1), np.nan)

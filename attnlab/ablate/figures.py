@@ -240,8 +240,8 @@ def _place_labels(
 ) -> None:
     """Names beside their points, inside the axes, clear of each other, the points and, if it can be, these lines.
 
-    Every name is tried at places around its point, and takes the one that covers least; a second round lets those that
-    came first make room. lines: upright or level, from one point to another.
+    Every name is tried at positions around its point, and takes the one that covers least; a second round lets those
+    that came first make room. lines: upright or level, from one point to another.
     """
     figure.draw_without_rendering()  # settles where the axes are
     renderer, scale = figure.canvas.get_renderer(), figure.dpi / 72
@@ -314,7 +314,7 @@ def by_group(
     numbers = [re.findall(r"\d+", group) for group in groups]
     words = {re.sub(r"\d+", "", group).strip() for group in groups}
     numeric = len(words) == 1 and all(len(found) == 1 and int(found[0]) > 0 for found in numbers)
-    places = [int(found[0]) for found in numbers] if numeric else list(range(len(groups)))
+    positions = [int(found[0]) for found in numbers] if numeric else list(range(len(groups)))
 
     def draw(figure: Any, axes: Any) -> None:
         for arm, look in looks.items():
@@ -322,20 +322,20 @@ def by_group(
             if done:
                 values = np.array([[row["final"][name] for name in names] for row in done])
                 mean = values.mean(axis=0)
-                axes.plot(places, mean, color=look.colour, linestyle=look.line, marker=look.marker, label=arm)
+                axes.plot(positions, mean, color=look.colour, linestyle=look.line, marker=look.marker, label=arm)
                 for line in values if len(values) > 1 else ():
-                    axes.plot(places, line, look.marker, color=look.colour, alpha=0.4, markersize=3)
+                    axes.plot(positions, line, look.marker, color=look.colour, alpha=0.4, markersize=3)
         for number, reference in enumerate(references):
             if [name.partition(", ")[2] for name in reference] == groups:
                 final = next(row["final"] for row in rows if row["status"] == "finished")
                 heights = [final[name] for name in reference]
                 line, label = _LINES[1 + number % 3][0], reference[0].partition(", ")[0]
-                axes.plot(places, heights, color=_INK, linestyle=line, linewidth=1, alpha=0.7, label=label)
+                axes.plot(positions, heights, color=_INK, linestyle=line, linewidth=1, alpha=0.7, label=label)
         if numeric:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_minor_locator(ticker.NullLocator())
             axes.set_xlabel(next(iter(words)))
-        axes.set_xticks(places, [str(place) for place in places] if numeric else groups)
+        axes.set_xticks(positions, [str(position) for position in positions] if numeric else groups)
         axes.set_ylabel(names[0].partition(", ")[0])
         axes.grid(alpha=0.2)
         _legend(figure, axes)

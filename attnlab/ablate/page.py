@@ -213,7 +213,7 @@ def _attending(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Styl
     drawn = ""
     if kept:
         for name, title, label in (
-            ("distance", "Mean attention distance", "distance in places"),
+            ("distance", "Mean attention distance", "distance in positions"),
             ("entropy", "Entropy of the attention", "entropy (nats)"),
         ):
             heads = {arm: [layer[name] for layer in found["layers"]] for arm, found in kept.items()}
@@ -223,8 +223,8 @@ def _attending(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Styl
     size = f" Some weights of {', '.join(signed)} are negative; their size is shown." if signed else ""
     return f"""<h2>What each mechanism attends to</h2>
 <p class="soft">In the first validation example, after the last step of the first seed. Maps by layer, means over heads:
-queries from top to bottom, keys from left to right, images in raster order; and, of images, what the place in the
-middle sees. Yellow is a query's largest weight, dark a small one, blank none.{html.escape(size)} Small dots in the
+queries from top to bottom, keys from left to right, images in raster order; and, of images, what the position in
+the middle sees. Yellow is a query's largest weight, dark a small one, blank none.{html.escape(size)} Small dots in the
 figures are heads.</p>
 <div class="figures">{example}{drawn}</div>
 <div class="figures">{"".join(parts)}</div>"""

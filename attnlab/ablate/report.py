@@ -175,8 +175,8 @@ def _notes(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[s
     if any(attended(rows, arm) for arm in arms_of(rows)):
         notes.append(
             "Attention distance: with p = |weight| over the sum of a query's, the mean of sum p |i - j| over queries, "
-            "heads and layers, in places. Entropy: of -sum p log p. Both for the first validation example, after the "
-            "last step of the first seed."
+            "heads and layers, in positions. Entropy: of -sum p log p. Both for the first validation example, after "
+            "the last step of the first seed."
         )
     return notes
 

@@ -93,7 +93,7 @@ def mean_over_layers(row: Row, name: str) -> float | None:
 
 
 def mean_of_known(numbers: Sequence[float | None]) -> float | None:
-    """To 4 places; None if none is known."""
+    """To 4 decimal places; None if none is known."""
     known = [number for number in numbers if number is not None]
     return round(sum(known) / len(known), 4) if known else None
 

@@ -28,8 +28,8 @@ class ExampleSource(Protocol):
 class SequenceSource(ExampleSource, Protocol):
     """What draws examples of tokens.
 
-    length, vocabulary: of inputs and targets. answers: places that an example asks for, at most. groups: names of the
-    numbers in "group", or empty.
+    length, vocabulary: of inputs and targets. answers: positions that an example asks for, at most. groups: names of
+    the numbers in "group", or empty.
     """
 
     @property
@@ -76,8 +76,8 @@ def _need(condition: bool, name: str, value: Any, needed: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class MultiQueryRecall:
-    """MQAR (Arora et al. 2023, Zoology): k1 v1 ... kN vN, then keys again at places drawn from a power law, each asking
-    for its value; the places between hold random tokens.
+    """MQAR (Arora et al. 2023, Zoology): k1 v1 ... kN vN, then keys again at positions drawn from a power law, each
+    asking for its value; the positions between hold random tokens.
 
     Args:
       length, pairs: length >= 4 pairs. An example whose `pairs` is a tuple draws one of its numbers by index, and the
@@ -213,8 +213,8 @@ class Induction:
 
 @dataclasses.dataclass(frozen=True)
 class Permutations:
-    """Composition of permutations of `points` things (3: S3, 5: S5): at every place the product of all so far is asked
-    for, which takes a state (Merrill et al. 2024).
+    """Composition of permutations of `points` things (3: S3, 5: S5): at every position the product of all so far is
+    asked for, which takes a state (Merrill et al. 2024).
 
     An input is the number of a permutation in lexicographic order; the target is p_t o ... o p_1.
     """
@@ -282,8 +282,8 @@ class Needle:
         group, third = index % len(self.distances), self.vocabulary // 3
         inputs = rng.integers(2 * third, self.vocabulary, size=self.length)
         key, value = rng.integers(third), third + rng.integers(third)
-        place = int(self.length - 1 - self.distances[group])
-        inputs[place], inputs[place + 1], inputs[-1] = key, value, key
+        position = int(self.length - 1 - self.distances[group])
+        inputs[position], inputs[position + 1], inputs[-1] = key, value, key
         targets = np.full(self.length, IGNORED)
         targets[-1] = value
         return _example(inputs, targets, group=group)

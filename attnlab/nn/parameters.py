@@ -72,15 +72,15 @@ def _variables(model: nnx.Module, *kinds: type[nnx.Variable]) -> Iterator[tuple[
 def _nested(flat: Iterable[tuple[tuple[str, ...], Any]]) -> Parameters:
     nested: Parameters = {}
     for path, value in flat:
-        place = nested
+        node = nested
         for name in path[:-1]:
-            place = place.setdefault(name, {})
-        place[path[-1]] = value
+            node = node.setdefault(name, {})
+        node[path[-1]] = value
     return nested
 
 
 def _at(values: Parameters, path: tuple[str, ...]) -> Any:
-    return functools.reduce(lambda place, name: place[name], path, values)
+    return functools.reduce(lambda node, name: node[name], path, values)
 
 
 def initialize(model: nnx.Module, key: jax.Array) -> Parameters:

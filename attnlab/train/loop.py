@@ -1,8 +1,8 @@
 """The training loop, from top to bottom: `train` is the whole of it, around the steps of `attnlab.train.step`.
 
 A run is decided by its experiment alone: initial values by parameter path, batches by index, dropout by step, all from
-one seed. A checkpoint holds the state and the place in the data, and metrics are truncated to it on the way back in, so
-a run that was stopped, however abruptly, goes on bit for bit as if it had not been.
+one seed. A checkpoint holds the state and the position in the data, and a resumed run cuts its metrics back to the
+checkpoint, so a run that was stopped, however abruptly, continues bit for bit as if it had not been.
 """
 
 import contextlib

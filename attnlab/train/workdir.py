@@ -47,7 +47,7 @@ class Workdir:
             raise UserError(f"workdir: {self.path} holds a run with {shown}{more}; give another --workdir")
 
     def restore(self, state: Any, batches: grain.DatasetIterator) -> tuple[Any, list[dict[str, Any]]]:
-        """The newest checkpoint's state and the rows up to it, `batches` moved to its place; or the start."""
+        """The newest checkpoint's state and the rows up to it, `batches` moved to its position; or the start."""
         options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT_CHECKPOINTS)
         self._checkpoints = ocp.CheckpointManager(self.path / "checkpoints", options=options)
         step = self._checkpoints.latest_step()

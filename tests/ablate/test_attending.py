@@ -155,7 +155,7 @@ def test_examples_of_numbers_are_shown_as_they_are():
 def test_long_examples_and_other_models_are_skipped_with_the_reason(tmp_path):
     experiment = language(length=600)
     values = nn.initialize(experiment.model, jax.random.key(0))
-    with pytest.raises(ValueError, match="length: an example has 600 places; weights are shown of at most 512"):
+    with pytest.raises(ValueError, match="length: an example has 600 positions; weights are shown of at most 512"):
         attending.layer_weights(experiment, values, first_batch(experiment))
     without = types.SimpleNamespace(
         model=LanguageModel(vocabulary=8, mixers=MIXERS, depth=1, features=8).norm,

@@ -94,7 +94,7 @@ class LocalLinearAttention(_KeyValueMixer):
 
 
 class ParallaxAttention(_KeyValueMixer):
-    """Local linear attention with a learned probe in the place of its regression: attention.parallax_attention.
+    """Local linear attention with a learned probe in place of its regression: attention.parallax_attention.
 
     Args:
       window: keys a query sees; None: all. A window longer than the input is cut to it.

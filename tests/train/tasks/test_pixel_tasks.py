@@ -35,7 +35,7 @@ def raster(channels, **options):
 
 
 def cross_entropy(logits, targets):
-    """In numpy: nats by place."""
+    """In numpy: nats by position."""
     logits = np.asarray(logits, np.float64)
     return np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
 
