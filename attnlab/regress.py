@@ -77,7 +77,7 @@ def summary(found: dict[str, np.ndarray], *, segment: int = 64) -> dict[str, tup
 
 
 def table(summaries: dict[str, dict[str, tuple[float, float]]]) -> str:
-    """Markdown: a row a mechanism; for each kind of keys the first segment and the later ones."""
+    """Markdown: one row per mechanism; for each kind of keys the first segment and the later ones."""
     head = ["mechanism", *(f"{keys}, {part}" for keys in summaries for part in ("first segment", "later ones"))]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for name in MECHANISMS:

@@ -30,8 +30,8 @@ def attend(experiment: Experiment, folder: Path) -> dict[str, Any]:
     What is there already stays. The example is the first of the validation data.
 
     Returns:
-      for the run's row: {"distance", "entropy": means over heads and queries, a number a layer} (see `summarize`), or
-      {"skipped": why}.
+      for the run's row: {"distance", "entropy": means over heads and queries, one number per layer} (see `summarize`),
+      or {"skipped": why}.
 
     Raises UserError: the checkpoint cannot be read.
     """
@@ -61,7 +61,7 @@ def read_attending(folder: Path) -> dict[str, Any] | None:
 
     {"example": {"text"} or {"pixels": a map [Y, X, channels]}, "prompt", and "skipped" or "layers"}. A layer is
     {"mixer": name, "map": [T, S] pooled, "middle": [Y, X] of the query in the middle of a grid, "is_signed", "distance"
-    and "entropy": a number a head, None for one that sees nothing}; a map is {"shape", "base64": of uint8}.
+    and "entropy": one number per head, None for one that sees nothing}; a map is {"shape", "base64": of uint8}.
     """
     path = folder / "attending.json"
     return json.loads(path.read_text()) if path.is_file() else None
@@ -185,7 +185,7 @@ def unpacked(packed: dict[str, Any]) -> np.ndarray:
 
 
 def show_example(experiment: Experiment, batch: dict[str, jax.Array]) -> dict[str, Any]:
-    """The batch's first array, as a text (of tokens, or of a line a vector) or an image."""
+    """The batch's first array, as a text (of tokens, or one line per vector) or an image."""
     inputs = np.asarray(next(iter(batch.values()))[0])
     if isinstance(experiment.task, LanguageTask):
         return {"text": experiment.task.corpus.decode(inputs[:-1])}  # the last token is only a target

@@ -117,7 +117,7 @@ def _legend(figure: Any, axes: Any) -> None:
 
 
 def curves(rows: Sequence[Row], looks: dict[str, Style], split: str, metric: str) -> Draw:
-    """A line a seed, thin, and the mean over seeds, thick."""
+    """One thin line per seed, and the mean over seeds, thick."""
 
     def draw(figure: Any, axes: Any) -> None:
         for arm, look in looks.items():
@@ -142,7 +142,7 @@ def curves(rows: Sequence[Row], looks: dict[str, Style], split: str, metric: str
 
 
 def differences(rows: Sequence[Row], looks: dict[str, Style], metric: str, others: Sequence[str]) -> Draw:
-    """A dot a seed, and the mean with its interval, relative to the baseline."""
+    """One dot per seed, and the mean with its interval, relative to the baseline."""
     baseline, side = rows[0]["baseline"], "right" if rows[0]["higher_is_better"] else "left"
 
     def draw(figure: Any, axes: Any) -> None:
@@ -167,7 +167,7 @@ def differences(rows: Sequence[Row], looks: dict[str, Style], metric: str, other
 
 
 def against_cost(rows: Sequence[Row], looks: dict[str, Style], metric: str, cost: Cost) -> Draw:
-    """A dot an arm: the metric's mean over seeds, with its standard deviation, against a cost; and the Pareto front."""
+    """One dot per arm: the metric's mean over seeds and its standard deviation, against a cost; and the Pareto front."""
 
     def draw(figure: Any, axes: Any) -> None:
         best = front(rows, cost)
@@ -305,7 +305,7 @@ def _overlap(one: np.ndarray, other: np.ndarray) -> float:
 def by_group(
     rows: Sequence[Row], looks: dict[str, Style], names: Sequence[str], references: Sequence[Sequence[str]]
 ) -> Draw:
-    """A line an arm over a metric's groups, "accuracy, 4 pairs" and so on: means over seeds, a dot a seed.
+    """One line per arm over a metric's groups, "accuracy, 4 pairs" and so on: means over seeds, one dot per seed.
 
     Groups that differ in a number alone are drawn at it, in log scale. references: other metrics, which are the same
     for all arms; those with the same groups are drawn.
@@ -346,9 +346,9 @@ def by_group(
 def by_setting(
     rows: Sequence[Row], looks: dict[str, Style], metric: str, option: str, families: Mapping[str, Mapping[float, str]]
 ) -> Draw:
-    """A line a family over the numbers of an option (see results.settings), and a level line an arm that has none.
+    """One line per family over the numbers of an option (see results.settings), and a level one per arm without any.
 
-    Means over seeds; a dot a seed.
+    Means over seeds; one dot per seed.
     """
     numbers = sorted({number for members in families.values() for number in members})
 
@@ -379,7 +379,7 @@ def by_setting(
 
 
 def by_layer(looks: dict[str, Style], heads: dict[str, list[list[float | None]]], label: str) -> Draw:
-    """A line an arm over the layers, means over heads, and a dot a head. heads: by arm, a list a layer."""
+    """One line per arm over the layers, means over heads, and one dot per head. heads: by arm, one list per layer."""
 
     def draw(figure: Any, axes: Any) -> None:
         for arm, layers in heads.items():

@@ -69,8 +69,8 @@ def page(
 
     Args:
       workdir: where the runs' folders are.
-      verdict: what is compared, and a sentence an arm. table: header and a row an arm, the arm's name first. metrics:
-        the same of further metrics, or empty. notes: paragraphs. All of these are plain text.
+      verdict: what is compared, and one sentence per arm. table: header and one row per arm, the arm's name first.
+        metrics: the same of further metrics, or empty. notes: paragraphs. All of these are plain text.
     """
     arms = arms_of(rows)
     looks = figures.styles(arms)
@@ -111,7 +111,7 @@ def _verdict(sentences: Sequence[str]) -> str:
 
 
 def _table(table: Sequence[Sequence[str]], looks: Mapping[str, figures.Style]) -> str:
-    """A header and a row an arm; nothing for an empty table."""
+    """A header and one row per arm; nothing for an empty table."""
     if not table:
         return ""
     head, *body = table
@@ -188,8 +188,8 @@ def _against_costs(rows: Sequence[Row], looks: dict[str, figures.Style]) -> str:
         if weighed(rows, cost)
     )
     return f"""<h2>Quality against cost</h2>
-<p class="soft">A dot an arm, the mean over seeds; the bar is their standard deviation. Dashed: the Pareto front. Arms
-on it are in bold; every other one is beaten or equalled in both by one of them.</p>
+<p class="soft">One dot per arm, the mean over seeds; the bar is their standard deviation. Dashed: the Pareto front.
+Arms on it are in bold; every other one is beaten or equalled in both by one of them.</p>
 <div class="figures">{drawn}</div>"""
 
 

@@ -1,4 +1,4 @@
-"""The rows of results.jsonl, a row a run, by arm."""
+"""The rows of results.jsonl, one row per run, by arm."""
 
 import re
 from collections.abc import Mapping, Sequence

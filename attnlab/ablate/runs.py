@@ -38,7 +38,7 @@ def run_ablation(
     runs: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Runs every arm with every seed and writes workdir/results.jsonl, a row a run; of searched rates, search.jsonl.
+    """Runs every arm with every seed and writes workdir/results.jsonl, one row per run; of searched rates, search.jsonl.
 
     A run that is finished is not run again and one that was interrupted resumes, so that the same command continues.
     Processes that run it at once, on any hosts that see the folders, share the runs among them and all give all rows.

@@ -131,7 +131,7 @@ def cifar10(path: str) -> LabelledImages:
 
 @functools.cache
 def imagenet_npz(path: str) -> LabelledImages:
-    """Downsampled ImageNet (32 or 64 pixels a side), from the folder with train_data_batch_*.npz and val_data.npz."""
+    """Downsampled ImageNet (32 or 64 pixels per side), from the folder with train_data_batch_*.npz and val_data.npz."""
     folder = _folder("imagenet_npz", path)
     parts: list[np.ndarray] = []
     for pattern in ("train_data*.npz", "val_data*.npz"):

@@ -34,7 +34,7 @@ Array = jax.Array
 Choose = Callable[[Array, Array], Array]
 # Axes of images among their space axes; layers along _X mix a row, layers along _Y a column.
 _Y, _X = 0, 1
-# Folded into the dropout key, a number a stack of layers; each layer folds in its own.
+# Folded into the dropout key, one number per stack of layers; each layer folds in its own.
 _EXTERIOR, _OUTER, _INNER = 0, 1, 2
 
 
@@ -97,7 +97,7 @@ class AxialBlock(nnx.Module):
         return self.mlp_out(hidden * jax.nn.sigmoid(1.702 * hidden))
 
     def flops(self, size: tuple[int, int]) -> int:
-        """Floating-point operations of matrix products (2 a multiply-add) for one map of this size, forward."""
+        """Floating-point operations of matrix products (2 per multiply-add) for one map of this size, forward."""
         length = size[self.axis]
         seen = (length + 1) / 2 if self.is_causal else length  # positions that a query sees, on average
         return round(math.prod(size) * self.features * (8 * self.features + 4 * self.mlp_hidden + 4 * seen))
@@ -376,7 +376,7 @@ class AxialTransformer(nnx.Module):
         return self.decoder(tokens, conditioning, key=key)
 
     def flops(self) -> int:
-        """Floating-point operations of matrix products (2 a multiply-add) for all channels of one image, forward."""
+        """Floating-point operations of matrix products (2 per multiply-add) for all channels of one image, forward."""
         height, width, channels = self.image_size
         exterior = 0 if self.conditioner is None else self.conditioner.flops((height, width))
         return channels * (exterior + self.decoder.flops())

@@ -104,7 +104,7 @@ class Stack(nnx.Module):
         return x
 
     def stack_flops(self, space: tuple[int, ...]) -> int:
-        """Floating-point operations of matrix products (2 a multiply-add) in the blocks, forward, for one example."""
+        """Floating-point operations of matrix products (2 per multiply-add) in the blocks, forward, for one example."""
         return sum(block.flops(space) for block in self.layers)
 
     @property

@@ -85,7 +85,7 @@ class LanguageModel(Stack):
         return self._logits(x)[:, 0], new_cache
 
     def flops(self, length: int) -> int:
-        """Floating-point operations of matrix products (2 a multiply-add) for one sequence, forward."""
+        """Floating-point operations of matrix products (2 per multiply-add) for one sequence, forward."""
         return self.stack_flops((length,)) + 2 * length * self.features * self.vocabulary
 
 
@@ -100,7 +100,7 @@ def generate(
 ) -> jax.Array:
     """Samples a continuation: prompt int [B, P], P >= 1 -> tokens int [B, P + length].
 
-    Decodes one token a step from the mixers' caches, the prompt too.
+    Decodes one token per step from the mixers' caches, the prompt too.
 
     Args:
       temperature: 0 takes the likeliest token.

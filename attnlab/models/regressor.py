@@ -35,5 +35,5 @@ class SequenceRegressor(Stack):
         return self.head(self.norm(x).astype(jnp.float32))[..., 0]
 
     def flops(self, length: int) -> int:
-        """Floating-point operations of matrix products (2 a multiply-add) for one sequence, forward."""
+        """Floating-point operations of matrix products (2 per multiply-add) for one sequence, forward."""
         return self.stack_flops((length,)) + 2 * length * self.features * (self.channels + 1)

@@ -113,7 +113,7 @@ def depthwise_convolution(
 
     Args:
       x: [B, *space, channels].
-      kernel: [*widths, channels], or [B, *widths, channels] for one an example. The centre of a width w is w div 2.
+      kernel: [*widths, channels], or [B, *widths, channels] for one per example. The centre of a width w is w div 2.
       is_causal: the centre is the last offset, so that a token takes itself and earlier ones; one space axis.
       segment_ids: int [B, T]; tokens of other segments count as zeros. One space axis.
     """

@@ -95,7 +95,7 @@ def initialize(model: nnx.Module, key: jax.Array) -> Parameters:
     return _nested((path, draw(path, variable)) for path, variable in _variables(model, nnx.Param, Buffer))
 
 
-# One program a parameter: in one program for all, how XLA fuses its neighbours could change a parameter's last bit.
+# One program per parameter: in one program for all, how XLA fuses its neighbours could change a parameter's last bit.
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def _draw(initializer: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return initializer(key, shape, dtype)

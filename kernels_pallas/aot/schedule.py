@@ -1,6 +1,6 @@
 """Cycles of a TPU kernel from the schedule that libtpu compiles, without a TPU.
 
-A TensorCore issues one bundle of instructions a cycle, in order. libtpu can write a kernel's bundles to files; here
+A TensorCore issues one bundle of instructions per cycle, in order. libtpu can write a kernel's bundles to files; here
 they are cut into the parts of a Pallas kernel:
 
     before          outside the loop over the grid

@@ -61,7 +61,7 @@ def test_uniform_weights_have_the_distance_and_entropy_of_their_window(remat):
     for (_, space, weights), window in ((local, WINDOW), (softmax, LENGTH)):
         visible = np.minimum(np.arange(1, LENGTH + 1), window)
         distance, entropy = attending.summarize(weights, space)
-        np.testing.assert_allclose(distance, np.mean((visible - 1) / 2), rtol=1e-5)  # a number a head
+        np.testing.assert_allclose(distance, np.mean((visible - 1) / 2), rtol=1e-5)  # one number per head
         np.testing.assert_allclose(entropy, np.mean(np.log(visible)), rtol=1e-5)
 
 

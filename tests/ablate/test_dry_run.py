@@ -40,7 +40,7 @@ def test_states_and_the_time_that_is_left(tmp_path):
     (tmp_path / "out" / "runs" / f"local-seed1-{run.digest}" / "checkpoints" / "2").mkdir(parents=True)
     rows, total = cells(dry_run(file, [], tmp_path / "out" / "runs"))
     assert [row["state"] for row in rows.values()] == ["finished", "finished", "to run", "step 2 of 4"]
-    assert [row["time left"] for row in rows.values()] == ["0 s", "0 s", "4 s", "2 s"]  # 256 tokens at 64 a second
+    assert [row["time left"] for row in rows.values()] == ["0 s", "0 s", "4 s", "2 s"]  # 256 tokens at 64 per second
     assert total.startswith("2 of 4 runs to do: ")
     assert total.endswith("384 of 1,024 tokens, 6 s of training one after the other")
 

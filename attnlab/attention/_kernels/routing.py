@@ -34,10 +34,10 @@ class _Options(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Routing as banded attention, each head of a sequence (strict), or each cluster of one (global), a row of a batch.
+    """Routing as banded attention: one row of a batch per head of a sequence (strict), or per cluster of one (global).
 
     pattern: the kernels'. cut: query, key, value [B, N, T, H] -> [rows, tokens, 1, H]. join: [rows, tokens, V] ->
-    [B, N, T, V], sums over the clusters. times_taken: float32 [B, T, N], by how many clusters a query was.
+    [B, N, T, V], sums over the clusters. times_taken: float32 [B, T, N], by how many clusters the query was.
     """
 
     pattern: Any

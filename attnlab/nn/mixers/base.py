@@ -116,7 +116,7 @@ class Attention(nnx.Module):
 
     @abstractmethod
     def mechanism_flops(self, space: tuple[int, ...]) -> int:
-        """Floating-point operations (2 a multiply-add) between the heads, for one example, forward."""
+        """Floating-point operations (2 per multiply-add) between the heads, for one example, forward."""
 
     # To decode; mechanisms without a causal form have neither a cache nor a step.
 
@@ -241,7 +241,7 @@ class Attention(nnx.Module):
         return sum(leaf.size for leaf in kept if jnp.issubdtype(leaf.dtype, jnp.floating))
 
     def flops(self, space: tuple[int, ...]) -> int:
-        """Floating-point operations of matrix products (2 a multiply-add) for one example of this space, forward."""
+        """Floating-point operations of matrix products (2 per multiply-add) for one example of this space, forward."""
         # Query and output, key and value.
         channels = (self.num_heads + self.num_key_heads) * (self.head_dim + self.value_dim)
         convolutions = sum(layer.taps * layer.features for layer in self._convolutions().values())

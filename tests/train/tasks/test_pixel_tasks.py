@@ -133,7 +133,7 @@ def test_a_picture_has_validation_images_over_samples(make, tmp_path):
     assert path.read_bytes() == again.read_bytes()
     assert path.read_bytes() != other.read_bytes()
     picture = np.round(imread(path)[..., :3] * 255)
-    # Tiles of 24 screen pixels a pixel: the first validation image, wherever it is, and as many samples as asked for.
+    # Tiles of 24 screen pixels per pixel: the first validation image, wherever it is, and as many samples as asked for.
     first = np.round(task.images.validation_images[0] * (255 / 4)).repeat(24, axis=0).repeat(24, axis=1)
     found = [
         (y, x)

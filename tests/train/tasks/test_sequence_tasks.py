@@ -97,7 +97,7 @@ def test_a_regression_stands_beside_ridge_and_one_step_of_gradient_descent(regre
 
 
 def test_a_regression_is_learned_in_context_alone():
-    """The model gets dim numbers a pair and never the map: its inputs are of the shapes the task says."""
+    """The model gets dim numbers per pair and never the map: its inputs have the shapes that the task states."""
     task = RegressionTask(data.LinearRegressions(dim=3, pairs=10))
     batch = next(iter(task.batches("train", 5, 0)))
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
