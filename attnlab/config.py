@@ -80,7 +80,7 @@ def describe(name: str) -> str:
 
 
 def build(sources: Sequence[str], overrides: Sequence[str] = (), *, root: str) -> Built:
-    """Reads configs and calls the class `root` ("Experiment") as they say.
+    """Reads configs and calls the class `root` ("Experiment") as they specify.
 
     Args:
       sources: each a path ending in .gin, or a binding such as "models.LanguageModel.depth = 2"; later ones win.

@@ -64,7 +64,7 @@ def test_report_is_one_page_that_needs_nothing_else(swept, capsys):
     page = (swept / "report.html").read_text()
     assert page.count('<div role="img"') == 8
     assert page.count("layer 0: LocalAttention") == 1
-    assert "Each text goes on from this beginning" in page
+    assert "Each text continues this beginning" in page
     assert not re.search(r"(src|href)\s*=\s*\W?http|@import|url\(http", page)
     (swept / "report.html").unlink()
     assert cli.main(["report", str(swept)]) == 0
@@ -165,7 +165,7 @@ def run_without_a_checkpoint(path):
 MISTAKES = {
     "sample of no run": (lambda path: ["sample", str(path)], "has no config.gin"),
     "sample of what draws nothing": (classifier_run, "models of ImageClassificationTask draw nothing"),
-    "sample of what does not decode": (mute_run, "does not go on with a text: membership: got 'global'"),
+    "sample of what does not decode": (mute_run, "cannot continue a text: membership: got 'global'"),
     "sample before a checkpoint": (run_without_a_checkpoint, "holds none; give the folder of a run"),
     "no samples": (lambda path: ["sample", str(path), "--count", "0"], "count: got 0"),
     "cold samples": (lambda path: ["sample", str(path), "--temperature", "-1"], "temperature: got -1"),

@@ -70,7 +70,7 @@ def read_attending(folder: Path) -> dict[str, Any] | None:
 def layer_weights(
     experiment: Experiment, values: nn.Parameters, batch: dict[str, jax.Array]
 ) -> list[tuple[str, tuple[int, ...], np.ndarray]]:
-    """Of every block in the model as it evaluates a batch: (mixer's name, space, weights [N, T, S] of example 0).
+    """(mixer's name, space, weights [N, T, S] of example 0) of every block, as the model evaluates a batch.
 
     Raises ValueError: the model has no blocks, or an example has too many positions.
     """

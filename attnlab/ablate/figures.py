@@ -16,7 +16,7 @@ from matplotlib import image, ticker
 from attnlab.ablate.results import Cost, Row, by_seed, count, finished, front, mean_cost, weighed
 from attnlab.ablate.statistics import paired_difference
 
-# Okabe and Ito's colours, told apart also by colour-blind readers.
+# Okabe and Ito's colours, which colour-blind readers can distinguish too.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
 # After the last colour the first comes again, with the next of these.
 _LINES = (("solid", "o"), ("dashed", "s"), ("dotted", "^"), ("dashdot", "D"))
@@ -167,7 +167,7 @@ def differences(rows: Sequence[Row], looks: dict[str, Style], metric: str, other
 
 
 def against_cost(rows: Sequence[Row], looks: dict[str, Style], metric: str, cost: Cost) -> Draw:
-    """One dot per arm: the metric's mean over seeds and its standard deviation, against a cost; and the Pareto front."""
+    """One dot per arm, the metric's mean over seeds with its standard deviation, against a cost; the Pareto front."""
 
     def draw(figure: Any, axes: Any) -> None:
         best = front(rows, cost)
@@ -222,7 +222,7 @@ def _deviation(values: Sequence[float]) -> float:
 def _front_corners(
     axes: Any, points: Sequence[tuple[float, float]], more_is_better: bool, higher_is_better: bool
 ) -> list[tuple[float, float]]:
-    """Of the line around all that is not better and not cheaper than some point of the front. It fixes the limits."""
+    """Corners of the border around all that the points of the front dominate. Fixes the axes' limits."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     axes.autoscale(False)
     corners = [(points[0][0], low if higher_is_better else high), points[0]]
@@ -274,7 +274,7 @@ def _place_labels(
             others = [box for name, box in placed.items() if name != arm] + obstacles
             best = math.inf
             for reach, angle in itertools.product((8, 14, 22, 32, 44), angles):
-                # To where the box around the name, grown by the reach, is left in this direction.
+                # The distance at which a ray in this direction leaves the name's box, grown by the reach.
                 direction = np.array([math.cos(angle), math.sin(angle)])
                 half = np.array(size) / 2 + (reach - 5) * scale
                 along = min(half / np.maximum(np.abs(direction), 1e-9))

@@ -156,7 +156,7 @@ def _curves(rows: Sequence[Row], looks: dict[str, figures.Style]) -> str:
 
 
 def _by_group(rows: Sequence[Row], looks: dict[str, figures.Style]) -> list[str]:
-    """A figure for every metric that is told by group, as "accuracy, 4 pairs"; those no arm changes are references."""
+    """A figure for every metric reported by group, as "accuracy, 4 pairs"; those that no arm changes are references."""
     finals = [row["final"] for row in rows if row["status"] == "finished"]
     families: dict[str, list[str]] = {}
     for name in finals[0] if finals else ():
@@ -194,7 +194,7 @@ Arms on it are in bold; every other one is beaten or equalled in both by one of 
 
 
 def _attending(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Style]) -> str:
-    """Nothing for rows that know nothing of it."""
+    """What each arm attends to; nothing where no row has it."""
     kept: dict[str, dict[str, Any]] = {}
     parts = []
     for arm in looks:
@@ -202,9 +202,9 @@ def _attending(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Styl
         if row is not None and (found := read_attending(workdir / row["folder"])) is not None:
             kept[arm] = found
             distance, entropy = (mean_over_layers(row, name) for name in ("distance", "entropy"))
-            says = "sees nothing" if distance is None else f"mean distance {distance:.2f}, entropy {entropy:.2f} nats"
+            text = "sees nothing" if distance is None else f"mean distance {distance:.2f}, entropy {entropy:.2f} nats"
             maps = "".join(_layer_maps(number, layer) for number, layer in enumerate(found["layers"]))
-            parts.append(_section(arm, looks, f'<p class="soft">{says}</p><div class="maps">{maps}</div>'))
+            parts.append(_section(arm, looks, f'<p class="soft">{text}</p><div class="maps">{maps}</div>'))
             continue
         reasons = [skipped for row in finished(rows, arm) if (skipped := row.get("attending", {}).get("skipped"))]
         parts += [_section(arm, looks, f'<p class="soft">{html.escape(reason)}</p>') for reason in reasons]
@@ -271,7 +271,7 @@ def _samples(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Style]
         return ""
     before = ""
     if prompt:
-        before = f"""<p class="soft">Each text goes on from this beginning of the first validation example, at
+        before = f"""<p class="soft">Each text continues this beginning of the first validation example, at
 temperature {TEMPERATURE}.</p><pre class="text">{html.escape(prompt)}</pre>"""
     return f'<h2>Samples</h2>{before}<div class="figures">{"".join(parts)}</div>'
 

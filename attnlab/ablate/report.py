@@ -170,8 +170,8 @@ def _notes(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[s
     ]
     fronts = {cost.name: front(rows, cost) for cost in costs(rows)}
     if any(fronts.values()):
-        said = "; ".join(f"{name}: {', '.join(arms)}" for name, arms in fronts.items())
-        notes.append(f"On the Pareto front (no other arm has a better mean {row['metric']} for less), {said}.")
+        listed = "; ".join(f"{name}: {', '.join(arms)}" for name, arms in fronts.items())
+        notes.append(f"On the Pareto front (no other arm has a better mean {row['metric']} for less), {listed}.")
     if any(attended(rows, arm) for arm in arms_of(rows)):
         notes.append(
             "Attention distance: with p = |weight| over the sum of a query's, the mean of sum p |i - j| over queries, "

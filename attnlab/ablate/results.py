@@ -29,8 +29,8 @@ def by_seed(rows: Sequence[Row], arm: str) -> dict[int, float]:
 
 
 def settings(arms: Sequence[str]) -> dict[str, dict[str, dict[float, str]]]:
-    """Arms that a sweep made of one by a single number, as local[WINDOW=8]: by option, arm and number, where some arm
-    has several."""
+    """Arms that a sweep made of one arm by a single number, such as local[WINDOW=8]: by option, arm and number, where
+    some arm has several."""
     found: dict[str, dict[str, dict[float, str]]] = {}
     for arm in arms:
         if parts := re.fullmatch(r"(.+)\[([\w.]+)=([-+\d.e]+)\]", arm):

@@ -71,7 +71,7 @@ def _xla(query: Array, key: Array, value: Array, *, scale: Any) -> Array:
     k, v = key.astype(dtype), value.astype(dtype)
     # Query heads that share a key head are a group, G.
     q = scale * query.astype(dtype).reshape(batch, length, k.shape[2], -1, head_dim)
-    # Centred before the product: k^T v of keys with a large common part would lose what tells them apart.
+    # Centred before the product: k^T v of keys with a large common part would lose their differences.
     product = jnp.einsum("BSKH,BSKV->BKHV", k - jnp.mean(k, axis=1, keepdims=True), v) / k.shape[1]
     out = jnp.einsum("BTKGH,BKHV->BTKGV", q, product) + jnp.mean(v, axis=1)[:, None, :, None]
     return out.reshape(batch, length, heads, -1).astype(query.dtype)

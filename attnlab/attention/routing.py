@@ -65,7 +65,7 @@ _LOGITS_AT_ONCE = 2**16
 
 
 class RoutingAux(NamedTuple):
-    """What routing tells besides the output.
+    """What routing returns besides the output.
 
     loss: [], mean squared distance of tokens and their nearest centroids; times 1e-4, say, it is the published
       auxiliary loss. Its gradient moves the tokens, not the centroids. "layer": queries' mean plus keys'; "unit": mean

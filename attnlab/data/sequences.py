@@ -1,7 +1,7 @@
 """Synthetic sequences that ask for one ability each: recall, copying, selecting, following a state, regression.
 
 An example is {"inputs": int32 [length], "targets": int32 [length]}, a target of -1 asking nothing; some sources add
-"group", int32, by which accuracy is told apart. Example i of a seed is always the same and is drawn when it is asked
+"group", int32, by which accuracy is reported. Example i of a seed is always the same and is drawn when it is asked
 for, so that training never sees one twice and nothing is stored.
 """
 
@@ -81,7 +81,7 @@ class MultiQueryRecall:
 
     Args:
       length, pairs: length >= 4 pairs. An example whose `pairs` is a tuple draws one of its numbers by index, and the
-        accuracy is told by it.
+        accuracy is reported by it.
       vocabulary: keys from [1, vocabulary / 2), values from [vocabulary / 2, vocabulary).
       power: a; slot i of the queries is drawn in proportion to i^(a - 1), so small a asks early.
     """
@@ -255,8 +255,8 @@ class Needle:
 
     Args:
       length: of the sequence.
-      distances: tokens from the needle's key to the question's; examples take them in turn, and the accuracy is told
-        by distance.
+      distances: tokens from the needle's key to the question's; examples take them in turn, and the accuracy is
+        reported by distance.
       vocabulary: a third each for keys, values and the haystack.
     """
 

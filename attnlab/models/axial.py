@@ -230,7 +230,7 @@ class AxialDecoder(nnx.Module):
 
 
 class AxialConditioner(nnx.Module):
-    """The exterior layers: what the channels before a slice, all of them, say about it.
+    """The exterior layers: what a slice is conditioned on, computed from all of the channels before it.
 
     A 3x3 convolution of those channels (scaled to 0 to 1, the others 0) and of the slice's number (one-hot, at every
     position), position embeddings, and pairs of a row and a column layer without masks.

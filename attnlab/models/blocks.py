@@ -109,7 +109,7 @@ class Stack(nnx.Module):
 
     @property
     def decoding_refusal(self) -> str:
-        """Why it does not decode: what its first mixer that does not gives as the reason; "" where all do."""
+        """Why it does not decode: the reason of its first mixer that does not; "" where all do."""
         return next((block.mixer.decoding_refusal for block in self.layers if not block.mixer.decodes), "")
 
     def state_size(self, length: int) -> int | None:

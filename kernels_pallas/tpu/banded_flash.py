@@ -110,7 +110,7 @@ def banded_flash_attention(
     segment_ids: tuple[Array, Array] | None = None,
     scale: float | Array,
 ) -> tuple[Array, Array]:
-    """Attention of every query to the keys that the pattern says.
+    """Attention of every query to the keys that the pattern gives it.
 
     Args:
       query: [B, T, N, H], bfloat16 or float32.

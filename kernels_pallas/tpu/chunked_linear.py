@@ -1,11 +1,11 @@
-"""Linear attention for TPU by chunks of tokens: the state stays in VMEM from a head's first chunk to its last.
+"""Chunked linear attention for TPU: the state stays in VMEM from a head's first chunk to its last.
 
     S~  = e^{g_t} S_{t-1}
     u_t = v_t                        or, with the delta rule,        u_t = beta_t (v_t - S~^T k_t)
     S_t = S~ + k_t u_t^T             o_t = q_t^T S_t
 
 g_t <= 0 is absent, one number per token, or one per channel of the key (RetNet, Mamba-2, GLA, DeltaNet, Gated
-DeltaNet). The grid is (batch, heads, chunks), chunks in order; a step is one chunk (chunk.py, which says the formulas
+DeltaNet). The grid is (batch, heads, chunks), chunks in order; a step is one chunk (chunk.py, which gives the formulas
 and the numerics). The kernel of the gradients goes through the chunks backwards, with the gradient of the state in
 VMEM, and is the chunk's function differentiated by JAX, from the states that the first kernel kept.
 """

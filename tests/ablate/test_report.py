@@ -1,4 +1,4 @@
-"""The report: what the rows say, in a table, in words and in pictures, also when little is there."""
+"""The report: what the rows hold, in a table, in words and in pictures, also when little is there."""
 
 import base64
 import csv

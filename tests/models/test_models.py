@@ -1,4 +1,4 @@
-"""Models take any mixer by layer, decode as they compute, and say what they cost."""
+"""Models take any mixer by layer, decode as they compute, and report what they cost."""
 
 import functools
 

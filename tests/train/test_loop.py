@@ -1,4 +1,4 @@
-"""The loop: it learns, goes on bit for bit after any stop, and says what is wrong without losing anything."""
+"""The loop: it learns, continues bit for bit after any stop, and reports what is wrong without losing anything."""
 
 import dataclasses
 import json

@@ -16,7 +16,7 @@ Array = jax.Array
 
 
 class _Routes(NamedTuple):
-    """What tells who sees whom: similarities [B, T, N, c] and clusters [B, T, N] of queries and keys, mask [B, T]."""
+    """What decides who sees whom: similarities [B, T, N, c] and clusters [B, T, N] of queries and keys, mask [B, T]."""
 
     similarity: tuple[Array, Array]
     cluster: tuple[Array, Array]

@@ -88,7 +88,7 @@ class LocalLinearAttention(_KeyValueMixer):
 
     def mechanism_flops(self, space: tuple[int, ...]) -> int:
         pairs = self._pairs(math.prod(space)) * self.num_heads
-        # A pass has two scores per pair and two weighted sums. Passes: one for kbar, one per iteration, one over values.
+        # A pass has two scores and two weighted sums per pair. Passes: one for kbar, one per iteration, one for values.
         passes = 1 + min(self.max_iterations, self.head_dim)
         return pairs * (8 * self.head_dim * passes + 4 * (self.head_dim + self.value_dim))
 

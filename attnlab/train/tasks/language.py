@@ -90,7 +90,7 @@ class LanguageTask:
     def continuations(
         self, model: LanguageModel, values: nn.Parameters, *, key: jax.Array, count: int, temperature: float
     ) -> list[tuple[str, str]]:
-        """Beginnings from the validation text and how the model goes on, sequence_length tokens together.
+        """Beginnings from the validation text and how the model continues them, sequence_length tokens together.
 
         model: without values. temperature: 0 takes the likeliest tokens.
         """
