@@ -112,7 +112,7 @@ def test_a_run_leaves_maps_and_a_continuation_in_its_folder(trained):
     assert (folder / "attending.json").stat().st_size < 10_000
 
 
-def test_a_model_that_does_not_decode_has_maps_and_says_why_it_has_no_text(tmp_path):
+def test_a_model_that_does_not_decode_has_maps_and_a_reason_for_no_text(tmp_path):
     mixer = functools.partial(nn.RoutingAttention, clusters=2, window=4, membership="global")
     experiment = language(mixers=[mixer], depth=1)
     train(experiment, workdir=tmp_path)

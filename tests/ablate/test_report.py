@@ -257,7 +257,7 @@ def test_names_of_many_arms_do_not_cover_each_other():
     assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in boxes)
 
 
-def test_arms_are_told_apart_when_colours_run_out():
+def test_arms_are_distinguished_when_colours_run_out():
     looks = list(figures.styles([row["arm"] for row in many(20)]).values())
     assert len(set(looks)) == 20
     assert looks[8].colour == looks[0].colour

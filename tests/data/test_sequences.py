@@ -144,7 +144,7 @@ def test_a_needle_lies_at_its_distance():
         (lambda: data.Needle(length=8, distances=(8,)), "distances: got"),
     ],
 )
-def test_a_source_that_cannot_be_says_why(make, what):
+def test_a_source_that_cannot_be_is_refused_with_the_reason(make, what):
     with pytest.raises(ValueError, match=what.replace("(", r"\(")):
         make()
 
