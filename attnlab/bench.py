@@ -39,7 +39,7 @@ def _call(name: str, length: int) -> tuple[str, Callable[..., jax.Array], dict[s
     sizes = {"head_dim": HEAD_DIM, "value_dim": HEAD_DIM, "agents": AGENTS, "clusters": math.isqrt(length)}
     arrays = mechanism.inputs(length, batch=1, heads=HEADS, **sizes)
     options = mechanism.large(length)
-    # Those that do not grow with the length say what was timed.
+    # The label has the options that do not grow with the length.
     fixed = [f"{option} {value}" for option, value in options.items() if value == mechanism.large(4 * length)[option]]
     label = f"{name} ({', '.join(fixed)})" if fixed else name
     return label, lambda arrays: mechanism(arrays, **options), jax.tree.map(jnp.asarray, arrays)
@@ -50,7 +50,7 @@ def bench(
     *,
     only: Sequence[str] = (),
     backward: bool = False,
-    say: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Times every mechanism of the catalog at every length, float32, 1 sequence of 4 heads of 64.
 
@@ -58,7 +58,7 @@ def bench(
       lengths: ascending.
       only: NAMES, whole or up to a comma; without any, all.
       backward: time the gradient of all arrays as well.
-      say: takes a line as each number comes.
+      report: takes a line as each number comes.
 
     Returns:
       Rows {"mechanism", "length", "seconds" (best of a few; None if it was not run), "temporary_bytes" (what the
@@ -81,7 +81,7 @@ def bench(
             expected = seconds if seconds is not None else expected
             rows.append({"mechanism": label, "length": length, "seconds": seconds, "temporary_bytes": temporary})
             shown = "not run" if seconds is None else f"{seconds * 1e3:9.1f} ms"
-            say(f"{label:<40} {length:>6}  {shown}  {temporary / 2**20:10.1f} MiB")
+            report(f"{label:<40} {length:>6}  {shown}  {temporary / 2**20:10.1f} MiB")
     return rows
 
 

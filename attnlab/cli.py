@@ -12,7 +12,7 @@ _EPILOG = """\
 Options of a config are set with --gin.NAME=VALUE, where NAME is a macro or Class.option:
   attnlab train experiments/lm/small.gin experiments/mixers/local.gin --gin.LocalAttention.window=32 --gin.STEPS=200
 
-A command given again with the same --workdir goes on where it stopped.
+A command given again with the same --workdir continues where it stopped.
 """
 
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"attnlab: this needs {error.name}: pip install 'attnlab[experiments]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("attnlab: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("attnlab: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
 
 
@@ -49,17 +49,17 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train one model", description="Train one model as the configs say.")
+    train = commands.add_parser("train", help="train one model", description="Train one model as the configs specify.")
     train.add_argument("configs", nargs="+", metavar="CONFIG", help="a .gin file; later files win over earlier ones")
     train.add_argument("--workdir", type=Path, help="folder for checkpoints and metrics (default runs/train/NAME)")
     train.set_defaults(run=_train)
 
     sample = commands.add_parser(
         "sample",
-        help="draw images, or go on with a text, with a trained model",
-        description="Draw images, or go on with beginnings of the validation text, from a run's newest checkpoint.",
+        help="draw images, or continue a text, with a trained model",
+        description="Draw images, or continue beginnings of the validation text, from a run's newest checkpoint.",
     )
-    sample.add_argument("workdir", type=Path, metavar="WORKDIR", help="the folder of a run, which may be going on")
+    sample.add_argument("workdir", type=Path, metavar="WORKDIR", help="the folder of a run, which may still be running")
     sample.add_argument("--count", type=int, help="samples (default 64 images or 3 texts)")
     sample.add_argument("--temperature", type=float, default=1.0, help="0 takes what is likeliest (default 1)")
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
@@ -180,7 +180,7 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
     if not isinstance(task, (Illustrated, LanguageTask)):
         raise UserError(f"sample: models of {type(task).__name__} draw nothing")
     if isinstance(task, LanguageTask) and (reason := model.decoding_refusal):
-        raise UserError(f"sample: this model does not go on with a text: {reason}")
+        raise UserError(f"sample: this model cannot continue a text: {reason}")
     values = restore_values(experiment, command.workdir)
     print(f"step {last_step(command.workdir)} of {experiment.steps}", file=sys.stderr)
     options = {"key": jax.random.key(command.seed), "temperature": command.temperature}

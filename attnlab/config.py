@@ -80,7 +80,7 @@ def describe(name: str) -> str:
 
 
 def build(sources: Sequence[str], overrides: Sequence[str] = (), *, root: str) -> Built:
-    """Reads configs and calls the class `root` ("Experiment") as they say.
+    """Reads configs and calls the class `root` ("Experiment") as they specify.
 
     Args:
       sources: each a path ending in .gin, or a binding such as "models.LanguageModel.depth = 2"; later ones win.
@@ -265,5 +265,5 @@ def _explained(error: Exception) -> str:
 
 
 def _location(text: str) -> str:
-    place = re.search(r"In file \"([^\"]+)\", line (\d+)", text)
-    return f" ({place.group(1)}, line {place.group(2)})" if place else ""
+    found = re.search(r"In file \"([^\"]+)\", line (\d+)", text)
+    return f" ({found.group(1)}, line {found.group(2)})" if found else ""

@@ -71,13 +71,13 @@ def errors(keys: Keys, *, seeds: Sequence[int] = range(20), segment: int = 64, *
 
 def summary(found: dict[str, np.ndarray], *, segment: int = 64) -> dict[str, tuple[float, float]]:
     """By mechanism: the mean error over the last quarter of the first segment, and of the later ones."""
-    place = np.arange(1, 1 + next(iter(found.values())).shape[1])
-    late, first = place % segment >= 3 * segment // 4, place < segment
+    position = np.arange(1, 1 + next(iter(found.values())).shape[1])
+    late, first = position % segment >= 3 * segment // 4, position < segment
     return {name: (error[:, late & first].mean(), error[:, late & ~first].mean()) for name, error in found.items()}
 
 
 def table(summaries: dict[str, dict[str, tuple[float, float]]]) -> str:
-    """Markdown: a row a mechanism; for each kind of keys the first segment and the later ones."""
+    """Markdown: one row per mechanism; for each kind of keys the first segment and the later ones."""
     head = ["mechanism", *(f"{keys}, {part}" for keys in summaries for part in ("first segment", "later ones"))]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for name in MECHANISMS:

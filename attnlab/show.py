@@ -11,7 +11,7 @@ from attnlab import nn
 from attnlab.attention import masks
 from attnlab.models import ImageClassifier, LanguageModel
 
-# Places on a side of the tiles that are counted as visited.
+# Positions on a side of the tiles that are counted as visited.
 _TILE = 16
 
 
@@ -55,17 +55,17 @@ def _kinds(model: Any) -> dict[str, list[int]]:
 
 
 def _draw_layer(row: Any, mixer: nn.Attention, layers: list[int], weights: np.ndarray, space: tuple[int, ...]) -> None:
-    places = len(weights)
+    positions = len(weights)
     seen = weights > 0
     who, tiles = row.subplots(1, 2)
     numbers = ", ".join(map(str, layers))
-    row.suptitle(f"{type(mixer).__name__}, layer {numbers}: {seen.sum() / places:.1f} of {places} keys a query")
+    row.suptitle(f"{type(mixer).__name__}, layer {numbers}: {seen.sum() / positions:.1f} of {positions} keys per query")
     order = " (raster order)" if len(space) > 1 else ""
     scaled = weights / np.maximum(weights.max(axis=1, keepdims=True), 1e-30)
     image = who.imshow(np.where(seen, scaled, np.nan), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     who.set(title="who sees whom, at initialisation", xlabel=f"key{order}", ylabel="query")
     row.colorbar(image, ax=who, label="weight / the query's largest")
-    padded = np.pad(seen, (0, -places % _TILE))  # so that a last tile that is cut off is never full
+    padded = np.pad(seen, (0, -positions % _TILE))  # so that a last tile that is cut off is never full
     mask = masks.Mask(lambda query, key: padded[query[0], key[0]])
     visited, full = masks.block_map(mask, padded.shape[:1], (_TILE,), (_TILE,))
     tiles.imshow(visited.astype(int) + full, cmap="Blues", vmin=0, vmax=2, interpolation="nearest")
@@ -79,10 +79,10 @@ def _draw_layer(row: Any, mixer: nn.Attention, layers: list[int], weights: np.nd
 
 
 def _draw_reach(row: Any, seen: list[np.ndarray], space: tuple[int, ...]) -> None:
-    """For one query, the places that its output depends on after each layer."""
-    places = len(seen[0])
-    query = places - 1 if len(space) == 1 else int(np.ravel_multi_index([length // 2 for length in space], space))
-    reach = np.eye(places, dtype=bool)[query]
+    """For one query, the positions that its output depends on after each layer."""
+    positions = len(seen[0])
+    query = positions - 1 if len(space) == 1 else int(np.ravel_multi_index([length // 2 for length in space], space))
+    reach = np.eye(positions, dtype=bool)[query]
     steps = [reach]
     # From the last layer back to the first: what its inputs depend on, and so on.
     for layer in reversed(seen):
@@ -92,9 +92,9 @@ def _draw_reach(row: Any, seen: list[np.ndarray], space: tuple[int, ...]) -> Non
         axes = row.subplots()
         axes.imshow(np.array(steps), cmap="Blues", aspect="auto", interpolation="nearest", vmin=0, vmax=1.4)
         axes.set(xlabel="token", ylabel="layers, from the last", yticks=range(len(steps)))
-        row.suptitle(f"receptive field of the last token: {int(reach.sum())} of {places} tokens")
+        row.suptitle(f"receptive field of the last token: {int(reach.sum())} of {positions} tokens")
         return
     for axes, step, number in zip(np.atleast_1d(row.subplots(1, len(steps))), steps, range(len(steps))):
         axes.imshow(step.reshape(space), cmap="Blues", interpolation="nearest", vmin=0, vmax=1.4)
         axes.set(title=f"{number} layer{'s' * (number != 1)}: {int(step.sum())}", xticks=[], yticks=[])
-    row.suptitle(f"receptive field of the place in the middle, of {places} places")
+    row.suptitle(f"receptive field of the position in the middle, of {positions} positions")

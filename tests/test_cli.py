@@ -51,7 +51,7 @@ def test_ablate_runs_every_arm_with_every_seed(swept):
         assert (swept / "runs" / row["run"] / "config.gin").read_text() == row["config"]
 
 
-def test_ablate_again_runs_nothing_and_says_the_same(swept):
+def test_ablate_again_runs_nothing_and_reports_the_same(swept):
     before, report = rows(swept), (swept / "report.html").read_text()
     stamps = {path: path.stat().st_mtime_ns for path in (swept / "runs").rglob("metrics.jsonl")}
     assert cli.main(["ablate", SWEEP, "--workdir", str(swept), *TINY]) == 0
@@ -64,7 +64,7 @@ def test_report_is_one_page_that_needs_nothing_else(swept, capsys):
     page = (swept / "report.html").read_text()
     assert page.count('<div role="img"') == 8
     assert page.count("layer 0: LocalAttention") == 1
-    assert "Each text goes on from this beginning" in page
+    assert "Each text continues this beginning" in page
     assert not re.search(r"(src|href)\s*=\s*\W?http|@import|url\(http", page)
     (swept / "report.html").unlink()
     assert cli.main(["report", str(swept)]) == 0
@@ -75,7 +75,7 @@ def test_report_is_one_page_that_needs_nothing_else(swept, capsys):
     assert "attnlab ablate experiments/sweeps/quickstart.gin" in table
 
 
-def test_train_goes_on_where_it_stopped(tmp_path, capsys):
+def test_train_continues_where_it_stopped(tmp_path, capsys):
     command = ["train", LM, "experiments/mixers/local.gin", "--workdir", str(tmp_path), *TINY]
     assert cli.main(command) == 0
     first = capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_train_goes_on_where_it_stopped(tmp_path, capsys):
     assert capsys.readouterr().out == first
 
 
-def test_sample_goes_on_with_the_text_of_a_run(tmp_path, capsys):
+def test_sample_continues_the_text_of_a_run(tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "texts.txt"
     assert cli.main(["train", LM, "--workdir", str(run), *TINY]) == 0
     capsys.readouterr()
@@ -165,7 +165,7 @@ def run_without_a_checkpoint(path):
 MISTAKES = {
     "sample of no run": (lambda path: ["sample", str(path)], "has no config.gin"),
     "sample of what draws nothing": (classifier_run, "models of ImageClassificationTask draw nothing"),
-    "sample of what does not decode": (mute_run, "does not go on with a text: membership: got 'global'"),
+    "sample of what does not decode": (mute_run, "cannot continue a text: membership: got 'global'"),
     "sample before a checkpoint": (run_without_a_checkpoint, "holds none; give the folder of a run"),
     "no samples": (lambda path: ["sample", str(path), "--count", "0"], "count: got 0"),
     "cold samples": (lambda path: ["sample", str(path), "--temperature", "-1"], "temperature: got -1"),

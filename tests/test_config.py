@@ -46,7 +46,7 @@ def test_every_config_that_comes_along_builds_what_it_is_for(tmp_path):
     overrides = write_data(tmp_path)
     assert len(config.shipped()) >= 10
     for path in config.shipped():
-        assert config.describe(path), f"{path} says nothing of itself in its first line"
+        assert config.describe(path), f"{path} does not describe itself in its first line"
         kind = path.split("/")[1]
         if kind == "mixers":
             base, root = (IMAGES, "ImageClassifier") if path in FOR_IMAGES else (BASE, "LanguageModel")

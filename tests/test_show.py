@@ -34,7 +34,7 @@ def test_the_numbers_in_the_picture_are_those_of_the_window(tmp_path, monkeypatc
     model = LanguageModel(vocabulary=8, mixers=[functools.partial(nn.LocalAttention, window=5)], depth=2, features=32)
     show(model, tmp_path / "unused.png", length=32)
     pairs = sum(min(i + 1, 5) for i in range(32))
-    assert f"LocalAttention, layer 0, 1: {pairs / 32:.1f} of 32 keys a query" in titles
+    assert f"LocalAttention, layer 0, 1: {pairs / 32:.1f} of 32 keys per query" in titles
     assert "tiles of 16 x 16: 3 of 4 visited, 0 full;\nskipping the others is at most 1.3 times faster" in titles
     assert "receptive field of the last token: 9 of 32 tokens" in titles
 

@@ -17,8 +17,8 @@ from attnlab.models.blocks import Block
 from attnlab.train import Experiment, LanguageTask, restore_values
 from attnlab.train.workdir import last_step, replace_text
 
-# Weights of every layer are computed whole, [heads, places, places]: no longer examples than this.
-_MOST_PLACES = 512
+# Weights of every layer are computed whole, [heads, positions, positions]: no longer examples than this.
+_MOST_POSITIONS = 512
 _MAP_SIDE = 64
 # At which texts are continued.
 TEMPERATURE = 0.8
@@ -30,8 +30,8 @@ def attend(experiment: Experiment, folder: Path) -> dict[str, Any]:
     What is there already stays. The example is the first of the validation data.
 
     Returns:
-      for the run's row: {"distance", "entropy": means over heads and queries, a number a layer} (see `summarize`), or
-      {"skipped": why}.
+      for the run's row: {"distance", "entropy": means over heads and queries, one number per layer} (see `summarize`),
+      or {"skipped": why}.
 
     Raises UserError: the checkpoint cannot be read.
     """
@@ -61,7 +61,7 @@ def read_attending(folder: Path) -> dict[str, Any] | None:
 
     {"example": {"text"} or {"pixels": a map [Y, X, channels]}, "prompt", and "skipped" or "layers"}. A layer is
     {"mixer": name, "map": [T, S] pooled, "middle": [Y, X] of the query in the middle of a grid, "is_signed", "distance"
-    and "entropy": a number a head, None for one that sees nothing}; a map is {"shape", "base64": of uint8}.
+    and "entropy": one number per head, None for one that sees nothing}; a map is {"shape", "base64": of uint8}.
     """
     path = folder / "attending.json"
     return json.loads(path.read_text()) if path.is_file() else None
@@ -70,9 +70,9 @@ def read_attending(folder: Path) -> dict[str, Any] | None:
 def layer_weights(
     experiment: Experiment, values: nn.Parameters, batch: dict[str, jax.Array]
 ) -> list[tuple[str, tuple[int, ...], np.ndarray]]:
-    """Of every block in the model as it evaluates a batch: (mixer's name, space, weights [N, T, S] of example 0).
+    """(mixer's name, space, weights [N, T, S] of example 0) of every block, as the model evaluates a batch.
 
-    Raises ValueError: the model has no blocks, or an example has too many places.
+    Raises ValueError: the model has no blocks, or an example has too many positions.
     """
     seen: list[tuple[str, tuple[int, ...]]] = []
 
@@ -91,8 +91,8 @@ def layer_weights(
     if not shapes:
         raise ValueError("model: it has no blocks with a mixer")
     most = max(math.prod(space) for _, space in seen)
-    if most > _MOST_PLACES:
-        raise ValueError(f"length: an example has {most} places; weights are shown of at most {_MOST_PLACES}")
+    if most > _MOST_POSITIONS:
+        raise ValueError(f"length: an example has {most} positions; weights are shown of at most {_MOST_POSITIONS}")
     arrays = jax.jit(weights)(values, batch)
     return [(name, space, np.asarray(array)) for (name, space), array in zip(seen, arrays)]
 
@@ -110,13 +110,13 @@ class _Recorder(nnx.Module):
 
 
 def summarize(weights: np.ndarray, space: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean attention distance, in places, and entropy, in nats, of weights [N, T, S]: two arrays [N], NaN for none.
+    """Mean attention distance, in positions, and entropy, in nats, of weights [N, T, S]: two arrays [N], NaN for none.
 
     With p = |w| / sum |w| of a query: the mean over queries of sum p |i - j|, Euclidean on a grid, and of -sum p log p.
     Queries that see nothing are left out.
     """
-    places = np.stack(np.unravel_index(np.arange(math.prod(space)), space), axis=-1)
-    distances = np.linalg.norm(places[:, None] - places[None, :], axis=-1)
+    positions = np.stack(np.unravel_index(np.arange(math.prod(space)), space), axis=-1)
+    distances = np.linalg.norm(positions[:, None] - positions[None, :], axis=-1)
     shares, sees = _shares(weights)
     surprise = -np.log(np.where(shares > 0, shares, 1.0))
     queries = np.where(sees.sum(axis=1) > 0, sees.sum(axis=1), np.nan)
@@ -185,7 +185,7 @@ def unpacked(packed: dict[str, Any]) -> np.ndarray:
 
 
 def show_example(experiment: Experiment, batch: dict[str, jax.Array]) -> dict[str, Any]:
-    """The batch's first array, as a text (of tokens, or of a line a vector) or an image."""
+    """The batch's first array, as a text (of tokens, or one line per vector) or an image."""
     inputs = np.asarray(next(iter(batch.values()))[0])
     if isinstance(experiment.task, LanguageTask):
         return {"text": experiment.task.corpus.decode(inputs[:-1])}  # the last token is only a target

@@ -1,7 +1,7 @@
 """Folders of runs, found by what decides a run's numbers, so that sweeps that ask for the same run share it.
 
 A folder is called ARM-seedSEED-DIGEST for people; the digest of config, data and code alone identifies it. The code is
-what the modules of the config's classes import, as their sources say, and what those import in turn.
+what the modules of the config's classes import, as their sources state, and what those import in turn.
 """
 
 import ast

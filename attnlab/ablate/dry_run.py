@@ -12,7 +12,7 @@ from attnlab.train.workdir import last_step
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-    """A run of the table. run: one of its cost, where it is not known itself yet. left: share of its training to do."""
+    """A run of the table. run: itself, or one of equal cost while it is unknown. left: share of its training to do."""
 
     name: str
     learning_rate: str

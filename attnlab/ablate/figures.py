@@ -16,7 +16,7 @@ from matplotlib import image, ticker
 from attnlab.ablate.results import Cost, Row, by_seed, count, finished, front, mean_cost, weighed
 from attnlab.ablate.statistics import paired_difference
 
-# Okabe and Ito's colours, told apart also by colour-blind readers.
+# Okabe and Ito's colours, which colour-blind readers can distinguish too.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
 # After the last colour the first comes again, with the next of these.
 _LINES = (("solid", "o"), ("dashed", "s"), ("dotted", "^"), ("dashdot", "D"))
@@ -117,7 +117,7 @@ def _legend(figure: Any, axes: Any) -> None:
 
 
 def curves(rows: Sequence[Row], looks: dict[str, Style], split: str, metric: str) -> Draw:
-    """A line a seed, thin, and the mean over seeds, thick."""
+    """One thin line per seed, and the mean over seeds, thick."""
 
     def draw(figure: Any, axes: Any) -> None:
         for arm, look in looks.items():
@@ -142,7 +142,7 @@ def curves(rows: Sequence[Row], looks: dict[str, Style], split: str, metric: str
 
 
 def differences(rows: Sequence[Row], looks: dict[str, Style], metric: str, others: Sequence[str]) -> Draw:
-    """A dot a seed, and the mean with its interval, relative to the baseline."""
+    """One dot per seed, and the mean with its interval, relative to the baseline."""
     baseline, side = rows[0]["baseline"], "right" if rows[0]["higher_is_better"] else "left"
 
     def draw(figure: Any, axes: Any) -> None:
@@ -167,7 +167,7 @@ def differences(rows: Sequence[Row], looks: dict[str, Style], metric: str, other
 
 
 def against_cost(rows: Sequence[Row], looks: dict[str, Style], metric: str, cost: Cost) -> Draw:
-    """A dot an arm: the metric's mean over seeds, with its standard deviation, against a cost; and the Pareto front."""
+    """One dot per arm, the metric's mean over seeds with its standard deviation, against a cost; the Pareto front."""
 
     def draw(figure: Any, axes: Any) -> None:
         best = front(rows, cost)
@@ -222,7 +222,7 @@ def _deviation(values: Sequence[float]) -> float:
 def _front_corners(
     axes: Any, points: Sequence[tuple[float, float]], more_is_better: bool, higher_is_better: bool
 ) -> list[tuple[float, float]]:
-    """Of the line around all that is not better and not cheaper than some point of the front. It fixes the limits."""
+    """Corners of the border around all that the points of the front dominate. Fixes the axes' limits."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     axes.autoscale(False)
     corners = [(points[0][0], low if higher_is_better else high), points[0]]
@@ -240,8 +240,8 @@ def _place_labels(
 ) -> None:
     """Names beside their points, inside the axes, clear of each other, the points and, if it can be, these lines.
 
-    Every name is tried at places around its point, and takes the one that covers least; a second round lets those that
-    came first make room. lines: upright or level, from one point to another.
+    Every name is tried at positions around its point, and takes the one that covers least; a second round lets those
+    that came first make room. lines: upright or level, from one point to another.
     """
     figure.draw_without_rendering()  # settles where the axes are
     renderer, scale = figure.canvas.get_renderer(), figure.dpi / 72
@@ -274,7 +274,7 @@ def _place_labels(
             others = [box for name, box in placed.items() if name != arm] + obstacles
             best = math.inf
             for reach, angle in itertools.product((8, 14, 22, 32, 44), angles):
-                # To where the box around the name, grown by the reach, is left in this direction.
+                # The distance at which a ray in this direction leaves the name's box, grown by the reach.
                 direction = np.array([math.cos(angle), math.sin(angle)])
                 half = np.array(size) / 2 + (reach - 5) * scale
                 along = min(half / np.maximum(np.abs(direction), 1e-9))
@@ -305,7 +305,7 @@ def _overlap(one: np.ndarray, other: np.ndarray) -> float:
 def by_group(
     rows: Sequence[Row], looks: dict[str, Style], names: Sequence[str], references: Sequence[Sequence[str]]
 ) -> Draw:
-    """A line an arm over a metric's groups, "accuracy, 4 pairs" and so on: means over seeds, a dot a seed.
+    """One line per arm over a metric's groups, "accuracy, 4 pairs" and so on: means over seeds, one dot per seed.
 
     Groups that differ in a number alone are drawn at it, in log scale. references: other metrics, which are the same
     for all arms; those with the same groups are drawn.
@@ -314,7 +314,7 @@ def by_group(
     numbers = [re.findall(r"\d+", group) for group in groups]
     words = {re.sub(r"\d+", "", group).strip() for group in groups}
     numeric = len(words) == 1 and all(len(found) == 1 and int(found[0]) > 0 for found in numbers)
-    places = [int(found[0]) for found in numbers] if numeric else list(range(len(groups)))
+    positions = [int(found[0]) for found in numbers] if numeric else list(range(len(groups)))
 
     def draw(figure: Any, axes: Any) -> None:
         for arm, look in looks.items():
@@ -322,20 +322,20 @@ def by_group(
             if done:
                 values = np.array([[row["final"][name] for name in names] for row in done])
                 mean = values.mean(axis=0)
-                axes.plot(places, mean, color=look.colour, linestyle=look.line, marker=look.marker, label=arm)
+                axes.plot(positions, mean, color=look.colour, linestyle=look.line, marker=look.marker, label=arm)
                 for line in values if len(values) > 1 else ():
-                    axes.plot(places, line, look.marker, color=look.colour, alpha=0.4, markersize=3)
+                    axes.plot(positions, line, look.marker, color=look.colour, alpha=0.4, markersize=3)
         for number, reference in enumerate(references):
             if [name.partition(", ")[2] for name in reference] == groups:
                 final = next(row["final"] for row in rows if row["status"] == "finished")
                 heights = [final[name] for name in reference]
                 line, label = _LINES[1 + number % 3][0], reference[0].partition(", ")[0]
-                axes.plot(places, heights, color=_INK, linestyle=line, linewidth=1, alpha=0.7, label=label)
+                axes.plot(positions, heights, color=_INK, linestyle=line, linewidth=1, alpha=0.7, label=label)
         if numeric:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_minor_locator(ticker.NullLocator())
             axes.set_xlabel(next(iter(words)))
-        axes.set_xticks(places, [str(place) for place in places] if numeric else groups)
+        axes.set_xticks(positions, [str(position) for position in positions] if numeric else groups)
         axes.set_ylabel(names[0].partition(", ")[0])
         axes.grid(alpha=0.2)
         _legend(figure, axes)
@@ -346,9 +346,9 @@ def by_group(
 def by_setting(
     rows: Sequence[Row], looks: dict[str, Style], metric: str, option: str, families: Mapping[str, Mapping[float, str]]
 ) -> Draw:
-    """A line a family over the numbers of an option (see results.settings), and a level line an arm that has none.
+    """One line per family over the numbers of an option (see results.settings), and a level one per arm without any.
 
-    Means over seeds; a dot a seed.
+    Means over seeds; one dot per seed.
     """
     numbers = sorted({number for members in families.values() for number in members})
 
@@ -379,7 +379,7 @@ def by_setting(
 
 
 def by_layer(looks: dict[str, Style], heads: dict[str, list[list[float | None]]], label: str) -> Draw:
-    """A line an arm over the layers, means over heads, and a dot a head. heads: by arm, a list a layer."""
+    """One line per arm over the layers, means over heads, and one dot per head. heads: by arm, one list per layer."""
 
     def draw(figure: Any, axes: Any) -> None:
         for arm, layers in heads.items():

@@ -68,7 +68,7 @@ def closest(cost_at: Callable[[int], float], target: float, *, what: str) -> int
     most = step
     while tried(most) < target and most < _LARGEST:
         most *= 2
-    tried(2 * step)  # with another, a knob that does nothing is told from one that cannot go low enough
+    tried(2 * step)  # with another, a knob that does nothing differs from one that cannot go low enough
     above = step * (1 + bisect.bisect_left(range(step, most + 1, step), target, key=tried))
 
     taken = sorted((value, cost) for value, cost in costs.items() if math.isfinite(cost))

@@ -7,7 +7,7 @@ _WORDS = {"parameters": "parameters", "flops": "FLOPs", "state_size": "decode st
 
 
 def choices(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A paragraph each on learning rates that were searched and on arms that were matched, if any were."""
+    """One paragraph on learning rates that were searched and one on arms that were matched, if any were."""
     arms = [next(row for row in rows if row["arm"] == arm) for arm in dict.fromkeys(row["arm"] for row in rows)]
     return [text for text in (_rates(arms), _matches(arms)) if text]
 

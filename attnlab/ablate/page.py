@@ -69,8 +69,8 @@ def page(
 
     Args:
       workdir: where the runs' folders are.
-      verdict: what is compared, and a sentence an arm. table: header and a row an arm, the arm's name first. metrics:
-        the same of further metrics, or empty. notes: paragraphs. All of these are plain text.
+      verdict: what is compared, and one sentence per arm. table: header and one row per arm, the arm's name first.
+        metrics: the same of further metrics, or empty. notes: paragraphs. All of these are plain text.
     """
     arms = arms_of(rows)
     looks = figures.styles(arms)
@@ -111,7 +111,7 @@ def _verdict(sentences: Sequence[str]) -> str:
 
 
 def _table(table: Sequence[Sequence[str]], looks: Mapping[str, figures.Style]) -> str:
-    """A header and a row an arm; nothing for an empty table."""
+    """A header and one row per arm; nothing for an empty table."""
     if not table:
         return ""
     head, *body = table
@@ -156,7 +156,7 @@ def _curves(rows: Sequence[Row], looks: dict[str, figures.Style]) -> str:
 
 
 def _by_group(rows: Sequence[Row], looks: dict[str, figures.Style]) -> list[str]:
-    """A figure for every metric that is told by group, as "accuracy, 4 pairs"; those no arm changes are references."""
+    """A figure for every metric reported by group, as "accuracy, 4 pairs"; those that no arm changes are references."""
     finals = [row["final"] for row in rows if row["status"] == "finished"]
     families: dict[str, list[str]] = {}
     for name in finals[0] if finals else ():
@@ -188,13 +188,13 @@ def _against_costs(rows: Sequence[Row], looks: dict[str, figures.Style]) -> str:
         if weighed(rows, cost)
     )
     return f"""<h2>Quality against cost</h2>
-<p class="soft">A dot an arm, the mean over seeds; the bar is their standard deviation. Dashed: the Pareto front. Arms
-on it are in bold; every other one is beaten or equalled in both by one of them.</p>
+<p class="soft">One dot per arm, the mean over seeds; the bar is their standard deviation. Dashed: the Pareto front.
+Arms on it are in bold; every other one is beaten or equalled in both by one of them.</p>
 <div class="figures">{drawn}</div>"""
 
 
 def _attending(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Style]) -> str:
-    """Nothing for rows that know nothing of it."""
+    """What each arm attends to; nothing where no row has it."""
     kept: dict[str, dict[str, Any]] = {}
     parts = []
     for arm in looks:
@@ -202,9 +202,9 @@ def _attending(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Styl
         if row is not None and (found := read_attending(workdir / row["folder"])) is not None:
             kept[arm] = found
             distance, entropy = (mean_over_layers(row, name) for name in ("distance", "entropy"))
-            says = "sees nothing" if distance is None else f"mean distance {distance:.2f}, entropy {entropy:.2f} nats"
+            text = "sees nothing" if distance is None else f"mean distance {distance:.2f}, entropy {entropy:.2f} nats"
             maps = "".join(_layer_maps(number, layer) for number, layer in enumerate(found["layers"]))
-            parts.append(_section(arm, looks, f'<p class="soft">{says}</p><div class="maps">{maps}</div>'))
+            parts.append(_section(arm, looks, f'<p class="soft">{text}</p><div class="maps">{maps}</div>'))
             continue
         reasons = [skipped for row in finished(rows, arm) if (skipped := row.get("attending", {}).get("skipped"))]
         parts += [_section(arm, looks, f'<p class="soft">{html.escape(reason)}</p>') for reason in reasons]
@@ -213,7 +213,7 @@ def _attending(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Styl
     drawn = ""
     if kept:
         for name, title, label in (
-            ("distance", "Mean attention distance", "distance in places"),
+            ("distance", "Mean attention distance", "distance in positions"),
             ("entropy", "Entropy of the attention", "entropy (nats)"),
         ):
             heads = {arm: [layer[name] for layer in found["layers"]] for arm, found in kept.items()}
@@ -223,8 +223,8 @@ def _attending(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Styl
     size = f" Some weights of {', '.join(signed)} are negative; their size is shown." if signed else ""
     return f"""<h2>What each mechanism attends to</h2>
 <p class="soft">In the first validation example, after the last step of the first seed. Maps by layer, means over heads:
-queries from top to bottom, keys from left to right, images in raster order; and, of images, what the place in the
-middle sees. Yellow is a query's largest weight, dark a small one, blank none.{html.escape(size)} Small dots in the
+queries from top to bottom, keys from left to right, images in raster order; and, of images, what the position in
+the middle sees. Yellow is a query's largest weight, dark a small one, blank none.{html.escape(size)} Small dots in the
 figures are heads.</p>
 <div class="figures">{example}{drawn}</div>
 <div class="figures">{"".join(parts)}</div>"""
@@ -271,7 +271,7 @@ def _samples(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Style]
         return ""
     before = ""
     if prompt:
-        before = f"""<p class="soft">Each text goes on from this beginning of the first validation example, at
+        before = f"""<p class="soft">Each text continues this beginning of the first validation example, at
 temperature {TEMPERATURE}.</p><pre class="text">{html.escape(prompt)}</pre>"""
     return f'<h2>Samples</h2>{before}<div class="figures">{"".join(parts)}</div>'
 

@@ -66,7 +66,7 @@ class Plan:
         self.arms = list(self._sources)
         self.matches = self._matched()
         self._runs: dict[tuple[str, int, float | None], Run] = {}
-        for arm in self.arms:  # so that a mistake in the last arm is said before the first trains
+        for arm in self.arms:  # so that a mistake in the last arm is reported before the first trains
             self.run(arm, self.ablation.seeds[0], self.rates[0])
 
     @property

@@ -42,7 +42,7 @@ def write_report(rows: Sequence[Row], workdir: Path) -> Path:
 
 
 def _write_csv(rows: Sequence[Row], path: Path) -> None:
-    """A line a run: arm, seed, every metric of the last evaluation, what it cost, and what it attended to.
+    """One line per run: arm, seed, every metric of the last evaluation, what it cost, and what it attended to.
 
     Pareto columns are the arm's: whether it is on the front of the metric and that cost.
     """
@@ -84,7 +84,7 @@ def _differences(rows: Sequence[Row]) -> dict[str, Difference]:
 
 
 def _table(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[list[str]]:
-    """Header and a row an arm."""
+    """Header and one row per arm."""
     metric, baseline, unit = rows[0]["metric"], rows[0]["baseline"], rows[0]["unit"]
     with_state = decodes(rows)
     head = ["arm", f"validation {metric}", f"minus {baseline} [95 % CI]", "parameters", f"FLOPs/{unit}", f"{unit}s/s"]
@@ -122,9 +122,9 @@ def _state(row: Row) -> str:
 
 
 def _other_metrics(rows: Sequence[Row]) -> list[list[str]]:
-    """Header and a row an arm, of what the last evaluation tells beside the metric, but by group; empty for nothing."""
-    told = dict.fromkeys(name for row in rows for name in row.get("final", {}))
-    names = [name for name in told if name != rows[0]["metric"] and ", " not in name]
+    """Header and one row per arm: what the last evaluation reports beside the metric, but by group; or empty."""
+    reported = dict.fromkeys(name for row in rows for name in row.get("final", {}))
+    names = [name for name in reported if name != rows[0]["metric"] and ", " not in name]
     if not names:
         return []
     table = [["arm", *(f"validation {name.replace('_', ' ')}" for name in names)]]
@@ -135,7 +135,7 @@ def _other_metrics(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _weighed(rows: Sequence[Row]) -> list[list[str]]:
-    """Header and a row an arm: the Pareto fronts it is on, and means over the layers of what it attends to."""
+    """Header and one row per arm: the Pareto fronts it is on, and means over the layers of what it attends to."""
     fronts = {cost.name: front(rows, cost) for cost in costs(rows)}
     looks = {arm: row for arm in arms_of(rows) if (row := attended(rows, arm)) is not None}
     table = [["arm", "on the Pareto front of", *(["attention distance", "entropy (nats)"] if looks else [])]]
@@ -163,20 +163,20 @@ def _notes(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[s
     length = f" Decode state: numbers kept to decode after {row['length']} tokens." if decodes(rows) else ""
     notes = [
         f"{_better(row).capitalize()} is better. ±: standard deviation over seeds. Differences are paired by seed, "
-        f"with Student's t interval. FLOPs: forward, matrix products only, 2 a multiply-add.{length}",
+        f"with Student's t interval. FLOPs: forward, matrix products only, 2 per multiply-add.{length}",
         *_bootstrapped(differences),
         *choices(rows),
         _shared(rows),
     ]
     fronts = {cost.name: front(rows, cost) for cost in costs(rows)}
     if any(fronts.values()):
-        said = "; ".join(f"{name}: {', '.join(arms)}" for name, arms in fronts.items())
-        notes.append(f"On the Pareto front (no other arm has a better mean {row['metric']} for less), {said}.")
+        listed = "; ".join(f"{name}: {', '.join(arms)}" for name, arms in fronts.items())
+        notes.append(f"On the Pareto front (no other arm has a better mean {row['metric']} for less), {listed}.")
     if any(attended(rows, arm) for arm in arms_of(rows)):
         notes.append(
             "Attention distance: with p = |weight| over the sum of a query's, the mean of sum p |i - j| over queries, "
-            "heads and layers, in places. Entropy: of -sum p log p. Both for the first validation example, after the "
-            "last step of the first seed."
+            "heads and layers, in positions. Entropy: of -sum p log p. Both for the first validation example, after "
+            "the last step of the first seed."
         )
     return notes
 

@@ -1,4 +1,4 @@
-"""The rows of results.jsonl, a row a run, by arm."""
+"""The rows of results.jsonl, one row per run, by arm."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -29,8 +29,8 @@ def by_seed(rows: Sequence[Row], arm: str) -> dict[int, float]:
 
 
 def settings(arms: Sequence[str]) -> dict[str, dict[str, dict[float, str]]]:
-    """Arms that a sweep made of one by a single number, as local[WINDOW=8]: by option, arm and number, where some arm
-    has several."""
+    """Arms that a sweep made of one arm by a single number, such as local[WINDOW=8]: by option, arm and number, where
+    some arm has several."""
     found: dict[str, dict[str, dict[float, str]]] = {}
     for arm in arms:
         if parts := re.fullmatch(r"(.+)\[([\w.]+)=([-+\d.e]+)\]", arm):
@@ -93,7 +93,7 @@ def mean_over_layers(row: Row, name: str) -> float | None:
 
 
 def mean_of_known(numbers: Sequence[float | None]) -> float | None:
-    """To 4 places; None if none is known."""
+    """To 4 decimal places; None if none is known."""
     known = [number for number in numbers if number is not None]
     return round(sum(known) / len(known), 4) if known else None
 

@@ -36,20 +36,21 @@ def run_ablation(
     workdir: Path,
     *,
     runs: Path | None = None,
-    say: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Runs every arm with every seed and writes workdir/results.jsonl, a row a run; of searched rates, search.jsonl.
+    """Runs every arm with every seed and writes workdir/results.jsonl, one row per run; of searched rates,
+    search.jsonl.
 
     A run that is finished is not run again and one that was interrupted resumes, so that the same command continues.
     Processes that run it at once, on any hosts that see the folders, share the runs among them and all give all rows.
-    A run that fails leaves a row with its error, and the others go on.
+    A run that fails leaves a row with its error, and the others continue.
 
     Args:
       file: the sweep's config. overrides: as in config.build, for every arm.
       workdir: takes the results.
       runs: the folder of the runs' own folders, workdir/runs by default. Sweeps that share it share equal runs: those
         with the same resolved config, data and version of the code.
-      say: takes lines for the user.
+      report: takes lines for the user.
     """
     plan = Plan(file, overrides)
     runs = workdir / "runs" if runs is None else runs
@@ -59,7 +60,7 @@ def run_ablation(
     except OSError as error:
         raise UserError(f"workdir: cannot write to {error.filename} ({error.strerror}); give another") from error
     command = shlex.join(["attnlab", "ablate", file, *(f"--gin.{override}" for override in overrides)])
-    say(f"{plan.ablation.question}\n{len(plan.arms)} arms, {plan.size} runs in {workdir}")
+    report(f"{plan.ablation.question}\n{len(plan.arms)} arms, {plan.size} runs in {workdir}")
 
     outcomes: dict[str, dict[str, Any]] = {}
     has_waited = False
@@ -74,7 +75,7 @@ def run_ablation(
                 outcomes[run.digest] = outcome
                 done = [run for run in plan.runs(outcomes) if run.digest in outcomes]
                 bar.update(len(done) - bar.n)
-                say(f"[{len(done)}/{plan.size}] {_summary(plan, run, outcome)}")
+                report(f"[{len(done)}/{plan.size}] {_summary(plan, run, outcome)}")
                 rows = [
                     _row(plan, run, outcomes, command) | _attended(plan, run, outcomes[run.digest], runs, workdir)
                     for run in plan.compared(outcomes)
@@ -83,7 +84,7 @@ def run_ablation(
                 write_rows(workdir / "results.jsonl", rows)
             if len(outcomes) == before:
                 if not has_waited:
-                    say(f"waiting for other processes, which have the runs that are left: {len(left)}")
+                    report(f"waiting for other processes, which have the runs that are left: {len(left)}")
                 has_waited = True
                 time.sleep(_LOOK_AGAIN_AFTER)
     if plan.ablation.learning_rates is not None:

@@ -14,7 +14,7 @@ from attnlab.errors import UserError
 def helpers(count: int, arguments: Sequence[str], workdir: Path) -> Iterator[None]:
     """Starts `attnlab ablate *arguments` `count` times beside us, and waits for all at the end of the block.
 
-    What they say goes to workdir/process-2.log and so on. Should the block raise, they are asked to stop (SIGTERM).
+    What they print goes to workdir/process-2.log and so on. Should the block raise, they are asked to stop (SIGTERM).
     """
     with contextlib.ExitStack() as files:
         started = []

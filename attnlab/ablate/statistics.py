@@ -30,7 +30,7 @@ def paired_difference(
 ) -> Difference:
     """Student's t interval of the paired differences, and a bootstrap interval beside it.
 
-    Pairing removes what a seed gives to both arms (initial values, batches), so that few seeds tell more than two
+    Pairing removes what a seed gives to both arms (initial values, batches), so that few seeds resolve more than two
     independent means would. With n seeds the interval is mean +- t(n-1) s / sqrt(n); it assumes that differences are
     about normal. The bootstrap (percentiles of the mean over 10,000 resamples of the seeds, always the same ones)
     assumes no shape, but is too narrow for few seeds; below about ten the t interval is the one to read.
@@ -54,7 +54,7 @@ def paired_difference(
 
 
 def seeds_needed(deviation: float, difference: float, *, power: float = 0.8, confidence: float = 0.95) -> int:
-    """Seeds with which a paired t test tells a true difference of this size from none, in `power` of all repeats.
+    """Seeds with which a paired t test finds a true difference of this size, in `power` of all repeats.
 
     deviation: of the paired differences between seeds, as measured or guessed.
     """

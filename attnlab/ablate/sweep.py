@@ -82,7 +82,7 @@ class Ablation:
                 raise ValueError(f"{field}: got the arm {arm!r}; need one of {list(self.arms)}")
 
     def variants(self) -> dict[str, list[str]]:
-        """All arms, those of product and zipped in the place of theirs: {name: files and bindings}."""
+        """All arms, those of product and zipped in place of theirs: {name: files and bindings}."""
         variants = {}
         for arm, given in self.arms.items():
             sources = [given] if isinstance(given, str) else list(given)

@@ -50,9 +50,10 @@ def agent_attention(
     """Agent attention, not causal: every token sees every token through the agents.
 
     Args:
-      query: [B, *space, N, H], floating, with 1 to 3 space axes of T places together (an image with a class token is a
-        sequence, [B, 1 + Y X, N, H]).
-      key: [B, *space, K, H] and value: [B, *space, K, V], of S places, which may differ from the query's; K divides N.
+      query: [B, *space, N, H], floating, with 1 to 3 space axes of T positions together (an image with a class token is
+        a sequence, [B, 1 + Y X, N, H]).
+      key: [B, *space, K, H] and value: [B, *space, K, V], of S positions, which may differ from the query's; K divides
+        N.
       agents: [B, m, N, H], or [m, N, H] for all of the batch, with m >= 1. Used as they are in both steps.
       gather_bias: floating [B|1, N|1, m|1, S|1] or [N|1, m|1, S|1], added to the scaled logits of agents and keys.
       broadcast_bias: floating [B|1, N|1, T|1, m|1] or [N|1, T|1, m|1], added to those of queries and agents.

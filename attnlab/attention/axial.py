@@ -2,8 +2,8 @@
 
     out[.., t, ..] = sum_s softmax_s(scale q[.., t, ..] . k[.., s, ..]) v[.., s, ..]        s along `axis` alone
 
-A layer along every axis in turn lets each place reach every other at a cost of n^((D+1)/D) for D axes of equal length
-in place of n^2. Paper: Axial Attention in Multidimensional Transformers (Ho et al. 2019).
+A layer along every axis in turn lets each position reach every other at a cost of n^((D+1)/D) for D axes of equal
+length in place of n^2. Paper: Axial Attention in Multidimensional Transformers (Ho et al. 2019).
 """
 
 import math
@@ -34,9 +34,9 @@ def axial_attention(
     Args:
       query: [B, *space, N, H], floating, with at least one space axis.
       key: [B, *space, K, H]; K divides N. value: [B, *space, K, V].
-      axis: counted among the space axes: of images [B, Y, X, N, H], 0 is Y (a place sees its column) and 1 is X (its
-        row). Negative counts from the last space axis, -1.
-      is_causal: a place sees itself and those before it along the axis.
+      axis: counted among the space axes: of images [B, Y, X, N, H], 0 is Y (a position sees its column) and 1 is X
+        (its row). Negative counts from the last space axis, -1.
+      is_causal: a position sees itself and those before it along the axis.
       scale: factor on the logits; None means H ** -0.5.
       return_lse: return (out, lse).
       implementation: as in dot_product_attention, which runs along the axis.
@@ -48,18 +48,18 @@ def axial_attention(
     Raises:
       ValueError, TypeError: at trace time, naming the argument.
 
-    Complexity, with n places and length L of the axis: O(n L) time; memory O(n) for "xla", O(n L) for "reference". To
-    decode along the axis, use dot_product_step with the other axes as batch.
+    Complexity, with n positions and length L of the axis: O(n L) time; memory O(n) for "xla", O(n L) for "reference".
+    To decode along the axis, use dot_product_step with the other axes as batch.
     """
     rank = getattr(query, "ndim", 4) - 3
     check_query_key_value(query, key, value, space_ranks=range(1, max(rank, 1) + 1))
     axis = check_int("axis", axis)
     require(-rank <= axis < rank, "axis", axis, f"query {shape_text(query)} has space axes {-rank} to {rank - 1}")
-    place = axis % rank + 1  # among the array's axes
+    array_axis = axis % rank + 1
 
     def along(x: Array) -> Array:
         """[B, *space, N, H] -> [B x other axes, L, N, H]."""
-        x = jnp.moveaxis(x, place, -3)
+        x = jnp.moveaxis(x, array_axis, -3)
         return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
 
     out, lse = dot_product_attention(
@@ -69,7 +69,7 @@ def axial_attention(
         return_lse=True,
         implementation=implementation,
     )
-    others = jnp.moveaxis(query, place, -3).shape[:-3]
-    out = jnp.moveaxis(out.reshape(*others, *out.shape[1:]), -3, place)
-    lse = jnp.moveaxis(lse.reshape(*others, *lse.shape[1:]), -2, place)
+    others = jnp.moveaxis(query, array_axis, -3).shape[:-3]
+    out = jnp.moveaxis(out.reshape(*others, *out.shape[1:]), -3, array_axis)
+    lse = jnp.moveaxis(lse.reshape(*others, *lse.shape[1:]), -2, array_axis)
     return (out, lse) if return_lse else out

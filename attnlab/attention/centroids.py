@@ -24,8 +24,8 @@ _SMOOTHING = 1e-5
 class RoutingState(NamedTuple):
     """The centroids of N heads, in float32 (float64 for float64 inputs), and the sums behind them.
 
-    centroids: [N, c, H]. counts: [N, c], tokens a batch, and sums: [N, c, H], their sum a batch, both as exponential
-    moving averages; rule "ema" of update_routing alone needs them.
+    centroids: [N, c, H]. counts: [N, c], tokens per batch, and sums: [N, c, H], their sum per batch, both as
+    exponential moving averages; rule "ema" of update_routing alone needs them.
     """
 
     centroids: Array

@@ -1,4 +1,4 @@
-"""InLine attention: linear attention over all places whose weights sum to 1 and tell different queries apart.
+"""InLine attention: linear attention over all positions, with weights that sum to 1 and differ between queries.
 
     w_ts  = (1/S) (scale q_t . (k_s - kbar) + 1)        kbar the mean key; sum_s w_ts = 1, weights may be negative
     out_t = sum_s w_ts v_s = (scale / S) q_t (K^T V) + (1 - scale q_t . kbar) vbar
@@ -32,8 +32,8 @@ def inline_attention(
     """Injective linear attention, not causal.
 
     Args:
-      query: [B, *space, N, H], floating, with 1 to 3 space axes of T places together. key: [B, *space, K, H] and value:
-        [B, *space, K, V], of S >= 1 places, which may differ from the query's; K divides N.
+      query: [B, *space, N, H], floating, with 1 to 3 space axes of T positions together. key: [B, *space, K, H] and
+        value: [B, *space, K, V], of S >= 1 positions, which may differ from the query's; K divides N.
       scale: factor on q.k; None means H ** -0.5.
       implementation: None, "reference" (all weights, O(T S)) or "xla" (sums over keys, O(T + S)).
 
@@ -71,7 +71,7 @@ def _xla(query: Array, key: Array, value: Array, *, scale: Any) -> Array:
     k, v = key.astype(dtype), value.astype(dtype)
     # Query heads that share a key head are a group, G.
     q = scale * query.astype(dtype).reshape(batch, length, k.shape[2], -1, head_dim)
-    # Centred before the product: k^T v of keys with a large common part would lose what tells them apart.
+    # Centred before the product: k^T v of keys with a large common part would lose their differences.
     product = jnp.einsum("BSKH,BSKV->BKHV", k - jnp.mean(k, axis=1, keepdims=True), v) / k.shape[1]
     out = jnp.einsum("BTKGH,BKHV->BTKGV", q, product) + jnp.mean(v, axis=1)[:, None, :, None]
     return out.reshape(batch, length, heads, -1).astype(query.dtype)

@@ -304,7 +304,7 @@ def local_linear_step(
     tolerance: float = 1e-6,
     max_iterations: int = 32,
 ) -> tuple[Array, DotProductCache]:
-    """One more token of local_linear_attention(..., is_causal=True), in O(S (H + V)) an iteration with S keys cached.
+    """One more token of local_linear_attention(..., is_causal=True), in O(S (H + V)) per iteration, S keys cached.
 
     Args:
       cache: from init_local_linear_cache with the same window, or an earlier step.

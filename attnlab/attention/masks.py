@@ -189,9 +189,9 @@ def power_blocks(size: int) -> Mask:
 def radial(frame_tokens: int, *, decay_factor: float = 1.0, block: int = 128) -> Mask:
     """Radial attention over a video's tokens in raster order, frame after frame (Li et al. 2025). Not causal.
 
-    The same and the next frames are seen whole, and frame 0 by all. Further off, with f frames between and n tokens a
-    frame, a query sees the tokens within max(decay * decay_factor, block) of its own place in the frame, where decay =
-    2^(bits of n - bits of f); where decay < block, this in every floor(block / decay)-th frame alone.
+    The same and the next frames are seen whole, and frame 0 by all. Further off, with f frames between and n tokens per
+    frame, a query sees the tokens within max(decay * decay_factor, block) of its own position in the frame, where
+    decay = 2^(bits of n - bits of f); where decay < block, this in every floor(block / decay)-th frame alone.
     """
     bits = frame_tokens.bit_length()
 

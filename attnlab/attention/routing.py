@@ -60,12 +60,12 @@ Array = jax.Array
 Membership = Literal["strict", "global"]
 
 _COUNT_EPSILON = {"unit": 1e-5, "layer": 1e-2}
-# Queries and key tiles whose logits "xla" holds at once, a head: 2^16 numbers of the strict form.
+# Queries and key tiles whose logits "xla" holds at once, per head: 2^16 numbers of the strict form.
 _LOGITS_AT_ONCE = 2**16
 
 
 class RoutingAux(NamedTuple):
-    """What routing tells besides the output.
+    """What routing returns besides the output.
 
     loss: [], mean squared distance of tokens and their nearest centroids; times 1e-4, say, it is the published
       auxiliary loss. Its gradient moves the tokens, not the centroids. "layer": queries' mean plus keys'; "unit": mean
@@ -277,7 +277,7 @@ def _xla(
     if membership == "global":
         taken = members_of_both(similarity, key_mask, options["window"], share_qk)
         return _global_xla(query, key, value, *taken, epsilon=epsilon, **options)
-    # A head of a sequence at a time is what the sorting is written for.
+    # The sorting is written for one head of one sequence at a time.
     one: Any = functools.partial(_strict_head, **options)
     over_heads = jax.vmap(one, in_axes=(1, 1, 1, 1, 1, None), out_axes=1)
     mask_axis = None if key_mask is None else 0
@@ -445,7 +445,7 @@ def init_routing_cache(
     value_dim: int | None = None,
     dtype: Any = jnp.float32,
 ) -> RoutingCache:
-    """The cache before the first token. num_heads: the query's. It holds N c window (H + V) numbers a sequence."""
+    """The cache before the first token. num_heads: the query's. It holds N c window (H + V) numbers per sequence."""
     shape = (batch, num_heads, num_clusters, window)
     return RoutingCache(
         jnp.zeros((*shape, head_dim), dtype),
@@ -465,7 +465,7 @@ def routing_step(
     share_qk: bool = False,
     scale: float | None = None,
 ) -> tuple[Array, RoutingCache]:
-    """One more token of routing_attention(..., membership="strict", is_causal=True), in O(c H + window (H + V)) a head.
+    """One more token of routing_attention(..., membership="strict", is_causal=True).
 
     Args:
       cache: from init_routing_cache, whose window is the call's, or an earlier step.
@@ -473,6 +473,8 @@ def routing_step(
 
     Returns:
       ([B, 1, N, V] in query's dtype, the cache after this token).
+
+    Complexity: O(c H + window (H + V)) per head.
     """
     check_step(query, key, value)
     check_state("state", state, *query.shape[2:])

@@ -107,7 +107,7 @@ def _idx(file: Path) -> np.ndarray:
     start = 4 + 4 * content[3]
     shape = tuple(int(size) for size in np.frombuffer(content[4:start], ">i4"))
     if len(content) - start != np.prod(shape):
-        raise UserError(f"idx_images: {file} says {shape} and holds {len(content) - start} bytes; download it again")
+        raise UserError(f"idx_images: {file} states {shape} and holds {len(content) - start} bytes; download it again")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
@@ -131,7 +131,7 @@ def cifar10(path: str) -> LabelledImages:
 
 @functools.cache
 def imagenet_npz(path: str) -> LabelledImages:
-    """Downsampled ImageNet (32 or 64 pixels a side), from the folder with train_data_batch_*.npz and val_data.npz."""
+    """Downsampled ImageNet (32 or 64 pixels per side), from the folder with train_data_batch_*.npz and val_data.npz."""
     folder = _folder("imagenet_npz", path)
     parts: list[np.ndarray] = []
     for pattern in ("train_data*.npz", "val_data*.npz"):

@@ -1,7 +1,7 @@
 """Synthetic sequences that ask for one ability each: recall, copying, selecting, following a state, regression.
 
 An example is {"inputs": int32 [length], "targets": int32 [length]}, a target of -1 asking nothing; some sources add
-"group", int32, by which accuracy is told apart. Example i of a seed is always the same and is drawn when it is asked
+"group", int32, by which accuracy is reported. Example i of a seed is always the same and is drawn when it is asked
 for, so that training never sees one twice and nothing is stored.
 """
 
@@ -28,8 +28,8 @@ class ExampleSource(Protocol):
 class SequenceSource(ExampleSource, Protocol):
     """What draws examples of tokens.
 
-    length, vocabulary: of inputs and targets. answers: places that an example asks for, at most. groups: names of the
-    numbers in "group", or empty.
+    length, vocabulary: of inputs and targets. answers: positions that an example asks for, at most. groups: names of
+    the numbers in "group", or empty.
     """
 
     @property
@@ -76,12 +76,12 @@ def _need(condition: bool, name: str, value: Any, needed: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class MultiQueryRecall:
-    """MQAR (Arora et al. 2023, Zoology): k1 v1 ... kN vN, then keys again at places drawn from a power law, each asking
-    for its value; the places between hold random tokens.
+    """MQAR (Arora et al. 2023, Zoology): k1 v1 ... kN vN, then keys again at positions drawn from a power law, each
+    asking for its value; the positions between hold random tokens.
 
     Args:
       length, pairs: length >= 4 pairs. An example whose `pairs` is a tuple draws one of its numbers by index, and the
-        accuracy is told by it.
+        accuracy is reported by it.
       vocabulary: keys from [1, vocabulary / 2), values from [vocabulary / 2, vocabulary).
       power: a; slot i of the queries is drawn in proportion to i^(a - 1), so small a asks early.
     """
@@ -213,8 +213,8 @@ class Induction:
 
 @dataclasses.dataclass(frozen=True)
 class Permutations:
-    """Composition of permutations of `points` things (3: S3, 5: S5): at every place the product of all so far is asked
-    for, which takes a state (Merrill et al. 2024).
+    """Composition of permutations of `points` things (3: S3, 5: S5): at every position the product of all so far is
+    asked for, which takes a state (Merrill et al. 2024).
 
     An input is the number of a permutation in lexicographic order; the target is p_t o ... o p_1.
     """
@@ -255,8 +255,8 @@ class Needle:
 
     Args:
       length: of the sequence.
-      distances: tokens from the needle's key to the question's; examples take them in turn, and the accuracy is told
-        by distance.
+      distances: tokens from the needle's key to the question's; examples take them in turn, and the accuracy is
+        reported by distance.
       vocabulary: a third each for keys, values and the haystack.
     """
 
@@ -282,8 +282,8 @@ class Needle:
         group, third = index % len(self.distances), self.vocabulary // 3
         inputs = rng.integers(2 * third, self.vocabulary, size=self.length)
         key, value = rng.integers(third), third + rng.integers(third)
-        place = int(self.length - 1 - self.distances[group])
-        inputs[place], inputs[place + 1], inputs[-1] = key, value, key
+        position = int(self.length - 1 - self.distances[group])
+        inputs[position], inputs[position + 1], inputs[-1] = key, value, key
         targets = np.full(self.length, IGNORED)
         targets[-1] = value
         return _example(inputs, targets, group=group)

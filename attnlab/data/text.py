@@ -42,7 +42,7 @@ class Corpus:
         return "".join(known) if self.unit == "character" else " ".join(known).replace("<eos>", "\n")
 
     def describe(self) -> dict[str, Any]:
-        """Sizes and a hash of the content, which tells whether two runs read the same text."""
+        """Sizes and a hash of the content, which shows whether two runs read the same text."""
         content = hashlib.sha256(self.train.tobytes() + b"\0" + self.validation.tobytes()).hexdigest()
         return {
             "source": self.name,

@@ -5,8 +5,8 @@
     inner: r = embed(tokens) moved right by one + u + context; [row MASKED] x layers              sees the row so far
     logits = dense(norm(r))
 
-Masks let a place see itself; the two moves, in which zeros enter, make the whole strict, so there is no start token. An
-image of several channels is modelled a channel at a time, in order: exterior layers, which see everything of the
+Masks let a position see itself; the two moves, in which zeros enter, make the whole strict, so there is no start token.
+An image of several channels is modelled one channel at a time, in order: exterior layers, which see everything of the
 channels before, condition the next. The order of all is channel by channel, each in raster order.
 """
 
@@ -30,11 +30,11 @@ from attnlab.nn.layers import LayerNorm, Linear, dropout
 from attnlab.nn.parameters import normal, parameter, zeros
 
 Array = jax.Array
-# Chooses tokens [B] from the logits [B, levels] of a place, whose number in raster order is given.
+# Chooses tokens [B] from the logits [B, levels] of a position, whose number in raster order is given.
 Choose = Callable[[Array, Array], Array]
 # Axes of images among their space axes; layers along _X mix a row, layers along _Y a column.
 _Y, _X = 0, 1
-# Folded into the dropout key, a number a stack of layers; each layer folds in its own.
+# Folded into the dropout key, one number per stack of layers; each layer folds in its own.
 _EXTERIOR, _OUTER, _INNER = 0, 1, 2
 
 
@@ -43,8 +43,8 @@ class AxialBlock(nnx.Module):
 
     Args:
       features, heads: width D, and heads of D / heads.
-      axis: 0 mixes the places of a column, 1 those of a row.
-      is_causal: a place sees itself and those before it along the axis.
+      axis: 0 mixes the positions of a column, 1 those of a row.
+      is_causal: a position sees itself and those before it along the axis.
       mlp_hidden: hidden width of the MLP.
       dropout_rate: on both branches, in training.
     """
@@ -79,11 +79,11 @@ class AxialBlock(nnx.Module):
         return x + dropout(self._mlp(x), self.dropout_rate, mlp_key)
 
     def init_cache(self, lines: int, length: int) -> DotProductCache:
-        """An empty cache for this many lines (rows, or columns) of `length` places."""
+        """An empty cache for this many lines (rows, or columns) of `length` positions."""
         return init_dot_product_cache(lines, length, self.heads, self.features // self.heads, dtype=self.dtype)
 
     def step(self, cache: DotProductCache, x: Array) -> tuple[Array, DotProductCache]:
-        """The next place of every line, x [lines, 1, D] -> (the same shape, cache); for causal blocks."""
+        """The next position of every line, x [lines, 1, D] -> (the same shape, cache); for causal blocks."""
         mixed, cache = dot_product_step(cache, *self._heads(x))
         x = x + self.output(mixed)
         return x + self._mlp(x), cache
@@ -97,14 +97,14 @@ class AxialBlock(nnx.Module):
         return self.mlp_out(hidden * jax.nn.sigmoid(1.702 * hidden))
 
     def flops(self, size: tuple[int, int]) -> int:
-        """Floating-point operations of matrix products (2 a multiply-add) for one map of this size, forward."""
+        """Floating-point operations of matrix products (2 per multiply-add) for one map of this size, forward."""
         length = size[self.axis]
-        seen = (length + 1) / 2 if self.is_causal else length  # places a query sees, on average
+        seen = (length + 1) / 2 if self.is_causal else length  # positions that a query sees, on average
         return round(math.prod(size) * self.features * (8 * self.features + 4 * self.mlp_hidden + 4 * seen))
 
 
 class _Positions(nnx.Module):
-    """A table for rows and one for columns: their sum at every place, [Y, X, D]."""
+    """A table for rows and one for columns: their sum at every position, [Y, X, D]."""
 
     def __init__(self, size: tuple[int, int], features: int):
         self.rows = parameter((size[0], features), normal(0.02))
@@ -151,7 +151,7 @@ class AxialDecoder(nnx.Module):
     def __call__(self, tokens: Array, conditioning: Array | None = None, *, key: Array | None = None) -> Array:
         """tokens: int [B, Y, X]; conditioning: [B, Y, X, D] -> float32 logits [B, Y, X, levels].
 
-        The logits of a place depend on the tokens before it in raster order, and on all of the conditioning.
+        The logits of a position depend on the tokens before it in raster order, and on all of the conditioning.
         """
         embedded, context = self._embed(tokens), self._context(conditioning)
         u = _run(self.outer, embedded + context, key=_stack_key(key, _OUTER), remat=self.remat)
@@ -159,10 +159,11 @@ class AxialDecoder(nnx.Module):
         return self.head(self.norm(_run(self.inner, r, key=_stack_key(key, _INNER), remat=self.remat)))
 
     def decode(self, choose: Choose, batch: int, conditioning: Array | None = None) -> Array:
-        """Draws tokens, int32 [B, Y, X], place by place: `choose` takes the logits of each, [B, levels].
+        """Draws tokens, int32 [B, Y, X], position by position: `choose` takes the logits of each, [B, levels].
 
-        A row takes X passes of one place through the inner layers, which keep the row's keys and values, and one pass
-        of the finished row through the outer layers, which keep the columns'. So all N places cost N^1.5, not N^2.5.
+        A row takes X passes of one position through the inner layers, which keep the row's keys and values, and one
+        pass of the finished row through the outer layers, which keep the columns'. So all N positions cost N^1.5, not
+        N^2.5.
         """
         height, width = self.size
         context = jnp.broadcast_to(self._context(conditioning), (batch, height, width, self.features))
@@ -171,15 +172,15 @@ class AxialDecoder(nnx.Module):
             columns, above = carry
             given = jax.lax.dynamic_index_in_dim(context, y, axis=1, keepdims=False)  # [B, X, D]
 
-            def draw_place(carry: Any, x: Array) -> tuple[Any, Array]:
+            def draw_position(carry: Any, x: Array) -> tuple[Any, Array]:
                 row, left = carry
                 logits, row = self._inner_step(row, left + (above + given)[:, x])
                 tokens = choose(logits, y * width + x).astype(jnp.int32)
                 return (row, self._embed(tokens)), tokens
 
             start = [block.init_cache(batch, width) for block in self.inner], jnp.zeros_like(above[:, 0])
-            _, places = jax.lax.scan(draw_place, start, jnp.arange(width))
-            tokens = places.T  # [X, B] -> [B, X]
+            _, tokens = jax.lax.scan(draw_position, start, jnp.arange(width))
+            tokens = tokens.T  # [X, B] -> [B, X]
             above, columns = self._outer_step(columns, self._embed(tokens) + given)
             return (columns, above), tokens
 
@@ -189,7 +190,7 @@ class AxialDecoder(nnx.Module):
         return jnp.moveaxis(rows, 0, 1)
 
     def _inner_step(self, caches: list[DotProductCache], x: Array) -> tuple[Array, list[DotProductCache]]:
-        """The next place of a row, x [B, D] -> (logits [B, levels], caches)."""
+        """The next position of a row, x [B, D] -> (logits [B, levels], caches)."""
         x, new_caches = x[:, None], []
         for block, cache in zip(self.inner, caches):
             x, cache = block.step(cache, x)
@@ -222,17 +223,17 @@ class AxialDecoder(nnx.Module):
         )
 
     def state_size(self) -> int:
-        """Numbers kept per image to draw its last place: keys and values of a row, and of all columns."""
+        """Numbers kept per image to draw its last position: keys and values of a row, and of all columns."""
         height, width = self.size
         columns = sum(block.axis == _Y for block in self.outer)
         return 2 * self.features * width * (len(self.inner) + height * columns)
 
 
 class AxialConditioner(nnx.Module):
-    """The exterior layers: what the channels before a slice, all of them, say about it.
+    """The exterior layers: what a slice is conditioned on, computed from all of the channels before it.
 
     A 3x3 convolution of those channels (scaled to 0 to 1, the others 0) and of the slice's number (one-hot, at every
-    place), positions, and pairs of a row and a column layer without masks.
+    position), position embeddings, and pairs of a row and a column layer without masks.
     """
 
     def __init__(
@@ -351,8 +352,8 @@ class AxialTransformer(nnx.Module):
     def __call__(self, images: Array, *, slices: Array | None = None, key: Array | None = None) -> Array:
         """images: int [B, Y, X, C], below `levels` -> float32 logits.
 
-        The logits of a sub-pixel depend on the channels before its own, and in its own channel on the places before it
-        in raster order.
+        The logits of a sub-pixel depend on the channels before its own, and in its own channel on the positions before
+        it in raster order.
 
         Args:
           slices: int [B], the one channel of each image whose logits are wanted, [B, Y, X, levels]; None is every
@@ -375,7 +376,7 @@ class AxialTransformer(nnx.Module):
         return self.decoder(tokens, conditioning, key=key)
 
     def flops(self) -> int:
-        """Floating-point operations of matrix products (2 a multiply-add) for all channels of one image, forward."""
+        """Floating-point operations of matrix products (2 per multiply-add) for all channels of one image, forward."""
         height, width, channels = self.image_size
         exterior = 0 if self.conditioner is None else self.conditioner.flops((height, width))
         return channels * (exterior + self.decoder.flops())
@@ -388,18 +389,19 @@ class AxialTransformer(nnx.Module):
 def sample(model: AxialTransformer, *, count: int, key: Array, temperature: float = 1.0) -> Array:
     """Draws images: int32 [count, Y, X, C], below model.levels.
 
-    A channel takes one pass of the exterior layers, one of the outer layers a row and one of the inner layers a place.
+    A channel takes one pass of the exterior layers, one of the outer layers per row and one of the inner layers per
+    position.
     The noise of a sub-pixel is that of fold_in(key, its number), counted channel by channel, each in raster order.
     temperature 0 takes the likeliest level.
     """
     height, width, channels = model.image_size
 
     def draw_channel(channel: Array, images: Array) -> Array:
-        def choose(logits: Array, place: Array) -> Array:
+        def choose(logits: Array, position: Array) -> Array:
             if temperature == 0:
                 return jnp.argmax(logits, axis=-1)
-            place_key = jax.random.fold_in(key, channel * (height * width) + place)
-            return jax.random.categorical(place_key, logits / temperature)
+            position_key = jax.random.fold_in(key, channel * (height * width) + position)
+            return jax.random.categorical(position_key, logits / temperature)
 
         slices = jnp.full(count, channel)
         conditioning = None if model.conditioner is None else model.conditioner(images, slices)
@@ -410,7 +412,7 @@ def sample(model: AxialTransformer, *, count: int, key: Array, temperature: floa
 
 
 def shift(x: Array, *, axis: int) -> Array:
-    """Moves a map [B, Y, X, D] by one place along a space axis: zeros enter, the last line drops out."""
+    """Moves a map [B, Y, X, D] by one position along a space axis: zeros enter, the last line drops out."""
     padding = [(0, 0)] * x.ndim
     padding[1 + axis] = (1, 0)
     return jax.lax.slice_in_dim(jnp.pad(x, padding), 0, x.shape[1 + axis], axis=1 + axis)

@@ -104,12 +104,12 @@ class Stack(nnx.Module):
         return x
 
     def stack_flops(self, space: tuple[int, ...]) -> int:
-        """Floating-point operations of matrix products (2 a multiply-add) in the blocks, forward, for one example."""
+        """Floating-point operations of matrix products (2 per multiply-add) in the blocks, forward, for one example."""
         return sum(block.flops(space) for block in self.layers)
 
     @property
     def decoding_refusal(self) -> str:
-        """Why it does not decode: what its first mixer that does not gives as the reason; "" where all do."""
+        """Why it does not decode: the reason of its first mixer that does not; "" where all do."""
         return next((block.mixer.decoding_refusal for block in self.layers if not block.mixer.decodes), "")
 
     def state_size(self, length: int) -> int | None:

@@ -53,7 +53,7 @@ class ImageClassifier(Stack):
         return self.head(jnp.mean(self.norm(x).astype(jnp.float32), axis=(1, 2)))
 
     def flops(self) -> int:
-        """Floating-point operations of matrix products (2 a multiply-add) for one image, forward."""
+        """Floating-point operations of matrix products (2 per multiply-add) for one image, forward."""
         height, width, channels = self.image_size
         return (
             self.stack_flops(self.grid)

@@ -36,20 +36,22 @@ class LanguageModel(Stack):
         tokens: jax.Array,
         *,
         segment_ids: jax.Array | None = None,
-        places: jax.Array | None = None,
+        output_positions: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
         """tokens: int [B, T] -> float32 logits [B, T, vocabulary] of the next token.
 
-        segment_ids: int [B, T], packed documents that do not see each other. places: int [B, A], where logits are
-        wanted, [B, A, vocabulary]; None is everywhere. key: for dropout; None is evaluation.
+        segment_ids: int [B, T], packed documents that do not see each other. output_positions: int [B, A], where logits
+        are wanted, [B, A, vocabulary]; None is everywhere. key: for dropout; None is evaluation.
         """
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens: got {tokens.dtype}{list(tokens.shape)}; need integers [batch, length]")
         x = self._embed(tokens, jnp.arange(tokens.shape[1]))
         x = dropout(x, self.dropout_rate, None if key is None else jax.random.fold_in(key, _EMBEDDING_DROPOUT))
         x = self.run(x, key=key, segment_ids=segment_ids)
-        return self._logits(x if places is None else jnp.take_along_axis(x, places[..., None], axis=1))
+        if output_positions is not None:
+            x = jnp.take_along_axis(x, output_positions[..., None], axis=1)
+        return self._logits(x)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         x = self.embedding[...][tokens]
@@ -83,7 +85,7 @@ class LanguageModel(Stack):
         return self._logits(x)[:, 0], new_cache
 
     def flops(self, length: int) -> int:
-        """Floating-point operations of matrix products (2 a multiply-add) for one sequence, forward."""
+        """Floating-point operations of matrix products (2 per multiply-add) for one sequence, forward."""
         return self.stack_flops((length,)) + 2 * length * self.features * self.vocabulary
 
 
@@ -98,7 +100,7 @@ def generate(
 ) -> jax.Array:
     """Samples a continuation: prompt int [B, P], P >= 1 -> tokens int [B, P + length].
 
-    Decodes one token a step from the mixers' caches, the prompt too.
+    Decodes one token per step from the mixers' caches, the prompt too.
 
     Args:
       temperature: 0 takes the likeliest token.

@@ -25,12 +25,15 @@ class SequenceRegressor(Stack):
         self.head = Linear(self.features, 1, use_bias=True, initializer=normal(0.02))
 
     def __call__(self, vectors: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """vectors: float [B, T, channels] -> float32 [B, T], each from its place and those before. key: for dropout."""
+        """vectors: float [B, T, channels] -> float32 [B, T], each from its position and those before.
+
+        key: for dropout.
+        """
         if vectors.ndim != 3 or vectors.shape[-1] != self.channels:
             raise ValueError(f"vectors: got {list(vectors.shape)}; need [batch, length, {self.channels}]")
         x = self.run(self.embedding(vectors), key=key)
         return self.head(self.norm(x).astype(jnp.float32))[..., 0]
 
     def flops(self, length: int) -> int:
-        """Floating-point operations of matrix products (2 a multiply-add) for one sequence, forward."""
+        """Floating-point operations of matrix products (2 per multiply-add) for one sequence, forward."""
         return self.stack_flops((length,)) + 2 * length * self.features * (self.channels + 1)

@@ -88,8 +88,8 @@ def rotary_embedding(x: jax.Array, positions: jax.Array, *, base: float = 10_000
 
     Args:
       x: [B, *space, N, H]; H a multiple of twice the number of space axes.
-      positions: [*space, axes], the coordinate of each place on each space axis (a row per place).
-      base: the longest wavelength is 2 pi base places.
+      positions: [*space, axes], the coordinate of each position on each space axis (one row per position).
+      base: the longest wavelength is 2 pi base positions.
     """
     axes = positions.shape[-1]
     pairs = x.shape[-1] // (2 * axes)
@@ -102,7 +102,7 @@ def rotary_embedding(x: jax.Array, positions: jax.Array, *, base: float = 10_000
 
 
 def grid_positions(space: tuple[int, ...]) -> jax.Array:
-    """The coordinates of every place of a grid: int32 [*space, len(space)]."""
+    """The coordinates of every position of a grid: int32 [*space, len(space)]."""
     return jnp.stack(jnp.meshgrid(*(jnp.arange(length) for length in space), indexing="ij"), axis=-1)
 
 
@@ -113,7 +113,7 @@ def depthwise_convolution(
 
     Args:
       x: [B, *space, channels].
-      kernel: [*widths, channels], or [B, *widths, channels] for one an example. The centre of a width w is w div 2.
+      kernel: [*widths, channels], or [B, *widths, channels] for one per example. The centre of a width w is w div 2.
       is_causal: the centre is the last offset, so that a token takes itself and earlier ones; one space axis.
       segment_ids: int [B, T]; tokens of other segments count as zeros. One space axis.
     """
@@ -125,18 +125,18 @@ def depthwise_convolution(
     ids = None if segment_ids is None else jnp.pad(segment_ids, padding[:2], constant_values=-1)
     out = jnp.zeros_like(x)
     for offset in np.ndindex(*widths):
-        places = tuple(slice(start, start + length) for start, length in zip(offset, space))
+        window = tuple(slice(start, start + length) for start, length in zip(offset, space))
         tap = kernel[(..., *offset, slice(None))]
         tap = tap.reshape(-1, *(1,) * rank, x.shape[-1])  # [B or 1, 1.., channels]
-        shifted = padded[(slice(None), *places)]
+        shifted = padded[(slice(None), *window)]
         if ids is not None and segment_ids is not None:
-            shifted = jnp.where((ids[:, places[0]] == segment_ids)[..., None], shifted, 0)
+            shifted = jnp.where((ids[:, window[0]] == segment_ids)[..., None], shifted, 0)
         out = out + tap * shifted
     return out
 
 
 class DepthwiseConvolution(nnx.Module):
-    """depthwise_convolution with a learned kernel over this many places per space axis; causal ones decode."""
+    """depthwise_convolution with a learned kernel over this many positions per space axis; causal ones decode."""
 
     def __init__(
         self, widths: tuple[int, ...], features: int, *, is_causal: bool, use_bias: bool, dtype: Any = jnp.float32

@@ -72,15 +72,15 @@ def _variables(model: nnx.Module, *kinds: type[nnx.Variable]) -> Iterator[tuple[
 def _nested(flat: Iterable[tuple[tuple[str, ...], Any]]) -> Parameters:
     nested: Parameters = {}
     for path, value in flat:
-        place = nested
+        node = nested
         for name in path[:-1]:
-            place = place.setdefault(name, {})
-        place[path[-1]] = value
+            node = node.setdefault(name, {})
+        node[path[-1]] = value
     return nested
 
 
 def _at(values: Parameters, path: tuple[str, ...]) -> Any:
-    return functools.reduce(lambda place, name: place[name], path, values)
+    return functools.reduce(lambda node, name: node[name], path, values)
 
 
 def initialize(model: nnx.Module, key: jax.Array) -> Parameters:
@@ -95,7 +95,7 @@ def initialize(model: nnx.Module, key: jax.Array) -> Parameters:
     return _nested((path, draw(path, variable)) for path, variable in _variables(model, nnx.Param, Buffer))
 
 
-# One program a parameter: in one program for all, how XLA fuses its neighbours could change a parameter's last bit.
+# One program per parameter: in one program for all, how XLA fuses its neighbours could change a parameter's last bit.
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def _draw(initializer: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return initializer(key, shape, dtype)

@@ -1,8 +1,8 @@
 """The training loop, from top to bottom: `train` is the whole of it, around the steps of `attnlab.train.step`.
 
 A run is decided by its experiment alone: initial values by parameter path, batches by index, dropout by step, all from
-one seed. A checkpoint holds the state and the place in the data, and metrics are truncated to it on the way back in, so
-a run that was stopped, however abruptly, goes on bit for bit as if it had not been.
+one seed. A checkpoint holds the state and the position in the data, and a resumed run cuts its metrics back to the
+checkpoint, so a run that was stopped, however abruptly, continues bit for bit as if it had not been.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ class Experiment:
             raise ValueError(f"evaluation_batches: got {self.evaluation_batches}; need at least 1, or None for all")
         if not 0 <= self.optimizer.warmup_steps <= self.steps:
             raise ValueError(f"warmup_steps: got {self.optimizer.warmup_steps}; need 0 to steps = {self.steps}")
-        # Traces the model on the task's shapes, so that what does not fit is said now and not once a run is under way.
+        # Traces the model on the task's shapes, so that what does not fit is refused now, not during the run.
         loss_shapes(self.model, self.task, self.batch_size)
 
 
@@ -101,12 +101,12 @@ def train(
     fingerprint: Mapping[str, str] | None = None,
     config_text: str = "",
 ) -> Result:
-    """Trains a model, or goes on with it.
+    """Trains a model, or continues its training.
 
     Args:
       experiment: what to train.
-      workdir: folder for checkpoints and metrics, and samples.png of a task that draws; a second call goes on from the
-        last checkpoint there, and one after the end gives the result at once. None keeps nothing.
+      workdir: folder for checkpoints and metrics, and samples.png of a task that draws; a second call continues from
+        the last checkpoint there, and one after the end gives the result at once. None keeps nothing.
       fingerprint: the run's options by name. A workdir that holds a run with other options or data is refused.
       config_text: kept as workdir/config.gin.
 
@@ -176,14 +176,14 @@ def train(
                 before = time.perf_counter()
                 metrics = evaluate(experiment, evaluate_function, nn.merge(state.parameters, state.buffers))
                 record({"step": step, "split": "validation", **metrics, "seconds": time.perf_counter() - before})
-                _say(progress, f"step {step} of {steps}: validation loss {metrics['loss']:.4f}")
+                _print(progress, f"step {step} of {steps}: validation loss {metrics['loss']:.4f}")
             if saving and folder is not None:
                 folder.save(step, state, batches)
             if stopping and not last:
                 if folder is not None:
                     folder.close()
                 kept = "nothing was kept" if folder is None else f"step {step} is kept in {folder.path}"
-                print(f"attnlab: terminated; {kept}, and the same command goes on", file=sys.stderr)
+                print(f"attnlab: terminated; {kept}, and the same command continues", file=sys.stderr)
                 raise SystemExit(143)
             segment_start, segment_step = time.perf_counter(), step
 
@@ -247,12 +247,12 @@ def _result(history: list[dict[str, Any]], compile_seconds: float) -> Result:
 
 
 def _bar(start: int, steps: int) -> tqdm:
-    """A progress bar on a terminal; nothing elsewhere, where `_say` prints lines."""
+    """A progress bar on a terminal; nothing elsewhere, where `_print` prints lines."""
     hidden = not sys.stderr.isatty()
     return tqdm(total=steps, initial=start, unit="step", disable=hidden, dynamic_ncols=True, leave=False)
 
 
-def _say(progress: tqdm, line: str) -> None:
+def _print(progress: tqdm, line: str) -> None:
     if progress.disable:
         print(line, file=sys.stderr, flush=True)
     else:
@@ -261,7 +261,7 @@ def _say(progress: tqdm, line: str) -> None:
 
 @contextlib.contextmanager
 def _terminated() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether SIGTERM has come. Outside the main thread it never has."""
+    """Yields a function: whether SIGTERM has come. Outside the main thread it never has."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag.is_set

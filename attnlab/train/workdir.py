@@ -18,7 +18,7 @@ _KEPT_CHECKPOINTS = 2
 
 class Workdir:
     """Opens or makes the folder. Nothing in it is ever deleted but checkpoints older than the newest two, and rows of
-    metrics later than the checkpoint that a run goes on from."""
+    metrics later than the checkpoint that a run continues from."""
 
     def __init__(self, path: Path, fingerprint: Mapping[str, str], config_text: str):
         self.path = path.absolute()
@@ -47,7 +47,7 @@ class Workdir:
             raise UserError(f"workdir: {self.path} holds a run with {shown}{more}; give another --workdir")
 
     def restore(self, state: Any, batches: grain.DatasetIterator) -> tuple[Any, list[dict[str, Any]]]:
-        """The newest checkpoint's state and the rows up to it, `batches` moved to its place; or the start."""
+        """The newest checkpoint's state and the rows up to it, `batches` moved to its position; or the start."""
         options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT_CHECKPOINTS)
         self._checkpoints = ocp.CheckpointManager(self.path / "checkpoints", options=options)
         step = self._checkpoints.latest_step()
@@ -84,7 +84,7 @@ class Workdir:
                 self._tensorboard.add_scalar(f"{row['split']}/{name}", value, row["step"])
 
     def save(self, step: int, state: Any, batches: grain.DatasetIterator) -> None:
-        """Starts writing a checkpoint, which counts only once it is whole; training goes on meanwhile."""
+        """Starts writing a checkpoint, which counts only once it is whole; training continues meanwhile."""
         self._checkpoints.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(batches)),
@@ -130,8 +130,8 @@ def newest_state(path: Path, like: Any) -> Any:
 
 def _unreadable(checkpoint: Path, error: Exception) -> UserError:
     return UserError(
-        f"checkpoint: {checkpoint} cannot be read ({type(error).__name__}); it was left as it is. Move it away to go "
-        "on from the checkpoint before it, or give another --workdir"
+        f"checkpoint: {checkpoint} cannot be read ({type(error).__name__}); it was left as it is. Move it away to "
+        "continue from the checkpoint before it, or give another --workdir"
     )
 
 

@@ -1,6 +1,6 @@
 """Cycles of a TPU kernel from the schedule that libtpu compiles, without a TPU.
 
-A TensorCore issues one bundle of instructions a cycle, in order. libtpu can write a kernel's bundles to files; here
+A TensorCore issues one bundle of instructions per cycle, in order. libtpu can write a kernel's bundles to files; here
 they are cut into the parts of a Pallas kernel:
 
     before          outside the loop over the grid
@@ -9,8 +9,8 @@ they are cut into the parts of a Pallas kernel:
                     runs is known from the grid
 
 so that cycles = before + steps x every step + sum of region x its runs. Not in it: waiting for memory, and stalls of
-units that take longer than the schedule says. It is a bound from below for kernels that wait for memory, and close for
-those that compute.
+units that take longer than the schedule assumes. It is a bound from below for kernels that wait for memory, and close
+for those that compute.
 """
 
 import contextlib
@@ -39,8 +39,8 @@ class Schedule(NamedTuple):
     matmuls: tuple[int, ...]
 
     def cycles(self, steps: int, runs: Sequence[int]) -> tuple[int, int]:
-        """Of a call of this many grid steps, whose bodies of pl.when run so often each; and of those cycles the ones
-        that issue a matrix product's instruction.
+        """Cycles of a call of this many grid steps, whose pl.when bodies have these numbers of runs; and how many of
+        those cycles issue a matrix product's instruction.
 
         Short bodies may be predicated rather than skipped: they are in every step, and there are fewer regions than
         bodies. Which ones is not known; what is returned is the most that it can be.

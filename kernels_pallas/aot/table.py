@@ -170,8 +170,8 @@ KERNELS: dict[str, Callable[[Shape], Row]] = {
 }
 _HELP = """
 VMEM is the kernels' own model, by which a call is refused before it is compiled. HBM is what the compiled program reads
-and writes. Bundles a tile, cycles and the share of bundles that issue a matrix product come from the compiler's
-schedule (one bundle a cycle, in order, on one core): nothing runs, and waiting for memory is not in them.
+and writes. Bundles per tile, cycles and the share of bundles that issue a matrix product come from the compiler's
+schedule (one bundle per cycle, in order, on one core): nothing runs, and waiting for memory is not in them.
 """
 
 
@@ -189,7 +189,7 @@ def main() -> None:
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # look for no device
 
-    columns = ["kernel", "shape", "TPU", "compiled", "VMEM MiB", "HBM MiB", "bundles a tile", "cycles", "matmul", "s"]
+    columns = ["kernel", "shape", "TPU", "compiled", "VMEM MiB", "HBM MiB", "bundles per tile", "cycles", "matmul", "s"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * 4}{'---:|' * 6}", flush=True)
     with schedule.dumping() as collect:
         for kernel in options.kernel:

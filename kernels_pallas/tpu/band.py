@@ -142,7 +142,7 @@ class Band:
         return table
 
     def bounds_scratch(self) -> list[Any]:
-        """Scratch for what tells a query's keys: one number per row, repeated over the lanes."""
+        """Scratch for the rows of the table of queries: one number per query and row, repeated over the lanes."""
         return [pltpu.VMEM((self.block_q, LANES), jnp.int32)] * len(self.rows)
 
     def _table(self, rows: list[Any], segment_ids: Array | None, past: int, **padding: Any) -> Array:
@@ -176,7 +176,7 @@ class Call:
     """A kernel over a list of pairs of tiles, in a grid (batch, heads, steps).
 
     By query, the list's rows are query tiles, and the grid has the query heads. By key, rows are key tiles, and the
-    grid has the key heads: a row goes over all query heads of its key head, which the flags tell.
+    grid has the key heads: a row goes over all query heads of its key head, as the flags mark.
     """
 
     def __init__(self, band: Band, *, by_key: bool):

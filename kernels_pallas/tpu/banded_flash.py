@@ -88,7 +88,7 @@ def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype:
     rows = 4 * SUBLANES * (2 * block_q + (block_k if tables > 1 else 0))  # table of queries, lse; table of keys
     state = 4 * block_q * (2 * LANES + value_lanes)
     logits = (4 + 4 + size) * block_q * block_k  # logits, weights, weights in the values' dtype
-    columns = 4 * block_q * LANES * 8  # what tells a query's keys, one query a sublane
+    columns = 4 * block_q * LANES * 8  # which keys a query sees, one query per sublane
     product = 4 * block_q * value_lanes  # of weights and values, before it is added to the output
     # At full precision the operands of the logits are split into bfloat16 parts and remainders.
     splits = 2 * size * (block_q + block_k) * key_lanes if size == 4 else 0
@@ -110,7 +110,7 @@ def banded_flash_attention(
     segment_ids: tuple[Array, Array] | None = None,
     scale: float | Array,
 ) -> tuple[Array, Array]:
-    """Attention of every query to the keys that the pattern says.
+    """Attention of every query to the keys that the pattern gives it.
 
     Args:
       query: [B, T, N, H], bfloat16 or float32.
@@ -193,7 +193,7 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
         total = jnp.where(empty, _ONE, total)
         inverse = jnp.where(empty, np.float32(0), _ONE / total)
         out_ref[...] = (acc_ref[...] * over_lanes(inverse, acc_ref.shape[1])).astype(out_ref.dtype)
-        # Both in one transposition, of which a row each is read.
+        # Both in one transposition, of which one row each is read.
         lanes = lax.broadcasted_iota(jnp.int32, maximum.shape, 1)
         both = jnp.transpose(jnp.where(lanes == 0, maximum, total))
         maximum, total = both[:1], both[1:2]

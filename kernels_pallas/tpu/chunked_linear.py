@@ -1,11 +1,11 @@
-"""Linear attention for TPU by chunks of tokens: the state stays in VMEM from a head's first chunk to its last.
+"""Chunked linear attention for TPU: the state stays in VMEM from a head's first chunk to its last.
 
     S~  = e^{g_t} S_{t-1}
     u_t = v_t                        or, with the delta rule,        u_t = beta_t (v_t - S~^T k_t)
     S_t = S~ + k_t u_t^T             o_t = q_t^T S_t
 
 g_t <= 0 is absent, one number per token, or one per channel of the key (RetNet, Mamba-2, GLA, DeltaNet, Gated
-DeltaNet). The grid is (batch, heads, chunks), chunks in order; a step is one chunk (chunk.py, which says the formulas
+DeltaNet). The grid is (batch, heads, chunks), chunks in order; a step is one chunk (chunk.py, which gives the formulas
 and the numerics). The kernel of the gradients goes through the chunks backwards, with the gradient of the state in
 VMEM, and is the chunk's function differentiated by JAX, from the states that the first kernel kept.
 """
@@ -246,7 +246,7 @@ class _Call:
         rest = iter(gates)
         return query, key, value, *(None if x is None else next(rest) for x in (self.log_decay, self.beta))
 
-    def _place(self, step: Any) -> Any:
+    def _chunk_index(self, step: Any) -> Any:
         return np.int32(self.chunks - 1) - step if self.backwards else step
 
     def _shape(self, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -256,7 +256,7 @@ class _Call:
         """(block, whole) of an array [B, N, T', width]."""
 
         def index(b: Any, n: Any, c: Any) -> tuple[Any, ...]:
-            return b, lax.div(n, np.int32(group)), self._place(c), common.zero()
+            return b, lax.div(n, np.int32(group)), self._chunk_index(c), common.zero()
 
         return pl.BlockSpec((None, None, CHUNK, width), index), self._shape((self.padded_length, width), dtype)
 
@@ -265,7 +265,7 @@ class _Call:
             return self.tokens(self.features, jnp.float32)
 
         def index(b: Any, n: Any, c: Any) -> tuple[Any, ...]:
-            return b, n, common.zero(), self._place(c)
+            return b, n, common.zero(), self._chunk_index(c)
 
         return pl.BlockSpec((None, None, 1, CHUNK), index), self._shape((1, self.padded_length), jnp.float32)
 
@@ -277,7 +277,7 @@ class _Call:
     def states(self) -> tuple[Any, Any]:
         shape = (self.features, self.value_dim)
         spec = pl.BlockSpec(
-            (None, None, None, *shape), lambda b, n, c: (b, n, self._place(c), common.zero(), common.zero())
+            (None, None, None, *shape), lambda b, n, c: (b, n, self._chunk_index(c), common.zero(), common.zero())
         )
         return spec, self._shape((self.chunks, *shape), jnp.float32)
 

@@ -61,7 +61,7 @@ def test_uniform_weights_have_the_distance_and_entropy_of_their_window(remat):
     for (_, space, weights), window in ((local, WINDOW), (softmax, LENGTH)):
         visible = np.minimum(np.arange(1, LENGTH + 1), window)
         distance, entropy = attending.summarize(weights, space)
-        np.testing.assert_allclose(distance, np.mean((visible - 1) / 2), rtol=1e-5)  # a number a head
+        np.testing.assert_allclose(distance, np.mean((visible - 1) / 2), rtol=1e-5)  # one number per head
         np.testing.assert_allclose(entropy, np.mean(np.log(visible)), rtol=1e-5)
 
 
@@ -112,7 +112,7 @@ def test_a_run_leaves_maps_and_a_continuation_in_its_folder(trained):
     assert (folder / "attending.json").stat().st_size < 10_000
 
 
-def test_a_model_that_does_not_decode_has_maps_and_says_why_it_has_no_text(tmp_path):
+def test_a_model_that_does_not_decode_has_maps_and_a_reason_for_no_text(tmp_path):
     mixer = functools.partial(nn.RoutingAttention, clusters=2, window=4, membership="global")
     experiment = language(mixers=[mixer], depth=1)
     train(experiment, workdir=tmp_path)
@@ -155,7 +155,7 @@ def test_examples_of_numbers_are_shown_as_they_are():
 def test_long_examples_and_other_models_are_skipped_with_the_reason(tmp_path):
     experiment = language(length=600)
     values = nn.initialize(experiment.model, jax.random.key(0))
-    with pytest.raises(ValueError, match="length: an example has 600 places; weights are shown of at most 512"):
+    with pytest.raises(ValueError, match="length: an example has 600 positions; weights are shown of at most 512"):
         attending.layer_weights(experiment, values, first_batch(experiment))
     without = types.SimpleNamespace(
         model=LanguageModel(vocabulary=8, mixers=MIXERS, depth=1, features=8).norm,

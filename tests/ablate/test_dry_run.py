@@ -35,12 +35,12 @@ def test_it_lists_and_adds_up_and_writes_nothing(tmp_path, capsys):
 
 def test_states_and_the_time_that_is_left(tmp_path):
     file = tiny_sweep.write(tmp_path)
-    run_ablation(file, ["Ablation.seeds=[0]"], tmp_path / "out", say=lambda line: None)
+    run_ablation(file, ["Ablation.seeds=[0]"], tmp_path / "out", report=lambda line: None)
     run = Plan(file, []).run("local", 1, None)
     (tmp_path / "out" / "runs" / f"local-seed1-{run.digest}" / "checkpoints" / "2").mkdir(parents=True)
     rows, total = cells(dry_run(file, [], tmp_path / "out" / "runs"))
     assert [row["state"] for row in rows.values()] == ["finished", "finished", "to run", "step 2 of 4"]
-    assert [row["time left"] for row in rows.values()] == ["0 s", "0 s", "4 s", "2 s"]  # 256 tokens at 64 a second
+    assert [row["time left"] for row in rows.values()] == ["0 s", "0 s", "4 s", "2 s"]  # 256 tokens at 64 per second
     assert total.startswith("2 of 4 runs to do: ")
     assert total.endswith("384 of 1,024 tokens, 6 s of training one after the other")
 
@@ -52,7 +52,7 @@ def test_rates_before_and_after_their_search(tmp_path):
     assert rows["local-seed0-rate0.001"]["learning rate"] == "0.001"
     assert rows["local-seed1"]["learning rate"] == "the best"
     assert total.startswith("8 of 8 runs to do: ")
-    run_ablation(file, ["Ablation.seeds=[0]"], tmp_path / "out", say=lambda line: None)
+    run_ablation(file, ["Ablation.seeds=[0]"], tmp_path / "out", report=lambda line: None)
     rows, total = cells(dry_run(file, [], tmp_path / "out" / "runs"))
     assert [row["state"] for row in rows.values()] == ["finished", "finished", "failed"] * 2 + ["to run"] * 2
     assert rows["local-seed1-rate0.01"]["learning rate"] == "0.01"

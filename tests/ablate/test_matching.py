@@ -1,4 +1,4 @@
-"""Matching: the knob's value at which an arm costs what the baseline does, and what to say where there is none."""
+"""Matching: the knob's value at which an arm costs what the baseline does, and what is reported where there is none."""
 
 import pytest
 import tiny_sweep
@@ -78,7 +78,7 @@ def test_width_of_the_mlp_matches_parameters_and_flops(cost, tmp_path):
     assert matched.matches["gated_delta"].knob == "models.LanguageModel.mlp_hidden"
     hidden = matched.run("gated_delta", 1, None).experiment.model.layers[0].mlp_hidden
     assert hidden == matched.matches["gated_delta"].value != 48
-    # No knob for this one: it stays, and how far it is off is told.
+    # No knob for this one: it stays, and how far it is off is reported.
     assert matched.matches["local"].knob is None
     assert matched.matches["local"].off == pytest.approx(costs["local"] / costs["softmax"] - 1)
 
@@ -113,11 +113,11 @@ def test_a_knob_that_does_nothing_and_a_cost_that_is_not_there(tmp_path):
         Plan(images, ["Ablation.match=state_size", "Ablation.knobs=WINDOW"])
 
 
-def test_the_report_says_how_far_off(pretended, tmp_path):
+def test_the_report_gives_how_far_off(pretended, tmp_path):
     file = tiny_sweep.write(
         tmp_path, "ablate.Ablation.match = 'parameters'", "ablate.Ablation.knobs = 'LanguageModel.mlp_hidden'"
     )
-    rows = run_ablation(file, ["LocalAttention.sinks=1"], tmp_path, say=lambda line: None)
+    rows = run_ablation(file, ["LocalAttention.sinks=1"], tmp_path, report=lambda line: None)
     assert rows[1]["match"] == {"cost": "parameters", "off": 0.0, "knob": "LanguageModel.mlp_hidden", "value": 48}
     rows[1]["match"]["off"] = rows[3]["match"]["off"] = -0.0123
     page = write_report(rows, tmp_path).read_text()

@@ -1,4 +1,4 @@
-"""The report: what the rows say, in a table, in words and in pictures, also when little is there."""
+"""The report: what the rows hold, in a table, in words and in pictures, also when little is there."""
 
 import base64
 import csv
@@ -197,12 +197,12 @@ def test_arms_that_differ_in_a_number_are_a_line_over_it(tmp_path):
             "sinks": {8.0: "sinks[WINDOW=8]"},
         }
     }
-    page, _ = report([row(arm, seed, 2.0 - 0.1 * place) for place, arm in enumerate(arms) for seed in (0, 1)], tmp_path)
+    page, _ = report([row(arm, seed, 2.0 - 0.1 * index) for index, arm in enumerate(arms) for seed in (0, 1)], tmp_path)
     assert page.count("Loss by WINDOW</figcaption>") == 1
     assert "by head_dim" not in page
     figure = Figure()
     looks = figures.styles(arms)
-    rows = [row(arm, seed, 10.0 * place + seed) for place, arm in enumerate(arms) for seed in (0, 1)]
+    rows = [row(arm, seed, 10.0 * index + seed) for index, arm in enumerate(arms) for seed in (0, 1)]
     axes = figure.subplots()
     figures.by_setting(rows, looks, "loss", "WINDOW", results.settings(arms)["WINDOW"])(figure, axes)
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
@@ -257,7 +257,7 @@ def test_names_of_many_arms_do_not_cover_each_other():
     assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in boxes)
 
 
-def test_arms_are_told_apart_when_colours_run_out():
+def test_arms_are_distinguished_when_colours_run_out():
     looks = list(figures.styles([row["arm"] for row in many(20)]).values())
     assert len(set(looks)) == 20
     assert looks[8].colour == looks[0].colour
@@ -290,7 +290,7 @@ def seen(tmp_path):
     for known in rows[:2]:
         known["folder"] = f"runs/{known['arm']}-seed0"
         known["attending"] = {"distance": [1.5, 2.5], "entropy": [0.5, None]}
-    rows[2]["attending"] = {"skipped": "length: an example has 900 places"}
+    rows[2]["attending"] = {"skipped": "length: an example has 900 positions"}
     return report(rows, tmp_path)
 
 
@@ -302,7 +302,7 @@ def test_what_arms_attend_to_is_shown_and_summarised(seen, tmp_path):
     assert page.count("layer 0: from the middle") == 2
     assert "Some weights of base, low are negative" in page
     assert "if a&lt;b:" in page
-    assert "length: an example has 900 places" in page
+    assert "length: an example has 900 positions" in page
     assert "| base | none | 2.00 | 0.50 |" in table
     assert "| long | FLOPs/token, decode state, tokens/s |  |  |" in table
     lines = list(csv.DictReader((tmp_path / "results.csv").open()))

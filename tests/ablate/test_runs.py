@@ -1,4 +1,4 @@
-"""The arms of a sweep: alike in all but what the arm says; a failing arm does not take the others with it."""
+"""The arms of a sweep: alike in all but what the arm sets; a failing arm does not take the others with it."""
 
 import json
 import os
@@ -94,7 +94,7 @@ train.LanguageTask.sequence_length = 32
 
 
 def run(folder, *bindings, workdir="out", **options):
-    return run_ablation(tiny_sweep.write(folder, *bindings), [], folder / workdir, say=lambda line: None, **options)
+    return run_ablation(tiny_sweep.write(folder, *bindings), [], folder / workdir, report=lambda line: None, **options)
 
 
 def test_a_renamed_arm_and_another_sweep_share_runs_and_rows_say_the_same(pretended, tmp_path):
@@ -300,13 +300,13 @@ def test_processes_share_the_runs(tmp_path):
     command = [sys.executable, tiny_sweep.__file__, tiny_sweep.write(tmp_path, *bindings), str(tmp_path / "out")]
     here = {**os.environ, "PYTHONPATH": str(Path(attnlab.__file__).parents[1])}
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=here) for _ in range(2)]
-    said = [process.communicate(timeout=120)[0] for process in processes]
+    printed = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     trained = tiny_sweep.trained(tmp_path / "out" / "runs")
     assert len(trained) == len(set(trained)) == 2 * (2 + 2)
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [(row["arm"], row["seed"]) for row in rows] == [(a, s) for s in (0, 1, 2) for a in ("softmax", "local")]
-    assert all("[8/8] " in lines for lines in said)
+    assert all("[8/8] " in lines for lines in printed)
     assert not list((tmp_path / "out" / "runs" / "claims").iterdir())
 
 
@@ -319,12 +319,12 @@ def test_a_run_of_another_process_is_waited_for(pretended, tmp_path, monkeypatch
     other = folder / f"{Plan(file, []).run('softmax', 0, None).digest}.1"
     other.write_text(json.dumps({"machine": "another", "host": "h", "pid": 1}))
 
-    def say(line):
+    def report(line):
         lines.append(line)
         if line.startswith("waiting"):
             other.unlink()
 
-    rows = run_ablation(file, [], tmp_path / "out", say=say)
+    rows = run_ablation(file, [], tmp_path / "out", report=report)
     assert [row["arm"] for row in rows] == ["softmax", "local"] * 2
     assert lines.count("waiting for other processes, which have the runs that are left: 1") == 1
     assert tiny_sweep.trained(tmp_path / "out" / "runs")[-1].startswith("softmax-seed0")
@@ -338,7 +338,7 @@ def quality(text):
 
 
 def test_one_sweep_gives_one_table(tmp_path):
-    """Trained for good, twice: all that is told but speed is the same."""
+    """Trained for good, twice: all that is reported but speed is the same."""
     tables = []
     for workdir in ("one", "two"):
         write_report(run(tmp_path, "ablate.Ablation.seeds = [0]", workdir=workdir), tmp_path / workdir)

@@ -10,7 +10,7 @@ from attnlab.ablate.spread import helpers
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-    """Stands in for Python: says its arguments, and then waits where it is told to."""
+    """Stands in for Python: prints its arguments, and then waits where it is asked to."""
 
     def write(last):
         path = tmp_path / "program"
@@ -26,8 +26,8 @@ def test_they_get_the_command_and_are_waited_for(program, tmp_path):
     with helpers(2, ["sweep.gin", "--cache", "runs"], tmp_path / "out"):
         pass
     for number in (2, 3):
-        said = (tmp_path / "out" / f"process-{number}.log").read_text()
-        assert said == "-m attnlab.cli ablate sweep.gin --cache runs\ndone\n"
+        printed = (tmp_path / "out" / f"process-{number}.log").read_text()
+        assert printed == "-m attnlab.cli ablate sweep.gin --cache runs\ndone\n"
 
 
 def test_they_stop_with_ours(program, tmp_path):

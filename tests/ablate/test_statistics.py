@@ -42,7 +42,7 @@ def test_no_seed_in_common_is_an_error():
         paired_difference({0: 1.0}, {1: 1.0})
 
 
-def test_the_interval_covers_as_often_as_it_says():
+def test_the_interval_covers_as_often_as_it_states():
     random = np.random.default_rng(1)
     covered = 0
     for _ in range(2000):

@@ -49,7 +49,7 @@ def test_product_of_zipped():
     ]
 
 
-def test_options_of_one_name_are_told_apart_and_names_have_no_spaces():
+def test_options_of_one_name_are_distinguished_and_names_have_no_spaces():
     product = {"based": {"LinearAttention.head_dim": [8], "LocalAttention.head_dim": [16], "PAIRS": [(2, 4)]}}
     assert list(ablation(product=product).variants())[2:] == [
         "based[LinearAttention.head_dim=8,LocalAttention.head_dim=16,PAIRS=(2,4)]"

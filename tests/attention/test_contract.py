@@ -39,7 +39,7 @@ def loss_of(name, form):
 
 @functools.cache
 def program(name, form):
-    """(arrays, weights) -> output and gradients, compiled once a shape."""
+    """(arrays, weights) -> output and gradients, compiled once per shape."""
 
     def run(arrays, weights):
         return MECHANISMS[name](arrays, form), jax.grad(loss_of(name, form))(arrays, weights)

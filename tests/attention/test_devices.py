@@ -35,8 +35,8 @@ for name, mechanism in MECHANISMS.items():
 
 @pytest.mark.parametrize("count", [2, 8])
 def test_delta_rules_return_where_their_batch_is_sharded(count):
-    """LAPACK's triangular solve never did, with jax 0.10.2: it waits for a thread of the pool that it runs in. Of how
-    many devices a process has depends the size of that pool, so each has one of its own."""
+    """LAPACK's triangular solve never did, with jax 0.10.2: it waits for a thread of the pool that it runs in. The
+    size of that pool depends on how many devices a process has, so each runs in a process of its own."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={count}")
     command = [sys.executable, "-c", _DELTA_RULES]
     done = subprocess.run(

@@ -17,7 +17,7 @@ LINE = jax.ShapeDtypeStruct((1, 40, 2, 8), jnp.float32)
 IMAGE = jax.ShapeDtypeStruct((1, 6, 6, 2, 8), jnp.float64)
 
 
-def test_explain_tells_the_choice_by_platform():
+def test_explain_gives_the_choice_by_platform():
     (choice,) = explain(local_attention, LINE, LINE, LINE, window=4)
     assert dict(choice.by_platform) == {"tpu": "pallas_tpu", "elsewhere": "xla"}
     assert choice.refused == {}
@@ -30,7 +30,7 @@ def test_explain_tells_the_choice_by_platform():
     assert str(choice) == "local_attention: reference on every platform"
 
 
-def test_an_unknown_name_is_told_the_allowed_ones():
+def test_an_unknown_name_is_refused_with_the_allowed_ones():
     for name in ("palas_tpu", "pallas_gpu"):
         with pytest.raises(ValueError, match=rf"'{name}'.*one of \['reference', 'xla', 'pallas_tpu'\]"):
             jax.eval_shape(functools.partial(local_attention, window=4, implementation=name), LINE, LINE, LINE)
@@ -44,7 +44,7 @@ def test_an_unknown_name_is_told_the_allowed_ones():
         (functools.partial(local_attention, window=3), jax.ShapeDtypeStruct((1, 8, 2, 8192), jnp.float32), "VMEM"),
     ],
 )
-def test_a_name_that_cannot_serve_says_why(attend, array, reason):
+def test_a_name_that_cannot_serve_is_refused_with_the_reason(attend, array, reason):
     with jax.enable_x64(True):
         with pytest.raises(ValueError, match=f"'pallas_tpu' cannot serve this .* call: .*{reason}"):
             jax.eval_shape(functools.partial(attend, implementation="pallas_tpu"), array, array, array)

@@ -246,7 +246,7 @@ def test_runs_inside_shard_map(assert_close):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_future_has_no_say(form):
+def test_the_future_has_no_influence(form):
     arrays, options = inputs(form, 21)
     other = inputs(form, 21, seed=1)[0]
     changed = {

@@ -322,7 +322,7 @@ def test_wrong_calls_name_the_argument(call, error, message):
         jax.eval_shape(lambda: local_attention(**call))
 
 
-def test_dilated_window_that_does_not_fit_says_what_does():
+def test_dilated_window_that_does_not_fit_is_refused_with_what_does():
     query, key, value = draw_arrays(0, (20,))
     with pytest.raises(ValueError, match=r"window: got 7; at most 6 = 20 // 3 \(dilation\) fits on axis 0"):
         dilated_attention(query, key, value, window=7, dilation=3)

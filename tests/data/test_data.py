@@ -133,10 +133,10 @@ def test_crops_of_photographs_validate_on_a_part_that_training_does_not_see():
         assert train.dtype == np.uint8
         starts = [(y, x) for y in range(0, 427 - 63, 16) for x in range(0, cut - 63, 16)]
         assert len(train) == 2 * len(starts)  # and mirrored
-        for place in (0, 17, len(starts) - 1):
-            y, x = starts[place]
-            np.testing.assert_array_equal(train[place], photograph[y : y + 64, x : x + 64])
-            np.testing.assert_array_equal(train[len(starts) + place], train[place][:, ::-1])
+        for index in (0, 17, len(starts) - 1):
+            y, x = starts[index]
+            np.testing.assert_array_equal(train[index], photograph[y : y + 64, x : x + 64])
+            np.testing.assert_array_equal(train[len(starts) + index], train[index][:, ::-1])
         assert len(validation) == 6 * 2
         np.testing.assert_array_equal(validation[3], photograph[64:128, cut + 64 : cut + 128])
     with pytest.raises(ValueError, match="size: got 129; need 4 to 128"):

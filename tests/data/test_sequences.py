@@ -114,10 +114,10 @@ def test_induction_asks_for_what_followed_the_trigger():
 def test_permutations_are_composed(points):
     table = list(itertools.permutations(range(points)))
     for example in examples(f"S{points}"):
-        place = list(range(points))  # where each thing has been taken
+        taken = list(range(points))  # where each thing has been taken
         for number, target in zip(example["inputs"], example["targets"], strict=True):
-            place = [table[number][x] for x in place]
-            assert table[target] == tuple(place)
+            taken = [table[number][x] for x in taken]
+            assert table[target] == tuple(taken)
 
 
 def test_a_needle_lies_at_its_distance():
@@ -144,7 +144,7 @@ def test_a_needle_lies_at_its_distance():
         (lambda: data.Needle(length=8, distances=(8,)), "distances: got"),
     ],
 )
-def test_a_source_that_cannot_be_says_why(make, what):
+def test_a_source_that_cannot_be_is_refused_with_the_reason(make, what):
     with pytest.raises(ValueError, match=what.replace("(", r"\(")):
         make()
 

@@ -102,8 +102,8 @@ def test_kernels_compile(kernel, tpu, shape):
     ],
 )
 def test_the_command_prints_a_table(tpu, gradients):
-    """In which banded flash attention takes no more cycles a tile than JAX's splash attention at the same tiles, nor in
-    all, and linear attention takes fewer."""
+    """In which banded flash attention takes no more cycles per tile than JAX's splash attention at the same tiles, nor
+    in all, and linear attention takes fewer."""
     names = ["banded flash", "linear", "jax splash"]
     names += ["banded flash gradients", "jax splash gradients"] if gradients else []
     command = [sys.executable, "-m", "kernels_pallas.aot", "--tpu", tpu, "--shape", "llama-like 8k", "--kernel", *names]
@@ -112,7 +112,8 @@ def test_the_command_prints_a_table(tpu, gradients):
     assert list(rows) == names
     assert {row["compiled"] for row in rows.values()} == {"yes"}
     assert float(rows["banded flash"]["VMEM MiB"]) < 16
-    tile, total = ({name: number(row[column]) for name, row in rows.items()} for column in ("bundles a tile", "cycles"))
+    columns = ("bundles per tile", "cycles")
+    tile, total = ({name: number(row[column]) for name, row in rows.items()} for column in columns)
     for cycles in (tile, total):
         assert 0 < cycles["banded flash"] <= cycles["jax splash"]
         if gradients:

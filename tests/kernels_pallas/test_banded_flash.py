@@ -178,7 +178,7 @@ def test_gradients_are_the_same_bits_again_and_unread_tiles_may_be_nan(interpret
 @pytest.mark.slow  # compiles for 20 s
 def test_derivatives_in_both_modes_and_of_gradients(interpreted):
     """Gradients are the kernels', tangents and what is beyond first order the blocked form's. (vmap: test_aot compiles
-    it; JAX's interpret mode does not run a batched kernel that says which grid axes are parallel.)"""
+    it; JAX's interpret mode does not run a batched kernel that states which grid axes are parallel.)"""
     arrays = (*draw_arrays(140, head_dim=8, value_dim=8), jnp.float32(0.3))
 
     def loss(query, key, value, scale, implementation):

@@ -44,15 +44,15 @@ CASES = {
     "elu, normalised": (200, {"feature_map": "elu", "normalize": True}),
     "taylor2, normalised": (140, {"feature_map": "taylor2", "normalize": True, "head_dim": 16}),
     "retention": (300, {"decay": "constant", "head_dim": 128, "value_dim": 128}),
-    "decay a token": (257, {"decay": "token", "head_dim": 24, "value_dim": 130}),
-    "decay a token, segments": (290, {"decay": "token", "segments": True, "dtype": jnp.bfloat16}),
-    "decay a channel": (150, {"decay": "channel"}),
-    "decay a channel, segments": (260, {"decay": "channel", "segments": True, "dtype": jnp.bfloat16}),
+    "decay per token": (257, {"decay": "token", "head_dim": 24, "value_dim": 130}),
+    "decay per token, segments": (290, {"decay": "token", "segments": True, "dtype": jnp.bfloat16}),
+    "decay per channel": (150, {"decay": "channel"}),
+    "decay per channel, segments": (260, {"decay": "channel", "segments": True, "dtype": jnp.bfloat16}),
     "delta": (200, {"delta": True}),
     "gated delta": (260, {"delta": True, "decay": "token", "heads": 3, "key_heads": 3, "dtype": jnp.bfloat16}),
-    "gated delta a channel": (140, {"delta": True, "decay": "channel", "segments": True}),
+    "gated delta per channel": (140, {"delta": True, "decay": "channel", "segments": True}),
 }
-QUICK = ("decay a token, segments", "gated delta a channel")
+QUICK = ("decay per token, segments", "gated delta per channel")
 
 
 def assert_close(got, want, tolerance):

@@ -110,14 +110,14 @@ def test_a_step_of_local_attention_has_gradients(interpreted):
 LINEAR = {
     "plain": {},
     "taylor2, normalised": {"feature_map": "taylor2", "normalize": True, "head_dim": 8},
-    "decay a head": {"decay": "head"},
-    "decay a token, bfloat16": {"decay": "token", "dtype": jnp.bfloat16},
-    "decay a channel, delta": {"decay": "channel", "delta": True, "value_dim": 130},
+    "decay per head": {"decay": "head"},
+    "decay per token, bfloat16": {"decay": "token", "dtype": jnp.bfloat16},
+    "decay per channel, delta": {"decay": "channel", "delta": True, "value_dim": 130},
     "gated delta, one head": {"decay": "token", "delta": True, "heads": 1, "key_heads": 1},
     "seven heads": {"heads": 7, "key_heads": 7},
     "sixteen heads": {"heads": 16, "key_heads": 4, "decay": "channel"},
 }
-QUICK_LINEAR = ("taylor2, normalised", "decay a token, bfloat16", "decay a channel, delta")
+QUICK_LINEAR = ("taylor2, normalised", "decay per token, bfloat16", "decay per channel, delta")
 
 
 def linear(

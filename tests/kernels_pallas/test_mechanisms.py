@@ -11,7 +11,7 @@ import pytest
 from attnlab import agent_attention, dot_product_attention, init_routing, local_linear_attention, routing_attention
 from attnlab.catalog import MECHANISMS
 
-# Rows that no kernel serves, and what a call by name says.
+# Rows that no kernel serves, and what a call by name raises.
 WITHOUT_KERNEL = {
     "agent": "has no gather_bias",
     "linear, not causal": "serves causal calls",

@@ -146,15 +146,15 @@ def test_boxes_are_products_of_intervals(sides, tile, reach):
     assert pattern.blocks((512, 512)) == (block, block)
     tiling = pattern.tiled(block, block)
     assert (tiling.block_q, tiling.block_k) == (block, block)
-    places = tiling.coordinates[0]
+    positions = tiling.coordinates[0]
     grid = [side // step for side, step in zip(sides, tile)]
-    tile_of = [place // step for place, step in zip(places, tile)]
+    tile_of = [position // step for position, step in zip(positions, tile)]
     assert np.array_equal(np.ravel_multi_index(tile_of, grid), np.arange(tokens) // block)
-    assert len({tuple(place) for place in places.T.tolist()}) == tokens
+    assert len({tuple(position) for position in positions.T.tolist()}) == tokens
     sees = np.ones((tokens, tokens), bool)
-    for place, starts, ends in zip(places, tiling.starts[0], tiling.ends[0]):
-        assert np.array_equal(starts, np.maximum(place - reach[0], 0))
-        sees &= (place >= starts[:, None]) & (place < ends[:, None])
+    for position, starts, ends in zip(positions, tiling.starts[0], tiling.ends[0]):
+        assert np.array_equal(starts, np.maximum(position - reach[0], 0))
+        sees &= (position >= starts[:, None]) & (position < ends[:, None])
     assert listed(tiling.by_query, tokens // block) == seen_tiles(sees, block, block)
     assert tiling.by_query.rows.size == pattern.num_pairs(block, block)
 

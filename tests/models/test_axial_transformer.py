@@ -55,11 +55,11 @@ def oracle_attention(x, p, *, axis, is_causal, heads=OPTIONS["heads"]):
         query, key, value = (oracle_dense(line, p[name]) for name in ("query", "key", "value"))
         for head in range(heads):
             own = slice(head * head_dim, (head + 1) * head_dim)
-            for place in range(len(line)):
-                seen = slice(0, place + 1 if is_causal else len(line))
-                logits = key[seen, own] @ query[place, own] * head_dim**-0.5
+            for position in range(len(line)):
+                seen = slice(0, position + 1 if is_causal else len(line))
+                logits = key[seen, own] @ query[position, own] * head_dim**-0.5
                 weights = np.exp(logits - logits.max())
-                out[number, place, own] = weights @ value[seen, own] / weights.sum()
+                out[number, position, own] = weights @ value[seen, own] / weights.sum()
     return oracle_dense(out, p["output"])
 
 
@@ -133,8 +133,8 @@ def test_a_logit_depends_on_every_earlier_sub_pixel_and_on_no_other(case):
     count = np.prod(size)
     order = [(y, x, c) for c in range(size[2]) for y in range(size[0]) for x in range(size[1])]
     images = np.repeat(draw(size, 1), count + 1, axis=0)
-    for number, place in enumerate(order):
-        images[(number, *place)] = (images[(number, *place)] + 1) % LEVELS
+    for number, position in enumerate(order):
+        images[(number, *position)] = (images[(number, *position)] + 1) % LEVELS
     out = np.asarray(logits(images))
     changed = np.any(out[:-1] != out[-1], axis=-1)  # [changed sub-pixel, Y, X, C]
     reached = changed.transpose(0, 3, 1, 2).reshape(count, count)

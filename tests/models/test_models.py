@@ -1,4 +1,4 @@
-"""Models take any mixer by layer, decode as they compute, and say what they cost."""
+"""Models take any mixer by layer, decode as they compute, and report what they cost."""
 
 import functools
 
@@ -65,7 +65,7 @@ def test_decoding_equals_the_call(hybrid, tokens):
     np.testing.assert_allclose(jnp.stack(got, axis=1), logits, atol=2e-5)
 
 
-def test_generation_goes_on_from_the_prompt_as_the_call_would(hybrid, tokens):
+def test_generation_continues_the_prompt_as_the_call_would(hybrid, tokens):
     model, parameters = hybrid
     bound = nn.bind(model, parameters)
     out = generate(bound, tokens[:, :5], length=6, key=jax.random.key(0), temperature=0)

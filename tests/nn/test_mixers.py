@@ -101,7 +101,7 @@ def test_every_mixer_has_a_row():
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_a_mixer_says_whether_it_decodes(name):
+def test_a_mixer_states_whether_it_decodes(name):
     row = MIXERS[name]
     mixer = row(FEATURES)
     assert mixer.decodes == row.decodes == (not mixer.decoding_refusal)

@@ -1,4 +1,4 @@
-"""The loop: it learns, goes on bit for bit after any stop, and says what is wrong without losing anything."""
+"""The loop: it learns, continues bit for bit after any stop, and reports what is wrong without losing anything."""
 
 import dataclasses
 import json
@@ -68,7 +68,7 @@ def test_another_seed_gives_others(uninterrupted):
     assert losses(train(runs.experiment(seed=1)).history) != losses(uninterrupted.history)
 
 
-def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(uninterrupted, tmp_path):
+def test_a_run_killed_at_any_moment_continues_bit_for_bit(uninterrupted, tmp_path):
     checkpoints = tmp_path / "checkpoints"
 
     def rows():

@@ -148,7 +148,7 @@ _warned: set[tuple[str, str]] = set()
 
 
 def _warn_of_fallback(primitive: str, refused: Mapping[str, str]) -> None:
-    """Says once per primitive and reason that the kernel of the machine at hand cannot serve and XLA runs instead."""
+    """Warns once per primitive and reason that the kernel of the machine at hand cannot serve and XLA runs instead."""
     for name, reason in refused.items():
         here = jax.default_backend().replace("gpu", "cuda") == _KERNEL_PLATFORM[name]
         if here and (primitive, reason) not in _warned:

@@ -33,7 +33,7 @@ def is_deferring() -> bool:
 
 
 def deferring(function: Callable[..., Any]) -> Callable[..., Any]:
-    """function, while which is traced kernels are deferred."""
+    """function, with kernels deferred while it is traced."""
 
     @functools.wraps(function)
     def traced(*args: Any) -> Any:
@@ -47,7 +47,7 @@ def deferring(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def deferred_call(function: Callable[..., Any], results: Any, *operands: Any) -> Any:
-    """function(*operands), which is traced where the call is lowered.
+    """function(*operands), traced only where the call is lowered.
 
     results: a pytree of arrays or shape structs, of the structure, shapes and dtypes of what function returns.
     """

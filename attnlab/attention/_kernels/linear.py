@@ -1,4 +1,4 @@
-"""Linear attention by the kernels of chunks, and its step by the kernel that changes a state in place."""
+"""Linear attention by the chunked kernels, and its step by the kernel that changes a state in place."""
 
 from collections.abc import Callable
 from typing import Any

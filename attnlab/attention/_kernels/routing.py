@@ -16,7 +16,7 @@ Array = jax.Array
 
 
 class _Routes(NamedTuple):
-    """What tells who sees whom: similarities [B, T, N, c] and clusters [B, T, N] of queries and keys, mask [B, T]."""
+    """What decides who sees whom: similarities [B, T, N, c] and clusters [B, T, N] of queries and keys, mask [B, T]."""
 
     similarity: tuple[Array, Array]
     cluster: tuple[Array, Array]
@@ -34,10 +34,10 @@ class _Options(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Routing as banded attention, each head of a sequence (strict), or each cluster of one (global), a row of a batch.
+    """Routing as banded attention: one row of a batch per head of a sequence (strict), or per cluster of one (global).
 
     pattern: the kernels'. cut: query, key, value [B, N, T, H] -> [rows, tokens, 1, H]. join: [rows, tokens, V] ->
-    [B, N, T, V], sums over the clusters. times_taken: float32 [B, T, N], by how many clusters a query was.
+    [B, N, T, V], sums over the clusters. times_taken: float32 [B, T, N], by how many clusters the query was.
     """
 
     pattern: Any

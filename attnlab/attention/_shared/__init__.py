@@ -1,1 +1,1 @@
-"""What several mechanisms share: checks, the softmax, tiles of space, chunks of time, ranges of clusters."""
+"""What several mechanisms share: checks, the softmax, tiles of space, chunked recurrences, ranges of clusters."""

@@ -10,8 +10,8 @@ Array = jax.Array
 
 
 class Ranges(NamedTuple):
-    """Keys sorted by (cluster, position): order_k int32 [T], and rank_k, each key's place among them. Query t sees the
-    places first[t] <= place < end[t]; both grow along order_q, the queries sorted alike."""
+    """Keys sorted by (cluster, position): order_k int32 [T], and rank_k, each key's rank among them. Query t sees the
+    ranks first[t] <= rank < end[t]; both grow along order_q, the queries sorted alike."""
 
     order_k: Array
     rank_k: Array

@@ -16,7 +16,7 @@ _TABLE = 7  # Side of the tables that the position biases are resized from, as p
 
 
 class AgentAttention(Attention):
-    """A few agents gather from all places, every place reads the agents: attention.agent_attention.
+    """A few agents gather from all positions, every position reads the agents: attention.agent_attention.
 
     Causal, the agents are learned and have gathered from a token and those before it. A depthwise convolution of the
     values is added unless residual_convolution=0: 3 x 3 on images, over 3 tokens on sequences.

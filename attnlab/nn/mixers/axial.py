@@ -12,10 +12,10 @@ Array = jax.Array
 
 
 class AxialAttention(Attention):
-    """Every place sees its own line along one space axis: attention.axial_attention. Layers take the axes in turn.
+    """Every position sees its own line along one space axis: attention.axial_attention. Layers take the axes in turn.
 
     Args:
-      axis: of an image's, 0 is Y (a place sees its column), 1 or -1 is X (its row).
+      axis: of an image's, 0 is Y (a position sees its column), 1 or -1 is X (its row).
     """
 
     has_causal_form = takes_segments = False

@@ -1,4 +1,4 @@
-"""What all mixers share: layers that move information between places, [B, *space, D] -> [B, *space, D].
+"""What all mixers share: layers that move information between positions, [B, *space, D] -> [B, *space, D].
 
 Every mixer is projections to query, key and value, a mechanism of attnlab.attention between the heads, and a projection
 back. A mechanism is one subclass of Attention: what it computes, what it keeps to decode, and what that costs.
@@ -38,7 +38,7 @@ class Attention(nnx.Module):
 
     Args:
       features: D, the width in and out.
-      is_causal: whether a place may only see itself and those before it.
+      is_causal: whether a position may only see itself and those before it.
       num_heads, num_key_heads: N query heads and K key heads (default N); N must be a multiple of K.
       head_dim: H of queries and keys (default D / N).
       value_dim: V of values (default H).
@@ -116,7 +116,7 @@ class Attention(nnx.Module):
 
     @abstractmethod
     def mechanism_flops(self, space: tuple[int, ...]) -> int:
-        """Floating-point operations (2 a multiply-add) between the heads, for one example, forward."""
+        """Floating-point operations (2 per multiply-add) between the heads, for one example, forward."""
 
     # To decode; mechanisms without a causal form have neither a cache nor a step.
 
@@ -204,15 +204,15 @@ class Attention(nnx.Module):
         return out
 
     def attention_weights(self, x: Array) -> Array:
-        """What each query takes of each value: x [B, *space, D] -> [B, N, T, S], places in raster order.
+        """What each query takes of each value: x [B, *space, D] -> [B, N, T, S], positions in raster order.
 
         Read off the mechanism itself, which is linear in the values, by giving key s the s-th unit vector as its value.
         Convolutions of the values and what `finish` does are not in it.
         """
         query, key, *_ = self._heads(x, grid_positions(x.shape[1:-1]), None)
-        places = math.prod(x.shape[1:-1])
-        unit = jnp.eye(places, dtype=self.dtype).reshape(1, *x.shape[1:-1], 1, places)
-        weights = self.mix(query, key, jnp.broadcast_to(unit, (*key.shape[:-1], places)), x, None)
+        positions = math.prod(x.shape[1:-1])
+        unit = jnp.eye(positions, dtype=self.dtype).reshape(1, *x.shape[1:-1], 1, positions)
+        weights = self.mix(query, key, jnp.broadcast_to(unit, (*key.shape[:-1], positions)), x, None)
         return rearrange(flat(weights), "B T N S -> B N T S")
 
     def init_cache(self, batch: int, max_length: int) -> MixerCache:
@@ -223,7 +223,7 @@ class Attention(nnx.Module):
         return MixerCache(jnp.zeros((), jnp.int32), self.init_mechanism_cache(batch, max_length), convolved)
 
     def step(self, cache: MixerCache, x: Array) -> tuple[Array, MixerCache]:
-        """The next token x [B, 1, D] -> (y [B, 1, D], cache). Equals the call on the whole sequence at that place."""
+        """The next token x [B, 1, D] -> (y [B, 1, D], cache). Equals the call on the whole sequence there."""
         query, key, value, added, convolved = self._heads(x, cache.position[None, None], None, cache.convolved)
         out, mechanism = self.mechanism_step(cache.mechanism, query, key, value, x)
         out = self.finish(out, value, x) + added
@@ -241,12 +241,12 @@ class Attention(nnx.Module):
         return sum(leaf.size for leaf in kept if jnp.issubdtype(leaf.dtype, jnp.floating))
 
     def flops(self, space: tuple[int, ...]) -> int:
-        """Floating-point operations of matrix products (2 a multiply-add) for one example of this space, forward."""
+        """Floating-point operations of matrix products (2 per multiply-add) for one example of this space, forward."""
         # Query and output, key and value.
         channels = (self.num_heads + self.num_key_heads) * (self.head_dim + self.value_dim)
         convolutions = sum(layer.taps * layer.features for layer in self._convolutions().values())
-        places = math.prod(space)
-        return 2 * places * (self.features * channels + convolutions) + self.mechanism_flops(space)
+        positions = math.prod(space)
+        return 2 * positions * (self.features * channels + convolutions) + self.mechanism_flops(space)
 
     def pair_flops(self, pairs: int) -> int:
         """Scores and weighted values for this many (query, key) pairs in every head."""

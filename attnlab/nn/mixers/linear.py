@@ -155,7 +155,7 @@ def _gate_bias(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 class InlineAttention(Attention):
-    """Every place sees every other through sums, with weights that add to 1: attention.inline_attention. Not causal.
+    """Every position sees every other through sums, with weights that add to 1: attention.inline_attention. Not causal.
 
     Args:
       residual: add a depthwise 3x3 convolution of the values whose kernel a small MLP per head computes from the mean

@@ -15,7 +15,8 @@ Array = jax.Array
 
 
 class LocalAttention(Attention):
-    """Every place sees the `window` places around it (or up to it, if causal), per axis: attention.local_attention.
+    """Every position sees the `window` positions around it (or up to it, if causal), per axis:
+    attention.local_attention.
 
     A window longer than an axis is cut to it, so that one config serves short inputs too.
     """
@@ -101,7 +102,7 @@ class LocalAttention(Attention):
 
 
 class DilatedAttention(LocalAttention):
-    """Every place sees a window of every `dilation`-th place: attention.dilated_attention.
+    """Every position sees a window of every `dilation`-th position: attention.dilated_attention.
 
     Where the dilated window is longer than an axis, the dilation is lowered until it fits, then the window.
     """

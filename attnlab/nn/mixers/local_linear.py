@@ -54,7 +54,7 @@ class LocalLinearAttention(_KeyValueMixer):
 
     Args:
       ridge: its strength; 0.01 to 10 in the paper, where a large one is nearly softmax attention.
-      window: keys a query sees; None: all.
+      window: keys that a query sees; None: all.
       max_iterations: of the solver.
     """
 
@@ -88,16 +88,16 @@ class LocalLinearAttention(_KeyValueMixer):
 
     def mechanism_flops(self, space: tuple[int, ...]) -> int:
         pairs = self._pairs(math.prod(space)) * self.num_heads
-        # A pass has two scores a pair and two weighted sums; one for kbar, one an iteration, one over the values.
+        # A pass has two scores and two weighted sums per pair. Passes: one for kbar, one per iteration, one for values.
         passes = 1 + min(self.max_iterations, self.head_dim)
         return pairs * (8 * self.head_dim * passes + 4 * (self.head_dim + self.value_dim))
 
 
 class ParallaxAttention(_KeyValueMixer):
-    """Local linear attention with a learned probe in the place of its regression: attention.parallax_attention.
+    """Local linear attention with a learned probe in place of its regression: attention.parallax_attention.
 
     Args:
-      window: keys a query sees; None: all. A window longer than the input is cut to it.
+      window: keys that a query sees; None: all. A window longer than the input is cut to it.
     """
 
     def __init__(self, features: int, **shared: Any):
@@ -132,5 +132,5 @@ class ParallaxAttention(_KeyValueMixer):
 
     def mechanism_flops(self, space: tuple[int, ...]) -> int:
         length = math.prod(space)
-        # Two scores a pair and two weighted sums; the probe's projection.
+        # Two scores per pair and two weighted sums; the probe's projection.
         return 2 * self.pair_flops(self._pairs(length)) + 2 * length * self.features * self.num_heads * self.head_dim

@@ -22,8 +22,8 @@ class RoutingAttention(Attention):
     the input is cut to it.
 
     Args:
-      clusters: centroids a head.
-      window: keys a query sees at most; the published models have clusters * window = length.
+      clusters: centroids per head.
+      window: keys that a query sees at most; the published models have clusters * window = length.
       membership: "strict", or the published "global", which is not causal (and does not decode).
       normalize: "unit" or "layer", with the update of centroids that was published with it.
       decay: of the centroids' average over batches.

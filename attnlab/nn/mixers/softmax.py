@@ -1,4 +1,4 @@
-"""Softmax attention over every place."""
+"""Softmax attention over every position."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ Array = jax.Array
 
 
 class SoftmaxAttention(Attention):
-    """Every place sees every other (or every earlier one): attention.dot_product_attention."""
+    """Every position sees every other (or every earlier one): attention.dot_product_attention."""
 
     def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
         out = attention.dot_product_attention(

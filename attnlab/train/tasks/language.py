@@ -24,7 +24,7 @@ class LanguageTask:
       sequence_length: tokens that are predicted in an example.
       probe_future: evaluation also looks for a leak: it reads each sequence again with the second half of another one,
         and reports the loss in the first half both times ("first half, own future", "first half, other future") and the
-        share of its places whose logits move by more than 0.001 ("leak"), which is 0 for a causal model.
+        share of its positions whose logits move by more than 0.001 ("leak"), which is 0 for a causal model.
     """
 
     corpus: data.Corpus
@@ -62,7 +62,7 @@ class LanguageTask:
     def _leak(self, model: LanguageModel, tokens: jax.Array, logits: jax.Array) -> dict[str, jax.Array]:
         half = self.sequence_length // 2
         swapped = jnp.concatenate([tokens[:, :half], jnp.roll(tokens[:, half:], 1, axis=0)], axis=1)
-        # The last place of the first half predicts a token of the second.
+        # The last position of the first half predicts a token of the second.
         own, other = (x[:, : half - 1] for x in (logits, model(swapped[:, :-1])))
         targets = tokens[:, 1:half]
         entropy = optax.losses.softmax_cross_entropy_with_integer_labels
@@ -90,7 +90,7 @@ class LanguageTask:
     def continuations(
         self, model: LanguageModel, values: nn.Parameters, *, key: jax.Array, count: int, temperature: float
     ) -> list[tuple[str, str]]:
-        """Beginnings from the validation text and how the model goes on, sequence_length tokens together.
+        """Beginnings from the validation text and how the model continues them, sequence_length tokens together.
 
         model: without values. temperature: 0 takes the likeliest tokens.
         """

@@ -47,7 +47,7 @@ class _DrawnTask:
 
 @dataclasses.dataclass(frozen=True)
 class SequenceTask(_DrawnTask):
-    """Synthetic sequences (attnlab.data.sequences): mean cross entropy, in nats, of the places that are asked for.
+    """Synthetic sequences (attnlab.data.sequences): mean cross entropy, in nats, of the positions that are asked for.
 
     "accuracy" is their share answered right, "solved" that of examples with every answer right. Evaluation also reports
     accuracy by the source's groups: with a batch size that is a multiple of their number these are exact means.
@@ -61,11 +61,11 @@ class SequenceTask(_DrawnTask):
         if model.vocabulary < self.source.vocabulary:
             needed = f"the tokens of {type(self.source).__name__} need {self.source.vocabulary}"
             raise ValueError(f"vocabulary: got {model.vocabulary}; {needed}")
-        # Logits are computed where they are asked for, which is at few places of many.
-        places = jnp.argsort(batch["targets"] == data.IGNORED, axis=-1, stable=True)[:, : self.source.answers]
-        targets = jnp.take_along_axis(batch["targets"], places, axis=-1)
+        # Logits are computed where they are asked for, which is at few positions of many.
+        positions = jnp.argsort(batch["targets"] == data.IGNORED, axis=-1, stable=True)[:, : self.source.answers]
+        targets = jnp.take_along_axis(batch["targets"], positions, axis=-1)
         asked = targets != data.IGNORED
-        logits = model(batch["inputs"], places=places, key=key)
+        logits = model(batch["inputs"], output_positions=positions, key=key)
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
         right = asked & (jnp.argmax(logits, axis=-1) == targets)
         count = jnp.sum(asked, axis=-1)

@@ -23,7 +23,7 @@ def test_training_moves_each_image_by_what_the_key_draws_and_lets_zeros_in():
         return np.asarray(images[0])
 
     moved = seen(jax.random.key(0))
-    assert {tuple(place) for place in np.argwhere(moved[:100])[:, 1:3].tolist()} == set(
+    assert {tuple(position) for position in np.argwhere(moved[:100])[:, 1:3].tolist()} == set(
         itertools.product((1, 2, 3), repeat=2)
     )
     np.testing.assert_array_equal(moved[:100].sum((1, 2, 3)), 1)

@@ -35,7 +35,7 @@ def raster(channels, **options):
 
 
 def cross_entropy(logits, targets):
-    """In numpy: nats by place."""
+    """In numpy: nats by position."""
     logits = np.asarray(logits, np.float64)
     return np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
 
@@ -133,7 +133,7 @@ def test_a_picture_has_validation_images_over_samples(make, tmp_path):
     assert path.read_bytes() == again.read_bytes()
     assert path.read_bytes() != other.read_bytes()
     picture = np.round(imread(path)[..., :3] * 255)
-    # Tiles of 24 screen pixels a pixel: the first validation image, wherever it is, and as many samples as asked for.
+    # Tiles of 24 screen pixels per pixel: the first validation image, wherever it is, and as many samples as asked for.
     first = np.round(task.images.validation_images[0] * (255 / 4)).repeat(24, axis=0).repeat(24, axis=1)
     found = [
         (y, x)

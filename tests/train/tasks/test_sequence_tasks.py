@@ -21,16 +21,16 @@ def evaluated():
     return task, model, batch, jax.jit(lambda batch: task.loss(model, batch, key=None)[1])(batch)
 
 
-def test_places_pick_rows_of_the_logits(evaluated):
+def test_output_positions_pick_rows_of_the_logits(evaluated):
     _, model, batch, _ = evaluated
-    places = jnp.asarray(np.random.default_rng(0).integers(16, size=(6, 3)))
-    picked = model(batch["inputs"], places=places)
+    positions = jnp.asarray(np.random.default_rng(0).integers(16, size=(6, 3)))
+    picked = model(batch["inputs"], output_positions=positions)
     everywhere = model(batch["inputs"])
-    np.testing.assert_allclose(picked, jnp.take_along_axis(everywhere, places[..., None], 1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(picked, jnp.take_along_axis(everywhere, positions[..., None], 1), rtol=1e-5, atol=1e-6)
 
 
 def test_metrics_of_sequences_are_means_over_what_is_asked(evaluated):
-    """In numpy, over all places, with the last batch's fillers left out."""
+    """In numpy, over all positions, with the last batch's fillers left out."""
     _, model, batch, metrics = evaluated
     logits = np.asarray(model(batch["inputs"]), np.float64)
     logits -= logits.max(-1, keepdims=True)
@@ -97,7 +97,7 @@ def test_a_regression_stands_beside_ridge_and_one_step_of_gradient_descent(regre
 
 
 def test_a_regression_is_learned_in_context_alone():
-    """The model gets dim numbers a pair and never the map: its inputs are of the shapes the task says."""
+    """The model gets dim numbers per pair and never the map: its inputs have the shapes that the task states."""
     task = RegressionTask(data.LinearRegressions(dim=3, pairs=10))
     batch = next(iter(task.batches("train", 5, 0)))
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
