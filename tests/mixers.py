@@ -14,7 +14,8 @@ COVARIANCE = {"banded_covariance", "banded_covariance_query_gradients", "banded_
 class Mixer:
     """A mixer's class and options.
 
-    is_grid: of images of 5 x 6 positions, and not causal; else of sequences, and causal.
+    is_grid: of images of 5 x 6 positions, and not causal; else of sequences, and causal. needs_grid: it has no causal
+      form with these options.
     state_sizes: numbers kept to decode after 3, 13 and 64 tokens, for 16 features; None: it does not decode.
     kernels: those that a training step on a TPU runs; None: another row's.
     """
@@ -23,6 +24,7 @@ class Mixer:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     _: dataclasses.KW_ONLY
     is_grid: bool = False
+    needs_grid: bool = False
     state_sizes: tuple[int, int, int] | None = None
     kernels: set[str] | None = None
 
@@ -104,18 +106,19 @@ MIXERS = {
         state_sizes=(144, 304, 1120),
     ),
     "softmax, grid": Mixer(nn.SoftmaxAttention, is_grid=True),
-    "local, grid": Mixer(nn.LocalAttention, {"window": (3, 9)}, is_grid=True),
-    "dilated, grid": Mixer(nn.DilatedAttention, {"window": 3, "dilation": (1, 2)}, is_grid=True),
+    "local, grid": Mixer(nn.LocalAttention, {"window": (3, 9)}, is_grid=True, needs_grid=True),
+    "dilated, grid": Mixer(nn.DilatedAttention, {"window": 3, "dilation": (1, 2)}, is_grid=True, needs_grid=True),
     "linear, grid": Mixer(nn.LinearAttention, {"feature_map": "relu", "normalize": True}, is_grid=True),
     "l2vit": Mixer(
         nn.LinearAttention,
         {"feature_map": "relu", "normalizer_floor": 0.5, "residual_convolution": (3, 5)},
         is_grid=True,
+        needs_grid=True,
     ),
-    "axial": Mixer(nn.AxialAttention, {"axis": 1}, is_grid=True),
-    "agent, grid": Mixer(nn.AgentAttention, {"agents": (2, 3), "bias_grid": (5, 6)}, is_grid=True),
+    "axial": Mixer(nn.AxialAttention, {"axis": 1}, is_grid=True, needs_grid=True),
+    "agent, grid": Mixer(nn.AgentAttention, {"agents": (2, 3), "bias_grid": (5, 6)}, is_grid=True, needs_grid=True),
     "agent_learned": Mixer(nn.AgentAttention, {"agents": 4, "num_key_heads": 2}, is_grid=True),
-    "inline": Mixer(nn.InlineAttention, is_grid=True),
+    "inline": Mixer(nn.InlineAttention, is_grid=True, needs_grid=True),
     "routing, grid": Mixer(
         nn.RoutingAttention, {"clusters": 3, "window": 10, "membership": "global", "num_key_heads": 2}, is_grid=True
     ),

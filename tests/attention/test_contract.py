@@ -1,6 +1,7 @@
 """What every mechanism promises, in every form: one table over mechanisms and implementations."""
 
 import functools
+import inspect
 import warnings
 
 import jax
@@ -193,7 +194,7 @@ def test_causal_means_that_no_later_position_matters(name, form):
     other = mechanism.inputs(seed=1)
     changed = {
         argument: np.concatenate([array[:, :8], other[argument][:, 8:]], axis=1)
-        if argument in ("query", "key", "value", "log_decay", "beta", "probe")
+        if np.shape(array)[:2] == arrays["query"].shape[:2]  # per token
         else array
         for argument, array in arrays.items()
     }
@@ -251,23 +252,16 @@ def wrong_calls(name):
         yield f"{argument} None", {**arrays, argument: None}, {}
         yield f"{argument} with an axis more", {**arrays, argument: np.stack([arrays[argument]] * 2)}, {}
     values = (None, 0, -1, 10**6, 2.5, "x", True, (), (1, 2, 3, 4), [None], float("nan"), object())
-    options = {*mechanism.options, *ALWAYS.get(name, ()), "implementation", "scale"}
-    for option in sorted(options):
+    for option in options_of(name):
         for value in values:
             yield f"{option}={value!r}", arrays, {option: value}
 
 
-# Options that the table leaves at their defaults.
-ALWAYS = {
-    "local, causal": ("stride", "edge", "sinks", "is_causal", "segment_ids"),
-    "dilated": ("stride", "edge"),
-    "dot_product": ("bias", "mask", "segment_ids"),
-    "agent": ("key_mask",),
-    "agent, causal": ("chunk_size", "initial_state"),
-    "routing, strict": ("membership", "normalize", "share_qk", "key_mask"),
-    "local-linear": ("window", "tolerance", "max_iterations"),
-    "linear": ("chunk_size", "initial_state", "log_decay", "beta", "segment_ids"),
-}
+def options_of(name):
+    """All that a call takes besides arrays of the row, but for what changes the result's structure."""
+    mechanism = MECHANISMS[name]
+    options = set(inspect.signature(mechanism.function).parameters) - set(mechanism.inputs())
+    return sorted(option for option in options if not option.startswith("return_"))
 
 
 @every_mechanism_variants_slowly
@@ -275,7 +269,7 @@ def test_a_wrong_call_raises_a_value_or_type_error_that_names_an_argument(name):
     """What is served after all (a value wider than before, say) must give the output that its shapes promise."""
     mechanism = MECHANISMS[name]
     outcomes = {what: outcome_of(mechanism, arrays, options) for what, arrays, options in wrong_calls(name)}
-    arguments = [*mechanism.inputs(), *mechanism.options, *ALWAYS.get(name, ()), "implementation", "scale"]
+    arguments = [*mechanism.inputs(), *options_of(name)]
     query, value = (mechanism.inputs()[argument] for argument in ("query", "value"))
     wrong, refused = {}, 0
     for what, outcome in outcomes.items():

@@ -130,8 +130,7 @@ def test_a_mixer_without_a_cache_does_not_decode():
 def test_a_mixer_for_grids_is_known_by_its_options(name):
     """Of those that are tried on grids, the ones that have no causal form with these options."""
     row = MIXERS[name]
-    for_grids = {"local, grid", "dilated, grid", "l2vit", "axial", "agent, grid", "inline"}
-    assert row.mixer.is_for_grids(row.options) == (name in for_grids)
+    assert row.mixer.is_for_grids(row.options) == row.needs_grid
 
 
 @pytest.mark.parametrize(

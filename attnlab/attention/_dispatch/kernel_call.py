@@ -28,7 +28,8 @@ def kernel_call(
       kernel: (arrays, fixed, keep) -> (results, what gradients needs of them); with keep=False the second is not used.
       gradients: (arrays, fixed, kept, cotangents of results) -> gradients, a pytree like arrays. None: as the tangents.
       blocked: (arrays, fixed) -> the same results as the kernel's.
-      arrays: pytree of floating arrays. fixed: pytree that has no derivative (segment ids).
+      arrays: pytree of floating arrays, all that kernel and blocked read: what they close over would not be spread over
+        devices. fixed: pytree that has no derivative (segment ids).
       results, kept: shape structs of what the kernel returns, floating.
     """
 

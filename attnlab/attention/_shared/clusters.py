@@ -65,5 +65,6 @@ def members_of_both(
 
 
 def taken_once(query: Array, key_mask: Array | None) -> Array:
-    ones = jnp.ones(query.shape[:3], jnp.int32)
+    # Made like query: inside shard_map it then varies over the mesh axes that query varies over.
+    ones = jnp.ones_like(query, shape=query.shape[:3], dtype=jnp.int32)
     return ones if key_mask is None else ones * key_mask[..., None]
