@@ -28,6 +28,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 gc.set_threshold(100_000, 50, 100)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A module's tests share what they trace and compile, so one process runs them all."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_end_with_their_module():
     """A process that keeps what all of its modules compiled takes more than four gigabytes in the end."""

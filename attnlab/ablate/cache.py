@@ -38,9 +38,13 @@ def versions(sources: Mapping[str, bytes]) -> dict[str, str]:
     imported = {
         base.partition(".")[0] for source in sources.values() for level, base, _ in _imports(source) if not level
     }
-    packages = metadata.packages_distributions()
-    names = {"jaxlib", *(name for top in imported.difference(_OURS) for name in packages.get(top, ()))}
+    names = {"jaxlib", *(name for top in imported.difference(_OURS) for name in _packages().get(top, ()))}
     return {name: metadata.version(name) for name in sorted(names)}
+
+
+@functools.cache  # it reads the folder of every installed package
+def _packages() -> Mapping[str, list[str]]:
+    return metadata.packages_distributions()
 
 
 def reached(modules: Iterable[str]) -> dict[str, bytes]:

@@ -419,7 +419,7 @@ def test_wrong_calls_say_what_is_allowed(change, error, message):
         ({"query": jnp.zeros((2, 3, 3, 4, 5))}, ValueError, "query: .* need rank 4"),
         ({"key": jnp.zeros((2, 7, 2, 5)), "value": jnp.zeros((2, 7, 2, 6))}, ValueError, "key: .* query's space axes"),
         ({"agents": jnp.zeros((3, 4, 6))}, ValueError, r"agents: got float32\[3,4,6\]"),
-        ({"chunk_size": 0}, ValueError, "chunk_size: got 0; need an integer >= 1"),
+        ({"chunk_size": 0}, ValueError, "chunk_size: got 0; need at least 1"),
         ({"initial_state": init_agent_cache(2, 4, 2, 6)}, ValueError, r"initial_state.largest: got float32\[2,4,2\]"),
         ({"initial_state": init_agent_cache(2, 4, 3, 5)}, ValueError, r"initial_state.numerator: .* \[2,4,3,6\]"),
         ({"initial_state": (1, 2, 3)}, TypeError, "initial_state: got tuple; need an AgentState"),
@@ -432,7 +432,7 @@ def test_wrong_causal_calls_say_what_is_allowed(change, error, message):
 
 
 def test_wrong_steps_grids_and_tables_say_what_is_allowed():
-    with pytest.raises(ValueError, match=r"query: .* need one token"):
+    with pytest.raises(ValueError, match=r"query: .* a step takes one token"):
         agent_step(init_agent_cache(2, 4, 3, 6), *arrays(2))
     with pytest.raises(ValueError, match=r"state\.numerator: "):
         agent_step(init_agent_cache(2, 4, 3, 5), *arrays(1))

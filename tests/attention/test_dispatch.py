@@ -81,7 +81,13 @@ def gradient_of(name, implementation):
     return gradient
 
 
-@pytest.mark.parametrize("name", MECHANISMS)
+# One row per family of kernels; the others are more of the same.
+FAMILIES = {"dot_product, causal", "local, grid", "linear, gated delta rule", "routing, strict", "parallax"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in MECHANISMS]
+)
 def test_a_program_for_a_cpu_traces_no_kernel(name, monkeypatch):
     """Values and gradients traced and lowered for the CPU while every kernel fails."""
 

@@ -326,7 +326,7 @@ def test_dilated_window_that_does_not_fit_is_refused_with_what_does():
     query, key, value = draw_arrays(0, (20,))
     with pytest.raises(ValueError, match=r"window: got 7; at most 6 = 20 // 3 \(dilation\) fits on axis 0"):
         dilated_attention(query, key, value, window=7, dilation=3)
-    with pytest.raises(ValueError, match="dilation: got 0; need at least 1"):
+    with pytest.raises(ValueError, match="dilation: got 0; must be at least 1"):
         dilated_attention(query, key, value, window=7, dilation=0)
 
 
