@@ -36,13 +36,21 @@ def pytest_xdist_make_scheduler(config, log):
     return LoadFileScheduling(config, log)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs_end_with_their_module():
-    """A process that keeps what all of its modules compiled takes more than four gigabytes in the end."""
-    yield
-    import jax
+_MOST_RESIDENT = 2**30  # bytes, at which a test process lets go of what it compiled
 
-    jax.clear_caches()
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, in pieces too small for the next module
+
+@pytest.fixture(autouse=True)
+def compiled_programs_end_in_time():
+    """A process that keeps all that its tests compile takes more than four gigabytes in the end."""
+    yield
+    if sys.platform == "linux" and _resident() > _MOST_RESIDENT:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, in pieces too small for what comes
+
+
+def _resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")

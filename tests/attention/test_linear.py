@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow_but
 
 import attnlab
 from attnlab import LinearState, init_linear_cache, linear_attention, linear_step
@@ -104,7 +105,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", slow_but(["xla"], IMPLEMENTATIONS))
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_published_code(case, implementation):
     vectors = dict(np.load(VECTORS / f"{case}.npz"))
@@ -245,7 +246,7 @@ def test_runs_inside_shard_map(assert_close):
 # --- Time: the past alone, in pieces, by token, by segment ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but(["channel-gated delta"], FORMS))
 def test_the_future_has_no_influence(form):
     arrays, options = inputs(form, 21)
     other = inputs(form, 21, seed=1)[0]
@@ -259,7 +260,7 @@ def test_the_future_has_no_influence(form):
     assert jnp.all(jnp.any(out[:, 13:] != out_changed[:, 13:], axis=-1))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but(["token", "gated delta"], FORMS))
 def test_resuming_equals_one_pass_and_decoding_equals_both(form, assert_close):
     arrays, options = inputs(form, 21, heads=(4, 2))
     whole, final = attend(arrays, chunk_size=8, **options)
@@ -311,7 +312,9 @@ def test_no_tokens_leave_the_state_alone(assert_close):
 # --- Numbers at the edge, and memory ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["constant", "token", "channel", "gated delta", "channel-gated delta"])
+@pytest.mark.parametrize(
+    "form", slow_but(["token", "gated delta"], ["constant", "token", "channel", "gated delta", "channel-gated delta"])
+)
 def test_strong_decays_are_exact_and_finite(form, assert_close):
     """Log decays that add up to -10^4 in a chunk, and -inf, with mild ones between that must not drown in the sum."""
     arrays, options = inputs(form, 48, head_dim=4, seed=2)
@@ -348,7 +351,7 @@ def test_a_query_that_nothing_matches_gives_zero():
     assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize("form", ["plain", "gated delta", "channel"])
+@pytest.mark.parametrize("form", slow_but(["gated delta"], ["plain", "gated delta", "channel"]))
 def test_memory_is_linear_in_length(form):
     def temporary_bytes(length):
         arrays, options = inputs(form, length, batch=1, head_dim=16, value_dim=16)

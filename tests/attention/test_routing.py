@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow_but
 
 from attnlab import (
     RoutingState,
@@ -36,7 +37,7 @@ def arrays(length=24, heads=2, key_heads=2, clusters=3, batch=2, seed=0, shared=
 
 @pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-9), (False, 2e-5)])
+@pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-9), pytest.param(False, 2e-5, marks=pytest.mark.slow)])
 def test_vectors(path, form, wide, tolerance):
     with jax.enable_x64(wide):
         data = np.load(path)
@@ -302,7 +303,7 @@ def test_global_membership_ignores_the_length_of_a_centroid(form):
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but(["xla"], FORMS))
 @pytest.mark.parametrize("membership", ["strict", "global"])
 def test_padding_is_never_selected_and_never_counted(form, membership):
     query, key, value, state = arrays(length=30)
@@ -428,7 +429,7 @@ EDGES = {
 
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("membership", ["strict", "global"])
-@pytest.mark.parametrize("normalize", ["unit", "layer"])
+@pytest.mark.parametrize("normalize", slow_but(["unit"], ["unit", "layer"]))
 def test_values_and_gradients_are_finite_at_the_edges(edge, membership, normalize):
     query, key, value, state = arrays()
 

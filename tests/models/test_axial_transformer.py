@@ -101,7 +101,7 @@ def oracle_conditioning(image, channel, p):
     return x
 
 
-@pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-9), (False, 1e-5)])
+@pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-9), pytest.param(False, 1e-5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SIZES)
 def test_equals_the_published_model_in_numpy(name, wide, tolerance):
     size = SIZES[name]

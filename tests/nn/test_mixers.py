@@ -7,11 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 from mixers import DECODING, MIXERS
 
 from attnlab import attention, nn
 
 FEATURES, LENGTH, BATCH = 16, 13, 2
+# Rows that share most of their code with another one.
+VARIANTS = {
+    *("grouped", "local_stride", "dilated_stride", "taylor", "retention", "gated", "delta", "agent_grouped"),
+    *("routing_layer", "local_linear_window", "parallax_window"),
+}
 
 
 @functools.cache
@@ -24,7 +30,7 @@ def causal(name):
     return mixer, parameters, x, call
 
 
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("name", slow_but(set(DECODING) - VARIANTS, DECODING))
 def test_decoding_step_by_step_equals_the_call(name):
     mixer, parameters, x, call = causal(name)
 
@@ -53,7 +59,7 @@ def test_a_later_token_changes_nothing_before_it(name):
     assert np.all(np.any(changed[:, 7:8] != unchanged[:, 7:8], axis=-1))
 
 
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("name", slow_but(set(DECODING) - VARIANTS, DECODING))
 def test_attention_weights_are_what_the_mechanism_applies_to_the_values(name):
     mixer, parameters, x, _ = causal(name)
 
@@ -136,12 +142,12 @@ def test_a_mixer_for_grids_is_known_by_its_options(name):
 @pytest.mark.parametrize(
     "options",
     [
-        {"window": 5},
-        {"window": 4, "sinks": 2},
+        pytest.param({"window": 5}, marks=pytest.mark.slow),
+        pytest.param({"window": 4, "sinks": 2}, marks=pytest.mark.slow),
         {"window": 3, "sinks": 6},
-        {"window": 6, "stride": 3, "edge": "clip"},
+        pytest.param({"window": 6, "stride": 3, "edge": "clip"}, marks=pytest.mark.slow),
         {"window": 6, "stride": 3, "edge": "clip", "sinks": 2},
-        {"window": 4, "stride": 4, "edge": "clip", "sinks": 9},
+        pytest.param({"window": 4, "stride": 4, "edge": "clip", "sinks": 9}, marks=pytest.mark.slow),
     ],
 )
 def test_a_local_cache_for_few_tokens_decodes_them_as_one_for_many(options):
@@ -162,7 +168,7 @@ def test_a_local_cache_for_few_tokens_decodes_them_as_one_for_many(options):
         np.testing.assert_allclose(decode(length, length), want[:, :length], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("name", slow_but(set(DECODING) - VARIANTS, DECODING))
 def test_bfloat16_is_computed_in_and_given_back(name):
     mixer = MIXERS[name](FEATURES, dtype=jnp.bfloat16)
     _, parameters, x, call = causal(name)
