@@ -26,6 +26,16 @@ _VARIANTS = {
     "routing, global",
     "local-linear, window",
 }
+# One of each kind of blocked form, for what takes seconds per row.
+_KINDS = {
+    "dot_product, causal",
+    "local, causal",
+    "linear, gated delta rule",
+    "routing, strict",
+    "agent, causal",
+    "inline",
+}
+every_kind = pytest.mark.parametrize("name", slow_but(_KINDS, MECHANISMS))
 every_mechanism_variants_slowly = pytest.mark.parametrize("name", slow_but(set(MECHANISMS) - _VARIANTS, MECHANISMS))
 
 
@@ -135,7 +145,7 @@ def test_bfloat16_goes_in_and_out_and_is_accumulated_in_float32(name, form):
 
 
 @every_form
-@every_mechanism_variants_slowly
+@every_kind
 def test_grouped_heads_are_repeated_heads(name, form):
     mechanism = MECHANISMS[name]
     grouped = mechanism.inputs(heads=4, key_heads=2)
@@ -154,7 +164,7 @@ def test_one_token_is_served(name, form):
     assert np.all(np.isfinite(out))
 
 
-@every_mechanism_variants_slowly
+@every_kind
 def test_a_long_input_is_what_the_reference_gives(name):
     """Many chunks, the last one not full."""
     mechanism = MECHANISMS[name]
@@ -163,7 +173,7 @@ def test_a_long_input_is_what_the_reference_gives(name):
     assert_close(got, want, tolerance=1e-4)
 
 
-@every_mechanism_variants_slowly
+@every_kind
 def test_memory_does_not_grow_with_length_squared(name):
     """Temporary memory of the compiled gradient, at 1024 and at 4096 tokens: less than n^1.5's eight times."""
     mechanism = MECHANISMS[name]

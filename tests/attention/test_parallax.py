@@ -42,6 +42,7 @@ def test_vectors(form, wide, tolerance):
             np.testing.assert_allclose(got, data[name], atol=tolerance * max(1, np.abs(data[name]).max()), err_msg=name)
 
 
+@pytest.mark.slow  # the contract has values and gradients, local linear attention's tests the same tangents
 @settings(deadline=None, max_examples=5)
 @given(
     length=st.sampled_from([1, 9, 33]),
