@@ -16,8 +16,8 @@ from attnlab.show import show
     [
         ["experiments/mixers/hybrid.gin", "--gin.WINDOW=8", "--length", "40"],
         ["experiments/image/digits.gin", "experiments/mixers/local.gin", "--gin.WINDOW=3"],
-        ["experiments/mixers/axial.gin"],
-        ["experiments/mixers/routing.gin", "--length", "50"],
+        pytest.param(["experiments/mixers/axial.gin"], marks=pytest.mark.slow),
+        pytest.param(["experiments/mixers/routing.gin", "--length", "50"], marks=pytest.mark.slow),
     ],
     ids=["language", "image", "mixer of images", "routing"],
 )

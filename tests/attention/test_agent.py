@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow_but
 
 from attnlab import (
     AgentState,
@@ -348,7 +349,7 @@ def test_steps_equal_the_parallel_form(assert_close):
     assert sizes == 3 * (6 + 2)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but(["xla"], FORMS))
 def test_a_state_carries_values_and_gradients_over_a_cut(form, assert_close):
     query, key, value, agents = arrays()
 

@@ -107,7 +107,7 @@ def test_values_and_gradients_are_those_in_float64(name, form):
 
 
 @every_form
-@every_mechanism_variants_slowly
+@every_kind
 def test_vmap_scan_and_remat_are_a_loop(name, form):
     """All three around the loss in one program, four inputs as [2 scanned, 2 mapped]: outputs and gradients."""
     several = [MECHANISMS[name].inputs(seed=seed) for seed in range(4)]

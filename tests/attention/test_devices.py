@@ -32,7 +32,7 @@ for name in sys.argv[1:]:
 """
 
 
-@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", ["linear, gated delta rule", pytest.param("linear, delta rule", marks=pytest.mark.slow)]
 )

@@ -64,7 +64,7 @@ CASES = {  # length, options of local_attention, options of draw_arrays; tiles o
 
 
 # Cases whose values, and whose gradients too, are looked at in every run of the tests.
-QUICK_VALUES = ("causal bfloat16", "sinks", "dilated")
+QUICK_VALUES = ("causal bfloat16", "sinks")
 QUICK = ("segments, sinks",)
 
 

@@ -62,7 +62,7 @@ CACHES = {
     "softmax, past the end": lambda: softmax(50, length=50),
     "dilated": lambda: dilated(50, window=6, dilation=3),
 }
-QUICK = ("sinks", "three key heads", "bfloat16")
+QUICK = ("sinks", "three key heads")
 
 
 @pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CACHES])
