@@ -8,6 +8,7 @@ import jax.experimental.pallas
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 
 from attnlab import dilated_attention, dot_product_attention, explain, local_attention
 from attnlab.attention._dispatch.deferred import tangent_call
@@ -85,9 +86,7 @@ def gradient_of(name, implementation):
 FAMILIES = {"dot_product, causal", "local, grid", "linear, gated delta rule", "routing, strict", "parallax"}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in MECHANISMS]
-)
+@pytest.mark.parametrize("name", slow_but(FAMILIES, MECHANISMS))
 def test_a_program_for_a_cpu_traces_no_kernel(name, monkeypatch):
     """Values and gradients traced and lowered for the CPU while every kernel fails."""
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 
 from attnlab import dilated_attention, local_attention
 from kernels_pallas.patterns import Intervals, SortedIntervals
@@ -68,12 +69,8 @@ QUICK_VALUES = ("causal bfloat16", "sinks")
 QUICK = ("segments, sinks",)
 
 
-def slow_but(quick):
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-
-
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("case", slow_but(QUICK_VALUES))
+@pytest.mark.parametrize("case", slow_but(QUICK_VALUES, CASES))
 def test_equals_the_reference(case, interpreted):
     attend, arrays, tolerance = draw_case(case)
     out, lse = interpreted(attend, *arrays, implementation="pallas_tpu")
@@ -130,7 +127,7 @@ def test_runs_give_the_same_bits_under_jit_and_not(interpreted):
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("case", slow_but(QUICK))
+@pytest.mark.parametrize("case", slow_but(QUICK, CASES))
 def test_gradients_equal_the_reference_s(case, interpreted):
     attend, (query, key, value), tolerance = draw_case(case)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(*query.shape[:-1], value.shape[-1])), jnp.float32)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 
 from attnlab import LinearState, linear_attention
 from kernels_pallas.tpu import chunked_linear
@@ -62,9 +63,7 @@ def assert_close(got, want, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.parametrize("case", slow_but(QUICK, CASES))
 def test_values_states_and_gradients_equal_the_reference_s(case, interpreted):
     length, drawn = CASES[case]
     arrays, options = draw(length, **drawn)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 
 import attnlab
 from kernels_pallas.tpu import cached_flash
@@ -65,7 +66,7 @@ CACHES = {
 QUICK = ("sinks", "three key heads")
 
 
-@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CACHES])
+@pytest.mark.parametrize("case", slow_but(QUICK, CACHES))
 def test_a_step_equals_plain_jax_s(case, interpreted):
     step, cache, tokens = CACHES[case]()
     out, after = interpreted(step, cache, *tokens, implementation="pallas_tpu")
@@ -132,7 +133,7 @@ def linear(
     return functools.partial(attnlab.linear_step, **gates, **options), state, (query, key / 4, value)
 
 
-@pytest.mark.parametrize("case", [c if c in QUICK_LINEAR else pytest.param(c, marks=pytest.mark.slow) for c in LINEAR])
+@pytest.mark.parametrize("case", slow_but(QUICK_LINEAR, LINEAR))
 def test_a_linear_step_equals_plain_jax_s(case, interpreted):
     step, state, tokens = linear(**LINEAR[case])
     got = interpreted(step, state, *tokens, implementation="pallas_tpu")
