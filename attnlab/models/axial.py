@@ -25,7 +25,7 @@ from attnlab.attention import (
     dot_product_step,
     init_dot_product_cache,
 )
-from attnlab.attention._shared.checks import check_int
+from attnlab.attention._shared.checks import check_bool, check_dtype, check_float, check_int, check_ints
 from attnlab.nn.layers import LayerNorm, Linear, dropout
 from attnlab.nn.parameters import normal, parameter, zeros
 
@@ -36,6 +36,10 @@ Choose = Callable[[Array, Array], Array]
 _Y, _X = 0, 1
 # Folded into the dropout key, one number per stack of layers; each layer folds in its own.
 _EXTERIOR, _OUTER, _INNER = 0, 1, 2
+
+
+# Layers are unrolled, as those of other models.
+_MOST_LAYERS = 256
 
 
 class AxialBlock(nnx.Module):
@@ -310,18 +314,20 @@ class AxialTransformer(nnx.Module):
         remat: bool = False,
         dtype: Any = jnp.float32,
     ):
-        if len(image_size) != 3 or min(image_size) < 1:
-            raise ValueError(f"image_size: got {image_size}; need (height, width, channels)")
-        check_int("levels", levels, least=2)
-        if heads < 1 or features % heads:
+        height, width, channels = check_ints("image_size", image_size, layout=("height", "width", "channels"))
+        levels, features = check_int("levels", levels, least=2), check_int("features", features, least=1)
+        heads, mlp_factor = check_int("heads", heads, least=1), check_int("mlp_factor", mlp_factor, least=1)
+        if features % heads:
             raise ValueError(f"heads: got {heads}; must divide features {features}")
-        height, width, channels = image_size
-        for name, count in (("outer_layers", outer_layers), ("inner_layers", inner_layers), ("mlp_factor", mlp_factor)):
-            check_int(name, count, least=1)
-        if exterior_layers < 0 or (channels == 1 and exterior_layers):
-            allowed = "0, as the only channel has none before it" if channels == 1 else "at least 0"
+        outer_layers = check_int("outer_layers", outer_layers, least=1, most=_MOST_LAYERS)
+        inner_layers = check_int("inner_layers", inner_layers, least=1, most=_MOST_LAYERS)
+        exterior_layers = check_int("exterior_layers", exterior_layers, least=0, most=_MOST_LAYERS)
+        if channels == 1 and exterior_layers:
+            allowed = "0, as the only channel has none before it"
             raise ValueError(f"exterior_layers: got {exterior_layers}; need {allowed}")
-        self.image_size, self.levels, self.features = tuple(image_size), levels, features
+        dropout_rate = check_float("dropout_rate", dropout_rate, least=0, most=1)
+        remat, dtype = check_bool("remat", remat), check_dtype("dtype", dtype)
+        self.image_size, self.levels, self.features = (height, width, channels), levels, features
         layer = functools.partial(
             AxialBlock, heads=heads, mlp_hidden=features * mlp_factor, dropout_rate=dropout_rate, dtype=dtype
         )
@@ -394,6 +400,7 @@ def sample(model: AxialTransformer, *, count: int, key: Array, temperature: floa
     The noise of a sub-pixel is that of fold_in(key, its number), counted channel by channel, each in raster order.
     temperature 0 takes the likeliest level.
     """
+    count, temperature = check_int("count", count, least=1), check_float("temperature", temperature, least=0)
     height, width, channels = model.image_size
 
     def draw_channel(channel: Array, images: Array) -> Array:

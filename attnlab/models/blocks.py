@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab.attention._shared.checks import check_int
+from attnlab.attention._shared.checks import check_bool, check_dtype, check_float, check_int, shown
 from attnlab.nn.layers import GatedMLP, RMSNorm, dropout
-from attnlab.nn.mixers.base import MixerCache, MixerFactory
+from attnlab.nn.mixers.base import Attention, MixerCache, MixerFactory
 from attnlab.nn.signatures import show_shared_options
+
+# Layers are unrolled: each takes its time to trace and to compile.
+_MOST_LAYERS = 256
 
 
 class Block(nnx.Module):
@@ -22,6 +25,8 @@ class Block(nnx.Module):
     ):
         self.mixer_norm = RMSNorm(features)
         self.mixer = mixer(features, is_causal=is_causal, dtype=dtype)
+        if not isinstance(self.mixer, Attention):
+            raise TypeError(f"mixers: got what makes {shown(self.mixer)}; need subclasses of attnlab.nn.Attention")
         self.mlp_norm = RMSNorm(features)
         self.mlp = GatedMLP(features, mlp_hidden, dtype=dtype)
         self.features, self.mlp_hidden, self.dropout_rate = features, mlp_hidden, dropout_rate
@@ -39,6 +44,12 @@ class Block(nnx.Module):
 
     def flops(self, space: tuple[int, ...]) -> int:
         return self.mixer.flops(space) + 6 * math.prod(space) * self.features * self.mlp_hidden
+
+
+def _makes_mixers(factory: Any) -> bool:
+    """Whether it may be a mixer's class, or a function that makes one."""
+    made = getattr(factory, "func", factory)  # of a partial
+    return issubclass(made, Attention) if isinstance(made, type) else callable(made)
 
 
 class Stack(nnx.Module):
@@ -66,11 +77,16 @@ class Stack(nnx.Module):
         remat: bool = False,
         dtype: Any = jnp.float32,
     ):
+        if not isinstance(mixers, (list, tuple)) or not all(map(_makes_mixers, mixers)):
+            raise TypeError(f"mixers: got {shown(mixers)}; need a list of mixers, which are called to make the layers")
         if not mixers:
             raise ValueError("mixers: got an empty list; need at least one mixer, repeated over the layers")
-        check_int("depth", depth, least=1)
-        self.features, self.dropout_rate, self.remat, self.dtype = features, dropout_rate, remat, dtype
-        hidden = -(-features * 8 // 24) * 8 if mlp_hidden is None else mlp_hidden
+        depth = check_int("depth", depth, least=1, most=_MOST_LAYERS)
+        features, dtype = check_int("features", features, least=1), check_dtype("dtype", dtype)
+        dropout_rate = check_float("dropout_rate", dropout_rate, least=0, most=1)
+        self.features, self.dropout_rate, self.dtype = features, dropout_rate, dtype
+        self.remat = check_bool("remat", remat)
+        hidden = -(-features * 8 // 24) * 8 if mlp_hidden is None else check_int("mlp_hidden", mlp_hidden, least=1)
         self.layers = nnx.List(
             Block(
                 features,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from attnlab.attention._shared.checks import check_int, check_ints
 from attnlab.models.blocks import Stack
 from attnlab.nn.layers import Linear
 from attnlab.nn.parameters import normal, parameter
@@ -33,12 +34,14 @@ class ImageClassifier(Stack):
         features: int = 64,
         **stack: Any,
     ):
-        height, width, channels = image_size
-        if patch < 1 or height % patch or width % patch:
+        height, width, channels = check_ints("image_size", image_size, layout=("height", "width", "channels"))
+        classes, patch = check_int("classes", classes, least=1), check_int("patch", patch, least=1)
+        if height % patch or width % patch:
             raise ValueError(f"patch: got {patch}; must divide the image's height {height} and width {width}")
         super().__init__(features=features, **stack)
-        self.image_size, self.classes, self.patch = image_size, classes, patch
+        self.image_size, self.classes, self.patch = (height, width, channels), classes, patch
         self.grid = (height // patch, width // patch)
+        features = self.features
         self.embedding = Linear(patch * patch * channels, features, use_bias=True, dtype=self.dtype)
         self.positions = parameter((*self.grid, features), normal(0.02))
         self.head = Linear(features, classes, use_bias=True, initializer=normal(0.02))

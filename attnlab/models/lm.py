@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnlab.attention._shared.checks import check_float, check_int, require, shape_text
 from attnlab.models.blocks import Stack
 from attnlab.nn.layers import dropout
 from attnlab.nn.mixers.base import MixerCache
@@ -27,7 +28,8 @@ class LanguageModel(Stack):
 
     def __init__(self, *, vocabulary: int, max_length: int | None = None, **stack: Any):
         super().__init__(**stack)
-        self.vocabulary, self.max_length = vocabulary, max_length
+        self.vocabulary = vocabulary = check_int("vocabulary", vocabulary, least=1)
+        self.max_length = None if max_length is None else check_int("max_length", max_length, least=1)
         self.embedding = parameter((vocabulary, self.features), normal(0.02))
         self.positions = None if max_length is None else parameter((max_length, self.features), normal(0.02))
 
@@ -106,6 +108,10 @@ def generate(
       temperature: 0 takes the likeliest token.
       below: draw only tokens below this number; None draws of all.
     """
+    is_prompt = prompt.ndim == 2 and prompt.size and jnp.issubdtype(prompt.dtype, jnp.integer)
+    require(bool(is_prompt), "prompt", shape_text(prompt), "need integers [batch, length], both at least 1")
+    length, temperature = check_int("length", length, least=0), check_float("temperature", temperature, least=0)
+    below = None if below is None else check_int("below", below, least=1)
     prompt_length = prompt.shape[1]
 
     def step(carry: Any, index: jax.Array) -> tuple[Any, jax.Array]:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnlab.attention._shared.checks import check_int
 from attnlab.models.blocks import Stack
 from attnlab.nn.layers import Linear
 from attnlab.nn.parameters import normal
@@ -20,7 +21,7 @@ class SequenceRegressor(Stack):
 
     def __init__(self, *, channels: int, **stack: Any):
         super().__init__(**stack)
-        self.channels = channels
+        self.channels = channels = check_int("channels", channels, least=1)
         self.embedding = Linear(channels, self.features, use_bias=True, dtype=self.dtype)
         self.head = Linear(self.features, 1, use_bias=True, initializer=normal(0.02))
 

@@ -9,6 +9,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from attnlab.attention._shared.checks import check_bool, check_dtype, check_float, check_int, check_ints
 from attnlab.nn.parameters import Initializer, normal, ones, parameter, zeros
 
 
@@ -24,11 +25,12 @@ class Linear(nnx.Module):
         initializer: Initializer | None = None,
         dtype: Any = jnp.float32,
     ):
+        inputs, outputs = check_ints("inputs", inputs), check_ints("outputs", outputs)
         self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         self.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        self.dtype = dtype
+        self.dtype = check_dtype("dtype", dtype)
         self.kernel = parameter(self.inputs + self.outputs, initializer or normal(math.prod(self.inputs) ** -0.5))
-        self.bias = parameter(self.outputs, zeros) if use_bias else None
+        self.bias = parameter(self.outputs, zeros) if check_bool("use_bias", use_bias) else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), axes=len(self.inputs))
@@ -39,8 +41,8 @@ class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, in float32 (Zhang and Sennrich 2019)."""
 
     def __init__(self, features: int, *, epsilon: float = 1e-6):
-        self.epsilon = epsilon
-        self.scale = parameter((features,), ones)
+        self.epsilon = check_float("epsilon", epsilon, least=0)
+        self.scale = parameter((check_int("features", features, least=1),), ones)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
@@ -67,6 +69,7 @@ class GatedMLP(nnx.Module):
     """down(silu(gate x) * up x) (Shazeer 2020)."""
 
     def __init__(self, features: int, hidden: int, *, dtype: Any = jnp.float32):
+        features, hidden = check_int("features", features, least=1), check_int("hidden", hidden, least=1)
         self.gate = Linear(features, hidden, dtype=dtype)
         self.up = Linear(features, hidden, dtype=dtype)
         self.down = Linear(hidden, features, dtype=dtype)
@@ -76,9 +79,12 @@ class GatedMLP(nnx.Module):
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share `rate` of x and scales the rest up; without a key (evaluation) x itself."""
+    """Zeroes a share `rate` of x, 0 to 1, and scales the rest up; without a key (evaluation) x itself."""
+    rate = check_float("rate", rate, least=0, most=1)
     if key is None or rate == 0.0:
         return x
+    if rate == 1.0:
+        return jnp.zeros_like(x)
     kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(kept, x / (1.0 - rate), 0)
 
@@ -135,6 +141,9 @@ def depthwise_convolution(
     return out
 
 
+_MOST_TAPS = 1024
+
+
 class DepthwiseConvolution(nnx.Module):
     """depthwise_convolution with a learned kernel over this many positions per space axis; causal ones decode."""
 
@@ -146,6 +155,10 @@ class DepthwiseConvolution(nnx.Module):
             raise ValueError(f"convolution: got widths {widths}; need {allowed}, or 0 for none")
         self.widths, self.features, self.is_causal, self.dtype = widths, features, is_causal, dtype
         self.taps = math.prod(widths)
+        if self.taps > _MOST_TAPS:
+            raise ValueError(
+                f"convolution: got widths {widths}; need at most {_MOST_TAPS} taps, each a term of its own"
+            )
         self.kernel = parameter((*widths, features), normal(self.taps**-0.5))
         self.bias = parameter((features,), zeros) if use_bias else None
 

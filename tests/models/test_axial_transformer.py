@@ -243,11 +243,11 @@ def test_state_is_what_decoding_keeps():
         ({"levels": 1}, "levels: got 1; need at least 2"),
         ({"heads": 3}, "heads: got 3; must divide features 16"),
         ({"heads": 0}, "heads: got 0"),
-        ({"outer_layers": 0}, "outer_layers: got 0; need at least 1"),
+        ({"outer_layers": 0}, "outer_layers: got 0; need 1 to 256"),
         ({"inner_layers": 0}, "inner_layers: got 0"),
         ({"mlp_factor": 0}, "mlp_factor: got 0"),
         ({"exterior_layers": 1}, "exterior_layers: got 1; need 0"),
-        ({"image_size": (4, 4, 3), "exterior_layers": -1}, "exterior_layers: got -1; need at least 0"),
+        ({"image_size": (4, 4, 3), "exterior_layers": -1}, "exterior_layers: got -1; need 0 to 256"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -86,3 +86,15 @@ def test_a_convolution_of_packed_sequences_is_that_of_each():
     packed = depthwise_convolution(x, kernel, is_causal=True, segment_ids=ids)
     apart = [depthwise_convolution(part, kernel, is_causal=True) for part in (x[:, :4], x[:, 4:])]
     np.testing.assert_allclose(packed, jnp.concatenate(apart, axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan"), "half", True])
+def test_dropout_refuses_what_is_no_share(rate):
+    with pytest.raises((ValueError, TypeError), match="rate: got "):
+        nn.dropout(jnp.ones(3), rate, jax.random.key(0))
+
+
+def test_dropout_of_everything_gives_zeros_with_zero_gradients():
+    out, gradient = jax.value_and_grad(lambda x: jnp.sum(nn.dropout(x, 1.0, jax.random.key(0))))(jnp.ones(3))
+    assert out == 0
+    np.testing.assert_array_equal(gradient, 0)

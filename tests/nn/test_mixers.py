@@ -336,3 +336,29 @@ def test_rotary_needs_room_for_every_axis():
     mixer = nn.SoftmaxAttention(12, is_causal=False, num_heads=2)
     with pytest.raises(ValueError, match=r"head_dim: got 6; rotary positions on 2 axes need a multiple of 4"):
         nn.bind(mixer, nn.initialize(mixer, jax.random.key(0)))(jnp.zeros((1, 2, 2, 12)))
+
+
+class Undecodable(nn.Attention):
+    def mix(self, query, key, value, x, segment_ids):
+        return value
+
+    def mechanism_flops(self, space):
+        return 0
+
+
+class Half(Undecodable):
+    def init_mechanism_cache(self, batch, max_length):
+        return ()
+
+
+@pytest.mark.parametrize(
+    ("mixer", "reason"),
+    [(Undecodable, "it has no cache to decode from"), (Half, "it has no mechanism_step to decode with")],
+)
+def test_a_mixer_of_ones_own_that_cannot_decode_says_what_it_has_not(mixer, reason):
+    made = mixer(16, is_causal=True)
+    assert made.decoding_refusal == f"{mixer.__name__}: {reason}"
+    assert made.state_size(8) is None
+    for call in (lambda: made.init_cache(1, 8), lambda: Undecodable.mechanism_step(made, (), *[jnp.ones(1)] * 4)):
+        with pytest.raises((ValueError, NotImplementedError), match="to decode"):
+            call()

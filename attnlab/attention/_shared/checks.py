@@ -22,17 +22,111 @@ def require(condition: bool, argument: str, given: Any, allowed: str) -> None:
         raise ValueError(f"{argument}: got {given}; {allowed}")
 
 
-def check_int(name: str, value: Any, *, least: int | None = None, of: Any = None) -> int:
+def shown(value: Any) -> str:
+    """A value in a message: on one line, and cut where it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def check_int(name: str, value: Any, *, least: int | None = None, most: int | None = None, of: Any = None) -> int:
     """The value as an int: Python's and numpy's integers, never bools. `of`: what was given, if value is a part of it.
 
-    Raises TypeError for another type, ValueError below `least`; both name the argument and what was given.
+    Raises TypeError for another type, ValueError below `least` or above `most`; both name the argument and what was
+    given.
     """
     given = value if of is None else of
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}: got {given!r}; need an int")
+        raise TypeError(f"{name}: got {shown(given)}; need an int")
     number = int(value)
-    require(least is None or number >= least, name, repr(given), f"need at least {least}")
+    require(_is_within(number, least, most), name, shown(given), f"need {_range(least, most)}")
     return number
+
+
+def check_ints(name: str, value: Any, *, least: int = 1, layout: tuple[str, ...] = ()) -> Any:
+    """An option per axis: an int, or a tuple of ints (a list as well), each at least `least`.
+
+    layout: what each is, where there must be as many; () takes a single int, or any number of them. Raises as check_int
+      does.
+    """
+    if isinstance(value, (tuple, list)) and value:
+        require(len(value) == len(layout or value), name, shown(value), f"need ({', '.join(layout)})")
+        return tuple(check_int(name, item, least=least, of=value) for item in value)
+    if layout:
+        raise TypeError(f"{name}: got {shown(value)}; need ({', '.join(layout)})")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: got {shown(value)}; need an int, or one per axis")
+    return check_int(name, value, least=least)
+
+
+def check_float(
+    name: str, value: Any, *, least: float | None = None, most: float | None = None, above: float | None = None
+) -> float:
+    """The value as a float: real numbers of Python and numpy that float32 holds, never bools, NaN or infinity.
+
+    Raises TypeError for another type, ValueError for a number out of range; both name the argument and what was given.
+    """
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: got {shown(value)}; need a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    is_finite = abs(number) <= float(np.finfo(np.float32).max)  # False of NaN
+    is_inside = _is_within(number, least, most) and (above is None or number > above)
+    allowed = f"above {above:g}" if above is not None else _range(least, most)
+    if above is not None and most is not None:
+        allowed += f" and at most {most:g}"
+    require(bool(is_finite and is_inside), name, shown(value), f"need a finite number, {allowed}".removesuffix(", "))
+    return number
+
+
+def _is_within(value: Any, least: float | None, most: float | None) -> bool:
+    return (least is None or value >= least) and (most is None or value <= most)
+
+
+def _range(least: float | None, most: float | None) -> str:
+    if least is None:
+        return "" if most is None else f"at most {most}"
+    return f"at least {least}" if most is None else f"{least} to {most}"
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """The value as a bool, numpy's too; raises TypeError for all else, 0, 1 and "false" among it."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: got {shown(value)}; need True or False")
+    return bool(value)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """One of these strings; raises TypeError for what is no string, else ValueError."""
+    allowed = f"need one of {', '.join(choices)}"
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: got {shown(value)}; {allowed}")
+    require(value in choices, name, shown(value), allowed)
+    return value
+
+
+def check_text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: got {shown(value)}; need a string")
+    return value
+
+
+def check_dtype(name: str, value: Any) -> Any:
+    """A floating dtype, or its name; as it was given."""
+    try:
+        is_floating = value is not None and jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except (TypeError, ValueError):
+        is_floating = False
+    if not is_floating:
+        raise TypeError(f"{name}: got {shown(value)}; need a floating dtype, such as 'bfloat16'")
+    return value
+
+
+def keep(instance: Any, **checked: Any) -> None:
+    """Sets fields of a frozen dataclass to what the checks above gave for them, Python's own numbers."""
+    for name, value in checked.items():
+        object.__setattr__(instance, name, value)
 
 
 def check_array(name: str, array: Any, shape: Sequence[int | None], layout: str) -> None:

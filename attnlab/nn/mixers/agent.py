@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 import attnlab.attention as attention
-from attnlab.attention._shared.checks import check_int
+from attnlab.attention._shared.checks import check_int, check_ints
 from attnlab.nn.mixers.base import Attention
 from attnlab.nn.parameters import normal, parameter
 
@@ -51,19 +51,18 @@ class AgentAttention(Attention):
                 raise ValueError(
                     f"agents: got {agents} with is_causal=True; pooling sees later tokens, so give a number"
                 )
-            self.grid, count = (agents[0], agents[1]), math.prod(agents)
+            rows, columns = check_ints("agents", agents, layout=("rows", "columns"))
+            self.grid, count = (rows, columns), rows * columns
         else:
-            count = check_int("agents", agents)
+            count = check_int("agents", agents, least=1)
         if bias_grid is not None and is_causal:
             raise ValueError(f"bias_grid: got {bias_grid} with is_causal=True; the biases are for images")
-        if count < 1:
-            raise ValueError(f"agents: got {agents}; need at least one")
         self.count, heads = count, self.num_heads
         # Like queries, whose channels have a variance of about 1 at first.
         self.agents = parameter((count, heads, self.head_dim), normal(1.0)) if self.grid is None else None
         self.has_biases = bias_grid is not None
         if bias_grid is not None:
-            height, width = bias_grid
+            height, width = check_ints("bias_grid", bias_grid, layout=("height", "width"))
             small = normal(0.02)
             self.gather_table = parameter((heads, count, _TABLE, _TABLE), small)
             self.gather_rows = parameter((1, heads, count, height, 1), small)

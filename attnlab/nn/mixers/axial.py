@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 import attnlab.attention as attention
+from attnlab.attention._shared.checks import check_int
 from attnlab.nn.mixers.base import Attention
 
 Array = jax.Array
@@ -22,7 +23,7 @@ class AxialAttention(Attention):
 
     def __init__(self, features: int, *, axis: int, **shared: Any):
         super().__init__(features, **shared)
-        self.axis = axis
+        self.axis = check_int("axis", axis, least=-3, most=2)
 
     def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
         return attention.axial_attention(query, key, value, axis=self.axis, implementation=self.implementation)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from attnlab.attention._shared.checks import check_int
+from attnlab.attention._shared.checks import check_bool, check_dtype, check_int, check_ints, check_text
 from attnlab.nn.layers import DepthwiseConvolution, Linear, RMSNorm, grid_positions, rotary_embedding
 from attnlab.nn.signatures import show_shared_options
 
@@ -31,6 +31,13 @@ class MixerCache(NamedTuple):
     position: Array
     mechanism: Any
     convolved: dict[str, Array]
+
+
+# What a mixer that lacks a method says.
+_UNDECODABLE = {
+    "init_mechanism_cache": "{}: it has no cache to decode from",
+    "mechanism_step": "{}: it has no mechanism_step to decode with",
+}
 
 
 class Attention(nnx.Module):
@@ -71,25 +78,29 @@ class Attention(nnx.Module):
         implementation: str | None = None,
         dtype: Any = jnp.float32,
     ):
+        features, is_causal = check_int("features", features, least=1), check_bool("is_causal", is_causal)
         if is_causal and not self.has_causal_form:
             raise ValueError(f"is_causal: got True; {type(self).__name__} has no causal form")
-        check_int("num_heads", num_heads, least=1)
+        num_heads = check_int("num_heads", num_heads, least=1)
         if head_dim is None and features % num_heads:
             raise ValueError(f"num_heads: got {num_heads}; must divide features {features}, or give head_dim")
         num_key_heads = num_heads if num_key_heads is None else check_int("num_key_heads", num_key_heads, least=1)
         if num_heads % num_key_heads:
             raise ValueError(f"num_key_heads: got {num_key_heads}; must divide num_heads {num_heads}")
-        self.features, self.is_causal, self.dtype = features, is_causal, dtype
+        self.features, self.is_causal, self.dtype = features, is_causal, check_dtype("dtype", dtype)
         self.num_heads, self.num_key_heads = num_heads, num_key_heads
-        self.head_dim = features // num_heads if head_dim is None else head_dim
-        self.value_dim = self.head_dim if value_dim is None else value_dim
-        self.rotary, self.implementation = rotary, implementation
+        self.head_dim = features // num_heads if head_dim is None else check_int("head_dim", head_dim, least=1)
+        self.value_dim = self.head_dim if value_dim is None else check_int("value_dim", value_dim, least=1)
+        self.rotary, normalize_qk = check_bool("rotary", rotary), check_bool("normalize_qk", normalize_qk)
+        self.implementation = None if implementation is None else check_text("implementation", implementation)
         self.query = Linear(features, (num_heads, self.head_dim), dtype=dtype)
         self.key = Linear(features, (num_key_heads, self.head_dim), dtype=dtype)
         self.value = Linear(features, (num_key_heads, self.value_dim), dtype=dtype)
         self.output = Linear((num_heads, self.value_dim), features, dtype=dtype)
         self.query_norm = RMSNorm(self.head_dim) if normalize_qk else None
         self.key_norm = RMSNorm(self.head_dim) if normalize_qk else None
+        convolution = check_int("convolution", convolution, least=0)
+        residual_convolution = check_ints("residual_convolution", residual_convolution, least=0)
         if convolution and not is_causal:
             raise ValueError(f"convolution: got {convolution} with is_causal=False; it is over earlier tokens")
         values = num_key_heads * self.value_dim
@@ -122,19 +133,20 @@ class Attention(nnx.Module):
 
     def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
         """What the mechanism keeps to decode up to max_length tokens; no more than these need."""
-        raise NotImplementedError
+        raise NotImplementedError(_UNDECODABLE["init_mechanism_cache"].format(type(self).__name__))
 
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
         """One token [B, 1, N|K, H] -> (out [B, 1, N, V], cache)."""
-        raise NotImplementedError
+        raise NotImplementedError(_UNDECODABLE["mechanism_step"].format(type(self).__name__))
 
     @property
     def decoding_refusal(self) -> str:
         """Why it does not decode; "" where it does. A mechanism adds what else it refuses."""
         if not self.is_causal:
             return f"{type(self).__name__}: only a causal mixer decodes; this one has is_causal=False"
-        if type(self).init_mechanism_cache is Attention.init_mechanism_cache:
-            return f"{type(self).__name__}: it has no cache to decode from"
+        for method, refusal in _UNDECODABLE.items():
+            if getattr(type(self), method) is getattr(Attention, method):
+                return refusal.format(type(self).__name__)
         return ""
 
     @property

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 import attnlab.attention as attention
+from attnlab.attention._shared.checks import check_bool, check_choice, check_float, check_int
+from attnlab.attention._shared.feature_maps import feature_width
 from attnlab.nn.layers import Linear, RMSNorm, depthwise_convolution
 from attnlab.nn.mixers.base import Attention, flat
 from attnlab.nn.parameters import normal, ones, parameter, zeros
@@ -51,8 +53,15 @@ class LinearAttention(Attention):
         **shared: Any,
     ):
         super().__init__(features, rotary=rotary, **shared)
-        if decay not in _DECAYS:
-            raise ValueError(f"decay: got {decay!r}; need one of {', '.join(_DECAYS)}")
+        check_choice("decay", decay, _DECAYS)
+        beta = None if beta is None else check_float("beta", beta, above=0)
+        normalize, output_gate = check_bool("normalize", normalize), check_bool("output_gate", output_gate)
+        if not callable(feature_map):
+            feature_width(feature_map, 1)  # refuses what is no name of one
+        if feature_map == "taylor2":  # whose state has the square of it
+            check_int("head_dim", self.head_dim, most=4096)
+        if normalizer_floor is not None:
+            normalizer_floor = check_float("normalizer_floor", normalizer_floor, above=0)
         for name, given in (("decay", None if decay == "none" else decay), ("beta", beta)):
             if given is not None and not self.is_causal:
                 raise ValueError(f"{name}: got {given!r} with is_causal=False, which has no order of tokens")
@@ -166,6 +175,7 @@ class InlineAttention(Attention):
 
     def __init__(self, features: int, *, residual: bool = True, rotary: bool = False, **shared: Any):
         super().__init__(features, rotary=rotary, **shared)
+        residual = check_bool("residual", residual)
         if residual and (self.num_heads, self.value_dim * self.num_heads) != (self.num_key_heads, features):
             raise ValueError(
                 f"residual: got True with {self.num_heads} heads, {self.num_key_heads} key heads and values of "

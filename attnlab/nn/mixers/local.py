@@ -1,14 +1,14 @@
 """Windows, plain and dilated."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 
 import attnlab.attention as attention
 from attnlab.attention import masks
-from attnlab.attention._shared.checks import per_axis
+from attnlab.attention._shared.checks import check_choice, check_int, check_ints, per_axis
 from attnlab.nn.mixers.base import Attention
 
 Array = jax.Array
@@ -32,7 +32,9 @@ class LocalAttention(Attention):
         **shared: Any,
     ):
         super().__init__(features, **shared)
-        self.window, self.stride, self.edge, self.sinks = window, stride, edge, sinks
+        self.window, self.stride = check_ints("window", window), check_ints("stride", stride)
+        self.edge: Any = check_choice("edge", edge, get_args(masks.Edge))
+        self.sinks = check_int("sinks", sinks, least=0)
 
     def _dilation(self, space: tuple[int, ...]) -> tuple[int, ...]:
         return (1,) * len(space)
@@ -111,7 +113,7 @@ class DilatedAttention(LocalAttention):
         super().__init__(features, **local)
         if self.sinks:
             raise ValueError(f"sinks: got {self.sinks}; dilated attention has none")
-        self.dilation = dilation
+        self.dilation = check_ints("dilation", dilation)
 
     def _dilation(self, space: tuple[int, ...]) -> tuple[int, ...]:
         dilation, window = per_axis("dilation", self.dilation, len(space)), self._window(space)

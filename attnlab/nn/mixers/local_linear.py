@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import attnlab.attention as attention
+from attnlab.attention._shared.checks import check_float, check_int
 from attnlab.nn.layers import Linear, RMSNorm, rotary_embedding
 from attnlab.nn.mixers.base import Attention, flat
 
@@ -20,7 +21,7 @@ class _KeyValueMixer(Attention):
 
     def __init__(self, features: int, *, window: int | None = None, normalize_qk: bool = True, **shared: Any):
         super().__init__(features, normalize_qk=normalize_qk, **shared)
-        self.window = window
+        self.window = None if window is None else check_int("window", window, least=1)
 
     def _within(self, length: int) -> int | None:
         return None if self.window is None else min(self.window, length)
@@ -60,7 +61,8 @@ class LocalLinearAttention(_KeyValueMixer):
 
     def __init__(self, features: int, *, ridge: float = 1.0, max_iterations: int = 32, **shared: Any):
         super().__init__(features, **shared)
-        self.ridge, self.max_iterations = ridge, max_iterations
+        self.ridge = check_float("ridge", ridge, above=0)
+        self.max_iterations = check_int("max_iterations", max_iterations, least=1, most=2**31 - 1)
 
     def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
         out = attention.local_linear_attention(

@@ -1,12 +1,13 @@
 """Attention inside clusters of tokens."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 import attnlab.attention as attention
+from attnlab.attention._shared.checks import check_choice, check_float, check_int
 from attnlab.attention.centroids import Normalize
 from attnlab.attention.routing import Membership
 from attnlab.nn.mixers.base import Attention, flat
@@ -48,13 +49,18 @@ class RoutingAttention(Attention):
         **shared: Any,
     ):
         super().__init__(features, **shared)
+        local_heads = check_int("local_heads", local_heads)
         if not 0 <= local_heads < self.num_heads:
             raise ValueError(f"local_heads: got {local_heads}; need 0 to {self.num_heads - 1}, fewer than num_heads")
         if local_heads and self.num_key_heads != self.num_heads:
             raise ValueError(f"local_heads: got {local_heads}; needs as many key heads as heads, {self.num_heads}")
-        self.clusters, self.window, self.membership, self.normalize = clusters, window, membership, normalize
-        self.decay, self.commitment = decay, commitment
-        self.local_heads, self.local_window = local_heads, local_window
+        clusters, self.window = check_int("clusters", clusters, least=1), check_int("window", window, least=1)
+        self.clusters = clusters
+        self.membership: Any = check_choice("membership", membership, get_args(Membership))
+        self.normalize: Any = check_choice("normalize", normalize, get_args(Normalize))
+        self.decay = check_float("decay", decay, least=0, most=1)
+        self.commitment = check_float("commitment", commitment, least=0)
+        self.local_heads, self.local_window = local_heads, check_int("local_window", local_window, least=1)
         routed = self.num_heads - local_heads
         self.centroids = buffer((routed, clusters, self.head_dim), normal(self.head_dim**-0.5))
         self.counts = buffer((routed, clusters), ones)
