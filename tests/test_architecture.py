@@ -17,7 +17,7 @@ ALLOWED = {
     "attention": set(),
     "nn": {"attention"},
     "models": {"nn", "attention"},
-    "data": {"errors"},
+    "data": {"attention", "errors"},
     "train": {"models", "data", "nn", "attention", "errors"},
     "ablate": {"train", "models", "data", "nn", "attention", "errors", "config", ""},
     "catalog": {""},

@@ -1,16 +1,67 @@
 """From examples by index to batches. What a batch holds depends on the source, the batch size and the seed alone."""
 
+import functools
+import gzip
+import inspect
 import math
-from typing import Any
+import numbers
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import grain
 import jax
 import numpy as np
 
+from attnlab.attention._shared.checks import check_choice, check_int, shown
+from attnlab.errors import UserError
+
+Data = TypeVar("Data")
+
+MOST_SEED = 2**31 - 1  # of training; what validates is drawn from the next one
+
+_EXAMPLES = 2**62  # of training, in all epochs: grain counts them in 64 bits
+
+
+def check_batches(split: str, batch_size: int, seed: int) -> None:
+    """Checks what all functions that make batches take."""
+    check_choice("split", split, ("train", "validation"))
+    check_int("batch_size", batch_size, least=1)
+    check_int("seed", seed, least=0, most=MOST_SEED)
+
+
+def read_once(read: Callable[..., Data]) -> Callable[..., Data]:
+    """A function that reads data, called once for the same arguments."""
+    cached = functools.lru_cache(maxsize=None, typed=True)(read)
+
+    @functools.wraps(read)
+    def call(*args: Any, **options: Any) -> Data:
+        given = inspect.signature(read).bind(*args, **options)
+        for name, value in given.arguments.items():
+            if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+                given.arguments[name] = int(value)
+            elif not isinstance(value, (str, Path)):
+                raise TypeError(f"{name}: got {shown(value)}; need a string, or an int")
+        return cached(*given.args, **given.kwargs)
+
+    call.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
+    return call
+
+
+def content(function: str, file: Path, *, unpacks: bool = False) -> bytes:
+    """What a file holds. unpacks: decompressed, where its name ends in .gz. function: what reads it, for errors."""
+    try:
+        held = file.read_bytes()
+        return gzip.decompress(held) if unpacks and file.suffix == ".gz" else held
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{function}: cannot read {file}: {error}") from error
+
 
 def endless(source: Any, batch_size: int, seed: int) -> grain.IterDataset:
     """Batches for training, without end: each epoch in an order of its own that the seed decides."""
-    return prefetched(grain.MapDataset.source(source).shuffle(seed=seed).repeat().batch(batch_size))
+    epochs = _EXAMPLES // len(source)
+    return prefetched(grain.MapDataset.source(source).shuffle(seed=seed).repeat(epochs).batch(batch_size))
 
 
 def one_pass(source: Any, batch_size: int) -> grain.IterDataset:

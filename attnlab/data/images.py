@@ -1,16 +1,17 @@
 """Labelled images: scikit-learn's digits and photographs, and the files of MNIST, CIFAR-10 and downsampled ImageNet."""
 
 import dataclasses
-import functools
-import gzip
 import hashlib
+import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 
-from attnlab.data.batches import endless, one_pass
+from attnlab.attention._shared.checks import check_int, check_text, keep, require, shape_text, shown
+from attnlab.data.batches import check_batches, content, endless, one_pass, read_once
 from attnlab.errors import UserError
 
 
@@ -26,6 +27,27 @@ class LabelledImages:
     validation_labels: np.ndarray
     levels: int = dataclasses.field(default=256, kw_only=True)
 
+    def __post_init__(self) -> None:
+        check_text("name", self.name)
+        classes, levels = (
+            check_int("classes", self.classes, least=1),
+            check_int("levels", self.levels, least=2, most=256),
+        )
+        keep(self, classes=classes, levels=levels)
+        for part in ("train", "validation"):
+            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            if not isinstance(images, np.ndarray) or images.ndim != 4 or images.dtype != np.uint8 or not images.size:
+                raise TypeError(f"{part}_images: got {_given(images)}; need an array of uint8 [count, Y, X, channels]")
+            if not isinstance(labels, np.ndarray) or not np.issubdtype(labels.dtype, np.integer):
+                raise TypeError(f"{part}_labels: got {_given(labels)}; need an array of integers [count]")
+            require(labels.shape == images.shape[:1], f"{part}_labels", labels.shape, f"need {images.shape[:1]}")
+            most, label, lowest = int(images.max()), int(labels.max()), int(labels.min())
+            require(most < levels, f"{part}_images", f"pixels up to {most}", f"need them below levels = {levels}")
+            seen = f"labels from {lowest} to {label}"
+            require(lowest >= 0 and label < classes, f"{part}_labels", seen, f"need 0 to classes - 1 = {classes - 1}")
+        sizes = self.train_images.shape[1:], self.validation_images.shape[1:]
+        require(sizes[0] == sizes[1], "validation_images", sizes[1], f"need the size of train_images, {sizes[0]}")
+
     def describe(self) -> dict[str, Any]:
         arrays = (self.train_images, self.train_labels, self.validation_images, self.validation_labels)
         content = hashlib.sha256(b"\0".join(array.tobytes() for array in arrays)).hexdigest()
@@ -37,7 +59,7 @@ class LabelledImages:
         }
 
 
-@functools.cache
+@read_once
 def digits() -> LabelledImages:
     """scikit-learn's 1,797 handwritten digits, 8x8 of 17 levels, without a download.
 
@@ -53,7 +75,7 @@ def digits() -> LabelledImages:
     return LabelledImages("scikit-learn digits", 10, *parts, levels=17)
 
 
-@functools.cache
+@read_once
 def photo_crops(size: int = 32) -> LabelledImages:
     """Square crops of scikit-learn's two photographs, 427 x 640 pixels in colour, without a download.
 
@@ -63,8 +85,7 @@ def photo_crops(size: int = 32) -> LabelledImages:
     Args:
       size: side of a crop in pixels, 4 to 128.
     """
-    if not 4 <= size <= 128:
-        raise ValueError(f"size: got {size}; need 4 to 128")
+    check_int("size", size, least=4, most=128)
     from sklearn import datasets
 
     photographs = datasets.load_sample_images().images
@@ -82,7 +103,7 @@ def photo_crops(size: int = 32) -> LabelledImages:
     return LabelledImages(f"scikit-learn photographs, crops of {size}", len(photographs), *parts)
 
 
-@functools.cache
+@read_once
 def idx_images(path: str) -> LabelledImages:
     """MNIST, Fashion-MNIST and others of their format, from a folder with the four idx files, plain or .gz.
 
@@ -100,18 +121,17 @@ def idx_images(path: str) -> LabelledImages:
 
 def _idx(file: Path) -> np.ndarray:
     """An idx file of bytes: 0, 0, 8 (unsigned byte), rank, sizes as big-endian int32, then the bytes."""
-    content = file.read_bytes()
-    content = gzip.decompress(content) if file.suffix == ".gz" else content
-    if len(content) < 4 or content[:3] != b"\0\0\x08":
+    held = content("idx_images", file, unpacks=True)
+    if len(held) < 4 or held[:3] != b"\0\0\x08" or len(held) < 4 + 4 * held[3]:
         raise UserError(f"idx_images: {file} is no idx file of bytes")
-    start = 4 + 4 * content[3]
-    shape = tuple(int(size) for size in np.frombuffer(content[4:start], ">i4"))
-    if len(content) - start != np.prod(shape):
-        raise UserError(f"idx_images: {file} states {shape} and holds {len(content) - start} bytes; download it again")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    start = 4 + 4 * held[3]
+    shape = tuple(int(size) for size in np.frombuffer(held[4:start], ">i4"))
+    if len(held) - start != math.prod(shape):
+        raise UserError(f"idx_images: {file} states {shape} and holds {len(held) - start} bytes; download it again")
+    return np.frombuffer(held, np.uint8, offset=start).reshape(shape)
 
 
-@functools.cache
+@read_once
 def cifar10(path: str) -> LabelledImages:
     """CIFAR-10's binary version, from the folder with data_batch_*.bin and test_batch.bin; the latter validates."""
     folder = _folder("cifar10", path)
@@ -120,16 +140,16 @@ def cifar10(path: str) -> LabelledImages:
         files = sorted(folder.glob(pattern))
         if not files:
             raise UserError(f"cifar10: need {pattern} in {path}; found none (the binary version, not Python's)")
-        content = np.concatenate([np.frombuffer(file.read_bytes(), np.uint8) for file in files])
-        if len(content) % 3073:
-            raise UserError(f"cifar10: {pattern} in {path} hold {len(content)} bytes; need a multiple of 3073")
-        records = content.reshape(-1, 3073)
+        held = np.concatenate([np.frombuffer(content("cifar10", file), np.uint8) for file in files])
+        if len(held) % 3073:
+            raise UserError(f"cifar10: {pattern} in {path} hold {len(held)} bytes; need a multiple of 3073")
+        records = held.reshape(-1, 3073)
         images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         parts += [np.ascontiguousarray(images), records[:, 0].astype(np.int32)]
     return LabelledImages("CIFAR-10", 10, *parts)
 
 
-@functools.cache
+@read_once
 def imagenet_npz(path: str) -> LabelledImages:
     """Downsampled ImageNet (32 or 64 pixels per side), from the folder with train_data_batch_*.npz and val_data.npz."""
     folder = _folder("imagenet_npz", path)
@@ -138,15 +158,30 @@ def imagenet_npz(path: str) -> LabelledImages:
         files = sorted(folder.glob(pattern))
         if not files:
             raise UserError(f"imagenet_npz: need {pattern} in {path}; found none")
-        loaded = [np.load(file) for file in files]
-        rows = np.concatenate([part["data"] for part in loaded])
+        rows, numbers = (np.concatenate([_array(file, name) for file in files]) for name in ("data", "labels"))
+        if rows.ndim != 2 or rows.dtype != np.uint8 or numbers.shape != rows.shape[:1]:
+            raise UserError(
+                f"imagenet_npz: {pattern} in {path} hold {shape_text(rows)} and {shape_text(numbers)} labels"
+            )
         side = round((rows.shape[1] / 3) ** 0.5)
         if rows.shape[1] != 3 * side * side:
             raise UserError(f"imagenet_npz: {pattern} in {path} hold rows of {rows.shape[1]} numbers; need 3 side^2")
-        labels = np.concatenate([np.asarray(part["labels"]) for part in loaded]) - 1  # counted from 1 in the files
+        labels = numbers - 1  # counted from 1 in the files
         images = rows.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
         parts += [np.ascontiguousarray(images), labels.astype(np.int32)]
     return LabelledImages(folder.name, 1000, *parts)
+
+
+def _given(array: Any) -> str:
+    return shape_text(array) if isinstance(array, np.ndarray) else shown(array)
+
+
+def _array(file: Path, name: str) -> np.ndarray:
+    try:
+        with np.load(file) as arrays:
+            return arrays[name]
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"imagenet_npz: cannot read {name} of {file}: {error}") from error
 
 
 def _folder(function: str, path: str) -> Path:
@@ -194,6 +229,7 @@ def image_batches(
 
     Without labels {"pixels": int32 [batch, Y, X, channels] below images.levels}, of the same images in the same order.
     """
+    check_batches(split, batch_size, seed)
     if split == "train":
         pixels, labels = images.train_images, images.train_labels
     else:

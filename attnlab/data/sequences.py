@@ -7,16 +7,17 @@ for, so that training never sees one twice and nothing is stored.
 
 import dataclasses
 import itertools
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import grain
 import numpy as np
 
-from attnlab.data.batches import one_pass, prefetched
+from attnlab.attention._shared.checks import check_float, check_int, check_ints, keep, require, shown
+from attnlab.data.batches import MOST_SEED, check_batches, one_pass, prefetched
 
 IGNORED = -1
 # Validation is the same for all seeds of training. Seeds of training count up from 0 and do not reach it.
-_VALIDATION_SEED = 2**31
+_VALIDATION_SEED = MOST_SEED + 1
 _ENDLESS = 2**31 - 1
 
 
@@ -49,9 +50,11 @@ def sequence_batches(
     source: ExampleSource, split: str, *, batch_size: int, seed: int, validation_examples: int
 ) -> grain.IterDataset:
     """Batches of examples: "train" without end, never an example twice; "validation" one pass over its own."""
+    check_batches(split, batch_size, seed)
     if split == "train":
         return prefetched(grain.MapDataset.source(_Drawn(source, seed, _ENDLESS)).batch(batch_size))
-    return one_pass(_Drawn(source, _VALIDATION_SEED, validation_examples), batch_size)
+    examples = check_int("validation_examples", validation_examples, least=1, most=_ENDLESS)
+    return one_pass(_Drawn(source, _VALIDATION_SEED, examples), batch_size)
 
 
 class _Drawn(grain.sources.RandomAccessDataSource):
@@ -67,11 +70,6 @@ class _Drawn(grain.sources.RandomAccessDataSource):
 
 def _example(inputs: np.ndarray, targets: np.ndarray, **more: int) -> dict[str, np.ndarray]:
     return {name: np.asarray(x, np.int32) for name, x in {"inputs": inputs, "targets": targets, **more}.items()}
-
-
-def _need(condition: bool, name: str, value: Any, needed: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}: got {value}; {needed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,16 +90,18 @@ class MultiQueryRecall:
     power: float = 0.01
 
     def __post_init__(self) -> None:
+        length, vocabulary = check_int("length", self.length), check_int("vocabulary", self.vocabulary)
+        pairs, power = check_ints("pairs", self.pairs), check_float("power", self.power)
+        keep(self, length=length, vocabulary=vocabulary, pairs=pairs, power=power)
         most = max(self._pairs)
-        _need(min(self._pairs) >= 1, "pairs", self.pairs, "need at least 1")
-        _need(
-            self.length % 2 == 0 and self.length >= 4 * most, "length", self.length, f"need an even one >= {4 * most}"
+        require(
+            length % 2 == 0 and length >= 4 * most, "length", length, f"need an even one >= {4 * most} for pairs {most}"
         )
-        _need(self.vocabulary // 2 > most, "vocabulary", self.vocabulary, f"need more than {2 * most}")
+        require(vocabulary // 2 > most, "vocabulary", vocabulary, f"need more than {2 * most} for pairs {most}")
 
     @property
     def _pairs(self) -> tuple[int, ...]:
-        return (self.pairs,) if isinstance(self.pairs, int) else tuple(self.pairs)
+        return (self.pairs,) if isinstance(self.pairs, int) else self.pairs
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -138,8 +138,9 @@ class Copy:
     groups: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        _need(self.length % 2 == 0 and self.length >= 2, "length", self.length, "need an even one, at least 2")
-        _need(self.vocabulary >= 2, "vocabulary", self.vocabulary, "need at least 2")
+        length = check_int("length", self.length)
+        require(length % 2 == 0 and length >= 2, "length", length, "need an even one, at least 2")
+        keep(self, length=length, vocabulary=check_int("vocabulary", self.vocabulary, least=2))
 
     @property
     def answers(self) -> int:
@@ -166,8 +167,9 @@ class SelectiveCopy:
     groups: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        _need(1 <= self.tokens <= self.length // 2, "tokens", self.tokens, f"need 1 to {self.length // 2}")
-        _need(self.vocabulary >= 3, "vocabulary", self.vocabulary, "need at least 3")
+        length = check_int("length", self.length, least=2)
+        tokens = check_int("tokens", self.tokens, least=1, most=length // 2)
+        keep(self, length=length, tokens=tokens, vocabulary=check_int("vocabulary", self.vocabulary, least=3))
 
     @property
     def answers(self) -> int:
@@ -195,8 +197,8 @@ class Induction:
     groups: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        _need(self.length >= 3, "length", self.length, "need at least 3")
-        _need(self.vocabulary >= 2, "vocabulary", self.vocabulary, "need at least 2")
+        vocabulary = check_int("vocabulary", self.vocabulary, least=2)
+        keep(self, length=check_int("length", self.length, least=3), vocabulary=vocabulary)
 
     @property
     def answers(self) -> int:
@@ -224,8 +226,8 @@ class Permutations:
     groups: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        _need(self.length >= 1, "length", self.length, "need at least 1")
-        _need(2 <= self.points <= 6, "points", self.points, "need 2 to 6")
+        points = check_int("points", self.points, least=2, most=6)
+        keep(self, length=check_int("length", self.length, least=1), points=points)
 
     @property
     def vocabulary(self) -> int:
@@ -265,10 +267,14 @@ class Needle:
     vocabulary: int = 96
 
     def __post_init__(self) -> None:
-        _need(self.length >= 3, "length", self.length, "need at least 3")
-        _need(self.vocabulary >= 3, "vocabulary", self.vocabulary, "need at least 3")
-        inside = all(2 <= distance < self.length for distance in self.distances)
-        _need(bool(self.distances) and inside, "distances", self.distances, f"need numbers from 2 to {self.length - 1}")
+        length = check_int("length", self.length, least=3)
+        vocabulary, distances = check_int("vocabulary", self.vocabulary, least=3), self.distances
+        if not isinstance(distances, (tuple, list)) or not distances:
+            raise TypeError(f"distances: got {shown(distances)}; need a tuple of ints")
+        distances = tuple(check_int("distances", item, of=self.distances) for item in distances)
+        inside = all(2 <= distance < length for distance in distances)
+        require(inside, "distances", shown(self.distances), f"need numbers from 2 to {length - 1}")
+        keep(self, length=length, vocabulary=vocabulary, distances=distances)
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -305,8 +311,7 @@ class LinearRegressions:
     pairs: int = 16
 
     def __post_init__(self) -> None:
-        _need(self.dim >= 1, "dim", self.dim, "need at least 1")
-        _need(self.pairs >= 2, "pairs", self.pairs, "need at least 2")
+        keep(self, dim=check_int("dim", self.dim, least=1), pairs=check_int("pairs", self.pairs, least=2))
 
     @property
     def length(self) -> int:

@@ -1,8 +1,6 @@
 """Text as bytes, characters or words: the source of Python's standard library, or files of one's own."""
 
 import dataclasses
-import functools
-import gzip
 import hashlib
 import sysconfig
 from collections.abc import Iterable
@@ -12,7 +10,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from attnlab.data.batches import endless, one_pass
+from attnlab.attention._shared.checks import check_choice, check_int, check_text, keep, require, shape_text, shown
+from attnlab.data.batches import check_batches, content, endless, one_pass, read_once
 from attnlab.errors import UserError
 
 # Left out of the embedded text: what is not part of every installation, generated tables, and packages installed later.
@@ -34,6 +33,21 @@ class Corpus:
     vocabulary: int = 256
     symbols: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_text("name", self.name)
+        check_choice("unit", self.unit, ("byte", "character", "word"))
+        keep(self, vocabulary=check_int("vocabulary", self.vocabulary, least=1))
+        if not isinstance(self.symbols, tuple) or not all(isinstance(symbol, str) for symbol in self.symbols):
+            raise TypeError(f"symbols: got {shown(self.symbols)}; need a tuple of strings")
+        for part, tokens in (("train", self.train), ("validation", self.validation)):
+            if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+                given = shape_text(tokens) if isinstance(tokens, np.ndarray) else shown(tokens)
+                raise TypeError(f"{part}: got {given}; need a numpy array of integers [tokens]")
+            if len(tokens):
+                least, most = int(tokens.min()), int(tokens.max())
+                allowed = f"need tokens from 0 to vocabulary - 1 = {self.vocabulary - 1}"
+                require(least >= 0 and most < self.vocabulary, part, f"tokens from {least} to {most}", allowed)
+
     def decode(self, tokens: np.ndarray) -> str:
         """Text of integer tokens [length]; bytes that are no UTF-8, and numbers outside the vocabulary, give U+FFFD."""
         if self.unit == "byte":
@@ -52,7 +66,7 @@ class Corpus:
         }
 
 
-@functools.cache
+@read_once
 def embedded_text() -> Corpus:
     """The source of the standard library of the Python that runs this: real text that needs no download.
 
@@ -66,7 +80,7 @@ def embedded_text() -> Corpus:
     return _split_by_file(f"standard library of Python {python}", root, files)
 
 
-@functools.cache
+@read_once
 def text_files(path: str) -> Corpus:
     """One file, the last tenth of it for validation; or all files below a folder, a tenth of them for validation.
 
@@ -74,7 +88,7 @@ def text_files(path: str) -> Corpus:
     """
     root = Path(path).expanduser()
     if root.is_file():
-        text = np.frombuffer(root.read_bytes(), np.uint8)
+        text = np.frombuffer(content("text_files", root), np.uint8)
         cut = len(text) * 9 // 10
         return _checked(Corpus(root.name, text[:cut], text[cut:]), root)
     if not root.is_dir():
@@ -87,7 +101,7 @@ def text_files(path: str) -> Corpus:
     return _checked(_split_by_file(root.name, root, files), root)
 
 
-@functools.cache
+@read_once
 def characters(path: str) -> Corpus:
     """The characters of a UTF-8 file, the last tenth for validation; the vocabulary is those that occur, in order.
 
@@ -96,10 +110,7 @@ def characters(path: str) -> Corpus:
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"characters: no file {path}")
-    try:
-        text = file.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"characters: {path} is not UTF-8 ({error.reason} at byte {error.start})") from error
+    text = _decoded("characters", content("characters", file), file)
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     found, tokens = np.unique(codes, return_inverse=True)
     tokens = tokens.astype(np.int32)
@@ -108,11 +119,11 @@ def characters(path: str) -> Corpus:
     return _checked(Corpus(file.name, tokens[:cut], tokens[cut:], "character", len(found), symbols), file)
 
 
-@functools.cache
+@read_once
 def words(path: str, held_out: str = "valid") -> Corpus:
     """Words between blanks, as in WikiText: a folder with one file train* and one valid*, plain or .gz.
 
-    Every line ends with a word of its own, "<eos>". The vocabulary is that of the training file, WikiText-2's 33,278; a
+    A newline is a word of its own, "<eos>". The vocabulary is that of the training file, WikiText-2's 33,278; a
     word that is not in it becomes "<unk>", which WikiText has.
 
     Args:
@@ -128,13 +139,19 @@ def words(path: str, held_out: str = "valid") -> Corpus:
         if len(files) != 1:
             named = ", ".join(file.name for file in files) or "none"
             raise UserError(f"words: need one file {part}* in {path}; found {named}")
-        content = files[0].read_bytes()
-        text = (gzip.decompress(content) if files[0].suffix == ".gz" else content).decode()
-        texts.append([word for line in text.splitlines() for word in (*line.split(), "<eos>")])
+        *lines, rest = _decoded("words", content("words", files[0], unpacks=True), files[0]).split("\n")
+        texts.append([word for line in lines for word in (*line.split(), "<eos>")] + rest.split())
     numbers = {word: number for number, word in enumerate(sorted({*texts[0], "<unk>"}))}
     unknown = numbers["<unk>"]
     train, validation = (np.array([numbers.get(word, unknown) for word in text], np.int32) for text in texts)
     return _checked(Corpus(folder.name, train, validation, "word", len(numbers), tuple(numbers)), folder)
+
+
+def _decoded(function: str, held: bytes, file: Path) -> str:
+    try:
+        return held.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{function}: {file} is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def _checked(corpus: Corpus, root: Path) -> Corpus:
@@ -148,7 +165,7 @@ def _split_by_file(name: str, root: Path, files: Iterable[Path]) -> Corpus:
     parts: dict[bool, list[bytes]] = {False: [], True: []}
     for path in sorted(files, key=lambda path: path.relative_to(root).as_posix()):
         digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
-        parts[digest[0] % 10 == 0].append(path.read_bytes() + b"\0")
+        parts[digest[0] % 10 == 0].append(content("text", path) + b"\0")
     train, validation = (np.frombuffer(b"".join(parts[key]), np.uint8) for key in (False, True))
     return Corpus(name, train, validation)
 
@@ -167,18 +184,26 @@ class _Windows(grain.sources.RandomAccessDataSource):
         return {"tokens": self._text[start : start + self._length + 1].astype(np.int32)}
 
 
+def check_length(corpus: Corpus, sequence_length: int) -> int:
+    """Requires texts, for training and for validation, of a sequence and its last target at least."""
+    length = check_int("sequence_length", sequence_length, least=1)
+    for part, text in (("train", corpus.train), ("validation", corpus.validation)):
+        if len(text) < length + 1:
+            raise UserError(
+                f"sequence_length: got {length}; the {part} text of {corpus.name} has only {len(text)} {corpus.unit}s"
+            )
+    return length
+
+
 def text_batches(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int, seed: int) -> grain.IterDataset:
     """{"tokens": int32 [batch, sequence_length + 1]}, inputs and, shifted by one, targets.
 
     "train": endless; windows that start anywhere in the text, shuffled by seed. "validation": one pass over windows
     side by side, so that no token is predicted twice, in the order of the text; see one_pass for its weights.
     """
+    check_batches(split, batch_size, seed)
+    check_length(corpus, sequence_length)
     text = corpus.train if split == "train" else corpus.validation
-    if len(text) < sequence_length + 1:
-        raise UserError(
-            f"sequence_length: got {sequence_length}; the {split} text of {corpus.name} has only {len(text)} "
-            f"{corpus.unit}s"
-        )
     if split == "train":
         return endless(_Windows(text, sequence_length, 1), batch_size, seed)
     return one_pass(_Windows(text, sequence_length, sequence_length), batch_size)

@@ -239,3 +239,68 @@ def test_cifar_and_imagenet_files_are_read_channels_last(tmp_path):
     for function in (data.cifar10, data.imagenet_npz, data.idx_images):
         with pytest.raises(UserError, match="no folder"):
             function(str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_training_goes_over_all_examples_in_any_batch_size(batch_size):
+    corpus = data.Corpus("letters", np.arange(7, dtype=np.uint8), np.arange(7, dtype=np.uint8))
+    batches = data.text_batches(corpus, "train", sequence_length=1, batch_size=batch_size, seed=0)
+    seen = np.concatenate([batch["tokens"] for batch in first(batches, 6)])
+    np.testing.assert_array_equal(np.unique(seen[:6], axis=0), np.stack([np.arange(6), np.arange(1, 7)], axis=1))
+    assert all(batch["tokens"].shape == (batch_size, 2) for batch in first(batches, 6))
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("one\n", 1),
+        ("one\ntwo", 1),
+        ("one\r\ntwo\r\n", 2),
+        ("\n\n one \n", 3),
+        ("one\u2028two\x0cthree\x85four\x1cfive\x1dsix\x1eseven\x0beight\n", 1),
+    ],
+)
+def test_a_line_of_words_ends_at_a_newline_alone(tmp_path, text, ends):
+    (tmp_path / "train.txt").write_bytes(text.encode() * 3)
+    (tmp_path / "valid.txt").write_bytes(text.encode() + b"a\nb\n")
+    words = data.words(str(tmp_path))
+    assert [words.symbols[token] for token in words.train].count("<eos>") == 3 * ends
+    assert [words.symbols[token] for token in words.validation].count("<eos>") == ends + 2
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"cut off")[:15], gzip.compress(b"\xff\xfe")])
+def test_a_broken_file_of_words_is_named(tmp_path, content):
+    (tmp_path / "train.gz").write_bytes(content)
+    (tmp_path / "valid.gz").write_bytes(gzip.compress(b"fine\n"))
+    with pytest.raises(UserError, match=r"words: .*train\.gz"):
+        data.words(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04 half"])
+def test_a_broken_archive_of_images_is_named(tmp_path, content):
+    (tmp_path / "train_data_batch_1.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"imagenet_npz: cannot read data of .*batch_1\.npz"):
+        data.imagenet_npz(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "test"}, "split: got 'test'; need one of train, validation"),
+        ({"batch_size": 0}, "batch_size: got 0; need at least 1"),
+        ({"seed": -1}, "seed: got -1; need 0 to 2147483647"),
+        ({"seed": 2**31}, "seed: got 2147483648; need 0 to 2147483647"),
+        ({"seed": True}, "seed: got True; need an int"),
+    ],
+)
+def test_wrong_calls_for_batches_are_named(options, message):
+    corpus = data.Corpus("letters", np.arange(9, dtype=np.uint8), np.arange(9, dtype=np.uint8))
+    images, source = data.digits(), data.Copy()
+    given = {"split": "train", "batch_size": 2, "seed": 0, **options}
+    split = given.pop("split")
+    with pytest.raises((ValueError, TypeError), match=message):
+        data.text_batches(corpus, split, sequence_length=3, **given)
+    with pytest.raises((ValueError, TypeError), match=message):
+        data.image_batches(images, split, **given)
+    with pytest.raises((ValueError, TypeError), match=message):
+        data.sequence_batches(source, split, validation_examples=3, **given)
