@@ -24,7 +24,9 @@ from flax import nnx
 from tqdm import tqdm
 
 from attnlab import nn
-from attnlab.attention._shared.checks import check_int
+from attnlab.attention._shared.checks import check_int, keep, require, shown
+from attnlab.data.batches import MOST_SEED
+from attnlab.train.memory import check_memory
 from attnlab.train.step import (
     OptimizerOptions,
     initial_state,
@@ -68,12 +70,20 @@ class Experiment:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, nnx.Module):
+            raise TypeError(f"model: got {shown(self.model)}; need a model, such as models.LanguageModel()")
+        if not isinstance(self.task, Task) or isinstance(self.task, type):
+            raise TypeError(f"task: got {shown(self.task)}; need a task, such as train.LanguageTask()")
+        if not isinstance(self.optimizer, OptimizerOptions):
+            raise TypeError(f"optimizer: got {shown(self.optimizer)}; need train.OptimizerOptions()")
         for name in ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"):
-            check_int(name, getattr(self, name), least=1)
-        if self.evaluation_batches is not None and check_int("evaluation_batches", self.evaluation_batches) < 1:
-            raise ValueError(f"evaluation_batches: got {self.evaluation_batches}; need at least 1, or None for all")
-        if not 0 <= self.optimizer.warmup_steps <= self.steps:
-            raise ValueError(f"warmup_steps: got {self.optimizer.warmup_steps}; need 0 to steps = {self.steps}")
+            keep(self, **{name: check_int(name, getattr(self, name), least=1, most=2**31 - 1)})
+        if self.evaluation_batches is not None:
+            keep(self, evaluation_batches=check_int("evaluation_batches", self.evaluation_batches, least=1))
+        keep(self, seed=check_int("seed", self.seed, least=0, most=MOST_SEED))
+        warmup, steps = self.optimizer.warmup_steps, self.steps
+        require(warmup < steps, "warmup_steps", warmup, f"need fewer than steps, so 0 to {steps - 1}")
+        check_memory(self.model, self.task, self.batch_size)
         # Traces the model on the task's shapes, so that what does not fit is refused now, not during the run.
         loss_shapes(self.model, self.task, self.batch_size)
 

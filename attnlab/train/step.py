@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 from attnlab import nn
+from attnlab.attention._shared.checks import check_float, check_int, keep, require
 from attnlab.train.tasks.base import Batch, Task
 
 # Folded into the seed's key, one number per purpose; the loop folds in 2 to draw samples.
@@ -22,7 +23,7 @@ class OptimizerOptions:
 
     Args:
       learning_rate: its peak.
-      warmup_steps: steps from 0 to the peak; at most the number of steps.
+      warmup_steps: steps from 0 to the peak; fewer than those of the run.
       final_fraction: the last step's share of the peak.
       weight_decay: on matrices (parameters of two and more axes), decoupled, times the learning rate.
       clip_norm: largest norm of the whole gradient.
@@ -36,6 +37,20 @@ class OptimizerOptions:
     clip_norm: float = 1.0
     b1: float = 0.9
     b2: float = 0.99
+
+    def __post_init__(self) -> None:
+        keep(
+            self,
+            learning_rate=check_float("learning_rate", self.learning_rate, above=0),
+            warmup_steps=check_int("warmup_steps", self.warmup_steps, least=0),
+            final_fraction=check_float("final_fraction", self.final_fraction, least=0, most=1),
+            weight_decay=check_float("weight_decay", self.weight_decay, least=0),
+            clip_norm=check_float("clip_norm", self.clip_norm, above=0),
+        )
+        for name in ("b1", "b2"):
+            rate = check_float(name, getattr(self, name), least=0)
+            require(rate < 1, name, rate, "need at least 0 and below 1")
+            keep(self, **{name: rate})
 
 
 class State(NamedTuple):
@@ -109,6 +124,13 @@ def loss_shapes(model: nnx.Module, task: Task, batch_size: int) -> tuple[Any, di
         lambda values, batch: _loss(model, task, values, batch, jax.random.key(0)), values, task.inputs(batch_size)
     )
     return loss, metrics
+
+
+def validation_metrics(model: nnx.Module, task: Task, batch_size: int) -> list[str]:
+    """Names of what an evaluation gives; nothing is computed."""
+    values = jax.eval_shape(lambda: nn.initialize(model, jax.random.key(0)))
+    evaluation = jax.eval_shape(make_evaluation(model, task), values, task.inputs(batch_size))
+    return [*evaluation, *task.derived(dict.fromkeys(evaluation, 1.0))]
 
 
 def _loss(

@@ -34,7 +34,7 @@ def language(length=LENGTH, **options):
 
 
 def images():
-    pixels = np.random.default_rng(0).random((8, 4, 4, 1), np.float32)
+    pixels = np.random.default_rng(0).integers(256, size=(8, 4, 4, 1), dtype=np.uint8)
     labels = np.arange(8, dtype=np.int32) % 2
     model = ImageClassifier(image_size=(4, 4, 1), classes=2, mixers=[nn.SoftmaxAttention], depth=1, features=16)
     task = ImageClassificationTask(data.LabelledImages("noise", 2, pixels, labels, pixels, labels))

@@ -198,7 +198,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         ({"steps": 0}, "steps: got 0"),
         ({"batch_size": -1}, "batch_size: got -1"),
         ({"evaluation_batches": 0}, "evaluation_batches: got 0"),
-        ({"steps": 3}, "warmup_steps: got 4; need 0 to steps = 3"),
+        ({"steps": 4}, "warmup_steps: got 4; need fewer than steps, so 0 to 3"),
+        ({"seed": -1}, "seed: got -1; need 0 to 2147483647"),
+        ({"seed": 10**30}, "seed: got 1000000000000000000000000000000; need 0 to 2147483647"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -217,7 +219,7 @@ def test_evaluation_is_exact_over_a_ragged_last_batch():
     """The mean over all validation examples, whatever the batch size."""
     results = []
     for batch_size in (3, 8):
-        experiment = runs.experiment(batch_size=batch_size, steps=4, evaluation_batches=None)
+        experiment = runs.experiment(batch_size=batch_size, steps=5, evaluation_batches=None)
         parameters = nn.initialize(experiment.model, jax.random.key(0))
         evaluation = step.make_evaluation(experiment.model, experiment.task)
         results.append(loop.evaluate(experiment, evaluation, parameters)["loss"])

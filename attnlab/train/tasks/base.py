@@ -16,6 +16,7 @@ Batch = dict[str, Any]
 TASK_DRAWS = 2**31
 
 
+@runtime_checkable
 class Task(Protocol):
     """What the training loop asks of a task."""
 

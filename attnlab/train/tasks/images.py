@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from attnlab import data
+from attnlab.attention._shared.checks import check_int, keep, shown
 from attnlab.models import ImageClassifier
 from attnlab.train.tasks.base import TASK_DRAWS, Batch, weighted_means
 
@@ -27,7 +28,10 @@ class ImageClassificationTask:
     shift: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.images, data.LabelledImages):
+            raise TypeError(f"images: got {shown(self.images)}; need images, such as data.digits()")
         side = min(self.images.train_images.shape[1:3])
+        keep(self, shift=check_int("shift", self.shift))
         if not 0 <= self.shift < side:
             raise ValueError(f"shift: got {self.shift}; need 0 to {side - 1} for images of {side} pixels")
 
@@ -41,6 +45,8 @@ class ImageClassificationTask:
         if key is not None and self.shift:
             images = _shifted(images, self.shift, jax.random.fold_in(key, TASK_DRAWS))
         logits = model(images, key=key)
+        if logits.shape[-1] < self.images.classes:
+            raise ValueError(f"classes: got {logits.shape[-1]}; {self.images.name} have {self.images.classes}")
         means = weighted_means(
             batch,
             loss=optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["label"]),

@@ -11,6 +11,8 @@ import numpy as np
 import optax
 
 from attnlab import data, nn
+from attnlab.attention._shared.checks import check_bool, keep, shown
+from attnlab.data.text import check_length
 from attnlab.models import LanguageModel, generate
 from attnlab.train.tasks.base import Batch, sequence_costs, weighted_means
 
@@ -24,7 +26,8 @@ class LanguageTask:
       sequence_length: tokens that are predicted in an example.
       probe_future: evaluation also looks for a leak: it reads each sequence again with the second half of another one,
         and reports the loss in the first half both times ("first half, own future", "first half, other future") and the
-        share of its positions whose logits move by more than 0.001 ("leak"), which is 0 for a causal model.
+        share of its positions whose logits move by more than 0.001 ("leak"), which is 0 for a causal model. The other
+        one is the next of the batch; where they agree, or where there is none, its tokens count one up from the own.
     """
 
     corpus: data.Corpus
@@ -32,6 +35,10 @@ class LanguageTask:
     probe_future: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.corpus, data.Corpus):
+            raise TypeError(f"corpus: got {shown(self.corpus)}; need a text, such as data.embedded_text()")
+        length = check_length(self.corpus, self.sequence_length)
+        keep(self, sequence_length=length, probe_future=check_bool("probe_future", self.probe_future))
         if self.probe_future and self.sequence_length < 4:
             raise ValueError(f"probe_future: got True with sequence_length {self.sequence_length}; needs at least 4")
 
@@ -61,7 +68,10 @@ class LanguageTask:
 
     def _leak(self, model: LanguageModel, tokens: jax.Array, logits: jax.Array) -> dict[str, jax.Array]:
         half = self.sequence_length // 2
-        swapped = jnp.concatenate([tokens[:, :half], jnp.roll(tokens[:, half:], 1, axis=0)], axis=1)
+        future = jnp.roll(tokens[:, half:], 1, axis=0)
+        is_same = jnp.all(future == tokens[:, half:], axis=1, keepdims=True)  # as where a batch holds copies
+        future = jnp.where(is_same, (future + 1) % self.corpus.vocabulary, future)
+        swapped = jnp.concatenate([tokens[:, :half], future], axis=1)
         # The last position of the first half predicts a token of the second.
         own, other = (x[:, : half - 1] for x in (logits, model(swapped[:, :-1])))
         targets = tokens[:, 1:half]

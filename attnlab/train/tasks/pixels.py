@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from attnlab import data, nn
+from attnlab.attention._shared.checks import shown
 from attnlab.models import AxialTransformer, LanguageModel, generate, sample
 from attnlab.train.tasks.base import TASK_DRAWS, Batch, sequence_costs, weighted_means
 from attnlab.train.tasks.pictures import draw_images
@@ -23,6 +24,10 @@ class _PixelTask:
     """What both orders of pixels share: batches of integers, and bits per dimension from the loss."""
 
     images: data.LabelledImages
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.images, data.LabelledImages):
+            raise TypeError(f"images: got {shown(self.images)}; need images, such as data.digits()")
 
     def batches(self, split: str, batch_size: int, seed: int) -> grain.IterDataset:
         return data.image_batches(self.images, split, batch_size=batch_size, seed=seed, with_labels=False)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from attnlab import data
-from attnlab.attention._shared.checks import check_int
+from attnlab.attention._shared.checks import check_int, keep, shown
 from attnlab.models import LanguageModel, SequenceRegressor
 from attnlab.train.tasks.base import Batch, sequence_costs, weighted_means
 
@@ -27,7 +27,10 @@ class _DrawnTask:
     validation_examples: int = 1024
 
     def __post_init__(self) -> None:
-        check_int("validation_examples", self.validation_examples, least=1)
+        examples = check_int("validation_examples", self.validation_examples, least=1, most=2**31 - 1)
+        keep(self, validation_examples=examples)
+        if not hasattr(self.source, "draw") or isinstance(self.source, type):
+            raise TypeError(f"source: got {shown(self.source)}; need a source of sequences, such as data.Copy()")
 
     def batches(self, split: str, batch_size: int, seed: int) -> grain.IterDataset:
         return data.sequence_batches(

@@ -26,3 +26,25 @@ def test_another_future_moves_the_past_of_leaking_models_alone(membership, leaks
     logits = np.asarray(logits, np.float64)[:, :15]
     picked = np.take_along_axis(logits, batch["tokens"][:, 1:16, None], axis=-1)[..., 0]
     np.testing.assert_allclose(own, np.mean(np.log(np.exp(logits).sum(-1)) - picked), rtol=1e-5)
+
+
+@pytest.mark.parametrize("windows", [1, 2, 5])
+@pytest.mark.parametrize(("membership", "leaks"), [("strict", False), ("global", True)])
+def test_a_batch_of_copies_has_another_future_too(windows, membership, leaks):
+    """Where validation has one window only, the other examples of its batch are copies of it."""
+    text = np.random.default_rng(0).integers(8, size=200).astype(np.uint8)
+    corpus = data.Corpus("noise", text, text[: windows * 32 + 1], vocabulary=8)
+    task = LanguageTask(corpus, sequence_length=32, probe_future=True)
+    mixer = functools.partial(nn.RoutingAttention, clusters=2, window=8, membership=membership, num_heads=2)
+    model = models.LanguageModel(vocabulary=8, mixers=[mixer], depth=1, features=16)
+    bound = nn.bind(model, nn.initialize(model, jax.random.key(0)))
+    (batch,) = task.batches("validation", 5, 0)
+    metrics = jax.jit(lambda batch: task.loss(bound, batch, key=None)[1])(batch)
+    assert (metrics["leak"] > 0.01) == leaks
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_a_text_shorter_than_the_sequence_is_refused_when_the_task_is_built(part):
+    texts = {"train": np.zeros(50, np.uint8), "validation": np.zeros(50, np.uint8), part: np.zeros(32, np.uint8)}
+    with pytest.raises(ValueError, match=f"sequence_length: got 32; the {part} text of short has only 32 bytes"):
+        LanguageTask(data.Corpus("short", **texts), sequence_length=32)
