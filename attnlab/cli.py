@@ -1,19 +1,28 @@
 """The command line: `attnlab train | sample | ablate | report | show | bench | regress | list`."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attnlab.errors import UserError
+from attnlab import __version__
+from attnlab.errors import UserError, missing_package
 
 _EPILOG = """\
 Options of a config are set with --gin.NAME=VALUE, where NAME is a macro or Class.option:
-  attnlab train experiments/lm/small.gin experiments/mixers/local.gin --gin.LocalAttention.window=32 --gin.STEPS=200
+  attnlab train experiments/lm/small.gin experiments/mixers/local.gin --gin.LocalAttention.window=32 --gin.STEPS=400
 
 A command given again with the same --workdir continues where it stopped.
 """
+
+
+_TRUST = "run the code of modules that the run's config imports; without it, only attnlab's own is run"
+_PICTURES = (".png", ".svg", ".pdf")
+# Of a sample: what is drawn at once; of a seed: as in training; of a picture: weights of all pairs are computed whole.
+_MOST_SAMPLES, _MOST_SEED, _MOST_SHOWN = 4096, 2**31 - 1, 2048
+_MOST_PROCESSES = 256
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command.run is None:
         parser.print_help()
         return 0
+    if "jax" not in sys.modules:
+        print(f"attnlab {__version__}: starting, which takes a while the first time", file=sys.stderr, flush=True)
     try:
+        if overrides and not command.reads_config:
+            raise UserError(f"{command.name} reads no config, so it takes no --gin.{overrides[0]}")
         return command.run(command, overrides)
     except UserError as error:
         print(f"attnlab: {error}", file=sys.stderr)
@@ -30,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("attnlab"):
             raise
-        print(f"attnlab: this needs {error.name}: pip install 'attnlab[experiments]'", file=sys.stderr)
+        print(f"attnlab: {missing_package(error.name)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("attnlab: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
@@ -46,13 +59,14 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"attnlab {__version__}")
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     train = commands.add_parser("train", help="train one model", description="Train one model as the configs specify.")
     train.add_argument("configs", nargs="+", metavar="CONFIG", help="a .gin file; later files win over earlier ones")
     train.add_argument("--workdir", type=Path, help="folder for checkpoints and metrics (default runs/train/NAME)")
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, reads_config=True)
 
     sample = commands.add_parser(
         "sample",
@@ -64,7 +78,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     sample.add_argument("--temperature", type=float, default=1.0, help="0 takes what is likeliest (default 1)")
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     sample.add_argument("--out", type=Path, help="the file (default: WORKDIR/samples.png; texts are printed)")
-    sample.set_defaults(run=_sample)
+    sample.add_argument("--trust", action="store_true", help=_TRUST)
+    sample.set_defaults(run=_sample, reads_config=True)
 
     ablate = commands.add_parser(
         "ablate",
@@ -87,13 +102,13 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
         help="share the runs among N processes here; the same command on other hosts that see the folders joins them",
     )
     ablate.add_argument("--dry-run", action="store_true", help="list what would run, and its cost; run nothing")
-    ablate.set_defaults(run=_ablate)
+    ablate.set_defaults(run=_ablate, reads_config=True)
 
     report = commands.add_parser(
         "report", help="write the report of an ablation again", description="Write results.md and report.html again."
     )
     report.add_argument("workdir", type=Path, metavar="WORKDIR", help="the folder of an ablation")
-    report.set_defaults(run=_report)
+    report.set_defaults(run=_report, reads_config=False, name="report")
 
     show = commands.add_parser(
         "show",
@@ -103,7 +118,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     show.add_argument("configs", nargs="+", metavar="CONFIG", help="a mixer's .gin file, after a model's if any")
     show.add_argument("--length", type=int, default=128, help="tokens, for a language model (default 128)")
     show.add_argument("--out", type=Path, help="the picture (default NAME.png)")
-    show.set_defaults(run=_show)
+    show.add_argument("--trust", action="store_true", help=_TRUST)
+    show.set_defaults(run=_show, reads_config=True)
 
     bench = commands.add_parser(
         "bench",
@@ -123,7 +139,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     bench.add_argument(
         "--workdir", type=Path, default=Path("runs/bench"), help="folder for results (default runs/bench)"
     )
-    bench.set_defaults(run=_bench)
+    bench.set_defaults(run=_bench, reads_config=False, name="bench")
 
     regress = commands.add_parser(
         "regress",
@@ -134,12 +150,12 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     regress.add_argument(
         "--workdir", type=Path, default=Path("runs/regress"), help="folder for results (default runs/regress)"
     )
-    regress.set_defaults(run=_regress)
+    regress.set_defaults(run=_regress, reads_config=False, name="regress")
 
     listing = commands.add_parser(
         "list", help="list mixers, tasks and configs", description="List mixers, tasks and the configs that come along."
     )
-    listing.set_defaults(run=_list)
+    listing.set_defaults(run=_list, reads_config=False, name="list")
     return parser, parser.parse_args(rest), overrides
 
 
@@ -147,7 +163,10 @@ def _train(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab import config
     from attnlab.train import train
 
+    if any(thing.__name__ == "Ablation" for thing, _ in config.named(command.configs, overrides)):
+        raise UserError(f"train: {' '.join(command.configs)} is a sweep of several runs; `attnlab ablate` runs it")
     built = config.build(command.configs, overrides, root="Experiment")
+    config.check_read(overrides, built)
     name = "-".join(Path(source).stem for source in command.configs)
     workdir = command.workdir or Path("runs") / "train" / name
     try:
@@ -168,35 +187,56 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.train.tasks.base import Illustrated
     from attnlab.train.workdir import last_step
 
-    if command.count is not None and command.count < 1:
-        raise UserError(f"count: got {command.count}; need at least 1")
-    if command.temperature < 0:
-        raise UserError(f"temperature: got {command.temperature}; need at least 0")
+    if command.count is not None and not 1 <= command.count <= _MOST_SAMPLES:
+        raise UserError(f"count: got {command.count}; need at least 1, at most {_MOST_SAMPLES}")
+    if not 0 <= command.temperature < math.inf:
+        raise UserError(f"temperature: got {command.temperature}; need at least 0, and a finite one")
+    if not 0 <= command.seed <= _MOST_SEED:
+        raise UserError(f"seed: got {command.seed}; need 0 to {_MOST_SEED}")
     resolved = command.workdir / "config.gin"
     if not resolved.is_file():
         raise UserError(f"sample: {command.workdir} has no config.gin; give the folder of a run (`attnlab train`)")
-    experiment = config.build([str(resolved)], overrides, root="Experiment").value
+    built = config.build([str(resolved)], overrides, root="Experiment", trusts=command.trust)
+    config.check_read(overrides, built)
+    experiment = built.value
     model, task = experiment.model, experiment.task
     if not isinstance(task, (Illustrated, LanguageTask)):
         raise UserError(f"sample: models of {type(task).__name__} draw nothing")
     if isinstance(task, LanguageTask) and (reason := model.decoding_refusal):
         raise UserError(f"sample: this model cannot continue a text: {reason}")
+    out = command.out or (command.workdir / "samples.png" if isinstance(task, Illustrated) else None)
+    if out is not None:
+        _check_out(out, is_picture=isinstance(task, Illustrated))
     values = restore_values(experiment, command.workdir)
     print(f"step {last_step(command.workdir)} of {experiment.steps}", file=sys.stderr)
     options = {"key": jax.random.key(command.seed), "temperature": command.temperature}
     if isinstance(task, Illustrated):
-        out = command.out or command.workdir / "samples.png"
+        assert out is not None
         task.illustrate(model, values, out, count=command.count or 64, **options)
         print(out)
         return 0
     continuations = task.continuations(model, values, count=command.count or 3, **options)
     text = "\n\n".join(f"--- after {beginning!r}\n{text}" for beginning, text in continuations)
-    if command.out is None:
+    if out is None:
         print(text)
     else:
-        command.out.write_text(text + "\n")
-        print(command.out)
+        out.write_text(text + "\n")
+        print(out)
     return 0
+
+
+def _check_out(out: Path, is_picture: bool) -> None:
+    """Makes the folder of a file that is to be written, before anything slow is done for it."""
+    if is_picture and out.suffix not in _PICTURES:
+        raise UserError(f"out: got {out}; need a picture, {', '.join(_PICTURES)}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        existed = out.exists()
+        out.open("a").close()
+        if not existed:
+            out.unlink()
+    except OSError as error:
+        raise UserError(f"out: cannot write to {out} ({error.strerror}); give another") from error
 
 
 def _ablate(command: argparse.Namespace, overrides: list[str]) -> int:
@@ -205,8 +245,8 @@ def _ablate(command: argparse.Namespace, overrides: list[str]) -> int:
 
     workdir = command.workdir or Path("runs") / "ablate" / Path(command.config).stem
     runs = command.cache or workdir / "runs"
-    if command.processes < 1:
-        raise UserError(f"processes: got {command.processes}; need at least 1")
+    if not 1 <= command.processes <= _MOST_PROCESSES:
+        raise UserError(f"processes: got {command.processes}; need at least 1, at most {_MOST_PROCESSES}")
     if command.dry_run:
         print(dry_run(command.config, overrides, runs))
         return 0
@@ -230,15 +270,28 @@ def _show(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.show import show
     from attnlab.train import Experiment
 
-    sources, named = list(command.configs), config.named(command.configs, overrides)
+    if not 1 <= command.length <= _MOST_SHOWN:
+        raise UserError(f"length: got {command.length}; need 1 to {_MOST_SHOWN}, as all pairs of tokens are drawn")
+    trusts = command.trust or not any(map(_is_of_a_run, map(config.find, command.configs)))
+    sources, named = list(command.configs), config.named(command.configs, overrides, trusts=trusts)
+    if any(thing.__name__ == "Ablation" for thing, _ in named):
+        raise UserError(f"show: {' '.join(command.configs)} is a sweep; give the files of one of its arms")
     if not any(thing is Experiment and "model" in options for thing, options in named):
         mixers = [(thing, options) for thing, options in named if _is_mixer(thing)]
         images = any(mixer.is_for_grids(options) for mixer, options in mixers)
         sources.insert(0, "experiments/image/digits.gin" if images else "experiments/lm/quickstart.gin")
     out = command.out or Path("-".join(Path(source).stem for source in command.configs) + ".png")
-    show(config.build(sources, overrides, root="Experiment").value.model, out, length=command.length)
+    _check_out(out, is_picture=True)
+    built = config.build(sources, overrides, root="Experiment", trusts=trusts)
+    config.check_read(overrides, built)
+    show(built.value.model, out, length=command.length)
     print(out)
     return 0
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a config was written by a run, which may be somebody else's."""
+    return path.name == "config.gin" or (path.parent / "run.json").exists()
 
 
 def _bench(command: argparse.Namespace, overrides: list[str]) -> int:

@@ -4,10 +4,11 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
-from attnlab import cli
+from attnlab import __version__, cli, config
 
 TINY = [
     "--gin.STEPS=4",
@@ -157,6 +158,22 @@ def mute_run(path):
     return ["sample", str(path)]
 
 
+def of_another_s_run(path):
+    (path / "config.gin").write_text(f"include '{LM}'\nimport this_would_run\n")
+    return path
+
+
+def no_seeds(path):
+    text = config.find(SWEEP).read_text()
+    (path / "sweep.gin").write_text("\n".join(line for line in text.splitlines() if ".seeds" not in line))
+    return ["ablate", str(path / "sweep.gin"), "--dry-run"]
+
+
+def a_folder(path):
+    (path / "here").mkdir()
+    return ["train", str(path / "here")]
+
+
 def run_without_a_checkpoint(path):
     (path / "config.gin").write_text(f"include '{LM}'\n")
     return ["sample", str(path)]
@@ -186,6 +203,47 @@ MISTAKES = {
     "no processes": (lambda path: ["ablate", SWEEP, "--processes", "0"], "processes: got 0; need at least 1"),
     "another run's workdir": (other_run, "holds a run with"),
     "no sweep": (lambda path: ["ablate", LM], "configures no Ablation"),
+    "a mixer's name": (lambda path: ["show", "local"], "did you mean 'experiments/mixers/local.gin'?"),
+    "a folder": (a_folder, "is a folder; give a .gin file"),
+    "a sweep to train": (lambda path: ["train", SWEEP], "is a sweep of several runs; `attnlab ablate` runs it"),
+    "a sweep to show": (lambda path: ["show", SWEEP], "is a sweep; give the files of one of its arms"),
+    "no seeds": (no_seeds, "Ablation.seeds: nothing sets it"),
+    "warm-up to the end": (lambda path: ["train", LM, "--gin.STEPS=20"], "warmup_steps: got 20; need fewer than steps"),
+    "a word for a rate": (
+        lambda path: ["train", LM, "--gin.OptimizerOptions.learning_rate=fast"],
+        "learning_rate: got 'fast'; need a number",
+    ),
+    "an option of another mixer": (lambda path: ["train", LM, "--gin.LocalAttention.window=8"], "that is built reads"),
+    "an option of no arm": (
+        lambda path: ["ablate", SWEEP, "--dry-run", "--gin.RoutingAttention.window=8"],
+        "RoutingAttention.window: nothing that is built reads it; did you mean 'LocalAttention.window'?",
+    ),
+    "the sweep's own seed": (
+        lambda path: ["ablate", SWEEP, "--dry-run", "--gin.Experiment.seed=8"],
+        "the sweep sets it itself, from Ablation.seeds",
+    ),
+    "options of list": (lambda path: ["list", "--gin.STEPS=3"], "list reads no config, so it takes no --gin.STEPS=3"),
+    "options of report": (lambda path: ["report", str(path), "--gin.STEPS=3"], "report reads no config"),
+    "options of bench": (lambda path: ["bench", "--gin.STEPS=3"], "bench reads no config"),
+    "options of regress": (lambda path: ["regress", "--gin.STEPS=3"], "regress reads no config"),
+    "a metric's typo": (
+        lambda path: ["ablate", SWEEP, "--dry-run", "--gin.Ablation.metric=acuracy"],
+        "metric: got 'acuracy'; softmax has accuracy, loss, bits_per_byte; did you mean 'accuracy'?",
+    ),
+    "a match's typo": (
+        lambda path: ["ablate", SWEEP, "--gin.Ablation.match=paramters", "--gin.Ablation.knobs=WINDOW"],
+        "match: got 'paramters'; need one of parameters, flops, state_size",
+    ),
+    "a knob's typo": (
+        lambda path: ["ablate", SWEEP, "--gin.Ablation.match=flops", "--gin.Ablation.knobs=LanguageModel.mlp_hiden"],
+        "LanguageModel has no option 'mlp_hiden'; did you mean 'mlp_hidden'?",
+    ),
+    "a sample of code": (lambda path: ["sample", str(of_another_s_run(path))], "imports this_would_run, which is not"),
+    "a picture of code": (lambda path: ["show", str(of_another_s_run(path) / "config.gin")], "give --trust"),
+    "a warm sample": (lambda path: ["sample", str(path), "--temperature", "inf"], "temperature: got inf"),
+    "a sample's seed": (lambda path: ["sample", str(path), "--seed", "-1"], "seed: got -1; need 0 to 2147483647"),
+    "no picture": (lambda path: ["show", LM, "--out", str(path / "x.doc")], "need a picture, .png, .svg, .pdf"),
+    "a picture of pairs": (lambda path: ["show", LM, "--length", "99999"], "length: got 99999; need 1 to 2048"),
     "nothing to report": (lambda path: ["report", str(path)], "has no results.jsonl"),
     "broken results": (broken_results, "is not JSON lines"),
 }
@@ -209,3 +267,142 @@ def test_an_unknown_flag_is_refused(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", LM, "--gn.STEPS=3"])
     assert "--gn.STEPS=3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("LanguageModel.features=10000000", "features: got 10000000; a model of"),
+        ("LanguageModel.vocabulary=1000000000000", "vocabulary: got 1000000000000; a model of"),
+        ("LanguageModel.depth=100000", "depth: got 100000; need 1 to 256"),
+        ("Experiment.batch_size=1000000000", "batch_size: got 1000000000; a batch of"),
+        ("LanguageTask.sequence_length=1000000000", "sequence_length: got 1000000000; the train text"),
+        ("Experiment.seed=-1", "seed: got -1"),
+        ("Experiment.seed=1000000000000000000000000000000", "seed: got 1000000000000000000000000000000"),
+    ],
+)
+def test_sizes_that_no_machine_has_are_refused_at_once(option, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start = time.process_time()
+    assert cli.main(["train", LM, f"--gin.{option}"]) == 2
+    assert time.process_time() - start < 5
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.rglob("*")) == []  # so the right command finds its folder free
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"attnlab {__version__}\n"
+
+
+def test_a_command_says_that_it_starts_before_anything_slow():
+    program = "import sys; sys.argv[1:] = ['list', '--gin.X=1']\nfrom attnlab.cli import main\n"
+    program += "status = main(); assert 'jax' not in sys.modules; sys.exit(status)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    first, second = done.stderr.splitlines()
+    assert first == f"attnlab {__version__}: starting, which takes a while the first time"
+    assert second.startswith("attnlab: list reads no config")
+
+
+def test_the_primitives_are_imported_when_one_is_asked_for():
+    program = (
+        "import sys, attnlab; assert 'jax' not in sys.modules; attnlab.__version__; assert 'jax' not in sys.modules\n"
+        "from attnlab import local_attention, masks, attention, nn\n"
+        "assert attnlab.local_attention is local_attention is attention.local_attention\n"
+        "names = {}; exec('from attnlab import *', names); assert names['masks'] is masks\n"
+        "assert 'explain' in dir(attnlab) and not hasattr(attnlab, 'nowhere') and not hasattr(attnlab, '__path')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+ADVICE = {
+    "an index": (None, "pip install 'attnlab[experiments]'"),
+    "a checkout that is edited": (
+        {"url": "file:///home/me/attnlab", "dir_info": {"editable": True}},
+        "pip install -e '/home/me/attnlab[experiments]'",
+    ),
+    "a folder": (
+        {"url": "file:///home/me/attnlab", "dir_info": {}},
+        "pip install 'attnlab[experiments] @ file:///home/me/attnlab'",
+    ),
+    "a wheel": (
+        {"url": "file:///tmp/attnlab-0.1.0-py3-none-any.whl", "archive_info": {}},
+        "pip install 'attnlab[experiments] @ file:///tmp/attnlab-0.1.0-py3-none-any.whl'",
+    ),
+    "a repository": (
+        {"url": "https://host/attnlab.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
+        "pip install 'attnlab[experiments] @ git+https://host/attnlab.git@abc'",
+    ),
+}
+
+
+@pytest.mark.parametrize("source", ADVICE)
+def test_a_missing_package_comes_from_where_attnlab_came_from(source, monkeypatch, capsys):
+    recorded, advice = ADVICE[source]
+
+    class Distribution:
+        def read_text(self, name):
+            return None if recorded is None else json.dumps(recorded)
+
+    def absent(command, overrides):
+        raise ModuleNotFoundError("No module named 'optax'", name="optax")
+
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: Distribution())
+    monkeypatch.setattr(cli, "_list", absent)
+    assert cli.main(["list"]) == 2
+    assert capsys.readouterr().err == f"attnlab: this needs optax: {advice}\n"
+
+
+MINE = """import attnlab.attention as attention
+from attnlab import nn
+from attnlab.nn.mixers.base import flat
+
+class Mine(nn.Attention):
+    def mix(self, query, key, value, x, segment_ids):
+        out = attention.dot_product_attention(flat(query), flat(key), flat(value), is_causal=self.is_causal)
+        return out.reshape(*query.shape[:-1], value.shape[-1])
+
+    def mechanism_flops(self, space):
+        return 0
+"""
+
+
+def test_a_mixer_of_ones_own_without_a_cache_trains_and_is_reported(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mixers").mkdir()
+    (tmp_path / "mixers" / "of_my_own.py").write_text(MINE)
+    imports = "from __gin__ import dynamic_registration\nimport of_my_own\n"
+    (tmp_path / "mixers" / "mine.gin").write_text(f"{imports}MIXERS = [@of_my_own.Mine]\n")
+    arms = "--gin.Ablation.arms={'softmax': 'experiments/mixers/softmax.gin', 'mine': 'mixers/mine.gin'}"
+    sweep = ["ablate", SWEEP, arms, "--gin.Ablation.seeds=[0]", "--workdir", "out", *TINY]
+    assert cli.main([*sweep, "--dry-run"]) == 0
+    assert "| mine-seed0 | 0.003 |" in capsys.readouterr().out
+    assert cli.main(sweep) == 0
+    capsys.readouterr()
+    assert {row["arm"]: row["status"] for row in rows(tmp_path / "out")} == {"softmax": "finished", "mine": "finished"}
+    assert [row["state_size"] is None for row in rows(tmp_path / "out")] == [False, True]
+    (run,) = (tmp_path / "out" / "runs").glob("mine-*")
+    refusal = "Mine: it has no cache to decode from"
+    assert (run / "samples.txt").read_text() == f"(nothing: {refusal})"
+    assert cli.main(["sample", str(run)]) == 2
+    assert "imports of_my_own, which is not attnlab's" in capsys.readouterr().err
+    assert cli.main(["sample", str(run), "--trust"]) == 2
+    assert refusal in capsys.readouterr().err
+    assert cli.main(["show", "mixers/mine.gin", "--length", "16", "--out", "pictures/mine.png"]) == 0
+    assert (tmp_path / "pictures" / "mine.png").stat().st_size > 1000
+
+
+def test_samples_go_into_a_folder_that_is_made_or_named(tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "new" / "folder" / "texts.txt"
+    assert cli.main(["train", LM, "--workdir", str(run), *TINY]) == 0
+    assert cli.main(["sample", str(run), "--out", str(out)]) == 0
+    assert out.read_text().startswith("--- after ")
+    capsys.readouterr()
+    for wrong in (out.parent, out / "below a file.txt"):
+        assert cli.main(["sample", str(run), "--out", str(wrong)]) == 2
+        assert re.fullmatch(r"attnlab: out: cannot write to .* \(.*\); give another\n", capsys.readouterr().err)
