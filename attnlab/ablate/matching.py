@@ -63,6 +63,8 @@ def closest(cost_at: Callable[[int], float], target: float, *, what: str) -> int
         return costs[value]
 
     step = next((step for step in (1, 2, 4, 8, 16, 32, 64) if math.isfinite(tried(step))), None)
+    if step is None and len({str(refusal) for refusal in refusals.values()}) == 1:
+        raise UserError(f"match: {what}: {refusals[1]}")  # not for its value: such a name is not there
     if step is None:
         raise UserError(f"match: {what}: no power of two up to 64 is taken; 1 gives: {refusals[1]}")
     most = step

@@ -1,6 +1,7 @@
 """The plan of a sweep: every run with its config and costs, as far as they are known while rates are searched."""
 
 import dataclasses
+import difflib
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from attnlab.ablate.matching import Match, closest, cost_of
 from attnlab.ablate.sweep import Ablation
 from attnlab.errors import UserError
 from attnlab.train import Experiment
+from attnlab.train.step import validation_metrics
 
 # What a run gave, by the run's digest.
 Outcomes = Mapping[str, Mapping[str, Any]]
@@ -61,13 +63,45 @@ class Plan:
 
     def __init__(self, file: str, overrides: Sequence[str]):
         self._file, self._overrides = file, list(overrides)
-        self.ablation: Ablation = config.build([file], overrides, root="Ablation").value
+        sweep = config.build([file], overrides, root="Ablation")
+        self.ablation: Ablation = sweep.value
+        self._check_superseded()
         self._sources = self.ablation.variants()
         self.arms = list(self._sources)
         self.matches = self._matched()
         self._runs: dict[tuple[str, int, float | None], Run] = {}
         for arm in self.arms:  # so that a mistake in the last arm is reported before the first trains
-            self.run(arm, self.ablation.seeds[0], self.rates[0])
+            self._check(self.run(arm, self.ablation.seeds[0], self.rates[0]))
+        built = [self.run(arm, self.ablation.seeds[0], self.rates[0]).built for arm in self.arms]
+        config.check_read(overrides, sweep, *built)
+
+    def _check_superseded(self) -> None:
+        """Refuses overrides in whose place the sweep sets values of its own."""
+        ablation = self.ablation
+        knobs = ablation.knobs.values() if isinstance(ablation.knobs, Mapping) else [ablation.knobs or ""]
+        own = {"Experiment.seed": "seeds", **dict.fromkeys(filter(None, knobs), "knobs")}
+        if ablation.learning_rates is not None:
+            own["OptimizerOptions.learning_rate"] = "learning_rates"
+        for override in self._overrides:
+            name = override.partition("=")[0].strip()
+            for option, field in own.items():
+                if name.split(".")[-2:] == option.split(".")[-2:]:
+                    raise UserError(f"config: --gin.{name}: the sweep sets it itself, from Ablation.{field}; set that")
+
+    def _check(self, run: Run) -> None:
+        """Refuses what of the sweep does not reach this run: the metric, and values that its arm varies."""
+        ablation, experiment = self.ablation, run.experiment
+        if ablation.metric != "loss":
+            names = validation_metrics(experiment.model, experiment.task, experiment.batch_size)
+            if ablation.metric not in names:
+                close = difflib.get_close_matches(ablation.metric, names, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise UserError(f"metric: got {ablation.metric!r}; {run.arm} has {', '.join(names)}{hint}")
+        arm = run.arm.partition("[")[0]
+        for field, variations in (("product", ablation.product), ("zipped", ablation.zipped)):
+            for binding in variations.get(arm, {}):
+                if binding in run.built.unread:
+                    raise UserError(f"{field}: got {binding} for {arm}; nothing that the arm builds reads it")
 
     @property
     def rates(self) -> list[float | None]:

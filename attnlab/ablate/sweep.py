@@ -3,13 +3,22 @@
 import ast
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from attnlab.attention._shared.checks import check_bool, check_choice, check_float, check_int, check_text, keep, shown
+from attnlab.data.batches import MOST_SEED
 
 COSTS = ("parameters", "flops", "state_size")
 
 # {arm: {binding: values}}
 Variations = Mapping[str, Mapping[str, Sequence[Any]]]
+
+
+# Arms name folders and stand in tables and figures.
+_ARM = re.compile(r"[^\W_](?:[-_.,:=+@()~%\w]*[-_+)%\w])?")
+_LONGEST_NAME = 150
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +57,20 @@ class Ablation:
     knobs: str | Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
+        for field in ("question", "baseline", "metric"):
+            check_text(field, getattr(self, field))
+        keep(self, higher_is_better=check_bool("higher_is_better", self.higher_is_better))
+        for field in ("arms", "product", "zipped"):
+            if not isinstance(getattr(self, field), Mapping):
+                raise TypeError(f"{field}: got {shown(getattr(self, field))}; need a dict by arm")
         if not self.arms:
             raise ValueError("arms: got none; need at least one arm")
-        for name in self.arms:
-            if not name or set(name) & set('/\\ "[]'):
-                raise ValueError(f"arms: got the name {name!r}; need one without spaces, quotes, brackets and slashes")
+        for name, sources in self.arms.items():
+            if not isinstance(name, str) or not _ARM.fullmatch(name):
+                raise ValueError(f"arms: got the name {shown(name)}; need letters and digits, and -_.,:=+ between them")
+            listed = [sources] if isinstance(sources, str) else sources
+            if not isinstance(listed, (list, tuple)) or not all(isinstance(source, str) for source in listed):
+                raise TypeError(f"arms: got {shown(sources)} for {name}; need a file, or a list of files and bindings")
         for field, variations in (("product", self.product), ("zipped", self.zipped)):
             self._check_arms(field, variations)
             for arm, bindings in variations.items():
@@ -62,19 +80,30 @@ class Ablation:
                 counts = ", ".join(f"{len(values)} of {binding}" for binding, values in bindings.items())
                 raise ValueError(f"zipped: got {counts} for {arm}; need equally many")
         names = list(self.variants())
+        for number, name in enumerate(names):
+            if len(name) > _LONGEST_NAME:
+                raise ValueError(f"arms: got the name {shown(name)}; need at most {_LONGEST_NAME} characters")
+            if set(name) & set("$\\") or not name.isprintable():
+                raise ValueError(f"arms: got the name {shown(name)}; need one without $, backslashes and line ends")
+            if twin := [other for other in names[:number] if other.casefold() == name.casefold()]:
+                raise ValueError(f"arms: got the names {twin[0]!r} and {name!r}; need them to differ in more than case")
         if self.baseline not in names:
             raise ValueError(f"baseline: got {self.baseline!r}; need one of the arms {names}")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds: got {list(self.seeds)}; need at least one, each once")
-        rates = self.learning_rates
-        if rates is not None and (not rates or len(set(rates)) != len(rates) or min(rates) <= 0):
-            raise ValueError(f"learning_rates: got {list(rates)}; need at least one, each once and above 0")
-        if self.match is not None and self.match not in COSTS:
-            raise ValueError(f"match: got {self.match!r}; need one of {', '.join(COSTS)}")
+        seeds, rates = _listed("seeds", self.seeds), self.learning_rates
+        keep(self, seeds=[check_int("seeds", seed, least=0, most=MOST_SEED, of=self.seeds) for seed in seeds])
+        if rates is not None:
+            rates = [check_float("learning_rates", rate, above=0) for rate in _listed("learning_rates", rates)]
+            keep(self, learning_rates=rates)
+        if self.match is not None:
+            check_choice("match", self.match, COSTS)
+        if self.knobs is not None and not isinstance(self.knobs, (str, Mapping)):
+            raise TypeError(f"knobs: got {shown(self.knobs)}; need an option's name, or a dict of one by arm")
         if (self.match is None) != (not self.knobs):
             raise ValueError(f"knobs: got {self.knobs!r} with match {self.match!r}; need both or none")
         if isinstance(self.knobs, Mapping):
             self._check_arms("knobs", self.knobs)
+            for knob in self.knobs.values():
+                check_text("knobs", knob)
 
     def _check_arms(self, field: str, by_arm: Mapping[str, Any]) -> None:
         for arm in by_arm:
@@ -106,7 +135,17 @@ class Ablation:
         return self.knobs if isinstance(self.knobs, str) else self.knobs.get(variant.partition("[")[0])
 
 
+def _listed(field: str, values: Any) -> Sequence[Any]:
+    if isinstance(values, (str, Mapping)) or not isinstance(values, Sequence):
+        raise TypeError(f"{field}: got {shown(values)}; need a list")
+    if not values or len({repr(value) for value in values}) != len(values):
+        raise ValueError(f"{field}: got {shown(list(values))}; need at least one, each once")
+    return values
+
+
 def _check_values(field: str, arm: str, bindings: Mapping[str, Sequence[Any]]) -> None:
+    if not isinstance(bindings, Mapping):
+        raise TypeError(f"{field}: got {shown(bindings)} for {arm}; need a dict of values by binding")
     if not bindings:
         raise ValueError(f"{field}: got no bindings for {arm}; need at least one")
     for binding, values in bindings.items():

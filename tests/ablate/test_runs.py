@@ -291,7 +291,7 @@ def test_rates_need_an_optimizer_in_the_config(tmp_path):
 
 
 def test_a_misspelled_metric_is_named(pretended, tmp_path):
-    with pytest.raises(UserError, match="metric: got 'acuracy'; softmax has loss, accuracy"):
+    with pytest.raises(UserError, match="metric: got 'acuracy'; softmax has accuracy, loss"):
         run(tmp_path, "ablate.Ablation.metric = 'acuracy'")
 
 
