@@ -1,12 +1,15 @@
 """The command line: `attnlab train | sample | ablate | report | show | bench | regress | list`."""
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attnlab.errors import UserError
+from attnlab import signals
+from attnlab.errors import RunError, UserError, out_of_memory
 
 _EPILOG = """\
 Options of a config are set with --gin.NAME=VALUE, where NAME is a macro or Class.option:
@@ -18,23 +21,40 @@ A command given again with the same --workdir continues where it stopped.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit status: 0, 1 if a run failed, 2 for a mistake in what was given."""
-    parser, command, overrides = _parse(sys.argv[1:] if arguments is None else list(arguments))
-    if command.run is None:
-        parser.print_help()
-        return 0
-    try:
-        return command.run(command, overrides)
-    except UserError as error:
-        print(f"attnlab: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("attnlab"):
-            raise
-        print(f"attnlab: this needs {error.name}: pip install 'attnlab[experiments]'", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("attnlab: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    with signals.handled(continues=given[:1] in (["train"], ["ablate"])):
+        parser, command, overrides = _parse(given)
+        if command.run is None:
+            parser.print_help()
+            return 0
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)  # what is printed is there if the process is ended
+        try:
+            return command.run(command, overrides)
+        except Exception as error:
+            line, status = _explained(error)
+            if line is None:
+                raise
+            print(f"attnlab: {line}", file=sys.stderr)
+            return status
+
+
+def _explained(error: Exception) -> tuple[str | None, int]:
+    """One line for what is no fault of the program, and the exit status; None for what is."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("attnlab"):
+        return f"this needs {error.name}: pip install 'attnlab[experiments]'", 2
+    if isinstance(error, (RunError, FloatingPointError)):
+        return str(error), 1
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails once more at its end
+        return "nobody reads the output", 1
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}", 1
+    if out_of_memory(error):
+        return f"out of memory ({' '.join(str(error).split())[:100]})", 1
+    return None, 1
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace, list[str]]:
@@ -150,11 +170,7 @@ def _train(command: argparse.Namespace, overrides: list[str]) -> int:
     built = config.build(command.configs, overrides, root="Experiment")
     name = "-".join(Path(source).stem for source in command.configs)
     workdir = command.workdir or Path("runs") / "train" / name
-    try:
-        result = train(built.value, workdir=workdir, fingerprint=built.values, config_text=built.text)
-    except FloatingPointError as error:
-        print(f"attnlab: {error}", file=sys.stderr)
-        return 1
+    result = train(built.value, workdir=workdir, fingerprint=built.values, config_text=built.text)
     final = ", ".join(f"{name} {value:.4f}" for name, value in result.final.items())
     print(f"validation: {final}\n{workdir / 'metrics.jsonl'}")
     return 0
