@@ -1,14 +1,16 @@
 """The command line: `attnlab train | sample | ablate | report | show | bench | regress | list`."""
 
 import argparse
+import io
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attnlab import __version__
-from attnlab.errors import UserError, missing_package
+from attnlab import __version__, signals
+from attnlab.errors import RunError, UserError, missing_package, out_of_memory
 
 _EPILOG = """\
 Options of a config are set with --gin.NAME=VALUE, where NAME is a macro or Class.option:
@@ -27,27 +29,44 @@ _MOST_PROCESSES = 256
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit status: 0, 1 if a run failed, 2 for a mistake in what was given."""
-    parser, command, overrides = _parse(sys.argv[1:] if arguments is None else list(arguments))
-    if command.run is None:
-        parser.print_help()
-        return 0
-    if "jax" not in sys.modules:
-        print(f"attnlab {__version__}: starting, which takes a while the first time", file=sys.stderr, flush=True)
-    try:
-        if overrides and not command.reads_config:
-            raise UserError(f"{command.name} reads no config, so it takes no --gin.{overrides[0]}")
-        return command.run(command, overrides)
-    except UserError as error:
-        print(f"attnlab: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("attnlab"):
-            raise
-        print(f"attnlab: {missing_package(error.name)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("attnlab: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    with signals.handled(continues=given[:1] in (["train"], ["ablate"])):
+        parser, command, overrides = _parse(given)
+        if command.run is None:
+            parser.print_help()
+            return 0
+        if "jax" not in sys.modules:
+            print(f"attnlab {__version__}: starting, which takes a while the first time", file=sys.stderr, flush=True)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)  # what is printed is there if the process is ended
+        try:
+            if overrides and not command.reads_config:
+                raise UserError(f"{command.name} reads no config, so it takes no --gin.{overrides[0]}")
+            return command.run(command, overrides)
+        except Exception as error:
+            line, status = _explained(error)
+            if line is None:
+                raise
+            print(f"attnlab: {line}", file=sys.stderr)
+            return status
+
+
+def _explained(error: Exception) -> tuple[str | None, int]:
+    """One line for what is no fault of the program, and the exit status; None for what is."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("attnlab"):
+        return missing_package(error.name), 2
+    if isinstance(error, (RunError, FloatingPointError)):
+        return str(error), 1
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails once more at its end
+        return "nobody reads the output", 1
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}", 1
+    if out_of_memory(error):
+        return f"out of memory ({' '.join(str(error).split())[:100]})", 1
+    return None, 1
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace, list[str]]:
@@ -169,11 +188,7 @@ def _train(command: argparse.Namespace, overrides: list[str]) -> int:
     config.check_read(overrides, built)
     name = "-".join(Path(source).stem for source in command.configs)
     workdir = command.workdir or Path("runs") / "train" / name
-    try:
-        result = train(built.value, workdir=workdir, fingerprint=built.values, config_text=built.text)
-    except FloatingPointError as error:
-        print(f"attnlab: {error}", file=sys.stderr)
-        return 1
+    result = train(built.value, workdir=workdir, fingerprint=built.values, config_text=built.text)
     final = ", ".join(f"{name} {value:.4f}" for name, value in result.final.items())
     print(f"validation: {final}\n{workdir / 'metrics.jsonl'}")
     return 0

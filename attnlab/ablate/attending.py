@@ -63,8 +63,12 @@ def read_attending(folder: Path) -> dict[str, Any] | None:
     {"mixer": name, "map": [T, S] pooled, "middle": [Y, X] of the query in the middle of a grid, "is_signed", "distance"
     and "entropy": one number per head, None for one that sees nothing}; a map is {"shape", "base64": of uint8}.
     """
-    path = folder / "attending.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        kept = json.loads((folder / "attending.json").read_bytes())
+    except (FileNotFoundError, ValueError):  # a damaged one is as good as none: `attend` writes it again
+        return None
+    is_whole = isinstance(kept, dict) and "example" in kept and ("skipped" in kept or "layers" in kept)
+    return kept if is_whole else None
 
 
 def layer_weights(

@@ -119,22 +119,49 @@ def folder(cache: Path, name: str, digest: str) -> Path:
 
 
 def outcome(path: Path) -> dict[str, Any] | None:
-    """What a run gave that is over, with what it ran on: of a failed one, its error. None: it is not over."""
-    if (path / "failed.json").exists():
-        result = {"status": "failed", **json.loads((path / "failed.json").read_text())}
+    """What a run gave that is over; of a failed one, its error, and whether it would fail again. None: it is not over.
+
+    Raises UserError: result.json is damaged.
+    """
+    failure = _facts(path / "failed.json")
+    if failure is not None and isinstance(failure.get("error"), str):  # a damaged one only means to try again
+        result = {"status": "failed", "error": failure["error"], "is_final": failure.get("is_final", True)}
     elif (finished := read_result(path)) is not None:
         result = {"status": "finished", **finished}
     else:
         return None
-    return {**result, **json.loads((path / "machine.json").read_text()), "run": path.name}
+    return {**result, "run": path.name}
 
 
-def write_failure(path: Path, error: str) -> None:
+def write_failure(path: Path, error: str, *, is_final: bool) -> None:
     """A run that diverged diverges again, so it is kept; to have it tried again, delete its folder."""
-    replace_text(path / "failed.json", json.dumps({"error": error}))
+    path.mkdir(parents=True, exist_ok=True)
+    replace_text(path / "failed.json", json.dumps({"error": error, "is_final": is_final}))
+
+
+def forget_failures(cache: Path) -> None:
+    """Deletes what is kept of failures that are no fault of the run's, so that it is tried again."""
+    for path in cache.glob("*/failed.json"):
+        if (_facts(path) or {"is_final": False}).get("is_final") is False:
+            path.unlink(missing_ok=True)
 
 
 def write_machine(path: Path, facts: Mapping[str, Any]) -> None:
     """Keeps what the run executes on, for the rows of processes that find it done."""
     path.mkdir(parents=True, exist_ok=True)
     replace_text(path / "machine.json", json.dumps(facts))
+
+
+def read_machine(path: Path) -> dict[str, Any] | None:
+    """None: it is not there, or damaged."""
+    facts = _facts(path / "machine.json")
+    return facts if facts and {"implementations", "environment"} <= facts.keys() else None
+
+
+def _facts(path: Path) -> dict[str, Any] | None:
+    """A file's JSON object; None for a file that is not there or holds none."""
+    try:
+        facts = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) else None

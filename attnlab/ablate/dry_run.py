@@ -34,7 +34,8 @@ def dry_run(file: str, overrides: Sequence[str], runs: Path) -> str:
     outcomes: dict[str, dict[str, Any]] = {}
     for _ in range(2):  # what the first round finds may settle learning rates, and so name more runs
         for run in plan.runs(outcomes):
-            if outcome := cache.outcome(cache.folder(runs, run.name, run.digest)):
+            outcome = cache.outcome(cache.folder(runs, run.name, run.digest))
+            if outcome and outcome.get("is_final", True):
                 outcomes[run.digest] = outcome
     finished = [run for run in plan.runs(outcomes) if outcomes.get(run.digest, {}).get("status") == "finished"]
     speeds = {run.arm: outcomes[run.digest]["items_per_second"] for run in finished}

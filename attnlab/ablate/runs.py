@@ -1,5 +1,6 @@
 """The runs of an ablation, shared out among the processes that were started for it; results kept as they come."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -8,6 +9,7 @@ import platform
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -18,14 +20,14 @@ from tqdm import tqdm
 
 import attnlab
 import attnlab.ablate.cache as cache
-from attnlab import nn
+from attnlab import nn, signals
 from attnlab.ablate.attending import attend
-from attnlab.ablate.claims import claim
 from attnlab.ablate.plan import Plan, Run
-from attnlab.errors import UserError
+from attnlab.errors import OwnedError, RunError, UserError
 from attnlab.train import Experiment, train
+from attnlab.train.claims import claim, forget
 from attnlab.train.step import loss_shapes
-from attnlab.train.workdir import replace_text
+from attnlab.train.workdir import check_path, replace_text
 
 _LOOK_AGAIN_AFTER = 1.0  # seconds, while other processes train what is left
 
@@ -43,7 +45,8 @@ def run_ablation(
 
     A run that is finished is not run again and one that was interrupted resumes, so that the same command continues.
     Processes that run it at once, on any hosts that see the folders, share the runs among them and all give all rows.
-    A run that fails leaves a row with its error, and the others continue.
+    A run that fails leaves a row with its error, and the others continue. One that failed for a reason outside it, such
+    as memory or a full disk, is tried again by the same command.
 
     Args:
       file: the sweep's config. overrides: as in config.build, for every arm.
@@ -55,8 +58,10 @@ def run_ablation(
     plan = Plan(file, overrides)
     runs = workdir / "runs" if runs is None else runs
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (runs / "claims").mkdir(parents=True, exist_ok=True)
+        check_path(workdir).mkdir(parents=True, exist_ok=True)
+        (check_path(runs) / "claims").mkdir(parents=True, exist_ok=True)
+        if signals.HELPER not in os.environ:  # what a helper finds failed since, it need not try again
+            cache.forget_failures(runs)
     except OSError as error:
         raise UserError(f"workdir: cannot write to {error.filename} ({error.strerror}); give another") from error
     command = shlex.join(["attnlab", "ablate", file, *(f"--gin.{override}" for override in overrides)])
@@ -95,23 +100,60 @@ def run_ablation(
 
 def _obtain(run: Run, runs: Path) -> dict[str, Any] | None:
     """What the run gave, trained here unless it is over already; None while another process has it."""
-    outcome = cache.outcome(cache.folder(runs, run.name, run.digest))
-    if outcome is not None:
-        return outcome
-    with claim(runs / "claims", run.digest) as is_ours:
-        if not is_ours:
-            return None
-        folder = cache.folder(runs, run.name, run.digest)
-        if cache.outcome(folder) is None:  # else another finished it in between
-            cache.write_machine(
-                folder, {"implementations": implementations(run.experiment), "environment": environment()}
-            )
+    try:
+        if (outcome := _known(run, runs)) is not None:
+            forget(runs / "claims", run.digest)
+            return outcome
+        with claim(runs / "claims", run.digest) as is_ours:
+            if not is_ours:
+                return None
+            if (outcome := _known(run, runs)) is not None:  # another finished it in between
+                return outcome
+            folder = cache.folder(runs, run.name, run.digest)
+            cache.write_machine(folder, _machine(run))
             fingerprint = {**run.built.values, "code": run.code}
-            try:
-                train(run.experiment, workdir=folder, fingerprint=fingerprint, config_text=run.built.text)
-            except FloatingPointError as error:
-                cache.write_failure(folder, str(error))
-        return cache.outcome(folder)
+            train(run.experiment, workdir=folder, fingerprint=fingerprint, config_text=run.built.text)
+            return _known(run, runs)
+    except OwnedError:
+        return None
+    except Exception as error:
+        return _failed(run, runs, error)
+
+
+def _known(run: Run, runs: Path) -> dict[str, Any] | None:
+    """What is kept of a run that is over, with what it ran on."""
+    folder = cache.folder(runs, run.name, run.digest)
+    outcome = cache.outcome(folder)
+    if outcome is None:
+        return None
+    machine = cache.read_machine(folder)
+    if machine is None:
+        machine = _machine(run)
+        print(f"attnlab: {folder / 'machine.json'} is lost; it is written again of this machine", file=sys.stderr)
+        cache.write_machine(folder, machine)
+    return {**outcome, **machine}
+
+
+def _failed(run: Run, runs: Path, error: Exception) -> dict[str, Any]:
+    """The outcome of a run that raised, kept where it can be, with the traceback where it is no known reason."""
+    folder = cache.folder(runs, run.name, run.digest)
+    text = " ".join(str(error).split()) or "no message"
+    is_known = isinstance(error, (FloatingPointError, OSError, RunError, UserError))
+    is_final = not isinstance(error, (OSError, MemoryError, RunError, UserError, jax.errors.JaxRuntimeError))
+    shown = text if is_known else f"{type(error).__name__}: {text[:300]}"
+    with contextlib.suppress(OSError):
+        cache.write_failure(folder, shown, is_final=is_final)
+        if not is_known:
+            replace_text(folder / "error.txt", "".join(traceback.format_exception(error)))
+    try:
+        machine = _machine(run)
+    except Exception:  # what failed may be the model
+        machine = {"implementations": [], "environment": environment()}
+    return {"status": "failed", "error": shown, "is_final": is_final, "run": folder.name, **machine}
+
+
+def _machine(run: Run) -> dict[str, Any]:
+    return {"implementations": implementations(run.experiment), "environment": environment()}
 
 
 def _check_metric(plan: Plan, run: Run, outcome: Mapping[str, Any]) -> None:
@@ -151,9 +193,13 @@ def _row(plan: Plan, run: Run, outcomes: Mapping[str, Mapping[str, Any]], comman
 def _attended(plan: Plan, run: Run, outcome: Mapping[str, Any], runs: Path, workdir: Path) -> dict[str, Any]:
     """Where the run's folder is, seen from the results, and of an arm's first seed what it attends to."""
     folder = runs / outcome["run"]
-    is_shown = outcome["status"] == "finished" and run.experiment.seed == plan.ablation.seeds[0]
-    shown = {"attending": attend(run.experiment, folder)} if is_shown else {}
-    return {"folder": os.path.relpath(folder, workdir), **shown}
+    found: dict[str, Any] = {"folder": os.path.relpath(folder, workdir)}
+    if outcome["status"] == "finished" and run.experiment.seed == plan.ablation.seeds[0]:
+        try:
+            found["attending"] = attend(run.experiment, folder)
+        except Exception as error:  # a user's mixer, no room, a damaged checkpoint: the run is there all the same
+            found["attending"] = {"skipped": " ".join(str(error).split()) or type(error).__name__}
+    return found
 
 
 def implementations(experiment: Experiment) -> list[str]:
@@ -182,8 +228,11 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"report: {workdir} has no results.jsonl; give the folder of an ablation (`attnlab ablate`)")
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"report: {path} is not JSON lines: {error}; run the ablation again to write it anew"
-        ) from error
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        reason = f"is not JSON lines ({error})"
+    else:
+        if rows and all(isinstance(row, dict) and {"arm", "seed", "status", "metric"} <= row.keys() for row in rows):
+            return rows
+        reason = "has no rows of runs"
+    raise UserError(f"report: {path} {reason}; run the ablation again to write it anew")

@@ -5,14 +5,11 @@ one seed. A checkpoint holds the state and the position in the data, and a resum
 checkpoint, so a run that was stopped, however abruptly, continues bit for bit as if it had not been.
 """
 
-import contextlib
 import dataclasses
 import math
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from attnlab import nn
+from attnlab import nn, signals
 from attnlab.attention._shared.checks import check_int, keep, require, shown
 from attnlab.data.batches import MOST_SEED
 from attnlab.train.memory import check_memory
@@ -121,17 +118,24 @@ def train(
       config_text: kept as workdir/config.gin.
 
     Raises:
-      UserError: the workdir cannot be written, holds another run, or its newest checkpoint cannot be read.
-      FloatingPointError: the loss is not finite. The last checkpoint stays.
-      SystemExit: with status 143 after SIGTERM, once a checkpoint is written.
+      UserError: the workdir cannot be written, is in use or holds another run, or no checkpoint there can be read.
+      FloatingPointError: the loss or the state is not finite. Checkpoints are of finite states alone, and stay.
+      RunError: a file cannot be written or read.
+      KeyboardInterrupt, SystemExit(143): after SIGINT or SIGTERM, once a checkpoint is written.
     """
-    folder = None
-    if workdir is not None:
-        read = {f"data {name}": str(value) for name, value in experiment.task.describe().items()}
-        folder = Workdir(workdir, {**(fingerprint or {}), **read}, config_text)
-    if folder is not None and (finished := read_result(folder.path)) is not None:
+    if workdir is None:
+        return _run(experiment, None)
+    read = {f"data {name}": str(value) for name, value in experiment.task.describe().items()}
+    folder = Workdir(workdir, {**(fingerprint or {}), **read}, config_text)
+    if (finished := read_result(folder.path)) is not None:
         return Result(**finished)
+    with folder.owned():
+        if (finished := read_result(folder.path)) is not None:  # by its owner until now
+            return Result(**finished)
+        return _run(experiment, folder)
 
+
+def _run(experiment: Experiment, folder: Workdir | None) -> Result:
     model, task, steps = experiment.model, experiment.task, experiment.steps
     key = jax.random.key(experiment.seed)
     optimizer = make_optimizer(experiment.optimizer, steps)
@@ -141,8 +145,10 @@ def train(
     batches: grain.DatasetIterator = iter(task.batches("train", experiment.batch_size, experiment.seed))
     state = initial_state(model, task, experiment.batch_size, optimizer, key)
     history: list[dict[str, Any]] = []
+    pending = {"seconds": 0.0, "items": 0.0}  # of the steps since the last row; evaluating and saving are not in them
     if folder is not None:
-        state, history = folder.restore(state, batches)
+        state, history, kept = folder.restore(state, batches)
+        pending |= kept
     start = int(state.step)
 
     compile_start = time.perf_counter()
@@ -155,46 +161,49 @@ def train(
         if folder is not None:
             folder.write_row(row)
 
-    with _terminated() as is_terminated, _bar(start, steps) as progress:
-        seconds = items = 0.0  # of the steps since the last row; evaluating and saving are not among them
+    def refuse_diverged(name: str, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            where = "" if folder is None else f"; {folder.kept()}"
+            raise FloatingPointError(f"{name} is {loss} at step {step}{where}")
+
+    with signals.deferred() as signal_came, _bar(start, steps) as progress:
         segment_start, segment_step = time.perf_counter(), start
         for step in range(start + 1, steps + 1):
             state = step_function(state, _arrays(next(batches)))
             progress.update()
 
-            last, stopping = step == steps, is_terminated()
+            last = step == steps
             evaluating = last or step % experiment.evaluate_every == 0
-            saving = folder is not None and (last or stopping or step % experiment.checkpoint_every == 0)
+            saving = last or step % experiment.checkpoint_every == 0
             logging = last or step % experiment.log_every == 0
-            if not (logging or evaluating or saving or stopping):
+            if not (logging or evaluating or saving or signal_came()):
                 continue
 
             jax.block_until_ready(state)
-            seconds += time.perf_counter() - segment_start
-            items += (step - segment_step) * experiment.batch_size * units
+            pending["seconds"] += time.perf_counter() - segment_start
+            pending["items"] += (step - segment_step) * experiment.batch_size * units
+            refuse_diverged("loss", _means(state.sums)["loss"], step)
             if logging:
                 row = _means(state.sums)
                 row |= task.derived(row)
-                if not math.isfinite(row["loss"]):
-                    where = "" if folder is None else f"; the last checkpoint is in {folder.path}"
-                    raise FloatingPointError(f"loss is {row['loss']} at step {step}{where}")
-                record({"step": step, "split": "train", **row, "seconds": seconds, "items": items})
-                progress.set_postfix_str(f"loss {row['loss']:.4f}, {items / seconds:,.0f} {unit}s/s")
+                record({"step": step, "split": "train", **row, **pending})
+                speed = pending["items"] / pending["seconds"]
+                progress.set_postfix_str(f"loss {row['loss']:.4f}, {speed:,.0f} {unit}s/s")
                 state = state._replace(sums=jax.tree.map(jnp.zeros_like, state.sums))
-                seconds = items = 0.0
+                pending = {"seconds": 0.0, "items": 0.0}
             if evaluating:
                 before = time.perf_counter()
                 metrics = evaluate(experiment, evaluate_function, nn.merge(state.parameters, state.buffers))
+                refuse_diverged("validation loss", metrics["loss"], step)
                 record({"step": step, "split": "validation", **metrics, "seconds": time.perf_counter() - before})
                 _print(progress, f"step {step} of {steps}: validation loss {metrics['loss']:.4f}")
-            if saving and folder is not None:
-                folder.save(step, state, batches)
-            if stopping and not last:
-                if folder is not None:
-                    folder.close()
-                kept = "nothing was kept" if folder is None else f"step {step} is kept in {folder.path}"
-                print(f"attnlab: terminated; {kept}, and the same command continues", file=sys.stderr)
-                raise SystemExit(143)
+            stopping = signal_came()  # evaluating took its time
+            if folder is not None and (saving or stopping is not None):
+                folder.save(step, state, batches, history, pending)
+            if stopping is not None:
+                kept_here = "nothing was kept" if folder is None else f"step {step} is kept in {folder.path}"
+                signals.announce(stopping, f"; {kept_here}, and the same command continues")
+                signals.stop(stopping)
             segment_start, segment_step = time.perf_counter(), step
 
     result = _result(history, compile_seconds)
@@ -203,7 +212,7 @@ def train(
             values, picture = nn.merge(state.parameters, state.buffers), folder.path / "samples.png"
             sample_key = jax.random.fold_in(key, _SAMPLES)
             task.illustrate(model, values, picture, key=sample_key, count=64, temperature=1.0)
-        folder.finish(dataclasses.asdict(result))
+        folder.finish(history, dataclasses.asdict(result))
     return result
 
 
@@ -267,17 +276,3 @@ def _print(progress: tqdm, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
     else:
         progress.write(line)
-
-
-@contextlib.contextmanager
-def _terminated() -> Iterator[Callable[[], bool]]:
-    """Yields a function: whether SIGTERM has come. Outside the main thread it never has."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag.is_set
-        return
-    previous = signal.signal(signal.SIGTERM, lambda *_: flag.set())
-    try:
-        yield flag.is_set
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -1,149 +1,389 @@
-"""A run's folder: run.json, config.gin, metrics.jsonl, tensorboard/, checkpoints/, and result.json once it is over."""
+"""A run's folder: run.json, config.gin, metrics.jsonl, tensorboard/, checkpoints/, and result.json once it is over.
 
+A checkpoint holds the state, a sum over the bits of each of its arrays, and all else that the run continues from: the
+position in the data, the rows of metrics, and what the next row has of time and items. One that cannot be read, or
+whose sums differ, is moved to damaged/, and the one before it is used.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
 import json
+import logging
+import os
+import platform
+import re
+import shutil
+import sys
+import threading
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
 import orbax.checkpoint as ocp
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
-from attnlab.errors import UserError
+from attnlab.errors import OwnedError, RunError, UserError
+from attnlab.train.claims import claim, holder, is_fading
+from attnlab.train.integrity import examine
 
 _KEPT_CHECKPOINTS = 2
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy")
+_RESULT = {"final", "history", "items_per_second", "seconds", "compile_seconds"}
 
 
 class Workdir:
     """Opens or makes the folder. Nothing in it is ever deleted but checkpoints older than the newest two, and rows of
-    metrics later than the checkpoint that a run continues from."""
+    metrics later than the checkpoint that a run continues from.
+
+    fingerprint: what the run is, by name. A folder of another run is refused (UserError).
+    """
 
     def __init__(self, path: Path, fingerprint: Mapping[str, str], config_text: str):
-        self.path = path.absolute()
-        self._metrics = self.path / "metrics.jsonl"
+        self.path = check_path(path).absolute()
+        self._fingerprint, self._config_text = dict(fingerprint), config_text
+        self._metrics, self._checkpoints = self.path / "metrics.jsonl", self.path / "checkpoints"
+        self._events: EventsWriter | None = None
+        self._newest = 0
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._claim(dict(fingerprint))
-            replace_text(self.path / "config.gin", config_text)
+            self._check_run()
         except OSError as error:
-            raise UserError(f"workdir: cannot write to {path} ({error.strerror}); give another --workdir") from error
-        self._tensorboard: Any = None
-        self._checkpoints: Any = None
+            raise _unwritable(path, error) from error
 
-    def _claim(self, fingerprint: dict[str, str]) -> None:
-        """Makes the folder this run's, or refuses: it is another's."""
-        run = self.path / "run.json"
-        if not run.exists():
-            replace_text(run, json.dumps(fingerprint, indent=2, sort_keys=True))
-            return
-        kept = _read_json(run)
-        names = sorted(kept.keys() | fingerprint.keys())
-        differing = [name for name in names if kept.get(name) != fingerprint.get(name)]
-        if differing:
-            shown = ", ".join(f"{name} {kept.get(name)} there, {fingerprint.get(name)} now" for name in differing[:3])
-            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-            raise UserError(f"workdir: {self.path} holds a run with {shown}{more}; give another --workdir")
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Makes the run this process's until the end of the block, and what fails there for want of room one line.
 
-    def restore(self, state: Any, batches: grain.DatasetIterator) -> tuple[Any, list[dict[str, Any]]]:
-        """The newest checkpoint's state and the rows up to it, `batches` moved to its position; or the start."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT_CHECKPOINTS)
-        self._checkpoints = ocp.CheckpointManager(self.path / "checkpoints", options=options)
-        step = self._checkpoints.latest_step()
-        if step is not None:
-            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        Raises OwnedError: it is another's.
+        """
+        with contextlib.ExitStack() as stack:
             try:
-                restored = self._checkpoints.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(like), data=grain.checkpoint.CheckpointRestore(batches)
-                    ),
-                )
-            except Exception as error:
-                raise _unreadable(self.path / "checkpoints" / str(step), error) from error
-            state = restored["state"]
-        rows = self._rows_until(step or 0)
-        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=(step or 0) + 1)
-        return state, rows
+                while not stack.enter_context(claim(self.path, "owner")):
+                    if not is_fading(self.path, "owner"):
+                        owner = holder(self.path, "owner")
+                        raise OwnedError(f"workdir: {self.path} is in use by {owner}; wait for it, or give another")
+                    time.sleep(1)
+                if not (self.path / "run.json").exists():
+                    replace_text(self.path / "run.json", json.dumps(self._facts(), indent=2, sort_keys=True))
+                replace_text(self.path / "config.gin", self._config_text)
+                self._checkpoints.mkdir(exist_ok=True)
+                if not os.access(self._checkpoints, os.W_OK | os.X_OK):
+                    raise PermissionError(13, "not writable", str(self._checkpoints))
+            except OSError as error:
+                raise _unwritable(self.path, error) from error
+            try:
+                yield
+            except OSError as error:
+                where = error.filename or self.path
+                raise RunError(f"run: {where}: {error.strerror or error}; {self.kept()}") from error
+            finally:
+                if self._events is not None:
+                    with contextlib.suppress(OSError):
+                        self._events.close()
 
-    def _rows_until(self, step: int) -> list[dict[str, Any]]:
-        """Cuts metrics.jsonl to the rows up to a step. A last line that was cut off in writing is later than that."""
-        if not self._metrics.exists():
-            return []
-        lines = self._metrics.read_text().split("\n")[:-1]
-        rows = [row for row in map(json.loads, lines) if row["step"] <= step]
-        replace_text(self._metrics, "".join(json.dumps(row) + "\n" for row in rows))
-        return rows
+    def _facts(self) -> dict[str, str]:
+        versions = {f"version {name}": importlib.metadata.version(name) for name in _PACKAGES}
+        python = ".".join(platform.python_version_tuple()[:2])
+        return {**self._fingerprint, **versions, "version python": python}
+
+    def _check_run(self) -> None:
+        """Refuses another run's folder, and warns of other versions than the run was started with."""
+        path = self.path / "run.json"
+        if not path.exists():
+            return
+        kept, now = _read_json(path), self._facts()
+        if not isinstance(kept, dict) or not kept:
+            raise UserError(f"workdir: {path} does not say what the run is; move it away, or give another --workdir")
+        differing = [name for name in sorted(kept.keys() | now.keys()) if kept.get(name) != now.get(name)]
+        versions = [name for name in differing if name.startswith("version ")]
+        others = [name for name in differing if name not in versions]
+        if others:
+            shown = ", ".join(f"{name} {kept.get(name)} there, {now.get(name)} now" for name in others[:3])
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            raise UserError(f"workdir: {self.path} holds a run with {shown}{more}; give another --workdir")
+        changed = [name for name in versions if name in kept]
+        if changed and not (self.path / "result.json").exists():
+            shown = ", ".join(f"{name.removeprefix('version ')} {kept[name]}, now {now.get(name)}" for name in changed)
+            _warn(f"the run in {self.path} was started with {shown}; its numbers may differ from then on")
+
+    def restore(self, state: Any, batches: grain.DatasetIterator) -> tuple[Any, list[dict[str, Any]], dict[str, float]]:
+        """The newest readable checkpoint's state, the rows up to it, and what `save` was given as `pending`; `batches`
+        is moved to its position. Or the start.
+
+        Raises UserError: there are checkpoints, and none can be read.
+        """
+        _delete_partial(self._checkpoints)
+        rows: list[dict[str, Any]] = []
+        pending: dict[str, float] = {}
+        found = _newest_readable(self._checkpoints, jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+        if found is not None:
+            self._newest, state, facts, damaged = found
+            for step in damaged:
+                self._set_aside(step)
+            batches.set_state(facts["data"])
+            rows, pending = facts["rows"], facts["pending"]
+        self._restore_rows(rows)
+        (self.path / "tensorboard").mkdir(exist_ok=True)
+        self._events = EventsWriter(str(self.path / "tensorboard" / "events"), filename_suffix=f".{os.getpid()}")
+        start = Event(step=self._newest + 1, session_log=SessionLog(status=SessionLog.START))  # hides later rows
+        self._write_event(start)
+        return state, rows, pending
+
+    def _set_aside(self, step: int) -> None:
+        folder = self.path / "damaged"
+        folder.mkdir(exist_ok=True)
+        aside = folder / str(step)
+        while aside.exists():
+            aside = folder / f"{step}-{uuid.uuid4().hex[:8]}"
+        (self._checkpoints / str(step)).rename(aside)
+
+    def _restore_rows(self, rows: list[dict[str, Any]]) -> None:
+        """Cuts metrics.jsonl back to the checkpoint's rows, or writes them again."""
+        text = _lines(rows)
+        there = self._metrics.read_bytes() if self._metrics.exists() else b""
+        if not there.startswith(text.encode()):
+            _warn(f"{self._metrics} had lost rows, which are written again from the checkpoint")
+        if there != text.encode():
+            replace_text(self._metrics, text)
 
     def write_row(self, row: Mapping[str, Any]) -> None:
         with self._metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(_lines([row]))
         for name, value in row.items():
             if name not in ("step", "split"):
-                self._tensorboard.add_scalar(f"{row['split']}/{name}", value, row["step"])
+                self._write_event(Event(step=row["step"], summary=scalar(f"{row['split']}/{name}", value)))
 
-    def save(self, step: int, state: Any, batches: grain.DatasetIterator) -> None:
-        """Starts writing a checkpoint, which counts only once it is whole; training continues meanwhile."""
-        self._checkpoints.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(batches)),
+    def _write_event(self, event: Event) -> None:
+        """At once: a queue's thread that died, of a full disk or a clock set back, would be waited for without end."""
+        assert self._events is not None, "restore first"
+        event.wall_time = time.time()
+        self._events.write_event(event)
+        self._events.flush()
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        batches: grain.DatasetIterator,
+        rows: list[dict[str, Any]],
+        pending: Mapping[str, float],
+    ) -> None:
+        """Writes a checkpoint, which counts only once it is whole. pending: of the steps since the last row.
+
+        Raises:
+          FloatingPointError: a number in it is not finite.
+          RunError: it cannot be written.
+        """
+        examined = examine(state)
+        # A buffer may hold an infinity to start with, such as the largest value so far.
+        wild = [
+            path for path, one in examined.items() if one.has_nan or not (one.is_finite or path.startswith(".buffers"))
+        ]
+        if wild:
+            raise FloatingPointError(f"{wild[0].lstrip('.')} is not finite at step {step}; {self.kept()}")
+        facts = {
+            "sums": {path: one.sum for path, one in examined.items()},
+            "data": batches.get_state(),
+            "rows": rows,
+            "pending": dict(pending),
+        }
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave({**facts, "digest": _digest(facts)})
         )
+        try:
+            _checkpointer().save(self._checkpoints / str(step), args=arguments)
+        except Exception as error:
+            _delete_partial(self._checkpoints)
+            where = self._checkpoints / str(step)
+            raise RunError(f"checkpoint: {where} cannot be written ({_reason(error)}); {self.kept()}") from error
+        self._newest = step
+        for old in _steps(self._checkpoints)[_KEPT_CHECKPOINTS:]:
+            shutil.rmtree(self._checkpoints / str(old), ignore_errors=True)
 
-    def close(self) -> None:
-        """Waits for the last checkpoint."""
-        self._checkpoints.wait_until_finished()
-        self._checkpoints.close()
-        self._tensorboard.close()
+    def kept(self) -> str:
+        """What there is to continue from, for people."""
+        if self._newest == 0:
+            return f"no checkpoint is in {self.path} yet"
+        return f"the last checkpoint is step {self._newest} in {self.path}"
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        self.close()
+    def finish(self, rows: list[dict[str, Any]], result: Mapping[str, Any]) -> None:
+        if not self._metrics.exists() or self._metrics.read_bytes() != _lines(rows).encode():
+            replace_text(self._metrics, _lines(rows))
         replace_text(self.path / "result.json", json.dumps(result))
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """What `finish` kept in a run's folder, if the run is over."""
-    return _read_json(path / "result.json") if (path / "result.json").exists() else None
+    """What `finish` kept in a run's folder, if the run is over. Raises UserError: it is damaged."""
+    file = path / "result.json"
+    if not file.exists():
+        return None
+    result = _read_json(file)
+    if not isinstance(result, dict) or result.keys() != _RESULT:
+        raise UserError(f"workdir: {file} is no run's result; move it away, and the same command writes it again")
+    return result
 
 
 def last_step(path: Path) -> int:
     """The step of the newest checkpoint in a run's folder; 0 if it has none."""
-    return max((int(step.name) for step in (path / "checkpoints").glob("*") if step.name.isdigit()), default=0)
+    return max(_steps(path / "checkpoints"), default=0)
 
 
 def newest_state(path: Path, like: Any) -> Any:
-    """The state in the newest checkpoint of a run's folder, which is only read. like: its shapes and dtypes."""
-    step = last_step(path)
-    if step == 0:
+    """The state in the newest readable checkpoint of a run's folder, which is only read. like: its shapes and dtypes.
+
+    Raises UserError: there is none.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
+    found = _newest_readable(path.absolute() / "checkpoints", like)
+    if found is None:
         raise UserError(
             f"checkpoint: {path} holds none; give the folder of a run that has reached its first checkpoint"
         )
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
-    newest = path.absolute() / "checkpoints" / str(step)
+    return found[1]
+
+
+def _newest_readable(folder: Path, like: Any) -> tuple[int, Any, dict[str, Any], list[int]] | None:
+    """(step, state, facts, newer steps that cannot be read); None if there is no checkpoint.
+
+    Those that cannot be read are named. Raises UserError: there are only such.
+    """
+    damaged: dict[int, str] = {}
+    for step in _steps(folder):
+        try:
+            state, facts = _read_checkpoint(folder / str(step), like)
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                raise
+            damaged[step] = _reason(error)
+            continue
+        for newer, reason in damaged.items():
+            _warn(f"checkpoint: {folder / str(newer)} cannot be read ({reason}); step {step} is used")
+        return step, state, facts, list(damaged)
+    if damaged:
+        newest, reason = next(iter(damaged.items()))
+        others = f", nor can {len(damaged) - 1} older" if len(damaged) > 1 else ""
+        raise UserError(
+            f"checkpoint: {folder / str(newest)} cannot be read ({reason}){others}; move {folder} away to start anew"
+        )
+    return None
+
+
+def _read_checkpoint(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
+    """Raises any exception at all if something about it is damaged."""
+    arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like), facts=ocp.args.JsonRestore())
+    restored = _checkpointer().restore(path, args=arguments)
+    state, facts = restored["state"], restored["facts"]
+    digest = facts.pop("digest")
+    if digest != _digest(facts):
+        raise ValueError("facts differ from their digest")
+    sums = {name: one.sum for name, one in examine(state).items()}
+    if sums != facts["sums"]:
+        wrong = [name for name, number in sums.items() if facts["sums"].get(name) != number]
+        raise ValueError(f"the sum of {wrong[0].lstrip('.')} differs" if wrong else "arrays are missing")
+    return state, facts
+
+
+def _delete_partial(folder: Path) -> None:
+    """Deletes what was begun, to which threads of a writer that failed may still add."""
+    for _ in range(10):
+        partial = list(folder.glob("*.orbax-checkpoint-tmp*"))
+        if not partial:
+            return
+        for path in partial:
+            shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.05)
+
+
+def _steps(folder: Path) -> list[int]:
+    """Of the checkpoints in a folder, from the newest."""
+    return sorted((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), reverse=True)
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Writes before it returns, so that what fails is raised here and nothing is waited for in the end."""
+    _quieten_orbax()
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _lines(rows: list[Any]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _reason(error: Exception) -> str:
+    """An error of orbax or the file system in a few words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    system = re.search(r"([A-Z][\w ]+) \[os_error_code", str(error))
+    text = system.group(1) if system else " ".join(str(error).split())
+    return text if len(text) <= 80 else f"{text[:77].rstrip()}..."
+
+
+@functools.cache
+def _quieten_orbax() -> None:
+    """One exception is enough of what fails in orbax, which prints it, also later, by threads, event loops and logs."""
+    unraisable_hook, thread_hook = sys.unraisablehook, threading.excepthook
+
+    def unraisable(found: Any) -> None:
+        code = getattr(found.object, "cr_code", None)  # of a coroutine that is left behind
+        if str(found.exc_value) != "Event loop is closed" and not (code and "orbax" in Path(code.co_filename).parts):
+            unraisable_hook(found)
+
+    def in_thread(found: Any) -> None:
+        if not type(found.thread).__module__.startswith("orbax"):
+            thread_hook(found)
+
+    sys.unraisablehook, threading.excepthook = unraisable, in_thread
+    logging.getLogger("asyncio").addFilter(lambda record: "was never retrieved" not in record.getMessage())
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
+
+
+def _warn(line: str) -> None:
+    print(f"attnlab: {line}", file=sys.stderr, flush=True)
+
+
+def check_path(path: Path) -> Path:
+    """Refuses a name that the libraries below cannot write."""
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(newest / "state", like)
-    except Exception as error:
-        raise _unreadable(newest, error) from error
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"workdir: got {str(path)!a}; need a name in UTF-8") from None
+    return path
 
 
-def _unreadable(checkpoint: Path, error: Exception) -> UserError:
-    return UserError(
-        f"checkpoint: {checkpoint} cannot be read ({type(error).__name__}); it was left as it is. Move it away to "
-        "continue from the checkpoint before it, or give another --workdir"
-    )
+def _unwritable(path: Path, error: OSError) -> UserError:
+    where = error.filename or path
+    return UserError(f"workdir: cannot write to {where} ({error.strerror or error}); give another --workdir")
 
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
         raise UserError(f"workdir: {path} is not JSON ({error}); move it away, or give another --workdir") from error
 
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file in one step, so that it is never half there. Several processes may write one."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise

@@ -15,9 +15,10 @@ import tiny_sweep
 
 import attnlab
 from attnlab import cli, config, nn
-from attnlab.ablate import cache, run_ablation, runs, write_report
+from attnlab.ablate import cache, read_rows, run_ablation, runs, write_report
 from attnlab.ablate.plan import Plan
-from attnlab.errors import UserError
+from attnlab.errors import OwnedError, RunError, UserError
+from attnlab.train import claims
 
 SWEEP = "experiments/sweeps/quickstart.gin"
 
@@ -293,6 +294,96 @@ def test_rates_need_an_optimizer_in_the_config(tmp_path):
 def test_a_misspelled_metric_is_named(pretended, tmp_path):
     with pytest.raises(UserError, match="metric: got 'acuracy'; softmax has accuracy, loss"):
         run(tmp_path, "ablate.Ablation.metric = 'acuracy'")
+
+
+FAILURES = {
+    "the run's own": (ValueError("heads: got 3; need 2"), "ValueError: heads: got 3; need 2", True),
+    "divergence": (FloatingPointError("loss is nan at step 2"), "loss is nan at step 2", True),
+    "memory": (MemoryError("no more"), "MemoryError: no more", False),
+    "a device's memory": (
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out"),
+        "JaxRuntimeError: RESOURCE_EXH",
+        False,
+    ),
+    "a full disk": (OSError(28, "No space left on device"), "No space left on device", False),
+    "a damaged file": (UserError("checkpoint: x cannot be read"), "checkpoint: x cannot be read", False),
+    "a write": (RunError("checkpoint: x cannot be written"), "checkpoint: x cannot be written", False),
+    "without a word": (AssertionError(), "AssertionError: no message", True),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_run_that_fails_is_a_row_and_tried_again_unless_it_fails_by_itself(pretended, tmp_path, monkeypatch, name):
+    error, shown, is_final = FAILURES[name]
+
+    def fail(experiment, *, workdir, **options):
+        if workdir.name.startswith("softmax"):
+            raise error
+        tiny_sweep.pretend_train(experiment, workdir=workdir, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "train", fail)
+        rows = run(tmp_path)
+    assert [(row["arm"], row["status"]) for row in rows] == [("softmax", "failed"), ("local", "finished")] * 2
+    assert all(row["error"].startswith(shown) or shown in row["error"] for row in rows if row["arm"] == "softmax")
+    assert all("\n" not in row.get("error", "") and row["environment"] and row["implementations"] for row in rows)
+    write_report(rows, tmp_path / "out")
+    assert {row["status"] for row in run(tmp_path)} == ({"failed", "finished"} if is_final else {"finished"})
+
+
+def test_a_run_of_a_live_owner_is_waited_for(pretended, tmp_path, monkeypatch):
+    """Its folder is in use, as by `attnlab train`; then no more."""
+    monkeypatch.setattr(runs, "_LOOK_AGAIN_AFTER", 0.01)
+    refused = iter([True, True])
+
+    def owned(experiment, **options):
+        if next(refused, False):
+            raise OwnedError("workdir: in use")
+        tiny_sweep.pretend_train(experiment, **options)
+
+    monkeypatch.setattr(runs, "train", owned)
+    assert {row["status"] for row in run(tmp_path)} == {"finished"}
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"environ', None])
+@pytest.mark.parametrize("name", ["machine.json", "failed.json", "attending.json"])
+def test_a_damaged_file_of_facts_is_written_again(pretended, tmp_path, name, text, capsys):
+    before = run(tmp_path, "ablate.Ablation.seeds = [0]")
+    path = next((tmp_path / "out" / "runs").glob("softmax-*")) / name
+    if text is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_text(text)
+    assert run(tmp_path, "ablate.Ablation.seeds = [0]") == before
+    assert len(tiny_sweep.trained(tmp_path / "out" / "runs")) == 2
+    assert (f"{path} is lost" in capsys.readouterr().err) == (name == "machine.json")
+
+
+def test_a_damaged_result_is_named_in_its_row(pretended, tmp_path):
+    run(tmp_path)
+    path = next((tmp_path / "out" / "runs").glob("softmax-seed0-*")) / "result.json"
+    path.write_text("{}")
+    rows = run(tmp_path)
+    assert [row["status"] for row in rows] == ["failed", "finished", "finished", "finished"]
+    assert rows[0]["error"].startswith(f"workdir: {path} is no run's result; move it away")
+    path.unlink()
+    assert {row["status"] for row in run(tmp_path)} == {"finished"}
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "3", '{"arm"', "\udcff"], ids=ascii)
+def test_damaged_results_are_named(tmp_path, text):
+    (tmp_path / "results.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"report: .*results\.jsonl .*; run the ablation again to write it anew"):
+        read_rows(tmp_path)
+
+
+def test_what_a_dead_process_left_of_a_claim_goes(pretended, tmp_path):
+    run(tmp_path)
+    digest = next((tmp_path / "out" / "runs").glob("softmax-seed0-*")).name.rpartition("-")[2]
+    left = tmp_path / "out" / "runs" / "claims" / f"{digest}.1"
+    left.write_text(json.dumps({"machine": claims._machine(), "host": "h", "pid": os.getpid(), "started": 1}))
+    run(tmp_path)
+    assert not left.exists()
 
 
 def test_processes_share_the_runs(tmp_path):

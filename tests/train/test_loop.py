@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +16,13 @@ import pytest
 import runs
 
 from attnlab import nn
-from attnlab.errors import UserError
-from attnlab.train import OptimizerOptions, loop, restore_values, step, train
+from attnlab.errors import OwnedError, UserError
+from attnlab.train import OptimizerOptions, claims, loop, restore_values, step, train
 
 
-def losses(history):
+def without_times(history):
     """Everything about the rows but how long they took."""
-    return [{name: value for name, value in row.items() if name not in ("seconds", "items")} for row in history]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
 
 
 def read_rows(workdir):
@@ -31,6 +32,15 @@ def read_rows(workdir):
 @pytest.fixture(scope="module")
 def uninterrupted():
     return train(runs.experiment())
+
+
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory):
+    """A workdir that only lacks its result, and the rows."""
+    workdir = tmp_path_factory.mktemp("continued")
+    result = train(runs.experiment(), workdir=workdir, fingerprint=runs.FINGERPRINT)
+    (workdir / "result.json").unlink()
+    return workdir, result.history
 
 
 def start(workdir, **options):
@@ -61,35 +71,11 @@ def test_rows_come_at_the_steps_asked_for(uninterrupted):
 
 
 def test_the_same_experiment_gives_the_same_numbers(uninterrupted):
-    assert losses(train(runs.experiment()).history) == losses(uninterrupted.history)
+    assert without_times(train(runs.experiment()).history) == without_times(uninterrupted.history)
 
 
 def test_another_seed_gives_others(uninterrupted):
-    assert losses(train(runs.experiment(seed=1)).history) != losses(uninterrupted.history)
-
-
-def test_a_run_killed_at_any_moment_continues_bit_for_bit(uninterrupted, tmp_path):
-    checkpoints = tmp_path / "checkpoints"
-
-    def rows():
-        path = tmp_path / "metrics.jsonl"
-        return path.read_text().count("\n") if path.exists() else 0
-
-    moments = [
-        lambda: rows() >= 1,  # before the first checkpoint
-        lambda: any(checkpoints.glob("*tmp*")),  # while a checkpoint is written
-        lambda: rows() >= 8,  # between checkpoints
-    ]
-    for moment in moments:
-        # As users' processes do, each compiles for itself; and none leaves half a program in the tests' cache.
-        process = start(tmp_path, env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0"})
-        wait_until(moment, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
-    result = train(runs.experiment(), workdir=tmp_path, fingerprint=runs.FINGERPRINT)
-    assert losses(result.history) == losses(uninterrupted.history)
-    assert losses(read_rows(tmp_path)) == losses(uninterrupted.history)
+    assert without_times(train(runs.experiment(seed=1)).history) != without_times(uninterrupted.history)
 
 
 def test_sigterm_keeps_the_step_it_came_at(uninterrupted, tmp_path):
@@ -102,7 +88,7 @@ def test_sigterm_keeps_the_step_it_came_at(uninterrupted, tmp_path):
     kept = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
     assert f"step {kept} is kept in {tmp_path}" in message
     result = train(runs.experiment(), workdir=tmp_path, fingerprint=runs.FINGERPRINT)
-    assert losses(result.history) == losses(uninterrupted.history)
+    assert without_times(result.history) == without_times(uninterrupted.history)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +99,7 @@ def finished(tmp_path_factory):
 
 def test_a_workdir_holds_all_of_the_run(finished, uninterrupted):
     workdir, result = finished
-    assert losses(read_rows(workdir)) == losses(uninterrupted.history)
+    assert without_times(read_rows(workdir)) == without_times(uninterrupted.history)
     assert (workdir / "config.gin").read_text() == "# mine"
     assert any((workdir / "tensorboard").iterdir())
     assert json.loads((workdir / "result.json").read_text()) == dataclasses.asdict(result)
@@ -147,19 +133,115 @@ def unfinished(workdir):
     (workdir / "result.json").unlink()
 
 
-def test_a_corrupt_checkpoint_is_named_and_left_alone(tmp_path, uninterrupted):
+def damage(checkpoint):
+    """Empties its files."""
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, uninterrupted, capsys):
     unfinished(tmp_path)
-    newest = tmp_path / "checkpoints" / "36"
-    damaged = [path for path in newest.rglob("*") if path.is_file() and "commit" not in path.name]
-    for path in damaged:
-        path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"checkpoint: .*/36 cannot be read .* Move it away"):
-        train(runs.experiment(), workdir=tmp_path, fingerprint=runs.FINGERPRINT)
-    assert all(path.exists() for path in damaged)
-    assert len(read_rows(tmp_path)) == len(uninterrupted.history)
-    newest.rename(tmp_path / "away")
+    checkpoints = tmp_path / "checkpoints"
+    damage(checkpoints / "36")
+    values = restore_values(runs.experiment(), tmp_path)
     result = train(runs.experiment(), workdir=tmp_path, fingerprint=runs.FINGERPRINT)
-    assert losses(result.history) == losses(uninterrupted.history)
+    assert without_times(result.history) == without_times(uninterrupted.history)
+    assert without_times(read_rows(tmp_path)) == without_times(uninterrupted.history)
+    read, continued = [line for line in capsys.readouterr().err.splitlines() if line.startswith("attnlab")]
+    assert read == continued
+    assert f"{checkpoints / '36'} cannot be read (" in read
+    assert read.endswith("); step 30 is used")
+    assert {path.name for path in (tmp_path / "damaged").iterdir()} == {"36"}
+    assert {path.name for path in checkpoints.iterdir()} == {"30", "36"}
+    assert not jax.tree.all(jax.tree.map(np.array_equal, values, restore_values(runs.experiment(), tmp_path)))
+
+
+def test_without_a_readable_checkpoint_nothing_is_begun_or_moved(tmp_path):
+    unfinished(tmp_path)
+    for checkpoint in (tmp_path / "checkpoints").iterdir():
+        damage(checkpoint)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    for call in (
+        lambda: train(runs.experiment(), workdir=tmp_path, fingerprint=runs.FINGERPRINT),
+        lambda: restore_values(runs.experiment(), tmp_path),
+    ):
+        with pytest.raises(UserError, match=r"checkpoint: .*/36 cannot be read \(.*\), nor can 1 older; move .* away"):
+            call()
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert after.keys() == before.keys()
+    changed = {path.name for path in before if after[path] != before[path]}
+    assert changed <= {"config.gin"}, "which says the same"
+
+
+def test_time_and_items_of_the_steps_since_the_last_row_are_continued(tmp_path, monkeypatch):
+    """A row every 4 steps, a checkpoint every 6."""
+    arrays, left = loop._arrays, iter(range(9))
+    monkeypatch.setattr(loop, "_arrays", lambda batch: (next(left), arrays(batch))[1])
+    with pytest.raises(StopIteration):
+        train(runs.experiment(steps=16, evaluate_every=16), workdir=tmp_path)
+    monkeypatch.setattr(loop, "_arrays", arrays)
+    result = train(runs.experiment(steps=16, evaluate_every=16), workdir=tmp_path)
+    rows = [row for row in result.history if row["split"] == "train"]
+    assert [row["items"] for row in rows] == [4 * 4 * 32] * 4
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(lambda text: b"", id="emptied"),
+        pytest.param(lambda text: None, id="deleted"),
+        pytest.param(lambda text: text[:100], id="cut"),
+        pytest.param(lambda text: text[:100] + text[140:], id="a middle line cut"),
+        pytest.param(lambda text: text[:100] + b"\xff\xfe" + text[102:], id="not UTF-8"),
+        pytest.param(lambda text: text + b'{"step": 37, "spl', id="a last line cut"),
+    ],
+)
+def test_rows_of_metrics_are_not_lost_with_their_file(tmp_path, continued, text, capsys):
+    folder, history = continued
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "metrics.jsonl"
+    damaged = text(file.read_bytes())
+    if damaged is None:
+        file.unlink()
+    else:
+        file.write_bytes(damaged)
+    result = train(runs.experiment(), workdir=tmp_path, fingerprint=runs.FINGERPRINT)
+    assert result.history == read_rows(tmp_path) == history
+    lost = f"attnlab: {file} had lost rows, which are written again from the checkpoint"
+    assert (lost in capsys.readouterr().err.splitlines()) == (not damaged or not damaged.startswith(file.read_bytes()))
+
+
+@pytest.mark.parametrize("name", ["run.json", "result.json"])
+@pytest.mark.parametrize("text", ["", "{}", "[]", "3", '{"final": {}}', "\udcff"], ids=ascii)
+def test_a_damaged_file_of_facts_is_named(tmp_path, finished, name, text):
+    folder, result = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=rf"workdir: .*/{name} |holds a run with"):
+        train(runs.experiment(), workdir=tmp_path, fingerprint=runs.FINGERPRINT)
+    (tmp_path / name).unlink()
+    assert without_times(train(runs.experiment(), workdir=tmp_path, fingerprint=runs.FINGERPRINT).history) == (
+        without_times(result.history)
+    )
+
+
+def test_other_versions_than_the_run_was_started_with_are_named(tmp_path, continued, capsys, monkeypatch):
+    folder, _ = continued
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    run = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**run, "version jax": "0.1.2"}))
+    train(runs.experiment(), workdir=tmp_path, fingerprint=runs.FINGERPRINT)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("attnlab")]
+    assert f"was started with jax 0.1.2, now {jax.__version__}; its numbers may differ" in line
+
+
+def test_a_workdir_has_one_owner(tmp_path):
+    with claims.claim(tmp_path, "owner"):
+        with pytest.raises(OwnedError, match=rf"is in use by process {os.getpid()} on .*; wait for it"):
+            train(runs.experiment(), workdir=tmp_path)
+        assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_workdir_of_another_run_is_refused(finished):
@@ -186,10 +268,31 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
         train(runs.experiment(), workdir=tmp_path / "file" / "run")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
-    wild = runs.experiment(optimizer=OptimizerOptions(learning_rate=1e30, warmup_steps=0, clip_norm=1e30))
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step \d+; the last checkpoint is in"):
-        train(wild, workdir=tmp_path)
+WILD = OptimizerOptions(learning_rate=1e30, warmup_steps=0, clip_norm=1e30)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"optimizer": WILD}, 0),
+        ({"optimizer": WILD, "log_every": 36}, 0),
+        ({"optimizer": WILD, "log_every": 36, "checkpoint_every": 1}, 1),
+    ],
+)
+def test_a_state_that_is_not_finite_is_not_kept(tmp_path, options, kept):
+    """The first step leaves huge finite values behind, the second is of no number."""
+    shown = f"the last checkpoint is step {kept} in {tmp_path}" if kept else f"no checkpoint is in {tmp_path} yet"
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match=rf"is (nan|inf|not finite) at step \d+; {shown}$"):
+            train(runs.experiment(**options), workdir=tmp_path)
+        steps = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+        assert steps == ([kept] if kept else [])
+
+
+def test_a_state_is_looked_at_beside_its_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_means", lambda sums: {"loss": 1.0})
+    with pytest.raises(FloatingPointError, match=r"\S+ is not finite at step 6; no checkpoint is in"):
+        train(runs.experiment(optimizer=WILD), workdir=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ import time
 
 import pytest
 
-from attnlab.ablate import claims
+from attnlab.train import claims
 
 
-def leave_claim(folder, name="run", *, pid=None, machine=None, age=0.0):
+def leave_claim(folder, name="run", *, pid=None, started=None, machine=None, age=0.0):
     """What another process that does not renew any more left behind."""
     path = folder / f"{name}.1"
-    holder = {"machine": machine or claims._machine(), "host": "h", "pid": pid or os.getpid()}
+    holder = {"machine": machine or claims._machine(), "host": "h", "pid": pid or os.getpid(), "started": started}
     path.write_text(json.dumps(holder))
     os.utime(path, (time.time() - age, time.time() - age))
     return path
@@ -56,10 +56,94 @@ def test_one_that_is_not_written_yet_is_respected(tmp_path):
         assert not ours
 
 
-def test_a_stale_one_is_taken_over(tmp_path):
-    leave_claim(tmp_path, machine="another", age=claims.STALE_AFTER + 10)
+@pytest.fixture
+def quick_watch(monkeypatch):
+    """Claims of other machines are watched for a tenth of a second, and for half of one where they look fresh."""
+    monkeypatch.setattr(claims, "WATCHED_FOR", 0.1)
+    monkeypatch.setattr(claims, "STALE_AFTER", 0.5)
+    monkeypatch.setattr(claims, "_watched", {})
+
+
+def taken_after(folder, seconds=3.0):
+    """How long until the claim is ours, asked for again and again; None if it never is."""
+    start = time.monotonic()
+    while (waited := time.monotonic() - start) < seconds:
+        with claims.claim(folder, "run") as ours:
+            if ours:
+                return waited
+        time.sleep(0.02)
+    return None
+
+
+def test_a_stale_one_is_taken_over_by_one(tmp_path, quick_watch):
+    leave_claim(tmp_path, machine="another", age=1000)
+    assert claims.is_fading(tmp_path, "run")
+    with claims.claim(tmp_path, "run") as at_once:
+        assert not at_once  # the clock may have been set
+    time.sleep(0.2)
     with claims.claim(tmp_path, "run") as ours, claims.claim(tmp_path, "run") as second:
         assert (ours, second) == (True, False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("age", [-4e7, 0, 4e7], ids=["clock set back", "clock right", "clock set forward"])
+def test_a_holder_on_another_machine_that_renews_keeps_it_whatever_the_clock_says(tmp_path, quick_watch, age):
+    path, ended = leave_claim(tmp_path, machine="another", age=age), threading.Event()
+
+    def renew():
+        moment = time.time() - age
+        while not ended.wait(0.03):
+            moment += 0.03
+            os.utime(path, (moment, moment))
+
+    renewing = threading.Thread(target=renew)
+    renewing.start()
+    try:
+        assert taken_after(tmp_path, 1.0) is None
+    finally:
+        ended.set()
+        renewing.join()
+    assert taken_after(tmp_path) is not None
+
+
+@pytest.mark.parametrize("age", [-4e7, 4e7])
+def test_a_live_process_here_is_never_given_up_by_age(tmp_path, quick_watch, age):
+    """It may be suspended, or asleep with its machine."""
+    leave_claim(tmp_path, started=claims._started(os.getpid()), age=age)
+    assert taken_after(tmp_path, 1.0) is None
+
+
+def test_a_number_that_another_process_has_by_now_is_not_its_holder(tmp_path):
+    started = claims._started(os.getpid())
+    if started is None:
+        pytest.skip("the kernel does not say when a process began")
+    leave_claim(tmp_path, started=started - 1)
+    assert taken_after(tmp_path) is not None
+
+
+def test_one_that_ended_and_is_not_waited_for_is_dead(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    leave_claim(tmp_path, pid=process.pid, started=claims._started(process.pid))
+    assert taken_after(tmp_path, 30) is not None
+    process.wait()
+
+
+def test_what_the_dead_left_of_a_run_that_is_over_is_deleted(tmp_path, dead_pid):
+    leave_claim(tmp_path, pid=dead_pid)
+    live = leave_claim(tmp_path, "other")
+    for name in ("run", "other"):
+        claims.forget(tmp_path, name)
+    assert list(tmp_path.iterdir()) == [live]
+
+
+def test_without_room_there_is_no_claim(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(claims.json, "dump", refuse)
+    with pytest.raises(OSError, match="No space left"), claims.claim(tmp_path, "run"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_of_a_dead_process_here_is_taken_over_at_once(tmp_path, dead_pid):
@@ -112,5 +196,5 @@ with claims.claim(folder, "run"):
     command = [sys.executable, "-c", program, claims.__file__, str(tmp_path)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert process.returncode == 1
-    assert "another process took over the run" in process.stderr
+    assert "was taken over by another process; this one stops" in process.stderr
     assert (tmp_path / "run.2").exists()
