@@ -13,7 +13,7 @@ from flax import nnx
 
 from attnlab import nn
 from attnlab.ablate.results import mean_of_known
-from attnlab.models.blocks import Block
+from attnlab.models.blocks import Block, Stack
 from attnlab.train import Experiment, LanguageTask, restore_values
 from attnlab.train.workdir import last_step, replace_text
 
@@ -87,6 +87,9 @@ def layer_weights(
         recorders = [_Recorder(block.mixer) for block in blocks]
         for block, recorder in zip(blocks, recorders):
             block.mixer = recorder
+        for _, module in modules:
+            if isinstance(module, Stack):
+                module.remat = False  # there is no backward, and what is recomputed leaves no records
         experiment.task.loss(model, batch, key=None)
         seen[:] = [(type(recorder.mixer).__name__, recorder.space) for recorder in recorders]
         return [recorder.weights.get_value()[0].astype(jnp.float32) for recorder in recorders]

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from attnlab.attention import (
     DotProductCache,
@@ -26,8 +27,9 @@ from attnlab.attention import (
     init_dot_product_cache,
 )
 from attnlab.attention._shared.checks import check_bool, check_dtype, check_float, check_int, check_ints
-from attnlab.nn.layers import LayerNorm, Linear, dropout
+from attnlab.nn.layers import LayerNorm, Linear, along, dropout
 from attnlab.nn.parameters import normal, parameter, zeros
+from attnlab.nn.sharding import spec_of, under_auto_axes, varying_as
 
 Array = jax.Array
 # Chooses tokens [B] from the logits [B, levels] of a position, whose number in raster order is given.
@@ -162,15 +164,16 @@ class AxialDecoder(nnx.Module):
         r = shift(embedded, axis=_X) + shift(u, axis=_Y) + context
         return self.head(self.norm(_run(self.inner, r, key=_stack_key(key, _INNER), remat=self.remat)))
 
-    def decode(self, choose: Choose, batch: int, conditioning: Array | None = None) -> Array:
+    def decode(self, choose: Choose, batch: int, conditioning: Array | None = None, *, like: Any = ()) -> Array:
         """Draws tokens, int32 [B, Y, X], position by position: `choose` takes the logits of each, [B, levels].
 
         A row takes X passes of one position through the inner layers, which keep the row's keys and values, and one
         pass of the finished row through the outer layers, which keep the columns'. So all N positions cost N^1.5, not
-        N^2.5.
+        N^2.5. like: arrays that `choose` depends on, as jax.shard_map has to know.
         """
         height, width = self.size
         context = jnp.broadcast_to(self._context(conditioning), (batch, height, width, self.features))
+        like = nnx.state(self), conditioning, like
 
         def draw_row(carry: Any, y: Array) -> tuple[Any, Array]:
             columns, above = carry
@@ -183,14 +186,14 @@ class AxialDecoder(nnx.Module):
                 return (row, self._embed(tokens)), tokens
 
             start = [block.init_cache(batch, width) for block in self.inner], jnp.zeros_like(above[:, 0])
-            _, tokens = jax.lax.scan(draw_position, start, jnp.arange(width))
+            _, tokens = jax.lax.scan(draw_position, varying_as(start, like), jnp.arange(width))
             tokens = tokens.T  # [X, B] -> [B, X]
             above, columns = self._outer_step(columns, self._embed(tokens) + given)
             return (columns, above), tokens
 
         columns = [block.init_cache(batch * width, height) for block in self.outer if block.axis == _Y]
         start = columns, jnp.zeros_like(context[:, 0])
-        _, rows = jax.lax.scan(draw_row, start, jnp.arange(height))
+        _, rows = jax.lax.scan(draw_row, varying_as(start, like), jnp.arange(height))
         return jnp.moveaxis(rows, 0, 1)
 
     def _inner_step(self, caches: list[DotProductCache], x: Array) -> tuple[Array, list[DotProductCache]]:
@@ -275,7 +278,7 @@ class AxialConditioner(nnx.Module):
             padding="SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        x = x + self.bias[...].astype(self.dtype) + self.positions().astype(self.dtype)
+        x = x + along(self.bias[...], x).astype(self.dtype) + self.positions()[None].astype(self.dtype)
         return _run(self.layers, x, key=_stack_key(key, _EXTERIOR), remat=self.remat)
 
     def flops(self, size: tuple[int, int]) -> int:
@@ -355,6 +358,7 @@ class AxialTransformer(nnx.Module):
             dtype=dtype,
         )
 
+    @under_auto_axes(lambda self, images, slices=None, **_: spec_of(images, 4 if slices is None else 3))
     def __call__(self, images: Array, *, slices: Array | None = None, key: Array | None = None) -> Array:
         """images: int [B, Y, X, C], below `levels` -> float32 logits.
 
@@ -392,6 +396,7 @@ class AxialTransformer(nnx.Module):
         return self.decoder.state_size()
 
 
+@under_auto_axes(lambda model, **_: PartitionSpec())
 def sample(model: AxialTransformer, *, count: int, key: Array, temperature: float = 1.0) -> Array:
     """Draws images: int32 [count, Y, X, C], below model.levels.
 
@@ -412,10 +417,10 @@ def sample(model: AxialTransformer, *, count: int, key: Array, temperature: floa
 
         slices = jnp.full(count, channel)
         conditioning = None if model.conditioner is None else model.conditioner(images, slices)
-        return images.at[..., channel].set(model.decoder.decode(choose, count, conditioning))
+        return images.at[..., channel].set(model.decoder.decode(choose, count, conditioning, like=key))
 
     images = jnp.zeros((count, height, width, channels), jnp.int32)
-    return jax.lax.fori_loop(0, channels, draw_channel, images)
+    return jax.lax.fori_loop(0, channels, draw_channel, varying_as(images, (nnx.state(model), key)))
 
 
 def shift(x: Array, *, axis: int) -> Array:

@@ -11,6 +11,7 @@ from flax import nnx
 from attnlab.attention._shared.checks import check_bool, check_dtype, check_float, check_int, shown
 from attnlab.nn.layers import GatedMLP, RMSNorm, dropout
 from attnlab.nn.mixers.base import Attention, MixerCache, MixerFactory
+from attnlab.nn.parameters import absorb, as_function
 from attnlab.nn.signatures import show_shared_options
 
 # Layers are unrolled: each takes its time to trace and to compile.
@@ -115,8 +116,12 @@ class Stack(nnx.Module):
 
         for layer, block in enumerate(self.layers):
             block_key = None if key is None else jax.random.fold_in(key, layer)
-            # nnx's remat, for what a block's buffers learn comes out beside x.
-            x = (nnx.remat(apply) if self.remat else apply)(block, x, block_key)
+            if self.remat:
+                function, state = as_function(apply, block)
+                x, learned = jax.checkpoint(function)(state, x, block_key)
+                absorb(block, learned)
+            else:
+                x = apply(block, x, block_key)
         return x
 
     def stack_flops(self, space: tuple[int, ...]) -> int:

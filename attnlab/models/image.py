@@ -10,6 +10,7 @@ from attnlab.attention._shared.checks import check_int, check_ints
 from attnlab.models.blocks import Stack
 from attnlab.nn.layers import Linear
 from attnlab.nn.parameters import normal, parameter
+from attnlab.nn.sharding import spec_of, under_auto_axes
 
 
 class ImageClassifier(Stack):
@@ -46,12 +47,13 @@ class ImageClassifier(Stack):
         self.positions = parameter((*self.grid, features), normal(0.02))
         self.head = Linear(features, classes, use_bias=True, initializer=normal(0.02))
 
+    @under_auto_axes(lambda self, images, **_: spec_of(images, 1))
     def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """images: float [B, Y, X, channels] -> float32 logits [B, classes]. key: for dropout; None is evaluation."""
         if images.ndim != 4 or images.shape[1:] != tuple(self.image_size):
             raise ValueError(f"images: got {list(images.shape)}; need [batch, {', '.join(map(str, self.image_size))}]")
         patches = rearrange(images, "B (Y p) (X q) c -> B Y X (p q c)", p=self.patch, q=self.patch)
-        x = self.embedding(patches) + self.positions[...].astype(self.dtype)
+        x = self.embedding(patches) + self.positions[...][None].astype(self.dtype)
         x = self.run(x, key=key)
         return self.head(jnp.mean(self.norm(x).astype(jnp.float32), axis=(1, 2)))
 

@@ -4,12 +4,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from attnlab.attention._shared.checks import check_float, check_int, require, shape_text
+from attnlab.attention._shared.checks import check_float, check_int, check_segment_ids, require, shape_text
 from attnlab.models.blocks import Stack
-from attnlab.nn.layers import dropout
+from attnlab.nn.layers import document_positions, dropout
 from attnlab.nn.mixers.base import MixerCache
 from attnlab.nn.parameters import normal, parameter
+from attnlab.nn.sharding import spec_of, specs_of, under_auto_axes, varying_as
 
 # Folded into the dropout key; the layers fold in their number, so that a layer's dropout does not depend on depth.
 _EMBEDDING_DROPOUT = 2**31
@@ -21,7 +23,7 @@ class LanguageModel(Stack):
     Args:
       vocabulary: number of tokens.
       max_length: with a number, learned positions up to it are added to the embeddings; None adds none (the mixers'
-        rotary positions are their own).
+        rotary positions are their own). Logits after a position beyond it are NaN, where that is not refused.
       stack: mixers and further options, as in attnlab.models.blocks.Stack. Dropout is on the embeddings too; logits are
         float32.
     """
@@ -33,6 +35,11 @@ class LanguageModel(Stack):
         self.embedding = parameter((vocabulary, self.features), normal(0.02))
         self.positions = None if max_length is None else parameter((max_length, self.features), normal(0.02))
 
+    @under_auto_axes(
+        lambda self, tokens, output_positions=None, **_: spec_of(
+            tokens if output_positions is None else output_positions
+        )
+    )
     def __call__(
         self,
         tokens: jax.Array,
@@ -43,12 +50,20 @@ class LanguageModel(Stack):
     ) -> jax.Array:
         """tokens: int [B, T] -> float32 logits [B, T, vocabulary] of the next token.
 
-        segment_ids: int [B, T], packed documents that do not see each other. output_positions: int [B, A], where logits
-        are wanted, [B, A, vocabulary]; None is everywhere. key: for dropout; None is evaluation.
+        segment_ids: int [B, T], documents packed one after another, each a run of equal ids; their logits are those of
+        each alone, positions from 0 too. output_positions: int [B, A], where logits are wanted, [B, A, vocabulary];
+        None is everywhere. key: for dropout; None is evaluation.
         """
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens: got {tokens.dtype}{list(tokens.shape)}; need integers [batch, length]")
-        x = self._embed(tokens, jnp.arange(tokens.shape[1]))
+        if segment_ids is not None:
+            check_segment_ids("segment_ids", segment_ids, tokens.shape, "[batch, length]")
+            positions = document_positions(segment_ids)
+        else:
+            if self.max_length is not None and tokens.shape[1] > self.max_length:
+                raise ValueError(f"tokens: got length {tokens.shape[1]}; max_length is {self.max_length}")
+            positions = jnp.arange(tokens.shape[1])[None]
+        x = self._embed(tokens, positions)
         x = dropout(x, self.dropout_rate, None if key is None else jax.random.fold_in(key, _EMBEDDING_DROPOUT))
         x = self.run(x, key=key, segment_ids=segment_ids)
         if output_positions is not None:
@@ -56,11 +71,10 @@ class LanguageModel(Stack):
         return self._logits(x)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """tokens [B, T], positions [B or 1, T] -> [B, T, D]."""
         x = self.embedding[...][tokens]
         if self.positions is not None:
-            if tokens.shape[1] > self.positions.shape[0]:
-                raise ValueError(f"tokens: got length {tokens.shape[1]}; max_length is {self.max_length}")
-            x = x + self.positions[...][positions]
+            x = x + self.positions[...].at[positions].get(mode="fill", fill_value=jnp.nan)
         return x.astype(self.dtype)
 
     def _logits(self, x: jax.Array) -> jax.Array:
@@ -77,9 +91,12 @@ class LanguageModel(Stack):
             raise ValueError(f"max_length: got {max_length}; the model has positions for {self.max_length} tokens")
         return [block.mixer.init_cache(batch, max_length) for block in self.layers]
 
+    @under_auto_axes(lambda self, cache, tokens: (spec_of(tokens), specs_of(cache)))
     def step(self, cache: list[MixerCache], tokens: jax.Array) -> tuple[jax.Array, list[MixerCache]]:
         """The next tokens, int [B] -> (logits [B, vocabulary] of the ones after, cache)."""
-        x = self._embed(tokens[:, None], cache[0].position[None])
+        if tokens.ndim != 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens: got {shape_text(tokens)}; need integers [batch]")
+        x = self._embed(tokens[:, None], cache[0].position[None, None])
         new_cache = []
         for block, block_cache in zip(self.layers, cache):
             x, block_cache = block.step(block_cache, x)
@@ -91,6 +108,7 @@ class LanguageModel(Stack):
         return self.stack_flops((length,)) + 2 * length * self.features * self.vocabulary
 
 
+@under_auto_axes(lambda model, prompt, **_: spec_of(prompt, 1))
 def generate(
     model: LanguageModel,
     prompt: jax.Array,
@@ -127,6 +145,6 @@ def generate(
         return (cache, token), token
 
     steps = prompt_length + length - 1  # the last token is drawn and not read
-    cache = model.init_cache(prompt.shape[0], max(steps, 1))
-    _, tokens = jax.lax.scan(step, (cache, prompt[:, 0]), jnp.arange(steps))
+    start = model.init_cache(prompt.shape[0], max(steps, 1)), prompt[:, 0]
+    _, tokens = jax.lax.scan(step, varying_as(start, (nnx.state(model), prompt, key)), jnp.arange(steps))
     return jnp.concatenate([prompt[:, :1], tokens.T], axis=1)

@@ -9,6 +9,7 @@ from attnlab.attention._shared.checks import check_int
 from attnlab.models.blocks import Stack
 from attnlab.nn.layers import Linear
 from attnlab.nn.parameters import normal
+from attnlab.nn.sharding import spec_of, under_auto_axes
 
 
 class SequenceRegressor(Stack):
@@ -25,6 +26,7 @@ class SequenceRegressor(Stack):
         self.embedding = Linear(channels, self.features, use_bias=True, dtype=self.dtype)
         self.head = Linear(self.features, 1, use_bias=True, initializer=normal(0.02))
 
+    @under_auto_axes(lambda self, vectors, **_: spec_of(vectors, 2))
     def __call__(self, vectors: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """vectors: float [B, T, channels] -> float32 [B, T], each from its position and those before.
 

@@ -34,20 +34,25 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), axes=len(self.inputs))
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return y if self.bias is None else y + along(self.bias[...].astype(self.dtype), y)
+
+
+def along(values: jax.Array, x: jax.Array) -> jax.Array:
+    """Values of the last axes of x, with axes of 1 in front of them, as jax_numpy_rank_promotion="raise" asks for."""
+    return values.reshape((1,) * (x.ndim - values.ndim) + values.shape)
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis, in float32 (Zhang and Sennrich 2019)."""
+    """x / rms(x) * scale over the last axis, in float32 or wider (Zhang and Sennrich 2019)."""
 
     def __init__(self, features: int, *, epsilon: float = 1e-6):
         self.epsilon = check_float("epsilon", epsilon, least=0)
         self.scale = parameter((check_int("features", features, least=1),), ones)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
-        return (y * self.scale[...]).astype(x.dtype)
+        return (y * along(self.scale[...], y)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -62,7 +67,7 @@ class LayerNorm(nnx.Module):
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return (y * along(self.scale[...], y) + along(self.bias[...], y)).astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):
@@ -94,15 +99,18 @@ def rotary_embedding(x: jax.Array, positions: jax.Array, *, base: float = 10_000
 
     Args:
       x: [B, *space, N, H]; H a multiple of twice the number of space axes.
-      positions: [*space, axes], the coordinate of each position on each space axis (one row per position).
+      positions: [*space, axes], the coordinate of each position on each space axis (one row per position), or
+        [B, *space, axes], of each example.
       base: the longest wavelength is 2 pi base positions.
     """
     axes = positions.shape[-1]
     pairs = x.shape[-1] // (2 * axes)
-    frequencies = base ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies  # [*space, axes, pairs]
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    frequencies = base ** (-jnp.arange(pairs, dtype=dtype) / pairs)
+    angles = positions.astype(dtype)[..., None]
+    angles = along(angles * along(frequencies, angles), x)  # [B or 1, *space, axes, pairs]
     angles = rearrange(angles, "... axes pairs -> ... 1 (axes pairs)")  # one head axis to broadcast over
-    even, odd = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    even, odd = jnp.split(x.astype(dtype), 2, axis=-1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([even * cos - odd * sin, even * sin + odd * cos], axis=-1).astype(x.dtype)
 
@@ -110,6 +118,22 @@ def rotary_embedding(x: jax.Array, positions: jax.Array, *, base: float = 10_000
 def grid_positions(space: tuple[int, ...]) -> jax.Array:
     """The coordinates of every position of a grid: int32 [*space, len(space)]."""
     return jnp.stack(jnp.meshgrid(*(jnp.arange(length) for length in space), indexing="ij"), axis=-1)
+
+
+def document_numbers(segment_ids: jax.Array) -> jax.Array:
+    """Documents, runs of equal ids, counted from 1 in each row: int [B, T] -> int32 [B, T]."""
+    return jnp.cumsum(_begins(segment_ids), axis=1, dtype=jnp.int32)
+
+
+def document_positions(segment_ids: jax.Array) -> jax.Array:
+    """Each token's distance from the first one of its document, a run of equal ids: int [B, T] -> int32 [B, T]."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None], segment_ids.shape)
+    return index - jax.lax.cummax(jnp.where(_begins(segment_ids), index, 0), axis=1)
+
+
+def _begins(segment_ids: jax.Array) -> jax.Array:
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), changes], axis=1)
 
 
 def depthwise_convolution(
@@ -133,7 +157,7 @@ def depthwise_convolution(
     for offset in np.ndindex(*widths):
         window = tuple(slice(start, start + length) for start, length in zip(offset, space))
         tap = kernel[(..., *offset, slice(None))]
-        tap = tap.reshape(-1, *(1,) * rank, x.shape[-1])  # [B or 1, 1.., channels]
+        tap = tap.reshape(*tap.shape[:-1] or (1,), *(1,) * rank, x.shape[-1])  # [B or 1, 1.., channels]
         shifted = padded[(slice(None), *window)]
         if ids is not None and segment_ids is not None:
             shifted = jnp.where((ids[:, window[0]] == segment_ids)[..., None], shifted, 0)
@@ -170,7 +194,7 @@ class DepthwiseConvolution(nnx.Module):
             )
         kernel = self.kernel[...].astype(self.dtype)
         y = depthwise_convolution(x, kernel, is_causal=self.is_causal, segment_ids=segment_ids)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return y if self.bias is None else y + along(self.bias[...].astype(self.dtype), y)
 
     def init_cache(self, batch: int) -> jax.Array:
         """The inputs before the first token: zeros [batch, width - 1, features]."""

@@ -22,7 +22,22 @@ Model = TypeVar("Model", bound=nnx.Module)
 Parameters = dict[str, Any]
 
 
-class Buffer(nnx.Variable):
+class _Drawn(nnx.Variable):
+    """What `initialize` draws, and nobody can read before `bind` gave it a value."""
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(self.get_value(), jax.ShapeDtypeStruct):
+            raise ValueError(
+                "model: got one without values; call attnlab.nn.bind(model, attnlab.nn.initialize(model, key)) first"
+            )
+        return super().__getitem__(key)
+
+
+class Parameter(_Drawn, nnx.Param):
+    """What gradients train. Float32, drawn by path."""
+
+
+class Buffer(_Drawn):
     """What a layer learns in training without a gradient, such as centroids; the training loop keeps what it becomes.
 
     Float32, drawn by path as parameters are.
@@ -49,9 +64,9 @@ def ones(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jnp.ones(shape, dtype)
 
 
-def parameter(shape: tuple[int, ...], initializer: Initializer) -> nnx.Param:
+def parameter(shape: tuple[int, ...], initializer: Initializer) -> Parameter:
     """A float32 parameter without a value; `initialize` draws it."""
-    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), initializer=initializer)
+    return Parameter(jax.ShapeDtypeStruct(shape, jnp.float32), initializer=initializer)
 
 
 def buffer(shape: tuple[int, ...], initializer: Initializer) -> Buffer:
@@ -133,6 +148,38 @@ def learned(bound: nnx.Module) -> tuple[Parameters, jax.Array]:
     buffers = _nested((path, variable.get_value()) for path, variable in _variables(bound, Buffer))
     losses = (variable.get_value() for _, variable in _variables(bound, AuxiliaryLoss))
     return buffers, sum(losses, jnp.zeros((), jnp.float32))
+
+
+# What a call has set, by the paths of Buffers and AuxiliaryLosses.
+Learned = dict[tuple[Any, ...], jax.Array]
+
+
+def as_function(call: Callable[..., Any], bound: nnx.Module) -> tuple[Callable[..., tuple[Any, Learned]], nnx.State]:
+    """call(bound, ...) for JAX's transformations: function(state, ...) -> (its result, what it learned), and the state.
+
+    The function touches nothing but its arguments; `absorb` sets what it learned.
+    """
+    graph, state = nnx.split(bound)
+
+    def learnable(module: nnx.Module) -> Learned:
+        flat = nnx.to_flat_state(nnx.state(module, nnx.Any(Buffer, AuxiliaryLoss)))
+        return {path: variable.get_value() for path, variable in flat}
+
+    def function(state: nnx.State, *arguments: Any) -> tuple[Any, Learned]:
+        module = nnx.merge(graph, state)
+        before = learnable(module)
+        result = call(module, *arguments)
+        return result, {path: value for path, value in learnable(module).items() if value is not before[path]}
+
+    return function, state
+
+
+def absorb(bound: nnx.Module, learned: Learned) -> None:
+    """Sets in a module what a call of it as a function has learned."""
+    if learned:
+        variables = dict(nnx.to_flat_state(nnx.state(bound)))
+        changed = [(path, variables[path].replace(value)) for path, value in learned.items()]
+        nnx.update(bound, nnx.from_flat_state(changed))
 
 
 def parameter_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:

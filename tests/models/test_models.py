@@ -65,15 +65,6 @@ def test_decoding_equals_the_call(hybrid, tokens):
     np.testing.assert_allclose(jnp.stack(got, axis=1), logits, atol=2e-5)
 
 
-def test_generation_continues_the_prompt_as_the_call_would(hybrid, tokens):
-    model, parameters = hybrid
-    bound = nn.bind(model, parameters)
-    out = generate(bound, tokens[:, :5], length=6, key=jax.random.key(0), temperature=0)
-    assert out.shape == (2, 11)
-    np.testing.assert_array_equal(out[:, :5], tokens[:, :5])
-    np.testing.assert_array_equal(out[:, 5:], jnp.argmax(compiled(model)(parameters, out), axis=-1)[:, 4:-1])
-
-
 def test_generation_draws_below_a_number_and_fills_every_position(hybrid):
     """One token given and 12 drawn: the last is not read, so the model's 12 positions do."""
     bound = nn.bind(*hybrid)
@@ -108,12 +99,48 @@ def test_dropout_is_decided_by_the_key_alone(hybrid, tokens):
     assert np.any(first != call(parameters, tokens))
 
 
-def test_packed_documents_do_not_see_each_other(tokens):
-    model = LanguageModel(vocabulary=17, mixers=[nn.SoftmaxAttention, *HYBRID], depth=3, features=16)
-    call = functools.partial(compiled(model), nn.initialize(model, jax.random.key(0)))
-    packed = call(tokens, segment_ids=jnp.repeat(jnp.array([[0, 1]]), 6, axis=1).repeat(2, axis=0))
-    apart = jnp.concatenate([call(tokens[:, :6]), call(tokens[:, 6:])], axis=1)
-    np.testing.assert_allclose(packed, apart, atol=2e-5)
+@pytest.fixture(scope="module")
+def packing():
+    """A model with positions for 5 tokens, its values, and a row of three documents."""
+    mixers = [
+        functools.partial(nn.LocalAttention, window=2, sinks=2),
+        functools.partial(nn.LinearAttention, convolution=3),
+    ]
+    model = LanguageModel(vocabulary=17, mixers=mixers, depth=2, features=16, max_length=5)
+    tokens = jax.random.randint(jax.random.key(1), (1, 15), 0, 17)
+    return model, nn.initialize(model, jax.random.key(0)), tokens, jnp.repeat(jnp.array([[7, 3, 7]]), 5, axis=1)
+
+
+def test_packed_documents_give_what_each_gives_alone(packing):
+    model, values, tokens, ids = packing
+    call = functools.partial(compiled(model), values)
+    alone = call(tokens.reshape(3, 5)).reshape(1, 15, 17)
+    np.testing.assert_allclose(call(tokens, segment_ids=ids), alone, atol=2e-5)
+
+
+def test_padding_in_a_segment_of_its_own_changes_nothing_of_the_tokens(packing):
+    model, values, tokens, ids = packing
+    is_token = ids == 3
+
+    @jax.jit
+    def evaluate(values, tokens):
+        def loss(values):
+            logits = nn.bind(model, values)(tokens, segment_ids=ids)
+            return jnp.sum(jnp.where(is_token[..., None], logits, 0) ** 2), logits
+
+        gradients, logits = jax.grad(loss, has_aux=True)(values)
+        return logits[:, 5:10], gradients
+
+    for padding in (0, 16):
+        got = evaluate(values, jnp.where(is_token, tokens, padding))
+        jax.tree.map(np.testing.assert_array_equal, got, evaluate(values, tokens))
+
+
+def test_a_document_longer_than_the_model_s_positions_has_no_numbers(packing):
+    """Which a compiled program cannot refuse."""
+    model, values, tokens, _ = packing
+    logits = compiled(model)(values, tokens, segment_ids=jnp.zeros_like(tokens))
+    assert np.all(np.isnan(logits[:, 5:]))
 
 
 def test_flops_agree_with_the_compiler_where_it_counts_the_same():
@@ -159,6 +186,26 @@ def test_bad_options_are_named(call, message):
         call()
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: model(jnp.zeros((1, 4), jnp.int32)),
+        lambda model: model.step(model.init_cache(1, 4), jnp.zeros(1, jnp.int32)),
+        lambda model: generate(model, jnp.zeros((1, 4), jnp.int32), length=2, key=jax.random.key(0)),
+        lambda model: jax.jit(lambda tokens: model(tokens))(jnp.zeros((1, 4), jnp.int32)),
+        lambda model: model.layers[0].mixer(jnp.zeros((1, 4, 16))),
+        lambda model: ImageClassifier(image_size=(4, 4, 1), classes=2, mixers=[nn.SoftmaxAttention], features=16)(
+            jnp.zeros((1, 4, 4, 1))
+        ),
+    ],
+)
+def test_a_model_without_values_says_what_to_do(hybrid, call):
+    with pytest.raises(ValueError, match="model: got one without values") as error:
+        call(hybrid[0])
+    advice = "call attnlab.nn.bind(model, attnlab.nn.initialize(model, key)) first"
+    assert str(error.value).splitlines()[0] == f"model: got one without values; {advice}"
+
+
 def test_bad_inputs_are_named(hybrid):
     bound = nn.bind(*hybrid)
     with pytest.raises(ValueError, match=r"tokens: got float32"):
@@ -167,3 +214,7 @@ def test_bad_inputs_are_named(hybrid):
         bound(jnp.zeros((1, 13), jnp.int32))
     with pytest.raises(ValueError, match="positions for 12 tokens"):
         bound.init_cache(1, 13)
+    with pytest.raises(ValueError, match="max_length: got 0; need at least 1"):
+        bound.init_cache(1, 0)
+    with pytest.raises(ValueError, match=r"tokens: got int32\[1,1\]; need integers \[batch\]"):
+        bound.step(bound.init_cache(1, 4), jnp.zeros((1, 1), jnp.int32))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from marks import slow_but
-from mixers import DECODING, MIXERS
+from mixers import DECODING, MIXERS, Mixer
 
 from attnlab import attention, nn
 
@@ -75,19 +75,25 @@ def test_attention_weights_are_what_the_mechanism_applies_to_the_values(name):
     assert np.all(weights[:, :, *np.triu_indices(LENGTH, 1)] == 0)
 
 
-@pytest.mark.parametrize("name", DECODING)
-def test_packed_sequences_do_not_see_each_other(name):
-    """The second sequence gives the same when the first one changes, whatever comes before it."""
-    mixer, parameters, x, _ = causal(name)
-    ids = jnp.broadcast_to(jnp.where(jnp.arange(LENGTH) < 6, 0, 1), (BATCH, LENGTH))
-    if not mixer.takes_segments:
-        with pytest.raises(ValueError, match="cannot keep packed sequences apart"):
+# L2ViT's, without its convolution of images.
+FLOORED = Mixer(nn.LinearAttention, {"feature_map": "relu", "normalizer_floor": 0.5}, is_grid=True)
+PACKED = {name: row for name, row in MIXERS.items() if name != "l2vit"} | {"floored": FLOORED}
+
+
+@pytest.mark.parametrize("name", slow_but(set(PACKED) - VARIANTS, PACKED))
+def test_packed_documents_give_what_each_gives_alone(name):
+    """The mixers that cannot say why."""
+    mixer = PACKED[name](FEATURES)
+    parameters = nn.initialize(mixer, jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (BATCH, 21, FEATURES))
+    ids = jnp.broadcast_to(jnp.repeat(jnp.array([3, 0, 3]), 7), (BATCH, 21))
+    if mixer.segments_refusal:
+        with pytest.raises(ValueError, match=f"^segment_ids: got some; .*{re.escape(mixer.segments_refusal)}$"):
             nn.bind(mixer, parameters)(x, segment_ids=ids)
         return
-    call = jax.jit(lambda parameters, x: nn.bind(mixer, parameters)(x, segment_ids=ids))
-    out, changed = call(parameters, x), call(parameters, x.at[:, :6].multiply(-2.0))
-    np.testing.assert_array_equal(out[:, 6:], changed[:, 6:])
-    assert np.any(out[:, :6] != changed[:, :6])
+    packed = jax.jit(lambda x: nn.bind(mixer, parameters)(x, segment_ids=ids))(x)
+    alone = jax.jit(lambda x: nn.bind(mixer, parameters)(x))(x.reshape(-1, 7, FEATURES))
+    np.testing.assert_allclose(packed, alone.reshape(x.shape), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", DECODING)
@@ -362,3 +368,22 @@ def test_a_mixer_of_ones_own_that_cannot_decode_says_what_it_has_not(mixer, reas
     for call in (lambda: made.init_cache(1, 8), lambda: Undecodable.mechanism_step(made, (), *[jnp.ones(1)] * 4)):
         with pytest.raises((ValueError, NotImplementedError), match="to decode"):
             call()
+
+
+def test_a_mixer_on_explicit_axes_lies_as_its_input_does_and_learns():
+    """What jax.make_mesh gives by default; models are tried in tests/models."""
+    mixer, values = MIXERS["routing"](FEATURES), causal("routing")[1]
+    sharding = jax.sharding.NamedSharding(jax.make_mesh((2,), ("data",)), jax.sharding.PartitionSpec("data"))
+    x = jax.device_put(jax.random.normal(jax.random.key(1), (4, LENGTH, FEATURES)), sharding)
+
+    def train(values, x):
+        bound = nn.bind(mixer, values)
+        y = bound(x, is_training=True)
+        return y, bound.step(bound.init_cache(4, LENGTH), x[:, :1])[0], nn.learned(bound)
+
+    y, step, (buffers, loss) = jax.jit(train)(values, x)
+    assert jax.typeof(y).sharding.spec[0] == jax.typeof(step).sharding.spec[0] == "data"
+    want, _, (want_buffers, want_loss) = jax.jit(train)(values, np.asarray(x))
+    for got, expected in ((y, want), (buffers, want_buffers), (loss, want_loss)):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), got, expected)
+    assert buffers["batches"] == 1

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import attnlab.attention as attention
 from attnlab.attention._shared.checks import check_int, check_ints
@@ -27,7 +28,7 @@ class AgentAttention(Attention):
         with pooled agents. None: no biases.
     """
 
-    takes_segments = False
+    segments_refusal = "has agents that gather from all documents, so packed ones cannot be kept apart"
 
     def __init__(
         self,
@@ -104,7 +105,8 @@ class AgentAttention(Attention):
         )
 
     def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
-        return attention.init_agent_cache(batch, self.num_heads, self.count, self.value_dim)
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        return attention.init_agent_cache(batch, self.num_heads, self.count, self.value_dim, dtype=dtype)
 
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
         return attention.agent_step(cache, query, key, value, self._agents(query))

@@ -19,7 +19,8 @@ class AxialAttention(Attention):
       axis: of an image's, 0 is Y (a position sees its column), 1 or -1 is X (its row).
     """
 
-    has_causal_form = takes_segments = False
+    has_causal_form = False
+    segments_refusal = "is for grids, and packed documents are sequences"
 
     def __init__(self, features: int, *, axis: int, **shared: Any):
         super().__init__(features, **shared)

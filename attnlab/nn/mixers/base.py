@@ -14,8 +14,25 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from attnlab.attention._shared.checks import check_bool, check_dtype, check_int, check_ints, check_text
-from attnlab.nn.layers import DepthwiseConvolution, Linear, RMSNorm, grid_positions, rotary_embedding
+from attnlab.attention._shared.checks import (
+    check_bool,
+    check_dtype,
+    check_int,
+    check_ints,
+    check_segment_ids,
+    check_text,
+    require,
+)
+from attnlab.nn.layers import (
+    DepthwiseConvolution,
+    Linear,
+    RMSNorm,
+    document_numbers,
+    document_positions,
+    grid_positions,
+    rotary_embedding,
+)
+from attnlab.nn.sharding import spec_of, specs_of, under_auto_axes
 from attnlab.nn.signatures import show_shared_options
 
 Array = jax.Array
@@ -60,7 +77,8 @@ class Attention(nnx.Module):
     """
 
     has_causal_form = True
-    takes_segments = True
+    # Why packed documents would not be what each is alone; "" where they are.
+    segments_refusal = ""
 
     def __init__(
         self,
@@ -139,6 +157,10 @@ class Attention(nnx.Module):
         """One token [B, 1, N|K, H] -> (out [B, 1, N, V], cache)."""
         raise NotImplementedError(_UNDECODABLE["mechanism_step"].format(type(self).__name__))
 
+    def mechanism_capacity(self, cache: Any) -> int | None:
+        """Tokens that a mechanism's cache can decode, if what it keeps was cut to them; the ones after give NaN."""
+        return None
+
     @property
     def decoding_refusal(self) -> str:
         """Why it does not decode; "" where it does. A mechanism adds what else it refuses."""
@@ -196,14 +218,21 @@ class Attention(nnx.Module):
             added = jnp.repeat(convolve("residual_convolution", value), self.num_heads // self.num_key_heads, axis=-2)
         return query, key, value, added, kept
 
+    @under_auto_axes(lambda self, x, **_: spec_of(x))
     def __call__(self, x: Array, *, segment_ids: Array | None = None, is_training: bool = False) -> Array:
         """x [B, *space, D] -> [B, *space, D].
 
-        segment_ids: int [B, T], packed sequences that do not see each other. is_training: buffers learn from x.
+        segment_ids: int [B, T], documents packed one after another, each a run of equal ids: they give what each gives
+          alone. is_training: buffers learn from x.
         """
-        if segment_ids is not None and not self.takes_segments:
-            raise ValueError(f"segment_ids: got some; {type(self).__name__} cannot keep packed sequences apart")
-        query, key, value, added, _ = self._heads(x, grid_positions(x.shape[1:-1]), segment_ids)
+        positions = grid_positions(x.shape[1:-1])
+        if segment_ids is not None:
+            if self.segments_refusal:
+                raise ValueError(f"segment_ids: got some; {type(self).__name__} {self.segments_refusal}")
+            check_segment_ids("segment_ids", segment_ids, x.shape[:-1], "[batch, length]")
+            require(x.ndim == 3, "segment_ids", f"some for {x.ndim - 2} space axes", "packed documents are sequences")
+            positions, segment_ids = document_positions(segment_ids)[..., None], document_numbers(segment_ids)
+        query, key, value, added, _ = self._heads(x, positions, segment_ids)
         mix = self.mix_and_learn if is_training else self.mix
         return self.output(self.finish(mix(query, key, value, x, segment_ids), value, x) + added)
 
@@ -231,14 +260,21 @@ class Attention(nnx.Module):
         """An empty cache for decoding up to max_length tokens. Raises ValueError with its decoding_refusal."""
         if not self.decodes:
             raise ValueError(self.decoding_refusal)
+        max_length = check_int("max_length", max_length, least=1)
         convolved = {name: layer.init_cache(batch) for name, layer in self._convolutions().items()}
         return MixerCache(jnp.zeros((), jnp.int32), self.init_mechanism_cache(batch, max_length), convolved)
 
+    @under_auto_axes(lambda self, cache, x: (spec_of(x), specs_of(cache)))
     def step(self, cache: MixerCache, x: Array) -> tuple[Array, MixerCache]:
-        """The next token x [B, 1, D] -> (y [B, 1, D], cache). Equals the call on the whole sequence there."""
+        """The next token x [B, 1, D] -> (y [B, 1, D], cache). Equals the call on the whole sequence there.
+
+        A token past what the cache is for gives NaN, unless the cache keeps no less for it: a state, or a whole window.
+        """
         query, key, value, added, convolved = self._heads(x, cache.position[None, None], None, cache.convolved)
         out, mechanism = self.mechanism_step(cache.mechanism, query, key, value, x)
-        out = self.finish(out, value, x) + added
+        out, capacity = self.finish(out, value, x) + added, self.mechanism_capacity(cache.mechanism)
+        if capacity is not None:
+            out = jnp.where(cache.position < capacity, out, jnp.nan)
         return self.output(out), MixerCache(cache.position + 1, mechanism, convolved)
 
     def _convolutions(self) -> dict[str, DepthwiseConvolution]:

@@ -11,7 +11,7 @@ from einops import rearrange
 import attnlab.attention as attention
 from attnlab.attention._shared.checks import check_bool, check_choice, check_float, check_int
 from attnlab.attention._shared.feature_maps import feature_width
-from attnlab.nn.layers import Linear, RMSNorm, depthwise_convolution
+from attnlab.nn.layers import Linear, RMSNorm, along, depthwise_convolution
 from attnlab.nn.mixers.base import Attention, flat
 from attnlab.nn.parameters import normal, ones, parameter, zeros
 
@@ -88,8 +88,9 @@ class LinearAttention(Attention):
         if self.decay == "retention":
             log_decay = attention.retention_log_decay(self.num_heads)
         elif self.decay == "data":
-            steps = jax.nn.softplus(self.gate(x.astype(jnp.float32)) + self.gate_bias[...])
-            log_decay = -jnp.exp(self.log_rate[...]) * steps
+            steps = self.gate(x.astype(jnp.float32))
+            steps = jax.nn.softplus(steps + along(self.gate_bias[...], steps))
+            log_decay = -along(jnp.exp(self.log_rate[...]), steps) * steps
         elif self.decay == "channel":
             log_decay = jax.nn.log_sigmoid(self.gate(self.gate_down(x.astype(jnp.float32)))) / _GATE_DIVISOR
         beta: Array | None = None
@@ -107,7 +108,7 @@ class LinearAttention(Attention):
 
     def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
         if self.normalizer_floor is not None:
-            return self._floored(query, key, value, self.normalizer_floor)
+            return self._floored(query, key, value, self.normalizer_floor, segment_ids)
         out = attention.linear_attention(
             flat(self._unit(query)),
             flat(self._unit(key)),
@@ -119,7 +120,7 @@ class LinearAttention(Attention):
         )
         return out.reshape(*query.shape[:-1], value.shape[-1])
 
-    def _floored(self, query: Array, key: Array, value: Array, floor: float) -> Array:
+    def _floored(self, query: Array, key: Array, value: Array, floor: float, segment_ids: Array | None) -> Array:
         """t q (K^T V) / max(q . sum k, floor), t learned per head."""
         # A channel of ones adds up the weights.
         value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1).astype(jnp.float32)
@@ -130,9 +131,10 @@ class LinearAttention(Attention):
             is_causal=False,
             feature_map=self.feature_map,
             scale=1.0,
+            segment_ids=segment_ids,
             implementation=self.implementation,
         )
-        out = self.temperature[...][:, None] * out[..., :-1] / jnp.maximum(out[..., -1:], floor)
+        out = along(self.temperature[...][:, None], out) * out[..., :-1] / jnp.maximum(out[..., -1:], floor)
         return out.reshape(*query.shape[:-1], value.shape[-1] - 1).astype(query.dtype)
 
     def finish(self, out: Array, value: Array, x: Array) -> Array:
@@ -141,7 +143,13 @@ class LinearAttention(Attention):
 
     def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
         return attention.init_linear_cache(
-            batch, self.num_heads, self.head_dim, self.value_dim, feature_map=self.feature_map, normalize=self.normalize
+            batch,
+            self.num_heads,
+            self.head_dim,
+            self.value_dim,
+            feature_map=self.feature_map,
+            normalize=self.normalize,
+            dtype=jnp.promote_types(self.dtype, jnp.float32),
         )
 
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
@@ -171,7 +179,8 @@ class InlineAttention(Attention):
         input (images alone), as published.
     """
 
-    has_causal_form = takes_segments = False
+    has_causal_form = False
+    segments_refusal = "sums over all positions, so packed documents cannot be kept apart"
 
     def __init__(self, features: int, *, residual: bool = True, rotary: bool = False, **shared: Any):
         super().__init__(features, rotary=rotary, **shared)

@@ -4,11 +4,15 @@ import math
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 import attnlab.attention as attention
 from attnlab.attention import masks
 from attnlab.attention._shared.checks import check_choice, check_int, check_ints, per_axis
+from attnlab.attention._shared.softmax import softmax_parts
+from attnlab.nn.layers import document_positions
 from attnlab.nn.mixers.base import Attention
 
 Array = jax.Array
@@ -18,7 +22,8 @@ class LocalAttention(Attention):
     """Every position sees the `window` positions around it (or up to it, if causal), per axis:
     attention.local_attention.
 
-    A window longer than an axis is cut to it, so that one config serves short inputs too.
+    A window longer than an axis sees all of it, so that one config serves short inputs too. Of packed documents every
+    one has its own sinks.
     """
 
     def __init__(
@@ -36,25 +41,73 @@ class LocalAttention(Attention):
         self.edge: Any = check_choice("edge", edge, get_args(masks.Edge))
         self.sinks = check_int("sinks", sinks, least=0)
 
+    @property
+    def segments_refusal(self) -> str:  # type: ignore[override]
+        if not self.is_causal:
+            return "has windows that move at the borders of the whole input, so packed documents need is_causal=True"
+        if np.max(self.stride) > 1:
+            return f"has stride {self.stride}, which counts from the whole input's start; packed documents need 1"
+        return ""
+
     def _dilation(self, space: tuple[int, ...]) -> tuple[int, ...]:
         return (1,) * len(space)
 
-    def _window(self, space: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(min(pair) for pair in zip(per_axis("window", self.window, len(space)), space))
+    def _fit(self, space: tuple[int, ...]) -> list[tuple[int, int, int]]:
+        """(window, stride, dilation) per axis, of this space.
 
-    def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
-        return attention.local_attention(
+        Causal, they give what the options mean for any length; some of them only if the axis has window * dilation
+        positions, so that positions after its end have to be added.
+        """
+        rank, fitted = len(space), []
+        options = (per_axis("window", self.window, rank), per_axis("stride", self.stride, rank), self._dilation(space))
+        for length, window, stride, dilation in zip(space, *options):
+            if self.is_causal:
+                group = -(-length // dilation)
+                if window >= (group if self.edge == "shift" else -(-group // stride) * stride):
+                    window, stride = group, 1  # all that came before
+            elif window > length:
+                window, stride = length, min(stride, length)
+            fitted.append((window, stride, dilation))
+        return fitted
+
+    def _windows(self, query: Array, key: Array, value: Array, *, dilation: tuple[int, ...], **options: Any) -> Any:
+        return attention.local_attention(query, key, value, **options)
+
+    def _attend(self, query: Array, key: Array, value: Array, segment_ids: Array | None, **sinks: int) -> Any:
+        """Out and lse of the windows."""
+        space = query.shape[1:-2]
+        window, stride, dilation = zip(*self._fit(space))
+        missing = [max(w * d - length, 0) for w, d, length in zip(window, dilation, space)]
+        if any(missing):  # nothing before the end sees what is after it
+            after = [(0, 0), *((0, count) for count in missing)]
+            query, key, value = (jnp.pad(x, [*after, (0, 0), (0, 0)]) for x in (query, key, value))
+            segment_ids = None if segment_ids is None else jnp.pad(segment_ids, after)
+        out, lse = self._windows(
             query,
             key,
             value,
-            window=self._window(x.shape[1:-1]),
-            stride=self.stride,
+            window=window,
+            stride=stride,
+            dilation=dilation,
             is_causal=self.is_causal,
             edge=self.edge,
-            sinks=self.sinks,
             segment_ids=segment_ids,
+            return_lse=True,
             implementation=self.implementation,
+            **sinks,
         )
+        within = (slice(None), *map(slice, space))
+        return out[within], lse[within]
+
+    def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
+        if not self.sinks:
+            return self._attend(query, key, value, segment_ids)[0]
+        if segment_ids is None:
+            return self._attend(query, key, value, None, sinks=self.sinks)[0]
+        near = self._attend(query, key, value, segment_ids)
+        (window,) = per_axis("window", self.window, 1)
+        far = jax.checkpoint(_first_keys, static_argnums=(4, 5))(query, key, value, segment_ids, self.sinks, window)
+        return attention.merge_attention(*zip(near, far))[0]
 
     def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
         (window,), (stride,) = per_axis("window", self.window, 1), per_axis("stride", self.stride, 1)
@@ -80,19 +133,23 @@ class LocalAttention(Attention):
             )
         return super().decoding_refusal
 
+    def mechanism_capacity(self, cache: Any) -> int | None:
+        slots, (window,) = cache.key.shape[1], per_axis("window", self.window, 1)
+        return slots if slots < window + self.sinks else None
+
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
         slots, (stride,) = cache.key.shape[1], per_axis("stride", self.stride, 1)
         sinks = min(self.sinks, slots - stride)
         return attention.local_step(cache, query, key, value, window=slots - sinks, sinks=sinks, stride=stride)
 
     def mechanism_flops(self, space: tuple[int, ...]) -> int:
-        rank = len(space)
+        window, stride, dilation = zip(*self._fit(space))
         axes = masks.axis_windows(
             space,
-            window=self._window(space),
-            stride=per_axis("stride", self.stride, rank),
-            dilation=self._dilation(space),
-            is_causal=(self.is_causal,) * rank,
+            window=window,
+            stride=stride,
+            dilation=dilation,
+            is_causal=(self.is_causal,) * len(space),
             edge=self.edge,
         )
         bounds = [axis.bounds(np.arange(axis.length)) for axis in axes]
@@ -103,10 +160,29 @@ class LocalAttention(Attention):
         return self.pair_flops(pairs)
 
 
+def _first_keys(
+    query: Array, key: Array, value: Array, segment_ids: Array, sinks: int, window: int
+) -> tuple[Array, Array]:
+    """Every query's attention to the first `sinks` keys of its document that its window has left: out and lse."""
+    position = document_positions(segment_ids)
+    now, number = jnp.arange(position.shape[1])[None, :, None], jnp.arange(sinks)[None, None]
+    # No key past the query, which might be another document's; those in the window's reach are not visible here.
+    index = jnp.minimum(now - position[..., None] + number, now)
+    keys, values = (jax.vmap(lambda x, index: x[index])(x, index) for x in (key, value))  # [B, T, sinks, K, H|V]
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    grouped = rearrange(query, "B T (K G) H -> B T K G H", K=key.shape[2])
+    logits = query.shape[-1] ** -0.5 * jnp.einsum("BTKGH,BTSKH->BTKGS", grouped, keys, preferred_element_type=dtype)
+    visible = (number <= position[..., None] - window)[:, :, None, None]
+    numerators, denominator, lse = softmax_parts(logits, visible)
+    out = jnp.einsum("BTKGS,BTSKV->BTKGV", numerators / denominator, values.astype(dtype))
+    return out.reshape(*query.shape[:-1], -1).astype(query.dtype), lse.reshape(query.shape[:-1])
+
+
 class DilatedAttention(LocalAttention):
     """Every position sees a window of every `dilation`-th position: attention.dilated_attention.
 
-    Where the dilated window is longer than an axis, the dilation is lowered until it fits, then the window.
+    Causal, the dilation holds for inputs of any length, of which the window sees what there is. Else, where the dilated
+    window is longer than an axis, the dilation is lowered until it fits, then the window.
     """
 
     def __init__(self, features: int, *, dilation: int | tuple[int, ...], **local: Any):
@@ -116,25 +192,17 @@ class DilatedAttention(LocalAttention):
         self.dilation = check_ints("dilation", dilation)
 
     def _dilation(self, space: tuple[int, ...]) -> tuple[int, ...]:
-        dilation, window = per_axis("dilation", self.dilation, len(space)), self._window(space)
-        return tuple(min(d, length // k) for d, k, length in zip(dilation, window, space))
+        dilations = per_axis("dilation", self.dilation, len(space))
+        if self.is_causal:
+            return tuple(map(min, dilations, space))  # one of the length and one beyond it leave a position to itself
+        windows = map(min, per_axis("window", self.window, len(space)), space)
+        return tuple(min(d, length // k) for d, k, length in zip(dilations, windows, space))
 
-    def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
-        return attention.dilated_attention(
-            query,
-            key,
-            value,
-            window=self._window(x.shape[1:-1]),
-            dilation=self._dilation(x.shape[1:-1]),
-            stride=self.stride,
-            is_causal=self.is_causal,
-            edge=self.edge,
-            segment_ids=segment_ids,
-            implementation=self.implementation,
-        )
+    def _windows(self, query: Array, key: Array, value: Array, **options: Any) -> Any:
+        return attention.dilated_attention(query, key, value, **options)
 
     def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
-        (window,), (dilation,) = self._window((max_length,)), self._dilation((max_length,))
+        ((window, _, dilation),) = self._fit((max_length,))
         return attention.init_dilated_cache(
             batch,
             self.num_key_heads,
@@ -145,7 +213,14 @@ class DilatedAttention(LocalAttention):
             dtype=self.dtype,
         )
 
+    def mechanism_capacity(self, cache: Any) -> int | None:
+        _, dilation, window = cache.key.shape[:3]
+        whole = *per_axis("window", self.window, 1), *per_axis("dilation", self.dilation, 1)
+        return window * dilation if (window, dilation) != whole else None
+
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
         _, dilation, window = cache.key.shape[:3]
-        (stride,) = per_axis("stride", self.stride, 1)
+        (whole,), (stride,) = per_axis("window", self.window, 1), per_axis("stride", self.stride, 1)
+        # A shorter window is all of the tokens that the cache is for.
+        stride = stride if window == whole else 1
         return attention.dilated_step(cache, query, key, value, window=window, dilation=dilation, stride=stride)

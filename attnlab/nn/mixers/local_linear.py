@@ -17,7 +17,7 @@ Array = jax.Array
 class _KeyValueMixer(Attention):
     """What the two share: all keys, or a window of them, and a cache of keys and values."""
 
-    takes_segments = False
+    segments_refusal = "regresses on every key of its window, so packed documents cannot be kept apart"
 
     def __init__(self, features: int, *, window: int | None = None, normalize_qk: bool = True, **shared: Any):
         super().__init__(features, normalize_qk=normalize_qk, **shared)
@@ -43,6 +43,10 @@ class _KeyValueMixer(Attention):
             value_dim=self.value_dim,
             dtype=self.dtype,
         )
+
+    def mechanism_capacity(self, cache: Any) -> int | None:
+        slots = cache.key.shape[1]
+        return slots if self.window is None or slots < self.window else None
 
     def _cached_window(self, cache: Any) -> int | None:
         return None if self.window is None else cache.key.shape[1]

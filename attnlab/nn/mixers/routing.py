@@ -32,7 +32,7 @@ class RoutingAttention(Attention):
       local_heads, local_window: this many of the heads attend to a sliding window instead, as in the published models.
     """
 
-    takes_segments = False
+    segments_refusal = "routes the tokens of all documents to the same clusters, so packed ones cannot be kept apart"
 
     def __init__(
         self,
@@ -137,6 +137,13 @@ class RoutingAttention(Attention):
             return routed, None
         near = min(self.local_window, max_length)
         return routed, attention.init_local_cache(batch, split, self.head_dim, window=near, **widths)
+
+    def mechanism_capacity(self, cache: Any) -> int | None:
+        routed, near = cache
+        cut = [routed.key.shape[3]] if routed.key.shape[3] < self.window else []
+        if near is not None and near.key.shape[1] < self.local_window:
+            cut.append(near.key.shape[1])
+        return min(cut, default=None)
 
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
         routed, near = cache
