@@ -12,12 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._shared.checks import check_int, check_query_key_value, require, shape_text
 from attnlab.attention.dot_product import dot_product_attention
 
 Array = jax.Array
 
 
+@primitive("B*N.", "B*N")
 def axial_attention(
     query: Array,
     key: Array,

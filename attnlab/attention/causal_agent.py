@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._dispatch.choice import Implementations, Kernel, dispatch
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import linear as kernels
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
@@ -49,6 +50,7 @@ class AgentState(NamedTuple):
     numerator: Array
 
 
+@primitive("B*N.", "BN.", "BN.", "BN..")
 def causal_agent_attention(
     query: Array,
     key: Array,
@@ -116,6 +118,7 @@ def init_agent_cache(
     return AgentState(jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, value_dim), dtype))
 
 
+@primitive("B*N.", like="state")
 def agent_step(
     state: AgentState, query: Array, key: Array, value: Array, agents: Array, *, scale: float | None = None
 ) -> tuple[Array, AgentState]:

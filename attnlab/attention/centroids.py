@@ -13,6 +13,7 @@ import einops
 import jax
 import jax.numpy as jnp
 
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._shared.checks import accumulator_dtype, check_array, check_int, require, shape_text
 
 Array = jax.Array
@@ -48,6 +49,7 @@ def init_routing(rng: Array, num_heads: int, num_clusters: int, head_dim: int) -
     return RoutingState(centroids, jnp.ones((num_heads, num_clusters)), centroids)
 
 
+@primitive("...", "..", "...")
 def fit_routing(
     tokens: Array, state: RoutingState, iterations: int = 10, *, normalize: Normalize = "unit"
 ) -> RoutingState:

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.attention import masks
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._shared.checks import check_int, require
 from attnlab.attention.local import LocalCache, init_local_cache, local_step, windowed_attention
 
 Array = jax.Array
 
 
+@primitive("B*N.", "B*N")
 def dilated_attention(
     query: Array,
     key: Array,
@@ -78,6 +80,7 @@ def init_dilated_cache(
     return LocalCache(key, value, group.position)
 
 
+@primitive("B*N.", like="cache")
 def dilated_step(
     cache: LocalCache,
     query: Array,

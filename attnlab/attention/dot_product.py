@@ -21,6 +21,7 @@ from jax import lax
 from attnlab.attention import masks
 from attnlab.attention._cached import attend_to_cache
 from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import dot_product as kernels
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
@@ -40,6 +41,7 @@ _QUERY_CHUNK = 128
 _KEY_CHUNK = 128
 
 
+@primitive("B*N.", "B*N")
 def dot_product_attention(
     query: Array,
     key: Array,
@@ -324,6 +326,7 @@ def init_dot_product_cache(
     )
 
 
+@primitive("B*N.", like="cache")
 def dot_product_step(
     cache: DotProductCache,
     query: Array,

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import linear as kernels
 from attnlab.attention._shared.checks import (
     Array,
@@ -54,6 +55,7 @@ from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.recurrence import LinearInputs, LinearOptions, LinearState
 
 
+@primitive("B*N.", "BN..", "BN.")
 def linear_attention(
     query: Array,
     key: Array,
@@ -153,6 +155,7 @@ def init_linear_cache(
     return LinearState(kv, jnp.zeros((batch, num_heads, features), dtype) if normalize else None)
 
 
+@primitive("B*N.", like="state")
 def linear_step(
     state: LinearState,
     query: Array,

@@ -28,6 +28,7 @@ from jax import lax
 from attnlab.attention import masks
 from attnlab.attention._cached import attend_to_cache
 from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import local as kernels
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
@@ -50,6 +51,7 @@ _TILE_RANGE = {1: (64, 256), 2: (8, 16), 3: (4, 8)}
 _GROUP_BYTES = 2 * 2**20
 
 
+@primitive("B*N.", "B*N")
 def local_attention(
     query: Array,
     key: Array,
@@ -367,6 +369,7 @@ def init_local_cache(
     )
 
 
+@primitive("B*N.", like="cache")
 def local_step(
     cache: LocalCache,
     query: Array,

@@ -29,6 +29,7 @@ from jax import lax
 
 from attnlab.attention import dot_product, local
 from attnlab.attention._dispatch.choice import Implementations, dispatch, form_of
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import covariance
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
@@ -60,6 +61,7 @@ class LocalLinearResiduals(NamedTuple):
     residual: Array
 
 
+@primitive("B*N.", "B*N.", "B*N.", "B*N", "B*N")
 def local_linear_attention(
     query: Array,
     key: Array,
@@ -292,6 +294,7 @@ def init_local_linear_cache(
     return init_dot_product_cache(batch, slots, num_key_heads, head_dim, value_dim=value_dim, dtype=dtype)
 
 
+@primitive("B*N.", like="cache")
 def local_linear_step(
     cache: DotProductCache,
     query: Array,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import covariance
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
@@ -33,6 +34,7 @@ from attnlab.attention.local_linear import append, blocked_weights
 Array = jax.Array
 
 
+@primitive("B*N.")
 def parallax_attention(
     query: Array,
     probe: Array,
@@ -122,6 +124,7 @@ IMPLEMENTATIONS: Implementations = {
 }
 
 
+@primitive("B*N.", like="cache")
 def parallax_step(
     cache: DotProductCache,
     query: Array,

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import routing as kernels
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
@@ -82,6 +83,7 @@ class RoutingAux(NamedTuple):
     taken: Array
 
 
+@primitive("B*N.", "", "..", "...", "B*N", "B*N", "B*N")
 def routing_attention(
     query: Array,
     key: Array,
@@ -454,6 +456,7 @@ def init_routing_cache(
     )
 
 
+@primitive("B*N.", like="cache")
 def routing_step(
     cache: RoutingCache,
     query: Array,

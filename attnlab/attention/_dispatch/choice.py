@@ -4,11 +4,13 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from attnlab.attention._dispatch.deferred import deferring
 
@@ -50,7 +52,13 @@ class Choice:
         return f"{self.primitive}: {runs}{refused}"
 
 
+_number = itertools.count()
 _recorder: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("attnlab_choices", default=None)
+
+
+def is_recording() -> bool:
+    """Whether `explain` is at work."""
+    return _recorder.get() is not None
 
 
 @contextlib.contextmanager
@@ -58,7 +66,9 @@ def _recording() -> Iterator[list[Choice]]:
     choices: list[Choice] = []
     token = _recorder.set(choices)
     try:
-        yield choices
+        # What was traced before is traced again under metadata that it was not traced under.
+        with set_xla_metadata(attnlab_explain=str(next(_number))):
+            yield choices
     finally:
         _recorder.reset(token)
 

@@ -6,11 +6,11 @@ would see how arrays really lie, does not compile for a TPU that is only describ
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from attnlab.attention._dispatch.deferred import deferred_call
 
@@ -52,3 +52,35 @@ def by_batch(function: Callable[..., Any], results: Any, *arguments: Any, defer:
 
     in_specs, out_specs = jax.tree.map(spec, arguments), jax.tree.map(spec, results)
     return jax.shard_map(own_part, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arguments)
+
+
+def over_explicit_axes(
+    function: Callable[..., Any], arrays: Sequence[Any], query: Any, layouts: Sequence[str], like: Any
+) -> Any:
+    """function(*arrays), where mesh axes are Explicit with XLA placing what is inside, as where they are Auto.
+
+    layouts: of the results, by the axes of query, see `primitive`. like: a pytree that further results are like.
+    """
+    meshes = (jax.typeof(x).sharding.mesh for x in arrays)
+    mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+    if mesh is None:
+        return function(*arrays)
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit}
+    specs = [*(_spec_by_axes(layout, query) for layout in layouts), *(_spec(leaf) for leaf in jax.tree.leaves(like))]
+    inside = mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))
+    with jax.sharding.use_abstract_mesh(inside):
+        out = function(*(jax.reshard(x, NamedSharding(inside, PartitionSpec(*[None] * x.ndim))) for x in arrays))
+    leaves, tree = jax.tree.flatten(out)
+    placed = [jax.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, specs)]
+    return jax.tree.unflatten(tree, placed)
+
+
+def _spec(x: Any) -> PartitionSpec:
+    return PartitionSpec(*jax.typeof(x).sharding.spec)
+
+
+def _spec_by_axes(layout: str, query: Any) -> PartitionSpec:
+    """Of a result with this layout, sharded as query [B, *space, N, H] is."""
+    batch, *space, heads, _ = (None,) * 4 if query is None else _spec(query)
+    axes = {"B": [batch], "*": space, "N": [heads], ".": [None]}
+    return PartitionSpec(*(entry for letter in layout for entry in axes[letter]))
