@@ -350,9 +350,10 @@ def dot_product_step(
     Complexity: O(max_length) time.
     """
     check_cached_step(query, key, value, cache.key, cache.value)
-    at = (0, cache.length, 0, 0)
-    keys = lax.dynamic_update_slice(cache.key, key.astype(cache.key.dtype), at)
-    values = lax.dynamic_update_slice(cache.value, value.astype(cache.value.dtype), at)
+    keys, values = (
+        lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis=1)
+        for old, new in ((cache.key, key), (cache.value, value))
+    )
     visible = jnp.arange(keys.shape[1]) <= cache.length
     out = attend_to_cache(
         "dot_product_step",

@@ -51,6 +51,7 @@ from attnlab.attention._shared.chunks import (
     segment_starts,
 )
 from attnlab.attention._shared.feature_maps import FeatureMap, apply_feature_map, feature_width, normalizer_epsilon
+from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, spoilt_since
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.recurrence import LinearInputs, LinearOptions, LinearState
 
@@ -100,7 +101,8 @@ def linear_attention(
         "pallas_tpu" (causal; bfloat16 or float32; chunks of 128) or None to choose by platform.
 
     Returns:
-      [B, T, N, V] in query's dtype, or (that, LinearState) with return_state.
+      [B, T, N, V] in query's dtype, or (that, LinearState) with return_state. A token that is not finite makes NaN of
+      what sees it, and of nothing else: outputs before it and of other segments, and their gradients, are finite.
 
     Raises:
       ValueError, TypeError: at trace time, naming the argument.
@@ -126,13 +128,16 @@ def linear_attention(
         # Made like query: inside shard_map a scan's carry must vary over the mesh axes that its inputs vary over.
         initial_state = jax.tree.map(lambda leaf: jnp.zeros_like(query, shape=leaf.shape), initial_state)
     initial_state = jax.tree.map(lambda leaf: leaf.astype(dtype), initial_state)
+    inputs = LinearInputs(query, key, value, log_decay, beta, initial_state, segment_ids)
     out, state = dispatch(
         "linear_attention",
         IMPLEMENTATIONS,
         implementation,
-        LinearInputs(query, key, value, log_decay, beta, initial_state, segment_ids),
+        _finite(inputs),
         options=LinearOptions(feature_map, normalize, default_scale(scale, head_dim), is_causal, chunk_size),
     )
+    at_tokens, at_end = _spoilt(inputs, is_causal)
+    out, state = spoil(out, at_tokens), jax.tree.map(lambda leaf: spoil(leaf, at_end), state)
     return (out, state) if return_state else out
 
 
@@ -255,6 +260,38 @@ def _check_options(
             None,
             "need [B, N, F] with normalize=True: init_linear_cache(..., normalize=True)",
         )
+
+
+def _finite(inputs: LinearInputs) -> LinearInputs:
+    """Zeros in place of what is not finite; a decay may be -inf."""
+    query, key, value, log_decay, beta, state, segment_ids = inputs
+    query, key, value, state = jax.tree.map(finite_or_zero, (query, key, value, state))
+    log_decay = None if log_decay is None else jnp.where(jnp.isnan(log_decay), 0, log_decay)
+    beta = None if beta is None else finite_or_zero(beta)
+    return LinearInputs(query, key, value, log_decay, beta, state, segment_ids)
+
+
+def _spoilt(inputs: LinearInputs, is_causal: bool) -> tuple[Array, Array]:
+    """bool [B, T, N] and [B, N]: outputs, and the state after them, that have seen what is not finite."""
+    query, key, value, log_decay, beta, state, segment_ids = inputs
+    tokens = repeat_key_heads((is_spoilt(key) | is_spoilt(value))[..., None], query.shape[2])[..., 0]
+    starts = jnp.zeros_like(tokens)
+    if log_decay is not None:
+        gates = log_decay[None, None] if log_decay.ndim == 1 else log_decay
+        gates = gates if gates.ndim == 4 else gates[..., None]
+        tokens, starts = tokens | jnp.isnan(gates).any(-1), starts | (gates == -jnp.inf).all(-1)
+    if beta is not None:
+        tokens = tokens | ~jnp.isfinite(beta)
+    if segment_ids is not None:
+        starts = starts | segment_starts(segment_ids)[..., None]
+    before = is_spoilt(state.kv.reshape(*state.kv.shape[:2], -1))
+    if state.k_sum is not None:
+        before = before | is_spoilt(state.k_sum)
+    seen = spoilt_since(tokens, starts, before)
+    if not is_causal:
+        ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1), (0, 0)))  # a segment's last token is its first one backwards
+        seen = seen | spoilt_since(tokens[:, ::-1], ends[:, ::-1], jnp.zeros_like(before))[:, ::-1]
+    return seen | is_spoilt(query), seen[:, -1] if seen.shape[1] else before
 
 
 # --- Reference --------------------------------------------------------------------------------------------------------

@@ -256,7 +256,8 @@ def _xla(
         return out.astype(query.dtype), lse
 
     # Logits are recomputed in the backward: what is kept for it is linear in the number of positions.
-    logit_bytes = batch * heads * math.prod(t.size * t.box for t in tiles) * jnp.dtype(dtype).itemsize
+    sequences = 1 if jax.export.is_symbolic_dim(batch) else batch
+    logit_bytes = sequences * heads * math.prod(t.size * t.box for t in tiles) * jnp.dtype(dtype).itemsize
     count = len(parts.box_start)
     most = min(max(1, _GROUP_BYTES // logit_bytes), count)
     # Groups of equal size, if one fits, spare the compilation of a smaller last one.
@@ -309,10 +310,10 @@ def _attend(
     if sinks is not None:
         # A sink inside the window is counted there. `start` is the only axis' here.
         key, value = jnp.concatenate([sinks.key, key], axis=2), jnp.concatenate([sinks.value, value], axis=2)
-        visible = jnp.concatenate([jnp.arange(sinks.key.shape[2]) < start, visible], axis=1)
+        visible = jnp.concatenate([jnp.arange(sinks.key.shape[2])[None] < start, visible], axis=1)
         ids = None if ids is None or sinks.ids is None else jnp.concatenate([sinks.ids, ids], axis=1)
     if part.ids is not None and ids is not None:
-        visible = visible & (part.ids[:, :, None] == ids[:, None, :])[:, None, None]
+        visible = visible[None, None, None] & (part.ids[:, :, None] == ids[:, None, :])[:, None, None]
     logits = jnp.asarray(scale, dtype) * jnp.einsum("BKGTH,BKSH->BKGTS", part.query, key, preferred_element_type=dtype)
     numerators, denominator, lse = softmax_parts(logits, visible)
     out = jnp.einsum("BKGTS,BKSV->BKGTV", numerators, value.astype(dtype), preferred_element_type=dtype)
@@ -326,7 +327,7 @@ def _sees(part: _Part, axes: tuple[masks.AxisWindow, ...], tiles: list[Tiles]) -
         # Queries in the padding copy the group's last one; they are dropped afterwards.
         query_index = jnp.minimum(part.first_query[a] + jnp.arange(t.size), part.length[a] - 1)
         start, end = axis.group_bounds(query_index[:, None], part.length[a])
-        key_index = part.first_key[a] + jnp.arange(t.box)
+        key_index = part.first_key[a] + jnp.arange(t.box)[None]
         sees = (start <= key_index) & (key_index < end)
         visible = visible[:, None, :, None] & sees[None, :, None, :]
         visible = visible.reshape(visible.shape[0] * t.size, -1)
@@ -405,12 +406,12 @@ def local_step(
 
     def store(old: Array, new: Array) -> Array:
         new = new.astype(old.dtype)
-        old = lax.dynamic_update_slice(old, new, (0, sinks + position % window, 0, 0))
+        old = lax.dynamic_update_slice_in_dim(old, new, sinks + position % window, axis=1)
         if sinks == 0:
             return old
         slot = jnp.minimum(position, sinks - 1)
         kept = lax.dynamic_slice_in_dim(old, slot, 1, axis=1)
-        return lax.dynamic_update_slice(old, jnp.where(position < sinks, new, kept), (0, slot, 0, 0))
+        return lax.dynamic_update_slice_in_dim(old, jnp.where(position < sinks, new, kept), slot, axis=1)
 
     keys, values = store(cache.key, key), store(cache.value, value)
     # edge="clip": a leader past the end of the sequence, which is not known here.

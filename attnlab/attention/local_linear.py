@@ -29,6 +29,7 @@ from jax import lax
 
 from attnlab.attention import dot_product, local
 from attnlab.attention._dispatch.choice import Implementations, dispatch, form_of
+from attnlab.attention._dispatch.deferred import vary_alike
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import covariance
 from attnlab.attention._shared.checks import (
@@ -144,7 +145,8 @@ def _reference(
     centred = k[:, None] - key_mean[:, :, None]  # [B, T, S, N, H]
     covariance = jnp.einsum("BNTS,BTSNH,BTSNI->BTNHI", p, centred, centred)
     # No key seen: the weights are 0, and so is the output.
-    matrix = covariance + ridge[..., None] * jnp.eye(query.shape[-1], dtype=dtype)
+    identity = jnp.eye(query.shape[-1], dtype=dtype)[None, None, None]
+    matrix = covariance + ridge[..., None] * identity
     offset = q - key_mean
     solution = jnp.linalg.solve(matrix, offset[..., None])[..., 0]
     weights = p * (1 + jnp.einsum("BTSNH,BTNH->BNTS", centred, solution))
@@ -192,6 +194,7 @@ def _regress(
     attention: SoftmaxWeights, query: Array, ridge: Array, tolerance: float, max_iterations: int, out_dtype: Any
 ) -> tuple[Array, LocalLinearResiduals]:
     """query: in the accumulator's dtype. ridge: [B, T, N, 1]."""
+    query, ridge = vary_alike((query, ridge))
     offset = query - attention.key_mean()
 
     def product(x: Array) -> Array:
@@ -334,12 +337,14 @@ def append(
     slot = cache.length if window is None else cache.length % slots
 
     def store(old: Array, new: Array) -> Array:
-        return lax.dynamic_update_slice(old, new.astype(old.dtype), (0, slot, 0, 0))
+        return lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=1)
 
     cache = DotProductCache(store(cache.key, key), store(cache.value, value), cache.length + 1)
     visible = jnp.arange(slots) < cache.length
+    # A linear solve takes what its product closes over to vary alike already.
+    query, keys, values, visible = vary_alike((query, cache.key, cache.value, visible))
 
     def attend(query: Array, values: Array) -> Array:
-        return dense_attention(query, cache.key, values, visible=visible, scale=1.0)[0]
+        return dense_attention(query, keys, values, visible=visible, scale=1.0)[0]
 
-    return cache, weights_of(attend, query, cache.key, cache.value), (cache.length <= slots) | (window is not None)
+    return cache, weights_of(attend, query, keys, values), (cache.length <= slots) | (window is not None)

@@ -23,6 +23,7 @@ Paper: Efficient Content-Based Sparse Attention with Routing Transformers (Roy e
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import einops
@@ -43,6 +44,7 @@ from attnlab.attention._shared.checks import (
     require,
 )
 from attnlab.attention._shared.clusters import members_of_both, strict_ranges, taken_once
+from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax import softmax_parts
 from attnlab.attention.centroids import (
@@ -137,6 +139,13 @@ def routing_attention(
     if key_mask is not None:
         check_key_mask(key_mask, (batch, length), "[batch, length]")
 
+    if key_mask is not None:
+        query, key, value = (jnp.where(key_mask[..., None, None], x, 0) for x in (query, key, value))
+    spoilt = is_spoilt(query)
+    of_keys = spoilt[..., None] if share_qk else repeat_key_heads(is_spoilt(key)[..., None], heads)
+    of_keys = of_keys | repeat_key_heads(is_spoilt(value)[..., None], heads)
+    query, key, value = map(finite_or_zero, (query, key, value))
+
     dtype = accumulator_dtype(query, key, value)
     state = jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf.astype(dtype), state))
     query_tokens, key_tokens, query_heads, key_heads = _normalized(query, key, normalize, share_qk)
@@ -160,6 +169,7 @@ def routing_attention(
         (similarity_q, similarity_k),
         (cluster_q, cluster_k),
         key_mask,
+        of_keys,
         num_clusters=state.centroids.shape[1],
         window=window,
         is_causal=is_causal,
@@ -170,6 +180,7 @@ def routing_attention(
         scale=_scale(scale, normalize, head_dim),
         operands=query.dtype,
     )
+    out = spoil(out, spoilt)
     aux = RoutingAux(
         weight * functools.reduce(jnp.add, losses),
         jax.tree.map(lambda *leaves: functools.reduce(jnp.add, leaves), *statistics),
@@ -222,8 +233,9 @@ def _reference(
     position = jnp.arange(length)
     real = jnp.ones(query.shape[:2], bool) if key_mask is None else key_mask
     logits = scale * jnp.einsum("BTNH,BSNH->BNTS", query, key)
-    ordered = position[:, None] >= position if is_causal else jnp.ones((length, length), bool)
-    itself = position[:, None] == position
+    until = position[:, None] >= position[None]
+    ordered = until if is_causal else jnp.ones_like(until)
+    itself = position[:, None] == position[None]
 
     def attend(visible: Array) -> Array:
         """[B, N, T, S] -> [B, T, N, V]"""
@@ -236,7 +248,7 @@ def _reference(
         cluster_q, cluster_k = (einops.rearrange(x, "B T N -> B N T") for x in cluster)
         both = real[:, None, :, None] & real[:, None, None, :]
         same = (cluster_q[..., None] == cluster_k[..., None, :]) & both
-        up_to_now = jnp.sum(same & (position[:, None] >= position), axis=-1, keepdims=True)
+        up_to_now = jnp.sum(same & until, axis=-1, keepdims=True)
         number = jnp.cumsum(same, axis=-1)  # of this key among the keys of the query's cluster, from 1
         last = up_to_now if is_causal else up_to_now + window // 2
         first = up_to_now - (window if is_causal else window - window // 2)
@@ -349,13 +361,13 @@ def _strict_head(
     def windows(x: Array) -> Array:
         """[T, ...] of keys -> [blocks, (back + 1) tile, ...]: the tiles that a block sees."""
         x = jnp.pad(x[ranges.order_k], ((back * size, tiles * size - length), *((0, 0),) * (x.ndim - 1)))
-        x = x.reshape(back + tiles, size, *x.shape[1:])[blocks.tile[:, None] + jnp.arange(back + 1)]
+        x = x.reshape(back + tiles, size, *x.shape[1:])[blocks.tile[:, None] + jnp.arange(back + 1)[None]]
         return x.reshape(len(blocks.tile), (back + 1) * size, *x.shape[3:])
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend(block: tuple[Array, ...]) -> Array:
         query, key, value, first, end, itself, number = block
-        rank = (number - back) * size + jnp.arange(key.shape[0])
+        rank = ((number - back) * size + jnp.arange(key.shape[0]))[None]
         visible = (first[:, None] <= rank) & (rank < end[:, None])
         if self_is_last:
             visible = _others_if_any(visible, rank == itself[:, None])
@@ -395,11 +407,12 @@ def _global_xla(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend(cluster: tuple[Array, ...]) -> Array:
         query, key, value, position_q, position_k = cluster
-        visible = (position_k < length) & (position_q < length)[:, None]
+        position_q, position_k = position_q[:, None], position_k[None]
+        visible = (position_k < length) & (position_q < length)
         if is_causal:
-            visible &= position_k <= position_q[:, None]
+            visible &= position_k <= position_q
         if self_is_last:
-            visible = _others_if_any(visible, position_k == position_q[:, None])
+            visible = _others_if_any(visible, position_k == position_q)
         numerators, denominator, _ = softmax_parts(scale * query @ key.T, visible)
         return (numerators @ value) / denominator
 
@@ -419,7 +432,24 @@ def _global_xla(
     return total / (count + epsilon)[..., None].astype(value.dtype), count
 
 
-IMPLEMENTATIONS: Implementations = {"reference": _reference, "xla": _xla, **kernels.KERNELS}
+def _spoiling(form: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
+    """The form with bool [B, T, N, 1] as one more array: tokens whose key or value makes NaN of what sees it."""
+
+    @functools.wraps(form)
+    def call(query: Array, key: Array, value: Array, *routes: Any, **options: Any) -> tuple[Array, Array]:
+        wide = jnp.concatenate([value, routes[-1].astype(value.dtype)], axis=-1)
+        out, taken = form(query, key, wide, *routes[:-1], **options)
+        return spoil(out[..., :-1], out[..., -1] > 0), taken
+
+    return call
+
+
+# All take query, key, value [B, T, N, ...], similarities, clusters, the mask and what is spoilt, and give (out, taken).
+IMPLEMENTATIONS: Implementations = {
+    "reference": _spoiling(_reference),
+    "xla": _spoiling(_xla),
+    **kernels.KERNELS,
+}
 
 
 # --- Decoding ---------------------------------------------------------------------------------------------------------

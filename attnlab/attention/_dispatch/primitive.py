@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from attnlab.attention._dispatch.choice import is_recording
-from attnlab.attention._dispatch.deferred import vary_alike
 from attnlab.attention._dispatch.mesh import over_explicit_axes
 
 P = ParamSpec("P")
@@ -51,7 +50,6 @@ def primitive(*layouts: str, like: str = "") -> Callable[[Callable[P, R]], Calla
                 args, kwargs = on_arrays(*arrays)
                 return function(*args, **kwargs)
 
-            arrays = vary_alike(arrays)
             args, kwargs = on_arrays(*arrays)
             given = signature.bind(*args, **kwargs).arguments
             return over_explicit_axes(called, arrays, given.get("query"), layouts, given.get(like))
