@@ -35,10 +35,14 @@ from attnlab.attention._shared.checks import (
     Array,
     accumulator_dtype,
     check_array,
+    check_bool,
+    check_float_dtype,
     check_int,
     check_query_key_value,
     check_segment_ids,
+    check_sizes,
     check_step,
+    check_type,
     default_scale,
     require,
     shape_text,
@@ -112,6 +116,8 @@ def linear_attention(
     """
     check_query_key_value(query, key, value, needs_tokens=not is_causal)  # none leave the state alone
     batch, length, heads, head_dim = query.shape
+    is_causal, normalize = check_bool("is_causal", is_causal), check_bool("normalize", normalize)
+    return_state = check_bool("return_state", return_state)
     _check_options(query, log_decay, beta, feature_map, normalize, initial_state, value.shape[-1])
     if not is_causal:
         for name, given in (("log_decay", log_decay), ("beta", beta)):
@@ -155,8 +161,13 @@ def init_linear_cache(
 
     num_heads: the query's. head_dim: of query and key before the feature map. value_dim: default head_dim.
     """
+    value_dim, dtype = head_dim if value_dim is None else value_dim, check_float_dtype(dtype)
+    batch, num_heads, head_dim, value_dim = check_sizes(
+        batch=batch, num_heads=num_heads, head_dim=head_dim, value_dim=value_dim
+    )
+    normalize = check_bool("normalize", normalize)
     features = feature_width(feature_map, head_dim)
-    kv = jnp.zeros((batch, num_heads, features, value_dim or head_dim), dtype)
+    kv = jnp.zeros((batch, num_heads, features, value_dim), dtype)
     return LinearState(kv, jnp.zeros((batch, num_heads, features), dtype) if normalize else None)
 
 
@@ -186,6 +197,8 @@ def linear_step(
       ([B, 1, N, V] in query's dtype, the state after this token).
     """
     check_step(query, key, value)
+    normalize = check_bool("normalize", normalize)
+    check_type("state", state, LinearState, "init_linear_cache")
     _check_options(query, log_decay, beta, feature_map, normalize, state, value.shape[-1], state_name="state")
     state = jax.tree.map(lambda leaf: leaf.astype(accumulator_dtype(query, key, value)), state)
     return dispatch(
@@ -199,6 +212,7 @@ def linear_step(
 
 def retention_log_decay(num_heads: int, dtype: Any = jnp.float32) -> Array:
     """RetNet's constant decays: [N] of log(1 - 2^(-5-h)), h = 0 .. N-1 (Sun et al. 2023)."""
+    (num_heads,), dtype = check_sizes(num_heads=num_heads), check_float_dtype(dtype)
     return jnp.log1p(-jnp.exp2(-5.0 - jnp.arange(num_heads, dtype=dtype)))
 
 
@@ -209,6 +223,7 @@ def lightning_log_decay(num_heads: int, *, layer: int, num_layers: int, form: st
     form "paper": -(8h/N) (1 - l/L); with h = 0 .. N-1 and layers l = 0 .. L-1.
     """
     num_layers, layer = check_int("num_layers", num_layers, least=1), check_int("layer", layer, least=0)
+    (num_heads,), dtype = check_sizes(num_heads=num_heads), check_float_dtype(dtype)
     require(layer < num_layers, "layer", layer, f"need 0 <= layer < num_layers = {num_layers}")
     require(form in ("code", "paper"), "form", repr(form), 'need "code" or "paper"')
     head = jnp.arange(num_heads, dtype=dtype)
@@ -233,8 +248,9 @@ def _check_options(
     batch, length, heads, head_dim = query.shape
     features = feature_width(feature_map, head_dim)
     for name, given in (("log_decay", log_decay), ("beta", beta)):
-        if given is not None and jnp.issubdtype(getattr(given, "dtype", jnp.float32), jnp.complexfloating):
-            raise TypeError(f"{name}: got dtype {given.dtype}; need real numbers")
+        dtype = getattr(given, "dtype", jnp.float32)
+        if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+            raise TypeError(f"{name}: got dtype {dtype}; need real numbers")
     if log_decay is not None:
         if not hasattr(log_decay, "shape"):
             raise TypeError(f"log_decay: got {type(log_decay).__name__}; need an array [N], [B, T, N] or [B, T, N, F]")
@@ -249,8 +265,7 @@ def _check_options(
         check_array("beta", beta, (batch, length, heads), "[B, T, N]")
         require(not normalize, "normalize", True, "must be False with beta: the delta rule has no sum of weights")
     if state is not None:
-        if not isinstance(state, LinearState):
-            raise TypeError(f"{state_name}: got {type(state).__name__}; need a LinearState")
+        check_type(state_name, state, LinearState, "init_linear_cache")
         check_array(f"{state_name}.kv", state.kv, (batch, heads, features, value_dim), "[B, N, F, V]")
         if state.k_sum is not None:
             check_array(f"{state_name}.k_sum", state.k_sum, (batch, heads, features), "[B, N, F]")

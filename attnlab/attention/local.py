@@ -32,10 +32,14 @@ from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import local as kernels
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
+    check_bool,
     check_cached_step,
+    check_float_dtype,
     check_int,
     check_query_key_value,
     check_segment_ids,
+    check_sizes,
+    check_type,
     default_scale,
     per_axis,
     require,
@@ -97,6 +101,7 @@ def local_attention(
     Complexity, with n positions: "xla" O(n prod(window)) time (times a constant for windows smaller than a tile) and
     O(n) memory; "reference" O(n^2).
     """
+    return_lse = check_bool("return_lse", return_lse)
     out, lse = windowed_attention(
         "local_attention",
         query,
@@ -362,10 +367,14 @@ def init_local_cache(
 ) -> LocalCache:
     """An empty cache for causal decoding, of any number of tokens. value_dim=None means head_dim."""
     slots = check_int("sinks", sinks, least=0) + check_int("window", window, least=1)
+    value_dim, dtype = head_dim if value_dim is None else value_dim, check_float_dtype(dtype)
+    batch, num_key_heads, head_dim, value_dim = check_sizes(
+        batch=batch, num_key_heads=num_key_heads, head_dim=head_dim, value_dim=value_dim
+    )
     shape = (batch, slots, num_key_heads)
     return LocalCache(
         key=jnp.zeros((*shape, head_dim), dtype),
-        value=jnp.zeros((*shape, head_dim if value_dim is None else value_dim), dtype),
+        value=jnp.zeros((*shape, value_dim), dtype),
         position=jnp.zeros((), jnp.int32),
     )
 
@@ -398,7 +407,9 @@ def local_step(
 
     Complexity: O(window + sinks) time and memory.
     """
+    check_type("cache", cache, LocalCache, "init_local_cache")
     check_cached_step(query, key, value, cache.key, cache.value)
+    window, sinks, stride = check_int("window", window), check_int("sinks", sinks), check_int("stride", stride)
     slots = cache.key.shape[1]
     require(window + sinks == slots, "window", f"{window} + {sinks} sinks", f"the cache was made for {slots} together")
     require(1 <= stride <= window, "stride", stride, f"must be from 1 to the window, {window}")

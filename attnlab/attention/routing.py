@@ -36,10 +36,14 @@ from attnlab.attention._kernels import routing as kernels
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
     check_array,
+    check_bool,
+    check_float_dtype,
     check_int,
     check_key_mask,
     check_query_key_value,
+    check_sizes,
     check_step,
+    check_type,
     default_scale,
     require,
 )
@@ -132,6 +136,7 @@ def routing_attention(
     check_state("state", state, heads, head_dim)
     require(membership in ("strict", "global"), "membership", repr(membership), 'need "strict" or "global"')
     check_normalize(normalize)
+    is_causal, share_qk = check_bool("is_causal", is_causal), check_bool("share_qk", share_qk)
     window = check_int("window", window, least=1)
     require(window <= length, "window", window, f"need 1 to the length, {length}")
     if share_qk:
@@ -478,10 +483,18 @@ def init_routing_cache(
     dtype: Any = jnp.float32,
 ) -> RoutingCache:
     """The cache before the first token. num_heads: the query's. It holds N c window (H + V) numbers per sequence."""
-    shape = (batch, num_heads, num_clusters, window)
+    value_dim, dtype = head_dim if value_dim is None else value_dim, check_float_dtype(dtype)
+    *shape, head_dim, value_dim = check_sizes(
+        batch=batch,
+        num_heads=num_heads,
+        num_clusters=num_clusters,
+        window=window,
+        head_dim=head_dim,
+        value_dim=value_dim,
+    )
     return RoutingCache(
         jnp.zeros((*shape, head_dim), dtype),
-        jnp.zeros((*shape, head_dim if value_dim is None else value_dim), dtype),
+        jnp.zeros((*shape, value_dim), dtype),
         jnp.zeros(shape[:-1], jnp.int32),
     )
 
@@ -512,6 +525,8 @@ def routing_step(
     check_step(query, key, value)
     check_state("state", state, *query.shape[2:])
     check_normalize(normalize)
+    share_qk = check_bool("share_qk", share_qk)
+    check_type("cache", cache, RoutingCache, "init_routing_cache")
     batch, _, heads, head_dim = query.shape
     clusters, window = state.centroids.shape[1], cache.key.shape[3]
     check_array("cache.key", cache.key, (batch, heads, clusters, None, head_dim), "[B, N, c, window, H]")

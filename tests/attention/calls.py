@@ -1,5 +1,7 @@
-"""Calls of every public function that computes, with the options that the catalog's rows leave out: one table for what
-must hold of all of them. CALLS: name -> (function, arrays). Steps are scanned, five tokens alike, from an empty cache."""
+"""Calls of every public function that computes, with the options that the catalog's rows leave out.
+
+CALLS: name -> (function, arrays). Steps are scanned, five tokens alike, from an empty cache.
+"""
 
 import functools
 

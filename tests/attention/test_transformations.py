@@ -1,4 +1,4 @@
-"""What JAX does to functions and how it lays out arrays: every public call obeys, as part of a larger program or alone."""
+"""What JAX does to functions, and where it lays arrays: every public call obeys, in a larger program or alone."""
 
 import contextlib
 import functools
@@ -188,7 +188,7 @@ def test_shard_map_computes_what_one_device_does(name, check_vma):
 @every_kind
 def test_a_mesh_computes_what_one_device_does(name, layout, kind):
     """And on Explicit axes, whose arrays say how they lie, the results lie as the query does."""
-    function, arrays = CALLS[name]
+    _, arrays = CALLS[name]
     mesh = mesh_of(kind)
     placed = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, LAYOUTS[layout](x))), arrays)
     with jax.set_mesh(mesh):

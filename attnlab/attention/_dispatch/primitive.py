@@ -60,7 +60,7 @@ def primitive(*layouts: str, like: str = "") -> Callable[[Callable[P, R]], Calla
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             leaves, tree = jax.tree.flatten((args, kwargs))
-            kinds = tuple(_Array if isinstance(leaf, (jax.Array, np.ndarray)) else type(leaf) for leaf in leaves)
+            kinds = tuple(_Array if _is_array(leaf) else type(leaf) for leaf in leaves)
             arrays = [leaf for leaf, kind in zip(leaves, kinds) if kind is _Array]
             rest = _Call(tree, tuple(None if kind is _Array else leaf for leaf, kind in zip(leaves, kinds)), kinds)
             is_constant = all(kind is _Array or issubclass(kind, _CONSTANTS) for kind in kinds)
@@ -70,6 +70,11 @@ def primitive(*layouts: str, like: str = "") -> Callable[[Callable[P, R]], Calla
         return call
 
     return decorate
+
+
+def _is_array(leaf: Any) -> bool:
+    """Not of objects or strings, which JAX does not take."""
+    return isinstance(leaf, jax.Array) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "OSUMm")
 
 
 class _Array:

@@ -147,7 +147,7 @@ def _pallas_tpu(
     from kernels_pallas.tpu.banded_flash import banded_flash_attention
     from kernels_pallas.tpu.banded_flash_backward import banded_flash_gradients
 
-    options, is_strict = _Options(**others), membership == "strict"
+    options, is_strict, dtype = _Options(**others), membership == "strict", query.dtype
 
     def prepare(routes: _Routes) -> tuple[_Rows, Callable[..., Any], Callable[..., Any]]:
         rows = (_strict_rows if is_strict else _global_rows)(routes, options)
@@ -156,7 +156,7 @@ def _pallas_tpu(
             return rows.cut(*(jnp.moveaxis(x.astype(operands), 2, 1) for x in arrays))
 
         def join(out: Array) -> Array:
-            return jnp.moveaxis(rows.join(out[:, :, 0].astype(query.dtype)), 1, 2)
+            return jnp.moveaxis(rows.join(out[:, :, 0].astype(dtype)), 1, 2)
 
         return rows, cut, join
 
