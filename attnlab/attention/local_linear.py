@@ -39,6 +39,7 @@ from attnlab.attention._shared.checks import (
     check_int,
     check_number,
     check_query_key_value,
+    check_sizes,
     check_type,
     default_scale,
     require,

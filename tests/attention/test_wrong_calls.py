@@ -1,5 +1,6 @@
 """Every parameter of every public function with one wrong value: served, or refused in one line that names it."""
 
+import functools
 import inspect
 import warnings
 
@@ -227,18 +228,19 @@ def _wrong(right):
 @pytest.mark.parametrize("name", slow_but({"local_attention", "linear_step", "init_routing_cache"}, RIGHT))
 def test_a_wrong_value_is_refused_in_one_line_that_names_it(name):
     function, right = getattr(A, name), RIGHT[name]
-    jax.eval_shape(lambda: function(**right))
+    jax.eval_shape(functools.partial(function, **right))
     refused, wrong = 0, []
     for parameter, value in right.items():
         for other in _wrong(value):
             given = f"{parameter}={_text(other)}"
             try:
                 with warnings.catch_warnings(action="ignore"):
-                    jax.eval_shape(lambda: function(**{**right, parameter: other}))
+                    jax.eval_shape(functools.partial(function, **{**right, parameter: other}))
             except (ValueError, TypeError) as error:
                 refused += 1
                 # Two arrays that do not fit each other: either may be the one that is named.
-                names = [parameter] if not hasattr(other, "ndim") else list(right)
+                is_array = hasattr(other, "ndim") or hasattr(other, "_fields")
+                names = list(right) if is_array else [parameter]
                 if "\n" in str(error) or not any(one in str(error) for one in names):
                     wrong.append(f"{given}: {error}")
             except Exception as error:
