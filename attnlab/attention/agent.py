@@ -19,6 +19,7 @@ import numpy as np
 
 from attnlab.attention import dot_product
 from attnlab.attention._dispatch.choice import Implementations, dispatch, form_of
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import agent as kernels
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
@@ -35,6 +36,7 @@ from attnlab.attention._shared.checks import (
 Array = jax.Array
 
 
+@primitive("B*N.")
 def agent_attention(
     query: Array,
     key: Array,
@@ -129,6 +131,7 @@ IMPLEMENTATIONS: Implementations = {
 # --- Agents and biases of the published image models ------------------------------------------------------------------
 
 
+@primitive("B.N.")
 def pool_agents(query: Array, grid: tuple[int, int]) -> Array:
     """Agents as means of the query over a grid of p x r bins (adaptive average pooling).
 

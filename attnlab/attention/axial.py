@@ -12,12 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention._shared.checks import check_int, check_query_key_value, require, shape_text
+from attnlab.attention._dispatch.primitive import primitive
+from attnlab.attention._shared.checks import check_bool, check_int, check_query_key_value, require, shape_text
 from attnlab.attention.dot_product import dot_product_attention
 
 Array = jax.Array
 
 
+@primitive("B*N.", "B*N")
 def axial_attention(
     query: Array,
     key: Array,
@@ -53,7 +55,7 @@ def axial_attention(
     """
     rank = getattr(query, "ndim", 4) - 3
     check_query_key_value(query, key, value, space_ranks=range(1, max(rank, 1) + 1))
-    axis = check_int("axis", axis)
+    axis, return_lse = check_int("axis", axis), check_bool("return_lse", return_lse)
     require(-rank <= axis < rank, "axis", axis, f"query {shape_text(query)} has space axes {-rank} to {rank - 1}")
     array_axis = axis % rank + 1
 

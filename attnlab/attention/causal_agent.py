@@ -17,13 +17,18 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._dispatch.choice import Implementations, Kernel, dispatch
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import linear as kernels
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
     check_array,
+    check_bool,
+    check_dtype,
     check_int,
     check_query_key_value,
+    check_sizes,
     check_step,
+    check_type,
     default_scale,
 )
 from attnlab.attention._shared.heads import repeat_key_heads
@@ -49,6 +54,7 @@ class AgentState(NamedTuple):
     numerator: Array
 
 
+@primitive("B*N.", "BN.", "BN.", "BN..")
 def causal_agent_attention(
     query: Array,
     key: Array,
@@ -83,7 +89,7 @@ def causal_agent_attention(
     """
     check_query_key_value(query, key, value)
     agents = batched_agents(agents, query)
-    chunk_size = check_int("chunk_size", chunk_size, least=1)
+    chunk_size, return_state = check_int("chunk_size", chunk_size, least=1), check_bool("return_state", return_state)
     batch, _, heads, head_dim = query.shape
     dtype = accumulator_dtype(query, key, value, agents)
     if initial_state is None:
@@ -112,10 +118,14 @@ def init_agent_cache(
     batch: int, num_heads: int, num_agents: int, value_dim: int, *, dtype: Any = jnp.float32
 ) -> AgentState:
     """The state before the first token, for agent_step and initial_state. num_heads: the query's."""
-    shape = (batch, num_heads, num_agents)
+    batch, num_heads, num_agents, value_dim = check_sizes(
+        batch=batch, num_heads=num_heads, num_agents=num_agents, value_dim=value_dim
+    )
+    shape, dtype = (batch, num_heads, num_agents), check_dtype("dtype", dtype)
     return AgentState(jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, value_dim), dtype))
 
 
+@primitive("B*N.", like="state")
 def agent_step(
     state: AgentState, query: Array, key: Array, value: Array, agents: Array, *, scale: float | None = None
 ) -> tuple[Array, AgentState]:
@@ -229,8 +239,7 @@ IMPLEMENTATIONS: Implementations = {
 
 
 def _check_state(name: str, state: Any, query: Array, value: Array, agents: Array) -> None:
-    if not isinstance(state, AgentState):
-        raise TypeError(f"{name}: got {type(state).__name__}; need an AgentState")
+    check_type(name, state, AgentState, "init_agent_cache")
     shape = (query.shape[0], query.shape[2], agents.shape[1])
     check_array(f"{name}.largest", state.largest, shape, "[B, N, m]")
     check_array(f"{name}.denominator", state.denominator, shape, "[B, N, m]")

@@ -12,8 +12,20 @@ from typing import Any, Literal, NamedTuple
 import einops
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from attnlab.attention._shared.checks import accumulator_dtype, check_array, check_int, require, shape_text
+from attnlab.attention._dispatch.primitive import primitive
+from attnlab.attention._shared.checks import (
+    accumulator_dtype,
+    check_array,
+    check_float,
+    check_floating,
+    check_int,
+    check_sizes,
+    check_type,
+    require,
+    shape_text,
+)
 
 Array = jax.Array
 Normalize = Literal["unit", "layer"]
@@ -42,12 +54,16 @@ class RoutingStatistics(NamedTuple):
 
 def init_routing(rng: Array, num_heads: int, num_clusters: int, head_dim: int) -> RoutingState:
     """Random centroids of unit length, which count as one token each. Better ones come from data: fit_routing."""
-    for name, given in (("num_heads", num_heads), ("num_clusters", num_clusters), ("head_dim", head_dim)):
-        check_int(name, given, least=1)
+    num_heads, num_clusters, head_dim = check_sizes(num_heads=num_heads, num_clusters=num_clusters, head_dim=head_dim)
+    if not hasattr(rng, "dtype") or not (
+        jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) or (rng.dtype == jnp.uint32 and rng.ndim)
+    ):
+        raise TypeError(f"rng: got {rng!r}; need a key, as jax.random.key gives it")
     centroids = unit(jax.random.normal(rng, (num_heads, num_clusters, head_dim)))
     return RoutingState(centroids, jnp.ones((num_heads, num_clusters)), centroids)
 
 
+@primitive("...", "..", "...")
 def fit_routing(
     tokens: Array, state: RoutingState, iterations: int = 10, *, normalize: Normalize = "unit"
 ) -> RoutingState:
@@ -57,8 +73,11 @@ def fit_routing(
       model, its first batch's. normalize: as in routing_attention (the queries' H^-1/2 does not matter here).
     state: gives the number of centroids; one that no token is nearest to stays what it was.
     """
-    check_array("tokens", tokens, (None, None, None, None), "[batch, length, heads, head_dim]")
-    check_state("state", state, *tokens.shape[2:])
+    check_state("state", state, None, None)
+    heads, _, head_dim = state.centroids.shape
+    check_array("tokens", tokens, (None, None, heads, head_dim), "[batch, length, heads, head_dim] of the state")
+    check_floating("tokens", tokens)
+    require(0 not in tokens.shape, "tokens", shape_text(tokens), "need at least one token")
     iterations = check_int("iterations", iterations, least=1)
     check_normalize(normalize)
     dtype = accumulator_dtype(tokens)
@@ -96,6 +115,11 @@ def update_routing(
     axis_name: mapped axes (shard_map, pmap, vmap) over which the statistics are added up first.
     """
     require(rule in ("ema", "unit"), "rule", repr(rule), 'need "ema" or "unit"')
+    check_state("state", state, None, None)
+    check_type("stats", stats, RoutingStatistics, "routing_attention")
+    if not isinstance(decay, (jax.Array, np.ndarray)):
+        decay = check_float("decay", decay)
+        require(0 <= decay <= 1, "decay", repr(decay), "need a number from 0 to 1")
     check_array("stats.counts", stats.counts, state.counts.shape, "[heads, clusters]")
     check_array("stats.sums", stats.sums, state.sums.shape, "[heads, clusters, head_dim]")
     if axis_name is not None:
@@ -153,11 +177,11 @@ def _sums(tokens: Array, cluster: Array, clusters: int) -> RoutingStatistics:
     return jax.vmap(head)(tokens, cluster)
 
 
-def check_state(name: str, state: Any, heads: int, head_dim: int) -> None:
-    if not isinstance(state, RoutingState):
-        raise TypeError(f"{name}: got {type(state).__name__}; need a RoutingState")
+def check_state(name: str, state: Any, heads: int | None, head_dim: int | None) -> None:
+    """heads, head_dim: None for any."""
+    check_type(name, state, RoutingState, "init_routing")
     check_array(f"{name}.centroids", state.centroids, (heads, None, head_dim), "[heads, clusters, head_dim]")
-    clusters = state.centroids.shape[1]
+    heads, clusters, head_dim = state.centroids.shape
     require(clusters >= 1, f"{name}.centroids", shape_text(state.centroids), "need at least one cluster")
     check_array(f"{name}.counts", state.counts, (heads, clusters), "[heads, clusters]")
     check_array(f"{name}.sums", state.sums, (heads, clusters, head_dim), "[heads, clusters, head_dim]")

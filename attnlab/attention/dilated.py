@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.attention import masks
-from attnlab.attention._shared.checks import check_int, require
+from attnlab.attention._dispatch.primitive import primitive
+from attnlab.attention._shared.checks import check_bool, check_int, check_type, require
 from attnlab.attention.local import LocalCache, init_local_cache, local_step, windowed_attention
 
 Array = jax.Array
 
 
+@primitive("B*N.", "B*N")
 def dilated_attention(
     query: Array,
     key: Array,
@@ -43,6 +45,7 @@ def dilated_attention(
 
     The rest, what is returned and raised, and the complexity: see local_attention.
     """
+    return_lse = check_bool("return_lse", return_lse)
     out, lse = windowed_attention(
         "dilated_attention",
         query,
@@ -78,6 +81,7 @@ def init_dilated_cache(
     return LocalCache(key, value, group.position)
 
 
+@primitive("B*N.", like="cache")
 def dilated_step(
     cache: LocalCache,
     query: Array,
@@ -102,6 +106,8 @@ def dilated_step(
 
     Complexity: O(window) time and O(window dilation) memory.
     """
+    check_type("cache", cache, LocalCache, "init_dilated_cache")
+    dilation = check_int("dilation", dilation, least=1)
     require(cache.key.shape[1] == dilation, "dilation", dilation, f"the cache was made for {cache.key.shape[1]}")
     residue = cache.position % dilation
     keys, values = (lax.dynamic_index_in_dim(x, residue, axis=1, keepdims=False) for x in cache[:2])

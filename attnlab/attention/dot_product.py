@@ -21,13 +21,18 @@ from jax import lax
 from attnlab.attention import masks
 from attnlab.attention._cached import attend_to_cache
 from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import dot_product as kernels
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
     check_array,
+    check_bool,
     check_cached_step,
+    check_dtype,
     check_query_key_value,
     check_segment_ids,
+    check_sizes,
+    check_type,
     default_scale,
     require,
     shape_text,
@@ -40,6 +45,7 @@ _QUERY_CHUNK = 128
 _KEY_CHUNK = 128
 
 
+@primitive("B*N.", "B*N")
 def dot_product_attention(
     query: Array,
     key: Array,
@@ -90,8 +96,7 @@ def dot_product_attention(
         fits = all(got in (1, want) for got, want in zip(array.shape, full, strict=True))
         require(fits, name, shape_text(array), f"need [batch|1, heads|1, T|1, S|1] of {list(full)}")
     segments = _segment_pair(segment_ids, batch, queries, keys)
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal: got {is_causal!r}; need a bool")
+    is_causal, return_lse = check_bool("is_causal", is_causal), check_bool("return_lse", return_lse)
     out, lse = dispatch(
         "dot_product_attention",
         IMPLEMENTATIONS,
@@ -316,14 +321,19 @@ def init_dot_product_cache(
     dtype: Any = jnp.float32,
 ) -> DotProductCache:
     """An empty cache for causal decoding of at most max_length tokens. value_dim=None means head_dim."""
+    value_dim, dtype = head_dim if value_dim is None else value_dim, check_dtype("dtype", dtype)
+    batch, max_length, num_key_heads, head_dim, value_dim = check_sizes(
+        batch=batch, max_length=max_length, num_key_heads=num_key_heads, head_dim=head_dim, value_dim=value_dim
+    )
     shape = (batch, max_length, num_key_heads)
     return DotProductCache(
         key=jnp.zeros((*shape, head_dim), dtype),
-        value=jnp.zeros((*shape, head_dim if value_dim is None else value_dim), dtype),
+        value=jnp.zeros((*shape, value_dim), dtype),
         length=jnp.zeros((), jnp.int32),
     )
 
 
+@primitive("B*N.", like="cache")
 def dot_product_step(
     cache: DotProductCache,
     query: Array,
@@ -346,10 +356,12 @@ def dot_product_step(
 
     Complexity: O(max_length) time.
     """
+    check_type("cache", cache, DotProductCache, "init_dot_product_cache")
     check_cached_step(query, key, value, cache.key, cache.value)
-    at = (0, cache.length, 0, 0)
-    keys = lax.dynamic_update_slice(cache.key, key.astype(cache.key.dtype), at)
-    values = lax.dynamic_update_slice(cache.value, value.astype(cache.value.dtype), at)
+    keys, values = (
+        lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis=1)
+        for old, new in ((cache.key, key), (cache.value, value))
+    )
     visible = jnp.arange(keys.shape[1]) <= cache.length
     out = attend_to_cache(
         "dot_product_step",

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
     check_query_key_value,
@@ -26,6 +27,7 @@ from attnlab.attention._shared.heads import repeat_key_heads
 Array = jax.Array
 
 
+@primitive("B*N.")
 def inline_attention(
     query: Array, key: Array, value: Array, *, scale: float | None = None, implementation: str | None = None
 ) -> Array:

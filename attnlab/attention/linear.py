@@ -29,15 +29,20 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import linear as kernels
 from attnlab.attention._shared.checks import (
     Array,
     accumulator_dtype,
     check_array,
+    check_bool,
+    check_dtype,
     check_int,
     check_query_key_value,
     check_segment_ids,
+    check_sizes,
     check_step,
+    check_type,
     default_scale,
     require,
     shape_text,
@@ -50,10 +55,12 @@ from attnlab.attention._shared.chunks import (
     segment_starts,
 )
 from attnlab.attention._shared.feature_maps import FeatureMap, apply_feature_map, feature_width, normalizer_epsilon
+from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, spoilt_since
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.recurrence import LinearInputs, LinearOptions, LinearState
 
 
+@primitive("B*N.", "BN..", "BN.")
 def linear_attention(
     query: Array,
     key: Array,
@@ -98,7 +105,8 @@ def linear_attention(
         "pallas_tpu" (causal; bfloat16 or float32; chunks of 128) or None to choose by platform.
 
     Returns:
-      [B, T, N, V] in query's dtype, or (that, LinearState) with return_state.
+      [B, T, N, V] in query's dtype, or (that, LinearState) with return_state. A token that is not finite makes NaN of
+      what sees it, and of nothing else: outputs before it and of other segments, and their gradients, are finite.
 
     Raises:
       ValueError, TypeError: at trace time, naming the argument.
@@ -108,6 +116,8 @@ def linear_attention(
     """
     check_query_key_value(query, key, value, needs_tokens=not is_causal)  # none leave the state alone
     batch, length, heads, head_dim = query.shape
+    is_causal, normalize = check_bool("is_causal", is_causal), check_bool("normalize", normalize)
+    return_state = check_bool("return_state", return_state)
     _check_options(query, log_decay, beta, feature_map, normalize, initial_state, value.shape[-1])
     if not is_causal:
         for name, given in (("log_decay", log_decay), ("beta", beta)):
@@ -124,13 +134,16 @@ def linear_attention(
         # Made like query: inside shard_map a scan's carry must vary over the mesh axes that its inputs vary over.
         initial_state = jax.tree.map(lambda leaf: jnp.zeros_like(query, shape=leaf.shape), initial_state)
     initial_state = jax.tree.map(lambda leaf: leaf.astype(dtype), initial_state)
+    inputs = LinearInputs(query, key, value, log_decay, beta, initial_state, segment_ids)
     out, state = dispatch(
         "linear_attention",
         IMPLEMENTATIONS,
         implementation,
-        LinearInputs(query, key, value, log_decay, beta, initial_state, segment_ids),
+        _finite(inputs),
         options=LinearOptions(feature_map, normalize, default_scale(scale, head_dim), is_causal, chunk_size),
     )
+    at_tokens, at_end = _spoilt(inputs, is_causal)
+    out, state = spoil(out, at_tokens), jax.tree.map(lambda leaf: spoil(leaf, at_end), state)
     return (out, state) if return_state else out
 
 
@@ -148,11 +161,17 @@ def init_linear_cache(
 
     num_heads: the query's. head_dim: of query and key before the feature map. value_dim: default head_dim.
     """
+    value_dim, dtype = head_dim if value_dim is None else value_dim, check_dtype("dtype", dtype)
+    batch, num_heads, head_dim, value_dim = check_sizes(
+        batch=batch, num_heads=num_heads, head_dim=head_dim, value_dim=value_dim
+    )
+    normalize = check_bool("normalize", normalize)
     features = feature_width(feature_map, head_dim)
-    kv = jnp.zeros((batch, num_heads, features, value_dim or head_dim), dtype)
+    kv = jnp.zeros((batch, num_heads, features, value_dim), dtype)
     return LinearState(kv, jnp.zeros((batch, num_heads, features), dtype) if normalize else None)
 
 
+@primitive("B*N.", like="state")
 def linear_step(
     state: LinearState,
     query: Array,
@@ -178,6 +197,8 @@ def linear_step(
       ([B, 1, N, V] in query's dtype, the state after this token).
     """
     check_step(query, key, value)
+    normalize = check_bool("normalize", normalize)
+    check_type("state", state, LinearState, "init_linear_cache")
     _check_options(query, log_decay, beta, feature_map, normalize, state, value.shape[-1], state_name="state")
     state = jax.tree.map(lambda leaf: leaf.astype(accumulator_dtype(query, key, value)), state)
     return dispatch(
@@ -191,6 +212,7 @@ def linear_step(
 
 def retention_log_decay(num_heads: int, dtype: Any = jnp.float32) -> Array:
     """RetNet's constant decays: [N] of log(1 - 2^(-5-h)), h = 0 .. N-1 (Sun et al. 2023)."""
+    (num_heads,), dtype = check_sizes(num_heads=num_heads), check_dtype("dtype", dtype)
     return jnp.log1p(-jnp.exp2(-5.0 - jnp.arange(num_heads, dtype=dtype)))
 
 
@@ -201,6 +223,7 @@ def lightning_log_decay(num_heads: int, *, layer: int, num_layers: int, form: st
     form "paper": -(8h/N) (1 - l/L); with h = 0 .. N-1 and layers l = 0 .. L-1.
     """
     num_layers, layer = check_int("num_layers", num_layers, least=1), check_int("layer", layer, least=0)
+    (num_heads,), dtype = check_sizes(num_heads=num_heads), check_dtype("dtype", dtype)
     require(layer < num_layers, "layer", layer, f"need 0 <= layer < num_layers = {num_layers}")
     require(form in ("code", "paper"), "form", repr(form), 'need "code" or "paper"')
     head = jnp.arange(num_heads, dtype=dtype)
@@ -225,8 +248,9 @@ def _check_options(
     batch, length, heads, head_dim = query.shape
     features = feature_width(feature_map, head_dim)
     for name, given in (("log_decay", log_decay), ("beta", beta)):
-        if given is not None and jnp.issubdtype(getattr(given, "dtype", jnp.float32), jnp.complexfloating):
-            raise TypeError(f"{name}: got dtype {given.dtype}; need real numbers")
+        dtype = getattr(given, "dtype", jnp.float32)
+        if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+            raise TypeError(f"{name}: got dtype {dtype}; need real numbers")
     if log_decay is not None:
         if not hasattr(log_decay, "shape"):
             raise TypeError(f"log_decay: got {type(log_decay).__name__}; need an array [N], [B, T, N] or [B, T, N, F]")
@@ -241,8 +265,7 @@ def _check_options(
         check_array("beta", beta, (batch, length, heads), "[B, T, N]")
         require(not normalize, "normalize", True, "must be False with beta: the delta rule has no sum of weights")
     if state is not None:
-        if not isinstance(state, LinearState):
-            raise TypeError(f"{state_name}: got {type(state).__name__}; need a LinearState")
+        check_type(state_name, state, LinearState, "init_linear_cache")
         check_array(f"{state_name}.kv", state.kv, (batch, heads, features, value_dim), "[B, N, F, V]")
         if state.k_sum is not None:
             check_array(f"{state_name}.k_sum", state.k_sum, (batch, heads, features), "[B, N, F]")
@@ -252,6 +275,38 @@ def _check_options(
             None,
             "need [B, N, F] with normalize=True: init_linear_cache(..., normalize=True)",
         )
+
+
+def _finite(inputs: LinearInputs) -> LinearInputs:
+    """Zeros in place of what is not finite; a decay may be -inf."""
+    query, key, value, log_decay, beta, state, segment_ids = inputs
+    query, key, value, state = jax.tree.map(finite_or_zero, (query, key, value, state))
+    log_decay = None if log_decay is None else jnp.where(jnp.isnan(log_decay), 0, log_decay)
+    beta = None if beta is None else finite_or_zero(beta)
+    return LinearInputs(query, key, value, log_decay, beta, state, segment_ids)
+
+
+def _spoilt(inputs: LinearInputs, is_causal: bool) -> tuple[Array, Array]:
+    """bool [B, T, N] and [B, N]: outputs, and the state after them, that have seen what is not finite."""
+    query, key, value, log_decay, beta, state, segment_ids = inputs
+    tokens = repeat_key_heads((is_spoilt(key) | is_spoilt(value))[..., None], query.shape[2])[..., 0]
+    starts = jnp.zeros_like(tokens)
+    if log_decay is not None:
+        gates = log_decay[None, None] if log_decay.ndim == 1 else log_decay
+        gates = gates if gates.ndim == 4 else gates[..., None]
+        tokens, starts = tokens | jnp.isnan(gates).any(-1), starts | (gates == -jnp.inf).all(-1)
+    if beta is not None:
+        tokens = tokens | ~jnp.isfinite(beta)
+    if segment_ids is not None:
+        starts = starts | segment_starts(segment_ids)[..., None]
+    before = is_spoilt(state.kv.reshape(*state.kv.shape[:2], -1))
+    if state.k_sum is not None:
+        before = before | is_spoilt(state.k_sum)
+    seen = spoilt_since(tokens, starts, before)
+    if not is_causal:
+        ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1), (0, 0)))  # a segment's last token is its first one backwards
+        seen = seen | spoilt_since(tokens[:, ::-1], ends[:, ::-1], jnp.zeros_like(before))[:, ::-1]
+    return seen | is_spoilt(query), seen[:, -1] if seen.shape[1] else before
 
 
 # --- Reference --------------------------------------------------------------------------------------------------------

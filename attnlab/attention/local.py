@@ -28,13 +28,18 @@ from jax import lax
 from attnlab.attention import masks
 from attnlab.attention._cached import attend_to_cache
 from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import local as kernels
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
+    check_bool,
     check_cached_step,
+    check_dtype,
     check_int,
     check_query_key_value,
     check_segment_ids,
+    check_sizes,
+    check_type,
     default_scale,
     per_axis,
     require,
@@ -50,6 +55,7 @@ _TILE_RANGE = {1: (64, 256), 2: (8, 16), 3: (4, 8)}
 _GROUP_BYTES = 2 * 2**20
 
 
+@primitive("B*N.", "B*N")
 def local_attention(
     query: Array,
     key: Array,
@@ -95,6 +101,7 @@ def local_attention(
     Complexity, with n positions: "xla" O(n prod(window)) time (times a constant for windows smaller than a tile) and
     O(n) memory; "reference" O(n^2).
     """
+    return_lse = check_bool("return_lse", return_lse)
     out, lse = windowed_attention(
         "local_attention",
         query,
@@ -254,7 +261,8 @@ def _xla(
         return out.astype(query.dtype), lse
 
     # Logits are recomputed in the backward: what is kept for it is linear in the number of positions.
-    logit_bytes = batch * heads * math.prod(t.size * t.box for t in tiles) * jnp.dtype(dtype).itemsize
+    sequences = 1 if jax.export.is_symbolic_dim(batch) else batch
+    logit_bytes = sequences * heads * math.prod(t.size * t.box for t in tiles) * jnp.dtype(dtype).itemsize
     count = len(parts.box_start)
     most = min(max(1, _GROUP_BYTES // logit_bytes), count)
     # Groups of equal size, if one fits, spare the compilation of a smaller last one.
@@ -307,10 +315,10 @@ def _attend(
     if sinks is not None:
         # A sink inside the window is counted there. `start` is the only axis' here.
         key, value = jnp.concatenate([sinks.key, key], axis=2), jnp.concatenate([sinks.value, value], axis=2)
-        visible = jnp.concatenate([jnp.arange(sinks.key.shape[2]) < start, visible], axis=1)
+        visible = jnp.concatenate([jnp.arange(sinks.key.shape[2])[None] < start, visible], axis=1)
         ids = None if ids is None or sinks.ids is None else jnp.concatenate([sinks.ids, ids], axis=1)
     if part.ids is not None and ids is not None:
-        visible = visible & (part.ids[:, :, None] == ids[:, None, :])[:, None, None]
+        visible = visible[None, None, None] & (part.ids[:, :, None] == ids[:, None, :])[:, None, None]
     logits = jnp.asarray(scale, dtype) * jnp.einsum("BKGTH,BKSH->BKGTS", part.query, key, preferred_element_type=dtype)
     numerators, denominator, lse = softmax_parts(logits, visible)
     out = jnp.einsum("BKGTS,BKSV->BKGTV", numerators, value.astype(dtype), preferred_element_type=dtype)
@@ -324,7 +332,7 @@ def _sees(part: _Part, axes: tuple[masks.AxisWindow, ...], tiles: list[Tiles]) -
         # Queries in the padding copy the group's last one; they are dropped afterwards.
         query_index = jnp.minimum(part.first_query[a] + jnp.arange(t.size), part.length[a] - 1)
         start, end = axis.group_bounds(query_index[:, None], part.length[a])
-        key_index = part.first_key[a] + jnp.arange(t.box)
+        key_index = part.first_key[a] + jnp.arange(t.box)[None]
         sees = (start <= key_index) & (key_index < end)
         visible = visible[:, None, :, None] & sees[None, :, None, :]
         visible = visible.reshape(visible.shape[0] * t.size, -1)
@@ -359,14 +367,19 @@ def init_local_cache(
 ) -> LocalCache:
     """An empty cache for causal decoding, of any number of tokens. value_dim=None means head_dim."""
     slots = check_int("sinks", sinks, least=0) + check_int("window", window, least=1)
+    value_dim, dtype = head_dim if value_dim is None else value_dim, check_dtype("dtype", dtype)
+    batch, num_key_heads, head_dim, value_dim = check_sizes(
+        batch=batch, num_key_heads=num_key_heads, head_dim=head_dim, value_dim=value_dim
+    )
     shape = (batch, slots, num_key_heads)
     return LocalCache(
         key=jnp.zeros((*shape, head_dim), dtype),
-        value=jnp.zeros((*shape, head_dim if value_dim is None else value_dim), dtype),
+        value=jnp.zeros((*shape, value_dim), dtype),
         position=jnp.zeros((), jnp.int32),
     )
 
 
+@primitive("B*N.", like="cache")
 def local_step(
     cache: LocalCache,
     query: Array,
@@ -394,7 +407,9 @@ def local_step(
 
     Complexity: O(window + sinks) time and memory.
     """
+    check_type("cache", cache, LocalCache, "init_local_cache")
     check_cached_step(query, key, value, cache.key, cache.value)
+    window, sinks, stride = check_int("window", window), check_int("sinks", sinks), check_int("stride", stride)
     slots = cache.key.shape[1]
     require(window + sinks == slots, "window", f"{window} + {sinks} sinks", f"the cache was made for {slots} together")
     require(1 <= stride <= window, "stride", stride, f"must be from 1 to the window, {window}")
@@ -402,12 +417,12 @@ def local_step(
 
     def store(old: Array, new: Array) -> Array:
         new = new.astype(old.dtype)
-        old = lax.dynamic_update_slice(old, new, (0, sinks + position % window, 0, 0))
+        old = lax.dynamic_update_slice_in_dim(old, new, sinks + position % window, axis=1)
         if sinks == 0:
             return old
         slot = jnp.minimum(position, sinks - 1)
         kept = lax.dynamic_slice_in_dim(old, slot, 1, axis=1)
-        return lax.dynamic_update_slice(old, jnp.where(position < sinks, new, kept), (0, slot, 0, 0))
+        return lax.dynamic_update_slice_in_dim(old, jnp.where(position < sinks, new, kept), slot, axis=1)
 
     keys, values = store(cache.key, key), store(cache.value, value)
     # edge="clip": a leader past the end of the sequence, which is not known here.

@@ -19,22 +19,28 @@ and a forward derivative of attention, one pass over the keys, is the product th
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from attnlab.attention import dot_product, local
 from attnlab.attention._dispatch.choice import Implementations, dispatch, form_of
+from attnlab.attention._dispatch.deferred import vary_alike
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import covariance
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
+    check_bool,
     check_cached_step,
+    check_float,
     check_int,
     check_query_key_value,
+    check_sizes,
+    check_type,
     default_scale,
     require,
     shape_text,
@@ -60,6 +66,7 @@ class LocalLinearResiduals(NamedTuple):
     residual: Array
 
 
+@primitive("B*N.", "B*N.", "B*N.", "B*N", "B*N")
 def local_linear_attention(
     query: Array,
     key: Array,
@@ -98,14 +105,9 @@ def local_linear_attention(
     """
     check_query_key_value(query, key, value)
     batch, length, heads, head_dim = query.shape
-    window = check_window(window, is_causal, length)
-    require(
-        isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool) and 0 < tolerance < 1,
-        "tolerance",
-        repr(tolerance),
-        "need a number between 0 and 1",
-    )
-    max_iterations = check_int("max_iterations", max_iterations, least=1)
+    is_causal, window = check_bool("is_causal", is_causal), check_window(window, length)
+    return_residuals = check_bool("return_residuals", return_residuals)
+    tolerance, max_iterations = _check_solve(tolerance, max_iterations)
     out, residuals = dispatch(
         "local_linear_attention",
         IMPLEMENTATIONS,
@@ -121,6 +123,14 @@ def local_linear_attention(
         max_iterations=max_iterations,
     )
     return (out, residuals) if return_residuals else out
+
+
+def _check_solve(tolerance: Any, max_iterations: Any) -> tuple[float, int]:
+    tolerance = check_float("tolerance", tolerance)
+    require(0 < tolerance < 1, "tolerance", repr(tolerance), "need a number between 0 and 1")
+    max_iterations = check_int("max_iterations", max_iterations, least=1)
+    require(max_iterations < 2**31, "max_iterations", max_iterations, "need less than 2^31")
+    return tolerance, max_iterations
 
 
 def _reference(
@@ -142,7 +152,8 @@ def _reference(
     centred = k[:, None] - key_mean[:, :, None]  # [B, T, S, N, H]
     covariance = jnp.einsum("BNTS,BTSNH,BTSNI->BTNHI", p, centred, centred)
     # No key seen: the weights are 0, and so is the output.
-    matrix = covariance + ridge[..., None] * jnp.eye(query.shape[-1], dtype=dtype)
+    identity = jnp.eye(query.shape[-1], dtype=dtype)[None, None, None]
+    matrix = covariance + ridge[..., None] * identity
     offset = q - key_mean
     solution = jnp.linalg.solve(matrix, offset[..., None])[..., 0]
     weights = p * (1 + jnp.einsum("BTSNH,BTNH->BNTS", centred, solution))
@@ -190,6 +201,7 @@ def _regress(
     attention: SoftmaxWeights, query: Array, ridge: Array, tolerance: float, max_iterations: int, out_dtype: Any
 ) -> tuple[Array, LocalLinearResiduals]:
     """query: in the accumulator's dtype. ridge: [B, T, N, 1]."""
+    query, ridge = vary_alike((query, ridge))
     offset = query - attention.key_mean()
 
     def product(x: Array) -> Array:
@@ -259,8 +271,9 @@ IMPLEMENTATIONS: Implementations = {
 
 def _per_query(ridge: Any, shape: tuple[int, int, int], dtype: Any) -> Array:
     """[B, T, N, 1]"""
-    if isinstance(ridge, (int, float)) and not isinstance(ridge, bool):
-        require(0 < ridge < math.inf, "ridge", ridge, "need a number above 0")
+    if isinstance(ridge, (int, float, np.generic)):
+        ridge = check_float("ridge", ridge)
+        require(ridge > 0, "ridge", repr(ridge), "need a number above 0")
     elif not (hasattr(ridge, "shape") and hasattr(ridge, "dtype") and jnp.issubdtype(ridge.dtype, jnp.floating)):
         raise TypeError(f"ridge: got {type(ridge).__name__}; need a number or a floating array [], [N] or [B, T, N]")
     ridge = jnp.asarray(ridge, dtype)
@@ -288,10 +301,11 @@ def init_local_linear_cache(
 ) -> DotProductCache:
     """An empty cache for causal decoding of local linear attention or Parallax, of at most max_length tokens; with a
     window it keeps that many, and decodes any number."""
-    slots = max_length if window is None else check_int("window", window, least=1)
+    slots = max_length if window is None else check_sizes(window=window)[0]
     return init_dot_product_cache(batch, slots, num_key_heads, head_dim, value_dim=value_dim, dtype=dtype)
 
 
+@primitive("B*N.", like="cache")
 def local_linear_step(
     cache: DotProductCache,
     query: Array,
@@ -314,9 +328,11 @@ def local_linear_step(
     Returns:
       ([B, 1, N, V] in query's dtype, the cache with the token added). Without a window, out is NaN past max_length.
     """
+    check_type("cache", cache, DotProductCache, "init_local_linear_cache")
     check_cached_step(query, key, value, cache.key, cache.value)
     wide = query.astype(accumulator_dtype(query, key, value))
     ridge = _per_query(ridge, (query.shape[0], 1, query.shape[2]), wide.dtype)
+    tolerance, max_iterations = _check_solve(tolerance, max_iterations)
     cache, attention, fits = append(cache, default_scale(scale, query.shape[-1]) * wide, key, value, window)
     out, _ = _regress(attention, wide, ridge, tolerance, max_iterations, query.dtype)
     return jnp.where(fits, out, jnp.nan), cache
@@ -327,16 +343,19 @@ def append(
 ) -> tuple[DotProductCache, SoftmaxWeights, Array]:
     """Adds a token: (cache, weights of the scaled query over the keys cached now, whether the token still fitted)."""
     slots = cache.key.shape[1]
+    window = None if window is None else check_int("window", window, least=1)
     require(window in (None, slots), "window", window, f"the cache was made for {slots}")
     slot = cache.length if window is None else cache.length % slots
 
     def store(old: Array, new: Array) -> Array:
-        return lax.dynamic_update_slice(old, new.astype(old.dtype), (0, slot, 0, 0))
+        return lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=1)
 
     cache = DotProductCache(store(cache.key, key), store(cache.value, value), cache.length + 1)
     visible = jnp.arange(slots) < cache.length
+    # A linear solve takes what its product closes over to vary alike already.
+    query, keys, values, visible = vary_alike((query, cache.key, cache.value, visible))
 
     def attend(query: Array, values: Array) -> Array:
-        return dense_attention(query, cache.key, values, visible=visible, scale=1.0)[0]
+        return dense_attention(query, keys, values, visible=visible, scale=1.0)[0]
 
-    return cache, weights_of(attend, query, cache.key, cache.value), (cache.length <= slots) | (window is not None)
+    return cache, weights_of(attend, query, keys, values), (cache.length <= slots) | (window is not None)

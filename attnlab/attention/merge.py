@@ -28,10 +28,19 @@ def merge_attention(outputs: Sequence[Array], lses: Sequence[Array]) -> tuple[Ar
       out [B, *T, N, V] in the dtype of outputs[0]; lse [B, *T, N] in float32 (float64 for float64). Differentiable in
       the outputs and in the lses, also where they are -inf.
     """
+    for name, parts in (("outputs", outputs), ("lses", lses)):
+        if not isinstance(parts, (tuple, list)):
+            raise TypeError(f"{name}: got {type(parts).__name__}; need a list of arrays")
     require(len(outputs) > 0, "outputs", "no parts", "need at least one")
     require(len(lses) == len(outputs), "lses", f"{len(lses)} parts", f"need one for each of {len(outputs)} outputs")
+    like = getattr(outputs[0], "shape", ())
     for index, (out, lse) in enumerate(zip(outputs, lses, strict=True)):
-        check_array(f"outputs[{index}]", out, outputs[0].shape, "[batch, *space, heads, head_dim], equal for all parts")
+        check_array(
+            f"outputs[{index}]",
+            out,
+            like,
+            "[batch, *space, heads, head_dim], equal for all parts",
+        )
         check_array(f"lses[{index}]", lse, out.shape[:-1], f"[batch, *space, heads] of output {shape_text(out)}")
     dtype = accumulator_dtype(*outputs, *lses)
     shares, total, lse = softmax_parts(jnp.stack(lses, axis=-1).astype(dtype))

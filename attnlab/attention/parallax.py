@@ -16,13 +16,16 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import covariance
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
     check_array,
+    check_bool,
     check_cached_step,
     check_floating,
     check_query_key_value,
+    check_type,
     default_scale,
 )
 from attnlab.attention._shared.heads import repeat_key_heads
@@ -33,6 +36,7 @@ from attnlab.attention.local_linear import append, blocked_weights
 Array = jax.Array
 
 
+@primitive("B*N.")
 def parallax_attention(
     query: Array,
     probe: Array,
@@ -64,7 +68,7 @@ def parallax_attention(
     """
     check_query_key_value(query, key, value)
     _check_probe(probe, query)
-    window = check_window(window, is_causal, query.shape[1])
+    is_causal, window = check_bool("is_causal", is_causal), check_window(window, query.shape[1])
     return dispatch(
         "parallax_attention",
         IMPLEMENTATIONS,
@@ -122,6 +126,7 @@ IMPLEMENTATIONS: Implementations = {
 }
 
 
+@primitive("B*N.", like="cache")
 def parallax_step(
     cache: DotProductCache,
     query: Array,
@@ -141,6 +146,7 @@ def parallax_step(
     Returns:
       ([B, 1, N, V] in query's dtype, the cache with the token added). Without a window, out is NaN past max_length.
     """
+    check_type("cache", cache, DotProductCache, "init_local_linear_cache")
     check_cached_step(query, key, value, cache.key, cache.value)
     _check_probe(probe, query)
     dtype = accumulator_dtype(query, probe, key, value)

@@ -23,6 +23,7 @@ Paper: Efficient Content-Based Sparse Attention with Routing Transformers (Roy e
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import einops
@@ -30,18 +31,24 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import routing as kernels
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
     check_array,
+    check_bool,
+    check_dtype,
     check_int,
     check_key_mask,
     check_query_key_value,
+    check_sizes,
     check_step,
+    check_type,
     default_scale,
     require,
 )
 from attnlab.attention._shared.clusters import members_of_both, strict_ranges, taken_once
+from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax import softmax_parts
 from attnlab.attention.centroids import (
@@ -82,6 +89,7 @@ class RoutingAux(NamedTuple):
     taken: Array
 
 
+@primitive("B*N.", "", "..", "...", "B*N", "B*N", "B*N")
 def routing_attention(
     query: Array,
     key: Array,
@@ -128,12 +136,20 @@ def routing_attention(
     check_state("state", state, heads, head_dim)
     require(membership in ("strict", "global"), "membership", repr(membership), 'need "strict" or "global"')
     check_normalize(normalize)
+    is_causal, share_qk = check_bool("is_causal", is_causal), check_bool("share_qk", share_qk)
     window = check_int("window", window, least=1)
     require(window <= length, "window", window, f"need 1 to the length, {length}")
     if share_qk:
         check_array("key", key, query.shape, "query's shape, as share_qk=True")
     if key_mask is not None:
         check_key_mask(key_mask, (batch, length), "[batch, length]")
+
+    if key_mask is not None:
+        query, key, value = (jnp.where(key_mask[..., None, None], x, 0) for x in (query, key, value))
+    spoilt = is_spoilt(query)
+    of_keys = spoilt[..., None] if share_qk else repeat_key_heads(is_spoilt(key)[..., None], heads)
+    of_keys = of_keys | repeat_key_heads(is_spoilt(value)[..., None], heads)
+    query, key, value = map(finite_or_zero, (query, key, value))
 
     dtype = accumulator_dtype(query, key, value)
     state = jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf.astype(dtype), state))
@@ -158,6 +174,7 @@ def routing_attention(
         (similarity_q, similarity_k),
         (cluster_q, cluster_k),
         key_mask,
+        of_keys,
         num_clusters=state.centroids.shape[1],
         window=window,
         is_causal=is_causal,
@@ -168,6 +185,7 @@ def routing_attention(
         scale=_scale(scale, normalize, head_dim),
         operands=query.dtype,
     )
+    out = spoil(out, spoilt)
     aux = RoutingAux(
         weight * functools.reduce(jnp.add, losses),
         jax.tree.map(lambda *leaves: functools.reduce(jnp.add, leaves), *statistics),
@@ -220,8 +238,9 @@ def _reference(
     position = jnp.arange(length)
     real = jnp.ones(query.shape[:2], bool) if key_mask is None else key_mask
     logits = scale * jnp.einsum("BTNH,BSNH->BNTS", query, key)
-    ordered = position[:, None] >= position if is_causal else jnp.ones((length, length), bool)
-    itself = position[:, None] == position
+    until = position[:, None] >= position[None]
+    ordered = until if is_causal else jnp.ones_like(until)
+    itself = position[:, None] == position[None]
 
     def attend(visible: Array) -> Array:
         """[B, N, T, S] -> [B, T, N, V]"""
@@ -234,7 +253,7 @@ def _reference(
         cluster_q, cluster_k = (einops.rearrange(x, "B T N -> B N T") for x in cluster)
         both = real[:, None, :, None] & real[:, None, None, :]
         same = (cluster_q[..., None] == cluster_k[..., None, :]) & both
-        up_to_now = jnp.sum(same & (position[:, None] >= position), axis=-1, keepdims=True)
+        up_to_now = jnp.sum(same & until, axis=-1, keepdims=True)
         number = jnp.cumsum(same, axis=-1)  # of this key among the keys of the query's cluster, from 1
         last = up_to_now if is_causal else up_to_now + window // 2
         first = up_to_now - (window if is_causal else window - window // 2)
@@ -347,13 +366,13 @@ def _strict_head(
     def windows(x: Array) -> Array:
         """[T, ...] of keys -> [blocks, (back + 1) tile, ...]: the tiles that a block sees."""
         x = jnp.pad(x[ranges.order_k], ((back * size, tiles * size - length), *((0, 0),) * (x.ndim - 1)))
-        x = x.reshape(back + tiles, size, *x.shape[1:])[blocks.tile[:, None] + jnp.arange(back + 1)]
+        x = x.reshape(back + tiles, size, *x.shape[1:])[blocks.tile[:, None] + jnp.arange(back + 1)[None]]
         return x.reshape(len(blocks.tile), (back + 1) * size, *x.shape[3:])
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend(block: tuple[Array, ...]) -> Array:
         query, key, value, first, end, itself, number = block
-        rank = (number - back) * size + jnp.arange(key.shape[0])
+        rank = ((number - back) * size + jnp.arange(key.shape[0]))[None]
         visible = (first[:, None] <= rank) & (rank < end[:, None])
         if self_is_last:
             visible = _others_if_any(visible, rank == itself[:, None])
@@ -393,11 +412,12 @@ def _global_xla(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend(cluster: tuple[Array, ...]) -> Array:
         query, key, value, position_q, position_k = cluster
-        visible = (position_k < length) & (position_q < length)[:, None]
+        position_q, position_k = position_q[:, None], position_k[None]
+        visible = (position_k < length) & (position_q < length)
         if is_causal:
-            visible &= position_k <= position_q[:, None]
+            visible &= position_k <= position_q
         if self_is_last:
-            visible = _others_if_any(visible, position_k == position_q[:, None])
+            visible = _others_if_any(visible, position_k == position_q)
         numerators, denominator, _ = softmax_parts(scale * query @ key.T, visible)
         return (numerators @ value) / denominator
 
@@ -417,7 +437,24 @@ def _global_xla(
     return total / (count + epsilon)[..., None].astype(value.dtype), count
 
 
-IMPLEMENTATIONS: Implementations = {"reference": _reference, "xla": _xla, **kernels.KERNELS}
+def _spoiling(form: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
+    """The form with bool [B, T, N, 1] as one more array: tokens whose key or value makes NaN of what sees it."""
+
+    @functools.wraps(form)
+    def call(query: Array, key: Array, value: Array, *routes: Any, **options: Any) -> tuple[Array, Array]:
+        wide = jnp.concatenate([value, routes[-1].astype(value.dtype)], axis=-1)
+        out, taken = form(query, key, wide, *routes[:-1], **options)
+        return spoil(out[..., :-1], out[..., -1] > 0), taken
+
+    return call
+
+
+# All take query, key, value [B, T, N, ...], similarities, clusters, the mask and what is spoilt, and give (out, taken).
+IMPLEMENTATIONS: Implementations = {
+    "reference": _spoiling(_reference),
+    "xla": _spoiling(_xla),
+    **kernels.KERNELS,
+}
 
 
 # --- Decoding ---------------------------------------------------------------------------------------------------------
@@ -446,14 +483,23 @@ def init_routing_cache(
     dtype: Any = jnp.float32,
 ) -> RoutingCache:
     """The cache before the first token. num_heads: the query's. It holds N c window (H + V) numbers per sequence."""
-    shape = (batch, num_heads, num_clusters, window)
+    value_dim, dtype = head_dim if value_dim is None else value_dim, check_dtype("dtype", dtype)
+    *shape, head_dim, value_dim = check_sizes(
+        batch=batch,
+        num_heads=num_heads,
+        num_clusters=num_clusters,
+        window=window,
+        head_dim=head_dim,
+        value_dim=value_dim,
+    )
     return RoutingCache(
         jnp.zeros((*shape, head_dim), dtype),
-        jnp.zeros((*shape, head_dim if value_dim is None else value_dim), dtype),
+        jnp.zeros((*shape, value_dim), dtype),
         jnp.zeros(shape[:-1], jnp.int32),
     )
 
 
+@primitive("B*N.", like="cache")
 def routing_step(
     cache: RoutingCache,
     query: Array,
@@ -479,6 +525,8 @@ def routing_step(
     check_step(query, key, value)
     check_state("state", state, *query.shape[2:])
     check_normalize(normalize)
+    share_qk = check_bool("share_qk", share_qk)
+    check_type("cache", cache, RoutingCache, "init_routing_cache")
     batch, _, heads, head_dim = query.shape
     clusters, window = state.centroids.shape[1], cache.key.shape[3]
     check_array("cache.key", cache.key, (batch, heads, clusters, None, head_dim), "[B, N, c, window, H]")

@@ -4,13 +4,16 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+from jax.experimental.xla_metadata import set_xla_metadata
 
-from attnlab.attention._dispatch.deferred import deferring
+from attnlab.attention._dispatch.deferred import deferring, vary_alike
+from attnlab.attention._dispatch.mesh import BATCH_AXES, HEAD_AXES, POSITION_AXES, unknown_axes
 
 Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla", "pallas_tpu", "pallas_gpu")
@@ -50,7 +53,13 @@ class Choice:
         return f"{self.primitive}: {runs}{refused}"
 
 
+_number = itertools.count()
 _recorder: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("attnlab_choices", default=None)
+
+
+def is_recording() -> bool:
+    """Whether `explain` is at work."""
+    return _recorder.get() is not None
 
 
 @contextlib.contextmanager
@@ -58,7 +67,9 @@ def _recording() -> Iterator[list[Choice]]:
     choices: list[Choice] = []
     token = _recorder.set(choices)
     try:
-        yield choices
+        # What was traced before is traced again under metadata that it was not traced under.
+        with set_xla_metadata(attnlab_explain=str(next(_number))):
+            yield choices
     finally:
         _recorder.reset(token)
 
@@ -103,11 +114,14 @@ def dispatch(
         known = f"{primitive} has no such form" if implementation in IMPLEMENTATIONS else "no such name"
         raise ValueError(f"implementation: got {implementation!r} ({known}); need None or one of {allowed}")
 
+    leaves, tree = jax.tree.flatten(arrays)
+    arrays = jax.tree.unflatten(tree, vary_alike(leaves))
+    unplaced = _unplaced(leaves)
     kernels = {name: entry for name, entry in implementations.items() if isinstance(entry, Kernel)}
     refused = {
         name: reason
         for name, kernel in kernels.items()
-        if implementation in (None, name) and (reason := kernel.refusal(*arrays, **options)) is not None
+        if implementation in (None, name) and (reason := unplaced or kernel.refusal(*arrays, **options)) is not None
     }
     if implementation is not None:
         if implementation in refused:
@@ -130,6 +144,18 @@ def dispatch(
     # platform_dependent picks when the program is lowered, so compiling for a TPU on a CPU host takes the TPU kernel.
     by_platform = {platform: deferring(bound(name)) for platform, name in serving.items()}
     return jax.lax.platform_dependent(*arrays, default=bound("xla"), **by_platform)
+
+
+def _unplaced(arrays: Sequence[Any]) -> str | None:
+    """Why no kernel can take arrays like these, as they lie."""
+    if any(jax.export.is_symbolic_dim(size) for x in arrays for size in x.shape):
+        return "needs sizes that are numbers, and the program is exported for any"
+    if unknown := unknown_axes():
+        known = ", ".join(BATCH_AXES), ", ".join(HEAD_AXES), ", ".join(POSITION_AXES)
+        return "knows mesh axes by their names, {} (batch), {} (heads) and {} (positions), not {}".format(
+            *known, ", ".join(unknown)
+        )
+    return None
 
 
 def form_of(implementations: Implementations, name: str) -> Callable[..., Any]:

@@ -95,13 +95,13 @@ def tangent_call(
 
 def _bind(leaves: Sequence[Any], results: Any, **rules: Any) -> Any:
     shapes, tree = jax.tree.flatten(results)
-    out = _call_p.bind(*_vary_alike(leaves), results=tuple((x.shape, jnp.dtype(x.dtype)) for x in shapes), **rules)
+    out = _call_p.bind(*vary_alike(leaves), results=tuple((x.shape, jnp.dtype(x.dtype)) for x in shapes), **rules)
     return jax.tree.unflatten(tree, out)
 
 
-def _vary_alike(leaves: Sequence[Any]) -> list[Any]:
-    """Inside shard_map all operands vary over the mesh axes over which any does: a cotangent then has its tangent's
-    type, and that of an operand that did not vary is summed over the axes by JAX."""
+def vary_alike(leaves: Sequence[Any]) -> list[Any]:
+    """Arrays that, inside shard_map, all vary over the mesh axes over which any does: a cotangent then has its
+    tangent's type, and JAX sums that of an operand that did not vary over the axes."""
     over = [jax.typeof(leaf).manual_axis_type.varying for leaf in leaves]
     every = frozenset[Any]().union(*over)
     return [

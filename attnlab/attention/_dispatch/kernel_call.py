@@ -1,6 +1,5 @@
 """A kernel and the kernel of its gradients as one function, differentiable in both modes and to any order."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._dispatch.deferred import is_deferring, tangent_call
-from attnlab.attention._dispatch.mesh import by_batch
+from attnlab.attention._dispatch.mesh import partitioned, placement
 
 
 def kernel_call(
@@ -20,6 +19,7 @@ def kernel_call(
     *,
     results: Any,
     kept: Any = (),
+    layouts: Any,
 ) -> Any:
     """kernel(arrays, fixed)'s results. Kernels give values and gradients; tangents, and derivatives of gradients, are
     the blocked form's, in plain JAX.
@@ -31,17 +31,23 @@ def kernel_call(
       arrays: pytree of floating arrays, all that kernel and blocked read: what they close over would not be spread over
         devices. fixed: pytree that has no derivative (segment ids).
       results, kept: shape structs of what the kernel returns, floating.
+      layouts: of (arrays, fixed, results, kept), see `partitioned`.
     """
+    of_arrays, of_fixed, of_results, of_kept = layouts
+    place, defer = placement(), is_deferring()
 
-    spread = functools.partial(by_batch, defer=is_deferring())
+    def spread(function: Callable[..., Any], layouts: Any, results: Any, *arguments: Any) -> Any:
+        return partitioned(function, place, layouts, results, *arguments, defer=defer)
 
     @jax.custom_jvp
     def attend(arrays: Any, fixed: Any) -> Any:
-        return spread(lambda arrays, fixed: kernel(arrays, fixed, False)[0], results, arrays, fixed)
+        layouts = (of_results, of_arrays, of_fixed)
+        return spread(lambda arrays, fixed: kernel(arrays, fixed, False)[0], layouts, results, arrays, fixed)
 
     @jax.custom_jvp
     def attend_and_keep(arrays: Any, fixed: Any) -> Any:
-        return spread(lambda arrays, fixed: kernel(arrays, fixed, True), (results, kept), arrays, fixed)
+        layouts = ((of_results, of_kept), of_arrays, of_fixed)
+        return spread(lambda arrays, fixed: kernel(arrays, fixed, True), layouts, (results, kept), arrays, fixed)
 
     def tangent(residuals: Any, tangents: Any) -> Any:
         arrays, fixed, _ = residuals
@@ -55,7 +61,8 @@ def kernel_call(
     def transpose(residuals: Any, cotangents: Any) -> Any:
         if gradients is None:
             return of_blocked(residuals, cotangents)
-        return spread(gradients, residuals[0], *residuals, cotangents)
+        layouts = (of_arrays, of_arrays, of_fixed, of_kept, of_results)
+        return spread(gradients, layouts, residuals[0], *residuals, cotangents)
 
     @transpose.defjvp
     def _(primals: Any, tangents: Any) -> Any:

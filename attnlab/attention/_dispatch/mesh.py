@@ -1,54 +1,158 @@
-"""Kernels inside a jit over several devices: each device runs the kernel on its part of the batch.
+"""How a call lies on a mesh: which mesh axes share its batch, and which its heads.
 
-XLA cannot partition a Pallas kernel by itself, so the call goes into a shard_map over the mesh in context
-(jax.set_mesh): the batch over its axes "data" and "fsdp", all else whole on every device. (custom_partitioning, which
-would see how arrays really lie, does not compile for a TPU that is only described.)
+Where the mesh in context has Explicit axes, arrays say themselves how they lie. Where it has Auto axes they do not, and
+XLA places what is plain JAX; but it cannot partition a Pallas kernel, so a kernel follows the names of the axes:
+
+    data, fsdp      the batch
+    tensor          the heads
+    context         the positions; kernels take whole sequences so far, every device of the axis the same
+
+(custom_partitioning, which would see how arrays really lie, does not compile for a TPU that is only described.)
 """
 
+import contextvars
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from attnlab.attention._dispatch.deferred import deferred_call
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES, HEAD_AXES, POSITION_AXES = ("data", "fsdp"), ("tensor",), ("context",)
+_KNOWN = BATCH_AXES + HEAD_AXES + POSITION_AXES
 
 
-def by_batch(function: Callable[..., Any], results: Any, *arguments: Any, defer: bool) -> Any:
-    """function(*arguments), each device of the mesh in context with its part of the batch.
+class Placement(NamedTuple):
+    """The mesh axes that share the batch, and the heads, as far as their numbers divide."""
 
-    function: independent along the batch. arguments: pytrees of arrays; the first axis of all is the batch, but for
-      scalars. results: arrays or shape structs like what it returns, with the batch first too; scalars are sums over
-      the batch. defer: trace function where the call is lowered.
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+
+
+_given: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("attnlab_placement", default=None)
+
+
+def placement() -> Placement:
+    """As arrays on Explicit axes around this call have it, else by the axes' names."""
+    return _given.get() or Placement(BATCH_AXES, HEAD_AXES)
+
+
+def unknown_axes() -> list[str]:
+    """The mesh's Auto axes of several devices whose names say nothing."""
+    return [] if _given.get() else [name for name in _automatic() if name not in _KNOWN]
+
+
+def _automatic() -> dict[str, int]:
+    """The sizes above 1 of the Auto axes of the mesh in context. Inside shard_map its own axes are Manual."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+    return {name: size for name, size, kind in kinds if kind == AxisType.Auto and size > 1}
+
+
+def partitioned(
+    function: Callable[..., Any],
+    place: Placement,
+    layouts: Any,
+    results: Any,
+    *arguments: Any,
+    defer: bool,
+) -> Any:
+    """function(*arguments), each device of the mesh in context with its part of the batch and of the heads.
+
+    Args:
+      function: independent along batch and heads.
+      layouts: of (results, *arguments), pytrees of their structure with a string per array: B its batch, N its heads, K
+        its key heads, dots for other axes. A result without B, or without N and K, is a sum over the batch, or over the
+        heads.
+      results: arrays or shape structs like what function returns.
+      defer: trace function where the call is lowered.
     """
 
     def run(results: Any, *arguments: Any) -> Any:
         return deferred_call(function, results, *arguments) if defer else function(*arguments)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    automatic = [name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto]
-    batched = [x for x in jax.tree.leaves((arguments, results)) if x.ndim]
-    batch = batched[0].shape[0]
-    is_batched = all(x.shape[0] == batch for x in batched)
-    if len(automatic) < len(mesh.axis_names) or math.prod(mesh.axis_sizes) == 1 or not is_batched:
-        return run(results, *arguments)  # one device, inside shard_map already, or not by batch
-    axes = tuple(name for name in BATCH_AXES if name in automatic)
-    parts = math.prod(mesh.shape[name] for name in axes)
-    if batch % parts:
-        axes, parts = (), 1
+    sizes = _automatic()
+    if not sizes:
+        return run(results, *arguments)
 
-    def spec(x: Any) -> PartitionSpec:
-        return PartitionSpec(axes) if x.ndim and axes else PartitionSpec()
+    def by_leaf(function: Callable[[str, Any], Any], layouts: Any, tree: Any) -> Any:
+        return jax.tree.map(lambda layout, x: None if x is None else function(layout, x), layouts, tree)
 
-    def part_of(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]) if x.ndim else (), x.dtype)
+    def lengths(letters: str) -> list[int]:
+        def of_leaf(layout: str, x: Any) -> list[int]:
+            return [size for letter, size in zip(layout, x.shape) if letter in letters]
+
+        return jax.tree.leaves(by_leaf(of_leaf, layouts, (results, *arguments)))
+
+    axes = {"B": _dividing(place.batch, sizes, lengths("B"))}
+    axes["N"] = axes["K"] = _dividing(place.heads, sizes, lengths("NK"))
+
+    def spec(layout: str, _: Any) -> PartitionSpec:
+        return PartitionSpec(*(axes.get(letter) or None for letter in layout))
+
+    def part_of(layout: str, x: Any) -> jax.ShapeDtypeStruct:
+        parts = (math.prod(sizes[name] for name in axes.get(letter, ())) for letter in layout)
+        return jax.ShapeDtypeStruct([size // n for size, n in zip(x.shape, parts, strict=True)], x.dtype)
+
+    def total(layout: str, x: Any) -> Any:
+        over = (axes["B"] if "B" not in layout else ()) + (axes["N"] if not {"N", "K"} & set(layout) else ())
+        return jax.lax.psum(x, over) if over else x
 
     def own_part(*arguments: Any) -> Any:
-        out = run(jax.tree.map(part_of, results), *arguments)
-        return jax.tree.map(lambda x: x if x.ndim or not axes else jax.lax.psum(x, axes), out)
+        return by_leaf(total, layouts[0], run(by_leaf(part_of, layouts[0], results), *arguments))
 
-    in_specs, out_specs = jax.tree.map(spec, arguments), jax.tree.map(spec, results)
-    return jax.shard_map(own_part, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arguments)
+    return jax.shard_map(
+        own_part,
+        in_specs=tuple(by_leaf(spec, *pair) for pair in zip(layouts[1:], arguments)),
+        out_specs=by_leaf(spec, layouts[0], results),
+        axis_names=set(sizes),
+        check_vma=False,
+    )(*arguments)
+
+
+def _dividing(names: Sequence[str], sizes: dict[str, int], counts: Sequence[int]) -> tuple[str, ...]:
+    """Of these mesh axes, those that share all counts alike: as many of the first as divide them."""
+    taken: tuple[str, ...] = ()
+    for name in names:
+        if name in sizes and all(count % math.prod(sizes[n] for n in (*taken, name)) == 0 for count in counts):
+            taken = (*taken, name)
+    return taken
+
+
+def over_explicit_axes(
+    function: Callable[..., Any], arrays: Sequence[Any], query: Any, layouts: Sequence[str], like: Any
+) -> Any:
+    """function(*arrays), where mesh axes are Explicit with XLA placing what is inside, as where they are Auto.
+
+    layouts: of the results, by the axes of query, see `primitive`. like: a pytree that further results are like.
+    """
+    meshes = (jax.typeof(x).sharding.mesh for x in arrays)
+    mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+    if mesh is None:
+        return function(*arrays)
+    inside = mesh.update_axis_types(
+        {name: AxisType.Auto for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit}
+    )
+    batch, *space, heads, _ = (None,) * 4 if query is None else _spec(query)
+    entries = {"B": [batch], "*": space, "N": [heads], ".": [None]}
+    specs = [PartitionSpec(*(entry for letter in layout for entry in entries[letter])) for layout in layouts]
+    specs += [_spec(leaf) for leaf in jax.tree.leaves(like)]
+    token = _given.set(Placement(_names(batch), _names(heads)))
+    try:
+        with jax.sharding.use_abstract_mesh(inside):
+            whole = (NamedSharding(inside, PartitionSpec(*[None] * x.ndim)) for x in arrays)
+            out = function(*map(jax.reshard, arrays, whole))
+    finally:
+        _given.reset(token)
+    leaves, tree = jax.tree.flatten(out)
+    return jax.tree.unflatten(tree, [jax.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, specs)])
+
+
+def _spec(x: Any) -> PartitionSpec:
+    return PartitionSpec(*jax.typeof(x).sharding.spec)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

@@ -48,7 +48,11 @@ def banded_attention(
 
     arrays = (query, key, value, jnp.asarray(scale, jnp.float32))
     results = (like(query, width=value.shape[-1]), jax.ShapeDtypeStruct(query.shape[:3], jnp.float32))
-    return kernel_call(kernel, gradients, in_plain_jax, arrays, segment_ids, results=results, kept=results)
+    ids = None if segment_ids is None else ("B.", "B.")
+    layouts = (("B.N.", "B.K.", "B.K.", ""), ids, ("B.N.", "B.N"), ("B.N.", "B.N"))
+    return kernel_call(
+        kernel, gradients, in_plain_jax, arrays, segment_ids, results=results, kept=results, layouts=layouts
+    )
 
 
 def banded_refusal(query: Any, key: Any, value: Any, segment_ids: Any, pattern: Any) -> str | None:

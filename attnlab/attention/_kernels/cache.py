@@ -25,7 +25,9 @@ def _pallas_tpu(
         return xla(query, key, value, *fixed, scale)
 
     results = like(query, width=value.shape[-1])
-    return kernel_call(kernel, None, plain, (query, key, value, scale), (visible, used), results=results)
+    arrays, fixed = (query, key, value, scale), (visible, used)
+    layouts = (("B.N.", "B.K.", "B.K.", ""), ("B.", ""), "B.N.", ())
+    return kernel_call(kernel, None, plain, arrays, fixed, results=results, layouts=layouts)
 
 
 def _refusal(query: Any, key: Any, value: Any, *_: Any) -> str | None:

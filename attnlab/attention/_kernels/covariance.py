@@ -72,7 +72,8 @@ def _pallas_tpu_weights(
         arrays = (query, key, values, x.astype(jnp.float32), scale)
         fixed = (fixed_lse, fixed_key_mean, lax.stop_gradient(mean))
         results = like(query, width=values.shape[-1], dtype=jnp.float32)
-        return kernel_call(kernel, gradients, blocked, arrays, fixed, results=results, kept=results)
+        layouts = (("B.N.", "B.K.", "B.K.", "B.N.", ""), ("B.N", "B.N.", "B.N."), "B.N.", "B.N.")
+        return kernel_call(kernel, gradients, blocked, arrays, fixed, results=results, kept=results, layouts=layouts)
 
     return SoftmaxWeights(
         lambda: key_mean.astype(jnp.float32),

@@ -66,10 +66,12 @@ def _pallas_tpu(xla: Xla, inputs: LinearInputs, options: LinearOptions) -> tuple
         return out.astype(sums), state.kv
 
     arrays = _operands(inputs, options)
-    query, _, value, *_, kv = arrays
+    query, _, value, log_decay, beta, kv = arrays
     results = (like(query, width=value.shape[-1], dtype=sums), like(kv, dtype=jnp.float32))
     kept = [jax.ShapeDtypeStruct(states_shape(query, value), jnp.float32)]
-    out, kv = kernel_call(kernel, gradients, blocked, arrays, results=results, kept=kept)
+    gates = (None if log_decay is None else "B.N." if log_decay.ndim == 4 else "B.N", None if beta is None else "B.N")
+    layouts = (("B.N.", "B.K.", "B.K.", *gates, "BN.."), None, ("B.N.", "BN.."), ["BN..."])
+    out, kv = kernel_call(kernel, gradients, blocked, arrays, results=results, kept=kept, layouts=layouts)
     width = inputs.value.shape[-1]
     k_sum = None if inputs.state.k_sum is None else kv[..., width]
     if options.normalize:
@@ -120,7 +122,9 @@ def _pallas_tpu_step(xla: Xla, inputs: LinearInputs, options: LinearOptions) -> 
         return linear_step(kv, query, key, value, decay, beta), ()
 
     arrays = (state.kv, query, key, value, log_decay, beta)
-    out, kv = kernel_call(kernel, None, plain, arrays, results=(like(value), like(state.kv)))
+    gates = (None if log_decay is None else "BN.", None if beta is None else "BN")
+    layouts = (("BN..", "BN.", "BN.", "BN.", *gates), None, ("BN.", "BN.."), ())
+    out, kv = kernel_call(kernel, None, plain, arrays, results=(like(value), like(state.kv)), layouts=layouts)
     k_sum = state.k_sum
     if k_sum is not None:
         k_sum = (k_sum if log_decay is None else jnp.exp(log_decay) * k_sum) + key

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from attnlab.attention._dispatch.choice import Kernel
 from attnlab.attention._dispatch.kernel_call import kernel_call, like
 from attnlab.attention._shared.clusters import members_of_both, strict_ranges, taken_once
+from attnlab.attention._shared.finite import spoil_if_any
 
 Array = jax.Array
 
@@ -135,6 +136,7 @@ def _pallas_tpu(
     similarity: tuple[Array, Array],
     cluster: tuple[Array, Array],
     key_mask: Array | None,
+    spoilt: Array,
     *,
     membership: str,
     scale: Any,
@@ -145,7 +147,7 @@ def _pallas_tpu(
     from kernels_pallas.tpu.banded_flash import banded_flash_attention
     from kernels_pallas.tpu.banded_flash_backward import banded_flash_gradients
 
-    options, is_strict = _Options(**others), membership == "strict"
+    options, is_strict, dtype = _Options(**others), membership == "strict", query.dtype
 
     def prepare(routes: _Routes) -> tuple[_Rows, Callable[..., Any], Callable[..., Any]]:
         rows = (_strict_rows if is_strict else _global_rows)(routes, options)
@@ -154,7 +156,7 @@ def _pallas_tpu(
             return rows.cut(*(jnp.moveaxis(x.astype(operands), 2, 1) for x in arrays))
 
         def join(out: Array) -> Array:
-            return jnp.moveaxis(rows.join(out[:, :, 0].astype(query.dtype)), 1, 2)
+            return jnp.moveaxis(rows.join(out[:, :, 0].astype(dtype)), 1, 2)
 
         return rows, cut, join
 
@@ -175,10 +177,11 @@ def _pallas_tpu(
         *to_parts, to_scale = differentiate(*parts, *kept, to_out, jnp.zeros_like(kept[1]))
         return (*back(tuple(to_parts))[0], to_scale)
 
+    run: Any = functools.partial(xla, membership=membership, epsilon=epsilon, operands=operands, **others)
+
     def blocked(arrays: Any, routes: _Routes) -> Any:
         *tokens, scale = arrays
-        run: Any = functools.partial(xla, membership=membership, scale=scale, epsilon=epsilon, operands=operands)
-        out, count = run(*tokens, *routes, **others)
+        out, count = run(*tokens, *routes, jnp.zeros_like(tokens[2][..., :1], bool), scale=scale)
         out = out if is_strict else out * (count + epsilon)[..., None].astype(out.dtype)
         return out, count.astype(jnp.float32)
 
@@ -191,10 +194,17 @@ def _pallas_tpu(
         jax.ShapeDtypeStruct((batch, rows // batch, tokens, 1), jnp.float32),
     )
     routes = _Routes(similarity, cluster, key_mask)
-    out, count = kernel_call(kernel, gradients, blocked, arrays, routes, results=results, kept=kept)
+    of_routes = _Routes._make((("B.N.",) * 2, ("B.N",) * 2, None if key_mask is None else "B."))
+    layouts = (("B.N.", "B.N.", "B.N.", ""), of_routes, ("B.N.", "B.N"), ("BN...", "BN.."))
+    out, count = kernel_call(kernel, gradients, blocked, arrays, routes, results=results, kept=kept, layouts=layouts)
     if not is_strict:
         out = out / (count + epsilon)[..., None].astype(out.dtype)
-    return out, count.astype(jnp.int32)
+
+    def seen() -> Array:
+        tokens = (jnp.zeros_like(query), jnp.zeros_like(key), jnp.zeros_like(value[..., :1]))
+        return jnp.isnan(run(*tokens, *routes, spoilt, scale=1.0)[0][..., 0])
+
+    return spoil_if_any(out, spoilt, seen), count.astype(jnp.int32)
 
 
 def _rows_of(query: Any, membership: str, options: _Options) -> tuple[int, int]:
@@ -212,6 +222,7 @@ def _refusal(
     similarity: Any,
     cluster: Any,
     key_mask: Any,
+    spoilt: Any,
     *,
     membership: str,
     scale: Any,

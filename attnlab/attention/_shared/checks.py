@@ -129,6 +129,21 @@ def keep(instance: Any, **checked: Any) -> None:
         object.__setattr__(instance, name, value)
 
 
+def check_type(name: str, value: Any, kind: type, maker: str) -> None:
+    """Requires a NamedTuple of arrays, as the function `maker` gives it."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: got {type(value).__name__}; need a {kind.__name__}, as {maker} gives it")
+
+
+def check_sizes(**sizes: Any) -> list[int]:
+    """Sizes of an array, by argument: ints of at least 1, whose product a machine can address."""
+    checked = {name: check_int(name, size, least=1) for name, size in sizes.items()}
+    largest = max(checked, key=lambda name: checked[name])
+    require(checked[largest] < 2**31, largest, checked[largest], "need less than 2^31")
+    require(math.prod(checked.values()) < 2**46, largest, checked[largest], "needs more memory than there is")
+    return list(checked.values())
+
+
 def check_array(name: str, array: Any, shape: Sequence[int | None], layout: str) -> None:
     """Requires an array of this shape (None: any length). `layout` names the axes in the message."""
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
@@ -207,8 +222,9 @@ def per_axis(name: str, value: Any, rank: int, kind: type = int) -> tuple[Any, .
     """One value, or one per space axis -> a tuple of `rank` values of type int (>= 1 is not checked here) or bool."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
     require(len(values) == rank, name, value, f"need one value or {rank}, one per space axis")
-    integral = bool if kind is bool else numbers.Integral
-    if not all(isinstance(item, integral) and isinstance(item, bool) == (kind is bool) for item in values):
+    bools = (bool, np.bool_)
+    integral = bools if kind is bool else numbers.Integral
+    if not all(isinstance(item, integral) and isinstance(item, bools) == (kind is bool) for item in values):
         raise TypeError(f"{name}: got {value!r}; need {kind.__name__}, or one {kind.__name__} per space axis")
     return tuple(kind(item) for item in values)
 
@@ -236,15 +252,11 @@ def default_scale(scale: float | Array | None, head_dim: int) -> float | Array:
     """The scale, a real number or a real array of no axes; None means head_dim ** -0.5."""
     if scale is None:
         return head_dim**-0.5
-    if isinstance(scale, (jax.Array, np.ndarray, np.generic)):
-        require(scale.shape == (), "scale", shape_text(scale), "need a number, or an array of no axes")
-        dtype = scale.dtype
-        is_real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
-    else:
-        is_real = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-        require(not is_real or math.isfinite(scale), "scale", scale, "need a finite number")
-    if not is_real:
-        raise TypeError(f"scale: got {scale!r}; need a real number")
+    if not isinstance(scale, (jax.Array, np.ndarray)):
+        return check_float("scale", scale)
+    require(scale.shape == (), "scale", shape_text(scale), "need a number, or an array of no axes")
+    if not (jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)):
+        raise TypeError(f"scale: got dtype {scale.dtype}; need a real number")
     return scale
 
 

@@ -89,7 +89,8 @@ def inverse_of_unit_lower(system: Array) -> Array:
         count, size = first.shape[2:4]
         # [B,N, pair,half,row, pair,half,column] -> its second half's rows and first half's columns, pair by pair.
         corners = system.reshape(batch, heads, count, 2, size, count, 2, size)[:, :, :, 1, :, :, 0, :]
-        leads = jnp.moveaxis(jnp.diagonal(corners, axis1=2, axis2=4), -1, 2)
+        own = jnp.eye(count, dtype=bool)[:, None, :, None]
+        leads = jnp.sum(jnp.where(own, corners, 0), axis=4)
         inverse = _join_blocks(first, -(second @ leads @ first), second)
     return inverse.reshape(batch, heads, padded, padded)[..., :length, :length]
 

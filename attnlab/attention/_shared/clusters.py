@@ -32,10 +32,8 @@ def strict_ranges(
     order_k = jnp.argsort(cluster_k, stable=True)
     rank_k = jnp.zeros(length, jnp.int32).at[order_k].set(position.astype(jnp.int32))
     start_of = jnp.searchsorted(cluster_k[order_k], jnp.arange(num_clusters + 2)).astype(jnp.int32)
-    # Keys of the query's cluster up to its position: for a query among sorted (cluster, position) pairs of keys.
-    pairs_k = cluster_k[order_k] * length + order_k
-    now = jnp.searchsorted(pairs_k, cluster_q * length + position, side="right").astype(jnp.int32)
     first, end = start_of[cluster_q], start_of[cluster_q + 1]
+    now = _first_after(order_k.astype(jnp.int32), position.astype(jnp.int32), first, end)
     if is_causal:
         end = now
         first = jnp.maximum(first, now - window)
@@ -45,6 +43,21 @@ def strict_ranges(
     if key_mask is not None:
         end = jnp.where(key_mask, end, first)
     return Ranges(order_k, rank_k, jnp.argsort(cluster_q, stable=True), first, end)
+
+
+def _first_after(numbers: Array, limit: Array, first: Array, end: Array) -> Array:
+    """For each query the first index of first <= i < end with numbers[i] > limit, numbers growing there; end if none.
+
+    By halves, within the query's range: numbering (cluster, position) pairs to search all at once would overflow.
+    """
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        is_after = (numbers[middle] > limit) | (low >= high)
+        return jnp.where(is_after, low, middle + 1), jnp.where(is_after & (low < high), middle, high)
+
+    return jax.lax.fori_loop(0, numbers.shape[0].bit_length(), halve, (first, end))[0]
 
 
 def members_of_both(

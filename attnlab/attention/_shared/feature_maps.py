@@ -19,7 +19,8 @@ def elu(x: Array) -> Array:
 def taylor2(x: Array) -> Array:
     """[..., H] -> [..., 1 + H + H(H+1)/2] with taylor2(x).taylor2(y) = 1 + x.y + (x.y)^2 / 2 (Arora et al. 2024)."""
     row, column = jnp.triu_indices(x.shape[-1])
-    pairs = x[..., row] * x[..., column] * jnp.where(row == column, 0.5**0.5, 1).astype(x.dtype)
+    weight = jnp.where(row == column, 0.5**0.5, 1).astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    pairs = x[..., row] * x[..., column] * weight
     return jnp.concatenate([jnp.ones_like(x[..., :1]), x, pairs], axis=-1)
 
 

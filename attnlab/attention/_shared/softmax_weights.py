@@ -51,10 +51,8 @@ def dense_weights(query: Array, key: Array, *, scale: Any, is_causal: bool, wind
     return numerators / denominator
 
 
-def check_window(window: Any, is_causal: Any, length: int) -> int | None:
+def check_window(window: Any, length: int) -> int | None:
     """The window as an int from 1 to the length, or None."""
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal: got {is_causal!r}; need a bool")
     if window is None:
         return None
     window = check_int("window", window, least=1)

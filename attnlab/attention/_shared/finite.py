@@ -1,0 +1,59 @@
+"""NaN and infinities of a token, which reach the positions that see the token and nothing else.
+
+That a weight is 0 does not stop them, as 0 * NaN is NaN. So a call computes with zeros in their place, and what they
+reach is made NaN afterwards.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.attention._dispatch.deferred import vary_alike
+
+Array = jax.Array
+
+
+def is_spoilt(x: Array) -> Array:
+    """[..., H] -> bool [...]: whether a channel is NaN or infinite."""
+    return ~jnp.isfinite(x).all(-1)
+
+
+def finite_or_zero(x: Array) -> Array:
+    """x with zeros for NaN and infinities."""
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def spoil(x: Array, where: Array) -> Array:
+    """x [*S, ...] made NaN where bool [*S] says so. Gradients are those of x."""
+    return x + jnp.where(where, jnp.nan, 0).astype(x.dtype).reshape(where.shape + (1,) * (x.ndim - where.ndim))
+
+
+def spoil_if_any(x: Array, spoilt: Array, seen: Callable[[], Array]) -> Array:
+    """spoil(x, seen()), where the second is computed only if any token is spoilt."""
+    where = jax.lax.cond(spoilt.any(), seen, lambda: jnp.zeros_like(x[..., 0], bool))
+    return spoil(x, where)
+
+
+def spoilt_since(spoilt: Array, starts: Array, before: Array) -> Array:
+    """bool [B, T, N]: whether a token at or before this one is spoilt, of those since the last start.
+
+    spoilt, starts: bool [B, T, N]; a start forgets the tokens before it. before: bool [B, N], of the tokens before the
+    first. O(T) steps, which are taken only if any of them is.
+    """
+
+    def step(seen: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
+        spoilt, start = now
+        seen = (seen & ~start) | spoilt
+        return seen, seen
+
+    def by_token(spoilt: Array, starts: Array, before: Array) -> Array:
+        _, seen = jax.lax.scan(step, before, (jnp.moveaxis(spoilt, 1, 0), jnp.moveaxis(starts, 1, 0)))
+        return jnp.moveaxis(seen, 0, 1)
+
+    def none(spoilt: Any, *_: Any) -> Array:
+        return jnp.zeros_like(spoilt)
+
+    spoilt, starts, before = vary_alike((spoilt, starts, before))
+    return jax.lax.cond(spoilt.any() | before.any(), by_token, none, spoilt, starts, before)

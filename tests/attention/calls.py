@@ -1,0 +1,217 @@
+"""Calls of every public function that computes, with the options that the catalog's rows leave out.
+
+CALLS: name -> (function, arrays). Steps are scanned, five tokens alike, from an empty cache.
+"""
+
+import functools
+
+import jax
+import numpy as np
+
+import attnlab as A
+from attnlab.catalog import MECHANISMS
+
+BATCH, LENGTH, HEADS, KEY_HEADS, HEAD_DIM, VALUE_DIM = 4, 16, 4, 2, 8, 6
+_rng = np.random.default_rng(0)
+
+
+def _normal(*shape):
+    return _rng.normal(size=shape).astype(np.float32)
+
+
+def _tokens(*space):
+    heads = ((HEADS, HEAD_DIM), (KEY_HEADS, HEAD_DIM), (KEY_HEADS, VALUE_DIM))
+    return tuple(_normal(BATCH, *space, *shape) for shape in heads)
+
+
+_LINE, _IMAGE, _TOKEN = _tokens(LENGTH), _tokens(4, 4), _tokens(1)
+_IDS = np.repeat(np.arange(4, dtype=np.int32), 4)[None].repeat(BATCH, 0)
+_REAL = np.arange(LENGTH)[None] < np.array([16, 9, 12, 3])[:, None]
+_DECAY = -np.abs(_normal(BATCH, LENGTH, HEADS))
+_BETA = np.abs(_normal(BATCH, LENGTH, HEADS)).clip(0, 1) / HEAD_DIM
+_AGENTS = _normal(3, HEADS, HEAD_DIM)
+_centroids = _normal(HEADS, 3, HEAD_DIM)
+_STATE = A.RoutingState(_centroids, np.ones_like(_centroids[..., 0]), _centroids)
+
+
+def _merged(query, key, value):
+    parts = [A.dot_product_attention(query, key[:, i::2], value[:, i::2], return_lse=True) for i in (0, 1)]
+    return A.merge_attention(*zip(*parts))
+
+
+def _updated(query, key, value):
+    return A.update_routing(_STATE, A.routing_attention(query, key, value, _STATE, window=4)[1].statistics)
+
+
+_WITH_OPTIONS = {
+    "dot_product, everything": (
+        lambda q, k, v, bias, mask, ids: A.dot_product_attention(
+            q, k, v, bias=bias, mask=mask, segment_ids=ids, is_causal=True, return_lse=True
+        ),
+        (*_LINE, _normal(1, HEADS, LENGTH, LENGTH), _rng.random((BATCH, 1, 1, LENGTH)) < 0.7, _IDS),
+    ),
+    "dot_product, two lengths, array of scale": (
+        lambda q, k, v, ids, others, scale: A.dot_product_attention(q, k, v, segment_ids=(ids, others), scale=scale),
+        (_LINE[0], _LINE[1][:, :9], _LINE[2][:, :9], _IDS, _IDS[:, :9], np.float32(0.3)),
+    ),
+    "local, sinks and segments": (
+        lambda q, k, v, ids: A.local_attention(
+            q, k, v, window=4, sinks=2, is_causal=True, segment_ids=ids, return_lse=True
+        ),
+        (*_LINE, _IDS),
+    ),
+    "local, strided and clipped": (
+        functools.partial(A.local_attention, window=4, stride=2, edge="clip"),
+        _LINE,
+    ),
+    "local, grid with segments": (
+        lambda q, k, v, ids: A.local_attention(q, k, v, window=3, is_causal=(True, False), segment_ids=ids),
+        (*_IMAGE, _IDS.reshape(BATCH, 4, 4)),
+    ),
+    "dilated, causal segments": (
+        lambda q, k, v, ids: A.dilated_attention(q, k, v, window=3, dilation=3, is_causal=True, segment_ids=ids),
+        (*_LINE, _IDS),
+    ),
+    "axial, causal": (functools.partial(A.axial_attention, axis=-1, is_causal=True, return_lse=True), _IMAGE),
+    "agent, key mask": (
+        lambda q, k, v, agents, real: A.agent_attention(q, k, v, agents, key_mask=real),
+        (*_LINE, _AGENTS, _REAL),
+    ),
+    "agent, pooled": (lambda q, k, v: A.agent_attention(q, k, v, A.pool_agents(q, (2, 3))), _IMAGE),
+    "causal agent, state": (
+        lambda q, k, v, agents: A.causal_agent_attention(q, k, v, agents, return_state=True, chunk_size=4),
+        (*_LINE, _AGENTS),
+    ),
+    "linear, segments and state": (
+        lambda q, k, v, ids: A.linear_attention(
+            q, k, v, segment_ids=ids, return_state=True, feature_map="elu", normalize=True, chunk_size=4
+        ),
+        (*_LINE, _IDS),
+    ),
+    "linear, not causal segments": (
+        lambda q, k, v, ids: A.linear_attention(
+            q, k, v, segment_ids=ids, is_causal=False, return_state=True, feature_map="relu"
+        ),
+        (*_LINE, _IDS),
+    ),
+    "linear, constant decay": (
+        lambda q, k, v, decay: A.linear_attention(q, k, v, log_decay=decay),
+        (*_LINE, -(2.0 ** -np.arange(5, 5 + HEADS, dtype=np.float32))),
+    ),
+    "linear, a function and an initial state": (
+        lambda q, k, v, kv: A.linear_attention(
+            q, k, v, feature_map=jax.nn.softplus, initial_state=A.LinearState(kv), return_state=True
+        ),
+        (*_LINE, _normal(BATCH, HEADS, HEAD_DIM, VALUE_DIM)),
+    ),
+    "linear, gated delta segments": (
+        lambda q, k, v, decay, beta, ids: A.linear_attention(
+            q, k, v, log_decay=decay, beta=beta, segment_ids=ids, return_state=True, chunk_size=4
+        ),
+        (*_LINE, _DECAY, _BETA, _IDS),
+    ),
+    "routing, all results": (
+        lambda q, k, v, real: A.routing_attention(q, k, v, _STATE, window=4, key_mask=real),
+        (*_LINE, _REAL),
+    ),
+    "routing, shared": (
+        lambda q, v: A.routing_attention(q, q, v, _STATE, window=4, is_causal=True, share_qk=True)[0],
+        (_LINE[0], _normal(BATCH, LENGTH, HEADS, VALUE_DIM)),
+    ),
+    "routing, global with a mask": (
+        lambda q, k, v, real: A.routing_attention(
+            q, k, v, _STATE, window=4, membership="global", normalize="layer", key_mask=real, is_causal=True
+        )[0],
+        (*_LINE, _REAL),
+    ),
+    "fit_routing": (lambda q: A.fit_routing(q, _STATE, 3), _LINE[:1]),
+    "update_routing": (_updated, _LINE),
+    "local-linear, residuals": (
+        lambda q, k, v, ridge: A.local_linear_attention(q, k, v, ridge=ridge, return_residuals=True)[0],
+        (*_LINE, np.full(HEADS, 2, np.float32)),
+    ),
+    "local-linear, not causal": (functools.partial(A.local_linear_attention, ridge=2.0, is_causal=False), _LINE),
+    "parallax, not causal": (
+        lambda q, probe, k, v: A.parallax_attention(q, probe, k, v, is_causal=False),
+        (_LINE[0], _normal(BATCH, LENGTH, HEADS, HEAD_DIM), *_LINE[1:]),
+    ),
+    "merge": (_merged, _LINE),
+}
+
+
+def _scanned(step, cache, *arrays):
+    def run(cache, *arrays):
+        def token(cache, _):
+            out, cache = step(cache, *arrays)
+            return cache, out
+
+        return jax.lax.scan(token, cache, None, length=5)
+
+    return run, (cache, *arrays)
+
+
+_CACHED = (KEY_HEADS, HEAD_DIM)
+_STEPS = {
+    "dot_product step": _scanned(
+        A.dot_product_step, A.init_dot_product_cache(BATCH, 6, *_CACHED, value_dim=VALUE_DIM), *_TOKEN
+    ),
+    "local step": _scanned(
+        functools.partial(A.local_step, window=4, sinks=2),
+        A.init_local_cache(BATCH, *_CACHED, window=4, sinks=2, value_dim=VALUE_DIM),
+        *_TOKEN,
+    ),
+    "dilated step": _scanned(
+        functools.partial(A.dilated_step, window=3, dilation=2),
+        A.init_dilated_cache(BATCH, *_CACHED, window=3, dilation=2, value_dim=VALUE_DIM),
+        *_TOKEN,
+    ),
+    "linear step": _scanned(
+        functools.partial(A.linear_step, feature_map="elu", normalize=True),
+        A.init_linear_cache(BATCH, HEADS, HEAD_DIM, VALUE_DIM, feature_map="elu", normalize=True),
+        *_TOKEN,
+    ),
+    "linear step, gated delta": _scanned(
+        lambda cache, q, k, v, decay, beta: A.linear_step(cache, q, k, v, log_decay=decay, beta=beta),
+        A.init_linear_cache(BATCH, HEADS, HEAD_DIM, VALUE_DIM),
+        *_TOKEN,
+        _DECAY[:, :1],
+        _BETA[:, :1],
+    ),
+    "agent step": _scanned(
+        lambda cache, *token: A.agent_step(cache, *token, _AGENTS),
+        A.init_agent_cache(BATCH, HEADS, len(_AGENTS), VALUE_DIM),
+        *_TOKEN,
+    ),
+    "routing step": _scanned(
+        lambda cache, *token: A.routing_step(cache, *token, _STATE),
+        A.init_routing_cache(BATCH, HEADS, 3, HEAD_DIM, window=4, value_dim=VALUE_DIM),
+        *_TOKEN,
+    ),
+    "local-linear step": _scanned(
+        functools.partial(A.local_linear_step, ridge=2.0),
+        A.init_local_linear_cache(BATCH, 6, *_CACHED, value_dim=VALUE_DIM),
+        *_TOKEN,
+    ),
+    "local-linear step, window": _scanned(
+        functools.partial(A.local_linear_step, ridge=2.0, window=3),
+        A.init_local_linear_cache(BATCH, 6, *_CACHED, window=3, value_dim=VALUE_DIM),
+        *_TOKEN,
+    ),
+    "parallax step": _scanned(
+        lambda cache, q, k, v, probe: A.parallax_step(cache, q, probe, k, v),
+        A.init_local_linear_cache(BATCH, 6, *_CACHED, value_dim=VALUE_DIM),
+        *_TOKEN,
+        _normal(BATCH, 1, HEADS, HEAD_DIM),
+    ),
+}
+
+
+def _row(name):
+    mechanism = MECHANISMS[name]
+    arrays = mechanism.inputs(
+        LENGTH, batch=BATCH, heads=HEADS, key_heads=KEY_HEADS, head_dim=HEAD_DIM, value_dim=VALUE_DIM
+    )
+    return lambda *leaves: mechanism(dict(zip(arrays, leaves))), tuple(arrays.values())
+
+
+CALLS = {**{name: _row(name) for name in MECHANISMS}, **_WITH_OPTIONS, **_STEPS}
