@@ -44,6 +44,7 @@ from attnlab.attention._shared.checks import (
     per_axis,
     require,
 )
+from attnlab.attention._shared.finite import spoiling
 from attnlab.attention._shared.softmax import dense_attention, softmax_parts
 from attnlab.attention._shared.tiles import Tiles, cut_tiles, group_residues, join_tiles
 
@@ -340,7 +341,7 @@ def _sees(part: _Part, axes: tuple[masks.AxisWindow, ...], tiles: list[Tiles]) -
 
 
 # All take (query, key, value, segment_ids) and the options of _xla, settings per axis as tuples; all give (out, lse).
-IMPLEMENTATIONS: Implementations = {"reference": _reference, "xla": _xla, **kernels.KERNELS}
+IMPLEMENTATIONS: Implementations = {"reference": spoiling(_reference), "xla": spoiling(_xla), **kernels.KERNELS}
 
 
 class LocalCache(NamedTuple):

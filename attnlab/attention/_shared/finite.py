@@ -4,6 +4,7 @@ That a weight is 0 does not stop them, as 0 * NaN is NaN. So a call computes wit
 reach is made NaN afterwards.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,21 @@ def finite_or_zero(x: Array) -> Array:
 def spoil(x: Array, where: Array) -> Array:
     """x [*S, ...] made NaN where bool [*S] says so. Gradients are those of x."""
     return x + jnp.where(where, jnp.nan, 0).astype(x.dtype).reshape(where.shape + (1,) * (x.ndim - where.ndim))
+
+
+def spoiling(form: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
+    """A form (query, key, value, ...) -> (out [B, *T, N, V], lse [B, *T, N]) in which what is not finite reaches the
+    queries that see it with a weight above 0, by one more channel of the values, and the query that holds it."""
+
+    @functools.wraps(form)
+    def call(query: Array, key: Array, value: Array, *rest: Any, **options: Any) -> tuple[Array, Array]:
+        reached = (is_spoilt(key) | is_spoilt(value))[..., None].astype(value.dtype)
+        values = jnp.concatenate([finite_or_zero(value), reached], axis=-1)
+        out, lse = form(finite_or_zero(query), finite_or_zero(key), values, *rest, **options)
+        spoilt = (out[..., -1] > 0) | is_spoilt(query)
+        return spoil(out[..., :-1], spoilt), spoil(lse, spoilt)
+
+    return call
 
 
 def spoil_if_any(x: Array, spoilt: Array, seen: Callable[[], Array]) -> Array:
