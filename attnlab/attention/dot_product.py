@@ -28,7 +28,7 @@ from attnlab.attention._shared.checks import (
     require,
     shape_text,
 )
-from attnlab.attention._shared.softmax import dense_attention
+from attnlab.attention._shared.softmax import reference_attention, scaled_for_logits
 from attnlab.attention._shared.tiled_softmax import Inputs, Sees, tiled_attention
 
 Array = jax.Array
@@ -132,7 +132,7 @@ def _reference(
         visible = visible & masks.dense_mask(masks.causal(), (query.shape[1],), (key.shape[1],))
     if segments is not None:
         visible = visible & (segments[0][:, None, :, None] == segments[1][:, None, None, :])
-    return dense_attention(query, key, value, visible=visible, bias=bias, scale=scale)
+    return reference_attention(query, key, value, visible=visible, bias=bias, scale=scale)
 
 
 def _xla(
@@ -159,12 +159,10 @@ def _xla(
         x = x.reshape(b, 1, 1, *rest) if n == 1 else x.reshape(b, key_heads, group, *rest)
         return x.astype(dtype)
 
-    # It is the query that is scaled: XLA would contract scale * (q . k) - max into one multiply-add, whose rounding
-    # error is all that is left of the largest logit.
-    scaled = jnp.asarray(scale, dtype) * query.astype(dtype)
+    scaled, key = scaled_for_logits(query, key, scale, dtype)
     inputs = Inputs(
         jnp.moveaxis(scaled.reshape(batch, queries, key_heads, group, -1), 1, 3),
-        jnp.moveaxis(key.astype(dtype), 1, 2),
+        jnp.moveaxis(key, 1, 2),
         jnp.moveaxis(value.astype(dtype), 1, 2),
         by_key_head(bias, dtype),
     )

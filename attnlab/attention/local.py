@@ -313,7 +313,9 @@ def _attend(
         ids = None if ids is None or sinks.ids is None else jnp.concatenate([sinks.ids, ids], axis=1)
     if part.ids is not None and ids is not None:
         visible = visible & (part.ids[:, :, None] == ids[:, None, :])[:, None, None]
-    logits = jnp.asarray(scale, dtype) * jnp.einsum("BKGTH,BKSH->BKGTS", part.query, key, preferred_element_type=dtype)
+    # The query is scaled, not its product with keys: see dense_attention.
+    scaled = jnp.asarray(scale, dtype) * part.query.astype(dtype)
+    logits = jnp.einsum("BKGTH,BKSH->BKGTS", scaled, key.astype(dtype))
     numerators, denominator, lse = softmax_parts(logits, visible)
     out = jnp.einsum("BKGTS,BKSV->BKGTV", numerators, value.astype(dtype), preferred_element_type=dtype)
     return out / denominator, lse

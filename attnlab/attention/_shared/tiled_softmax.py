@@ -233,27 +233,54 @@ def _look_up(table: np.ndarray, at: Any) -> Any:
     return jnp.asarray(table)[at]
 
 
-def _logits(grid: _Grid, inputs: Inputs, sees: Sees, i: Any, j: Any, query: Array, key: Array, is_edge: bool) -> Array:
-    """[B, K, G, t, s] of a tile, -inf where a key is hidden."""
-    rows, columns = grid.rows, grid.columns
-    logits = jnp.einsum("BKGTH,BKSH->BKGTS", query, key)
+def _rows(x: Array, grid: _Grid, i: Any) -> Array:
+    """Row i of tiles of [B, K, G, T, ...]: [B, K, R, ...], with the queries of G heads one after the other."""
+    part = _take(x, 3, grid.rows, i)
+    return part.reshape(*part.shape[:2], -1, *part.shape[4:])
+
+
+def _by_head(x: Array, grid: _Grid) -> Array:
+    """[B, K, R, ...] -> [B, K, G, t, ...]."""
+    return x.reshape(*x.shape[:2], -1, grid.rows.size, *x.shape[3:])
+
+
+def _bias_and_visible(
+    grid: _Grid, inputs: Inputs, sees: Sees, i: Any, j: Any, is_edge: bool
+) -> tuple[Array | None, Array | None]:
+    """A tile's bias and which of its keys its queries see, [B|1, K|1, R|1, s|1], or None."""
     if not is_edge:
-        return logits
+        return None, None
+    rows, columns, group = grid.rows, grid.columns, inputs.query.shape[2]
+
+    def take(x: Array) -> Array:
+        part = _take(_take(x, 3, rows, i), 4, columns, j)
+        heads, length = part.shape[2:4]
+        if (heads, length) != (1, 1):
+            part = jnp.broadcast_to(part, (*part.shape[:2], group, rows.size, part.shape[4]))
+        return part.reshape(*part.shape[:2], -1, part.shape[4])
+
+    bias, visible = None, []
     if inputs.bias is not None:
-        logits = logits + _take(_take(inputs.bias, 3, rows, i), 4, columns, j)
-    visible = []
-    key_index = j * columns.size + lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, columns.size), 4)
+        bias = take(inputs.bias)
+        visible.append(bias != -jnp.inf)  # where a key may then be NaN
+    key_index = j * columns.size + lax.broadcasted_iota(jnp.int32, (1, 1, 1, columns.size), 3)
     if grid.is_causal:
-        query_index = i * rows.size + lax.broadcasted_iota(jnp.int32, (1, 1, 1, rows.size, 1), 3)
-        visible.append(key_index <= query_index)
+        query_index = lax.broadcasted_iota(jnp.int32, (1, 1, group * rows.size, 1), 2)
+        query_index = query_index if group == 1 else query_index % rows.size
+        visible.append(key_index <= i * rows.size + query_index)
     if columns.count * columns.size != columns.length:
         visible.append(key_index < columns.length)
     if sees.mask is not None:
-        visible.append(_take(_take(sees.mask, 3, rows, i), 4, columns, j))
+        visible.append(take(sees.mask))
     if sees.query_ids is not None and sees.key_ids is not None:
         of_queries, of_keys = _take(sees.query_ids, 1, rows, i), _take(sees.key_ids, 1, columns, j)
-        visible.append(of_queries[:, None, None, :, None] == of_keys[:, None, None, None, :])
-    return functools.reduce(lambda x, seen: jnp.where(seen, x, -jnp.inf), visible, logits)
+        of_queries = jnp.concatenate([of_queries] * group, axis=1)
+        visible.append(of_queries[:, None, :, None] == of_keys[:, None, None, :])
+    return bias, functools.reduce(jnp.logical_and, visible) if visible else None
+
+
+def _where(visible: Array | None, x: Array, hidden: Any) -> Array:
+    return x if visible is None else jnp.where(visible, x, hidden)
 
 
 def _product(equation: str, weights: Array, x: Array, is_edge: bool) -> Array:
@@ -267,14 +294,16 @@ def _product(equation: str, weights: Array, x: Array, is_edge: bool) -> Array:
         counted = jnp.einsum(equation, (weights != 0).astype(x.dtype), (~finite).astype(x.dtype))
         return jnp.where(counted > 0, jnp.nan, jnp.einsum(equation, weights, jnp.where(finite, x, 0)))
 
-    return lax.cond(jnp.isfinite(x).all(), plain, careful, weights, x) if is_edge else plain(weights, x)
+    if not is_edge:
+        return plain(weights, x)
+    return lax.cond((x * 0).sum() == 0, plain, careful, weights, x)  # NaN * 0 and infinity * 0 are NaN
 
 
 # --- Values -----------------------------------------------------------------------------------------------------------
 
 
 class _Running(NamedTuple):
-    """The softmax over the keys so far: [B, K, G, t, 1], the same, and [B, K, G, t, V]."""
+    """The softmax over the keys so far: [B, K, R, 1], the same, and [B, K, R, V]."""
 
     largest: Array
     total: Array
@@ -286,23 +315,25 @@ def _forward(inputs: Inputs, sees: Sees, is_causal: bool) -> tuple[Array, Array]
     inputs, sees = _padded(grid, inputs, sees)
 
     def row(i: Any) -> tuple[Array, Array]:
-        query = _take(inputs.query, 3, grid.rows, i)
+        query = _rows(inputs.query, grid, i)
 
         def empty(running: _Running | None) -> _Running:
-            rows, width = query.shape[:-1], inputs.value.shape[-1]
-            start = (jnp.full_like(query, fill, shape=(*rows, n)) for fill, n in ((-jnp.inf, 1), (0, 1), (0, width)))
+            shape, width = query.shape[:-1], inputs.value.shape[-1]
+            start = (jnp.full_like(query, fill, shape=(*shape, n)) for fill, n in ((-jnp.inf, 1), (0, 1), (0, width)))
             return running or _Running(*start)
 
         def tile(is_edge: bool, j: Any, running: _Running | None) -> _Running:
             key, value = (_take(x, 2, grid.columns, j) for x in (inputs.key, inputs.value))
-            logits = _logits(grid, inputs, sees, i, j, query, key, is_edge)
+            bias, visible = _bias_and_visible(grid, inputs, sees, i, j, is_edge)
+            logits = jnp.einsum("BKRH,BKSH->BKRS", query, key)
+            logits = _where(visible, logits if bias is None else logits + bias, -jnp.inf)
             largest = logits.max(-1, keepdims=True)
             if running is not None:
                 largest = jnp.maximum(running.largest, largest)
             reference = jnp.where(largest == -jnp.inf, 0, largest)
             numerators = jnp.exp(logits - reference)
             total = numerators.sum(-1, keepdims=True)
-            out = _product("BKGTS,BKSV->BKGTV", numerators, value, is_edge)
+            out = _product("BKRS,BKSV->BKRV", numerators, value, is_edge)
             if running is not None:
                 rescale = jnp.exp(running.largest - reference)
                 total, out = rescale * running.total + total, rescale * running.out + out
@@ -313,7 +344,8 @@ def _forward(inputs: Inputs, sees: Sees, is_causal: bool) -> tuple[Array, Array]
         running = _visit(grid.full, i, functools.partial(tile, False), running, empty)
         largest, total, out = empty(running)
         denominator = jnp.where(total == 0, 1, total)
-        return out / denominator, jnp.where(total == 0, -jnp.inf, largest + jnp.log(denominator))[..., 0]
+        lse = jnp.where(total == 0, -jnp.inf, largest + jnp.log(denominator))
+        return _by_head(out / denominator, grid), _by_head(lse[..., 0], grid)
 
     return _each(row, (3, 3), grid.rows)
 
@@ -332,43 +364,43 @@ def _tangent(
 
     def row(i: Any) -> tuple[Array, Array]:
         query, query_tangent, lse = (
-            None if x is None else _take(x, 3, grid.rows, i) for x in (inputs.query, tangents.query, reference)
+            None if x is None else _rows(x, grid, i) for x in (inputs.query, tangents.query, reference)
         )
 
         def empty(sums: Any) -> Any:
-            rows, width = query.shape[:-1], inputs.value.shape[-1]
-            return sums or tuple(jnp.zeros_like(query, shape=(*rows, n)) for n in (1, width))
+            shape, width = query.shape[:-1], inputs.value.shape[-1]
+            return sums or tuple(jnp.zeros_like(query, shape=(*shape, n)) for n in (1, width))
 
         def tile(is_edge: bool, j: Any, sums: Any) -> Any:
             key, value, key_tangent, value_tangent = (
                 None if x is None else _take(x, 2, grid.columns, j)
                 for x in (inputs.key, inputs.value, tangents.key, tangents.value)
             )
-            logits = _logits(grid, inputs, sees, i, j, query, key, is_edge)
-            weights = jnp.exp(logits - lse[..., None])
+            bias, visible = _bias_and_visible(grid, inputs, sees, i, j, is_edge)
+            logits = jnp.einsum("BKRH,BKSH->BKRS", query, key)
+            weights = jnp.exp((logits if bias is None else logits + bias) - lse[..., None])
             changes = []  # of the logits
             if query_tangent is not None:
-                changes.append(jnp.einsum("BKGTH,BKSH->BKGTS", query_tangent, key))
+                changes.append(jnp.einsum("BKRH,BKSH->BKRS", query_tangent, key))
             if key_tangent is not None:
-                changes.append(jnp.einsum("BKGTH,BKSH->BKGTS", query, key_tangent))
+                changes.append(jnp.einsum("BKRH,BKSH->BKRS", query, key_tangent))
             if tangents.bias is not None:
-                changes.append(_take(_take(tangents.bias, 3, grid.rows, i), 4, grid.columns, j))
+                changes.append(_bias_and_visible(grid, inputs._replace(bias=tangents.bias), sees, i, j, is_edge)[0])
             shifts = weights * sum(changes) if changes else jnp.zeros_like(weights)
-            if is_edge:
-                hidden = logits == -jnp.inf
-                weights, shifts = jnp.where(hidden, 0, weights), jnp.where(hidden, 0, shifts)
+            weights, shifts = _where(visible, weights, 0), _where(visible, shifts, 0)
             total = shifts.sum(-1, keepdims=True)
             change = 0
             if changes:
-                change = _product("BKGTS,BKSV->BKGTV", shifts, value, is_edge)
+                change = _product("BKRS,BKSV->BKRV", shifts, value, is_edge)
             if value_tangent is not None:
-                change += _product("BKGTS,BKSV->BKGTV", weights, value_tangent, is_edge)
+                change += _product("BKRS,BKSV->BKRV", weights, value_tangent, is_edge)
             return (total, change) if sums is None else (sums[0] + total, sums[1] + change)
 
         sums = _visit(grid.edge, i, functools.partial(tile, True), None, empty)
         sums = _visit(grid.full, i, functools.partial(tile, False), sums, empty)
         total, change = empty(sums)
-        return change - total * _take(padded_out, 3, grid.rows, i), total[..., 0]
+        change -= total * _rows(padded_out, grid, i)
+        return _by_head(change, grid), _by_head(total[..., 0], grid)
 
     padded_out = _pad(out, 3, grid.rows)
     return _each(row, (3, 3), grid.rows)
@@ -410,28 +442,30 @@ def _transpose(
             return sums._replace(key=jnp.zeros_like(key), value=jnp.zeros_like(value))
 
         def tile(is_edge: bool, i: Any, sums: _Gradients) -> _Gradients:
-            query, dout, lse, shift = (_take(x, 3, rows, i) for x in (inputs.query, upstream, reference, offset))
-            logits = _logits(grid, inputs, sees, i, j, query, key, is_edge)
-            weights = jnp.exp(logits - lse[..., None])
-            changes = weights * (jnp.einsum("BKGTV,BKSV->BKGTS", dout, value) - shift[..., None])
-            if is_edge:
-                hidden = logits == -jnp.inf
-                weights, changes = jnp.where(hidden, 0, weights), jnp.where(hidden, 0, changes)
-            of_key = _product("BKGTS,BKGTH->BKSH", changes, query, is_edge)
-            of_value = _product("BKGTS,BKGTV->BKSV", weights, dout, is_edge)
-            of_query = _product("BKGTS,BKSH->BKGTH", changes, key, is_edge)
+            query, dout, lse, shift = (_rows(x, grid, i) for x in (inputs.query, upstream, reference, offset))
+            bias, visible = _bias_and_visible(grid, inputs, sees, i, j, is_edge)
+            bias, visible = (None if x is None else jnp.swapaxes(x, 2, 3) for x in (bias, visible))
+            # Keys by queries, as the products for the keys' gradients read them.
+            logits = jnp.einsum("BKSH,BKRH->BKSR", key, query)
+            weights = jnp.exp((logits if bias is None else logits + bias) - lse[:, :, None])
+            changes = weights * (jnp.einsum("BKSV,BKRV->BKSR", value, dout) - shift[:, :, None])
+            weights, changes = _where(visible, weights, 0), _where(visible, changes, 0)
+            of_key = _product("BKSR,BKRH->BKSH", changes, query, is_edge)
+            of_value = _product("BKSR,BKRV->BKSV", weights, dout, is_edge)
+            of_query = _by_head(_product("BKSR,BKSH->BKRH", changes, key, is_edge), grid)
             if sums.query is not None:
                 of_query = _put(sums.query, _take(sums.query, 3, rows, i) + of_query, 3, rows, i)
             if sums.key is not None:
                 of_key, of_value = sums.key + of_key, sums.value + of_value
-            bias = sums.bias
-            if bias is not None:
-                row = _take(bias, 3, rows, i)
+            of_bias = sums.bias
+            if of_bias is not None:
+                row = _take(of_bias, 3, rows, i)
                 old = _take(row, 4, columns, j)
                 summed = [axis for axis, n in enumerate(old.shape) if n == 1]
-                row = _put(row, old + changes.sum(summed, keepdims=True), 4, columns, j)
-                bias = _put(bias, row, 3, rows, i)
-            return _Gradients(of_query, of_key, of_value, bias)
+                by_query = _by_head(jnp.swapaxes(changes, 2, 3), grid)
+                row = _put(row, old + by_query.sum(summed, keepdims=True), 4, columns, j)
+                of_bias = _put(of_bias, row, 3, rows, i)
+            return _Gradients(of_query, of_key, of_value, of_bias)
 
         sums = _Gradients(carry[0], None, None, carry[1])
         sums = _visit(grid.edge.T, j, functools.partial(tile, True), sums, empty)
