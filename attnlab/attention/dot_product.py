@@ -3,15 +3,10 @@
     out_t = sum_s softmax_s(scale q_t . k_s + bias_ts) v_s        over the keys s that t may see
     lse_t = log sum_s exp(scale q_t . k_s + bias_ts)
 
-The blocked form goes through the keys in chunks with the online softmax (Milakov & Gimelshein 2018; Rabe & Staats
-2021; FlashAttention, Dao et al. 2022): the running maximum m, sum l and unnormalised output o of what has been seen,
-
-    m' = max(m, max_s logits)     l' = exp(m - m') l + sum_s exp(logits - m')     o' = exp(m - m') o + sum_s exp(..) v_s
-
-Chunks are recomputed in the backward, so that no buffer of T x S is held in either direction.
+The blocked form is _shared/tiled_softmax.py's: tiles of queries and keys with the online softmax, recomputed in the
+gradient, so that no buffer of T x S is held in either direction.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,12 +32,10 @@ from attnlab.attention._shared.checks import (
     require,
     shape_text,
 )
-from attnlab.attention._shared.softmax import dense_attention
+from attnlab.attention._shared.softmax import reference_attention, scaled_for_logits
+from attnlab.attention._shared.tiled_softmax import Inputs, Sees, tiled_attention
 
 Array = jax.Array
-
-_QUERY_CHUNK = 128
-_KEY_CHUNK = 128
 
 
 @primitive("B*N.", "B*N")
@@ -142,40 +135,7 @@ def _reference(
         visible = visible & masks.dense_mask(masks.causal(), (query.shape[1],), (key.shape[1],))
     if segments is not None:
         visible = visible & (segments[0][:, None, :, None] == segments[1][:, None, None, :])
-    return dense_attention(query, key, value, visible=visible, bias=bias, scale=scale)
-
-
-class _Queries(NamedTuple):
-    """What belongs to queries: [B, K, G, T, H], ids [B, T], bias and mask [b, k, g, T|1, S|1], positions [T]."""
-
-    query: Array
-    ids: Array | None
-    bias: Array | None
-    mask: Array | None
-    position: Array
-
-
-class _Keys(NamedTuple):
-    """What belongs to keys: [B, K, S, H], [B, K, S, V], ids [B, S], positions [S]; of some queries, bias and mask."""
-
-    key: Array
-    value: Array
-    ids: Array | None
-    bias: Array | None
-    mask: Array | None
-    position: Array
-
-
-# Which axis of each field is that of T, and of S.
-_QUERY_AXES, _KEY_AXES = (3, 1, 3, 3, 0), (2, 2, 1, 4, 4, 0)
-
-
-class _Running(NamedTuple):
-    """The softmax over the keys so far: [B, K, G, T, 1], the same, and [B, K, G, T, V]."""
-
-    largest: Array
-    total: Array
-    out: Array
+    return reference_attention(query, key, value, visible=visible, bias=bias, scale=scale)
 
 
 def _xla(
@@ -192,112 +152,27 @@ def _xla(
     batch, queries, heads, _ = query.shape
     key_heads = key.shape[2]
     group = heads // key_heads  # query heads that read one key head
+    dtype = accumulator_dtype(query, key, value)
 
-    def by_key_head(x: Array | None) -> Array | None:
+    def by_key_head(x: Array | None, dtype: Any) -> Array | None:
         """[b, n, T, S] -> [b, K, G, T, S], where an axis of length 1 stays one."""
         if x is None:
             return None
         b, n, *rest = x.shape
-        return x.reshape(b, 1, 1, *rest) if n == 1 else x.reshape(b, key_heads, group, *rest)
+        x = x.reshape(b, 1, 1, *rest) if n == 1 else x.reshape(b, key_heads, group, *rest)
+        return x.astype(dtype)
 
-    query_ids, key_ids = (None, None) if segments is None else segments
-    grouped = jnp.moveaxis(query.reshape(batch, queries, key_heads, group, -1), 1, 3)
-    of_queries = _Queries(grouped, query_ids, by_key_head(bias), by_key_head(mask), jnp.arange(queries))
-    parts, join = _chunks(of_queries, _QUERY_AXES, _QUERY_CHUNK)
-
-    def attend(_: None, part: Any) -> tuple[None, tuple[Array, Array]]:
-        queries = join(part)
-        keys, values = (jnp.moveaxis(x, 1, 2) for x in (key, value))
-        of_keys = _Keys(keys, values, key_ids, queries.bias, queries.mask, jnp.arange(key.shape[1]))
-        out, lse = _attend(queries, of_keys, is_causal, scale, accumulator_dtype(query, key, value))
-        return None, (out.astype(query.dtype), lse)
-
-    _, (out, lse) = lax.scan(jax.checkpoint(attend, prevent_cse=False), None, parts)
-    # [chunks, B, K, G, chunk, ...] -> [B, T, N, ...]
-    out = jnp.moveaxis(out, (0, 4), (1, 2)).reshape(batch, -1, heads, value.shape[-1])[:, :queries]
-    lse = jnp.moveaxis(lse, (0, 4), (1, 2)).reshape(batch, -1, heads)[:, :queries]
-    return out, lse
-
-
-def _attend(queries: _Queries, keys: _Keys, is_causal: bool, scale: Any, dtype: Any) -> tuple[Array, Array]:
-    """A chunk of queries over all keys, chunk by chunk: out [B, K, G, T, V] and lse [B, K, G, T]."""
-    parts, join = _chunks(keys, _KEY_AXES, _KEY_CHUNK)
-
-    def visit(running: _Running, part: Any) -> _Running:
-        return _visit(running, queries, join(part), is_causal, scale)
-
-    def step(running: _Running, part: Any) -> tuple[_Running, None]:
-        if not is_causal:
-            return visit(running, part), None
-        past = join(part).position[0] > queries.position.max()  # a chunk after all the queries
-        return lax.cond(past, lambda running, _: running, visit, running, part), None
-
-    rows = queries.query.shape[:-1]
-    start = _Running(
-        jnp.full((*rows, 1), -jnp.inf, dtype),
-        jnp.zeros((*rows, 1), dtype),
-        jnp.zeros((*rows, keys.value.shape[-1]), dtype),
+    scaled, key = scaled_for_logits(query, key, scale, dtype)
+    inputs = Inputs(
+        jnp.moveaxis(scaled.reshape(batch, queries, key_heads, group, -1), 1, 3),
+        jnp.moveaxis(key, 1, 2),
+        jnp.moveaxis(value.astype(dtype), 1, 2),
+        by_key_head(bias, dtype),
     )
-    (largest, total, out), _ = lax.scan(jax.checkpoint(step, prevent_cse=False), start, parts)
-    denominator = jnp.where(total > 0, total, 1)
-    lse = jnp.where(total > 0, largest + jnp.log(denominator), -jnp.inf)
-    return out / denominator, lse[..., 0]
-
-
-def _visit(running: _Running, queries: _Queries, keys: _Keys, is_causal: bool, scale: Any) -> _Running:
-    """One chunk of keys more."""
-    dtype = running.out.dtype
-    logits = jnp.asarray(scale, dtype) * jnp.einsum(
-        "BKGTH,BKSH->BKGTS", queries.query, keys.key, preferred_element_type=dtype
-    )
-    if keys.bias is not None:
-        logits = logits + keys.bias.astype(dtype)
-    visible = keys.position >= 0  # the padding has -1
-    if is_causal:
-        visible = visible & (keys.position <= queries.position[:, None])
-    if keys.mask is not None:
-        visible = visible & keys.mask
-    if queries.ids is not None and keys.ids is not None:
-        visible = visible & (queries.ids[:, :, None] == keys.ids[:, None, :])[:, None, None]
-    logits = jnp.where(visible, logits, -jnp.inf)
-    # The maximum keeps exp in range and cancels out of the result, so it carries no gradient.
-    largest = jnp.maximum(running.largest, lax.stop_gradient(logits.max(-1, keepdims=True)))
-    reference = jnp.where(largest == -jnp.inf, 0, largest)
-    numerators = jnp.exp(logits - reference)
-    rescale = jnp.exp(running.largest - reference)
-    total = rescale * running.total + numerators.sum(-1, keepdims=True)
-    out = rescale * running.out + jnp.einsum(
-        "BKGTS,BKSV->BKGTV", numerators, keys.value.astype(dtype), preferred_element_type=dtype
-    )
-    return _Running(largest, total, out)
-
-
-def _chunks(arrays: Any, axes: tuple[int, ...], most: int) -> tuple[list[Array], Callable[[list[Array]], Any]]:
-    """Cuts a NamedTuple's arrays along their given axes into chunks for lax.scan: (the scan's xs, from one x to the
-    NamedTuple of a chunk).
-
-    The last chunk is padded: integers with -1, others with 0. None, and axes of length 1, are passed whole, so that
-    a bias that broadcasts is not copied.
-    """
-    length = arrays.position.shape[0]
-    size = min(most, max(length, 1))
-    count = max(-(-length // size), 1)
-    is_cut = [x is not None and x.shape[axis] == length for x, axis in zip(arrays, axes)]
-
-    def cut(x: Array, axis: int) -> Array:
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, count * size - length)
-        fill = -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0
-        padded = jnp.pad(x, widths, constant_values=fill)
-        return jnp.moveaxis(padded.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
-
-    parts = [cut(x, axis) for x, axis, flag in zip(arrays, axes, is_cut) if flag]
-
-    def join(part: list[Array]) -> Any:
-        left = iter(part)
-        return type(arrays)(*(next(left) if flag else x for x, flag in zip(arrays, is_cut)))
-
-    return parts, join
+    sees = Sees(by_key_head(mask, bool), *((None, None) if segments is None else segments))
+    out, lse = tiled_attention(inputs, sees, is_causal=is_causal)
+    out, lse = (jnp.moveaxis(x, 3, 1).reshape(batch, queries, heads, *x.shape[4:]) for x in (out, lse))
+    return out.astype(query.dtype), lse
 
 
 IMPLEMENTATIONS: Implementations = {"reference": _reference, "xla": _xla, **kernels.KERNELS}

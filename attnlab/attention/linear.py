@@ -281,7 +281,7 @@ def _finite(inputs: LinearInputs) -> LinearInputs:
     """Zeros in place of what is not finite; a decay may be -inf."""
     query, key, value, log_decay, beta, state, segment_ids = inputs
     query, key, value, state = jax.tree.map(finite_or_zero, (query, key, value, state))
-    log_decay = None if log_decay is None else jnp.where(jnp.isnan(log_decay), 0, log_decay)
+    log_decay = None if log_decay is None else jnp.where(log_decay < jnp.inf, log_decay, 0)  # not NaN either
     beta = None if beta is None else finite_or_zero(beta)
     return LinearInputs(query, key, value, log_decay, beta, state, segment_ids)
 
@@ -294,7 +294,7 @@ def _spoilt(inputs: LinearInputs, is_causal: bool) -> tuple[Array, Array]:
     if log_decay is not None:
         gates = log_decay[None, None] if log_decay.ndim == 1 else log_decay
         gates = gates if gates.ndim == 4 else gates[..., None]
-        tokens, starts = tokens | jnp.isnan(gates).any(-1), starts | (gates == -jnp.inf).all(-1)
+        tokens, starts = tokens | (~(gates < jnp.inf)).any(-1), starts | (gates == -jnp.inf).all(-1)
     if beta is not None:
         tokens = tokens | ~jnp.isfinite(beta)
     if segment_ids is not None:

@@ -45,7 +45,7 @@ from attnlab.attention._shared.checks import (
     require,
 )
 from attnlab.attention._shared.finite import spoiling
-from attnlab.attention._shared.softmax import dense_attention, softmax_parts
+from attnlab.attention._shared.softmax import dense_attention, scaled_for_logits, softmax_parts
 from attnlab.attention._shared.tiles import Tiles, cut_tiles, group_residues, join_tiles
 
 Array = jax.Array
@@ -320,7 +320,8 @@ def _attend(
         ids = None if ids is None or sinks.ids is None else jnp.concatenate([sinks.ids, ids], axis=1)
     if part.ids is not None and ids is not None:
         visible = visible[None, None, None] & (part.ids[:, :, None] == ids[:, None, :])[:, None, None]
-    logits = jnp.asarray(scale, dtype) * jnp.einsum("BKGTH,BKSH->BKGTS", part.query, key, preferred_element_type=dtype)
+    query, key = scaled_for_logits(part.query, key, scale, dtype)
+    logits = jnp.einsum("BKGTH,BKSH->BKGTS", query, key)
     numerators, denominator, lse = softmax_parts(logits, visible)
     out = jnp.einsum("BKGTS,BKSV->BKGTV", numerators, value.astype(dtype), preferred_element_type=dtype)
     return out / denominator, lse

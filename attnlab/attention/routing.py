@@ -50,7 +50,7 @@ from attnlab.attention._shared.checks import (
 from attnlab.attention._shared.clusters import members_of_both, strict_ranges, taken_once
 from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil
 from attnlab.attention._shared.heads import repeat_key_heads
-from attnlab.attention._shared.softmax import softmax_parts
+from attnlab.attention._shared.softmax import scaled_for_logits, softmax_parts
 from attnlab.attention.centroids import (
     Normalize,
     RoutingState,
@@ -237,7 +237,7 @@ def _reference(
     length = query.shape[1]
     position = jnp.arange(length)
     real = jnp.ones(query.shape[:2], bool) if key_mask is None else key_mask
-    logits = scale * jnp.einsum("BTNH,BSNH->BNTS", query, key)
+    logits = jnp.einsum("BTNH,BSNH->BNTS", *scaled_for_logits(query, key, scale, value.dtype))
     until = position[:, None] >= position[None]
     ordered = until if is_causal else jnp.ones_like(until)
     itself = position[:, None] == position[None]
@@ -376,7 +376,8 @@ def _strict_head(
         visible = (first[:, None] <= rank) & (rank < end[:, None])
         if self_is_last:
             visible = _others_if_any(visible, rank == itself[:, None])
-        numerators, denominator, _ = softmax_parts(scale * query @ key.T, visible)
+        query, key = scaled_for_logits(query, key, scale, value.dtype)
+        numerators, denominator, _ = softmax_parts(query @ key.T, visible)
         return (numerators @ value) / denominator
 
     at_once = max(1, _LOGITS_AT_ONCE // (size * (back + 1) * size))
@@ -418,7 +419,8 @@ def _global_xla(
             visible &= position_k <= position_q
         if self_is_last:
             visible = _others_if_any(visible, position_k == position_q)
-        numerators, denominator, _ = softmax_parts(scale * query @ key.T, visible)
+        query, key = scaled_for_logits(query, key, scale, value.dtype)
+        numerators, denominator, _ = softmax_parts(query @ key.T, visible)
         return (numerators @ value) / denominator
 
     def head(query: Array, key: Array, value: Array, taken_q: Array, taken_k: Array) -> tuple[Array, Array]:

@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab import dot_product_attention, dot_product_step, init_dot_product_cache
-from attnlab.attention import dot_product
+from attnlab.attention._shared import tiled_softmax
 
 IMPLEMENTATIONS = ["reference", "xla"]
 
 
 @pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch):
-    """Several chunks, the last ones incomplete, at lengths of a test."""
-    monkeypatch.setattr(dot_product, "_QUERY_CHUNK", 8)
-    monkeypatch.setattr(dot_product, "_KEY_CHUNK", 16)
+def _small_tiles(monkeypatch):
+    """Several tiles, the last ones incomplete, at lengths of a test."""
+    monkeypatch.setattr(tiled_softmax, "_TILE", 8)
+    monkeypatch.setattr(tiled_softmax, "_ROWS", 8)
 
 
 def draw_arrays(seed, batch, queries, keys, heads, key_heads, head_dim=4, value_dim=3, dtype=jnp.float32):

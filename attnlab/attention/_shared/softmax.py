@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._shared.checks import accumulator_dtype
+from attnlab.attention._shared.finite import finite_or_zero, is_spoilt
 from attnlab.attention._shared.heads import repeat_key_heads
 
 Array = jax.Array
@@ -22,9 +23,23 @@ def softmax_parts(logits: Array, visible: Any = True) -> tuple[Array, Array, Arr
     largest = jnp.where(largest == -jnp.inf, 0, largest)
     numerators = jnp.exp(logits - largest)
     total = jnp.sum(numerators, axis=-1, keepdims=True)
-    denominator = jnp.where(total > 0, total, 1)
-    lse = jnp.where(total > 0, largest + jnp.log(denominator), -jnp.inf)
+    empty = total == 0  # False for NaN
+    denominator = jnp.where(empty, 1, total)
+    lse = jnp.where(empty, -jnp.inf, largest + jnp.log(denominator))
     return numerators, denominator, lse[..., 0]
+
+
+def scaled_for_logits(query: Array, key: Array, scale: Any, dtype: Any) -> tuple[Array, Array]:
+    """(scale query, key) in dtype, for logits q . k from which a maximum is subtracted.
+
+    Were it the product that is scaled, XLA would contract scale * (q . k) - max into one multiply-add, and what it
+    leaves of the largest logit, which should be 0, is the product's rounding error: where logits are huge, exp takes it
+    to 0 or infinity. So would it the product of a single channel, which therefore gets another one, of zeros.
+    """
+    query, key = jnp.asarray(scale, dtype) * query.astype(dtype), key.astype(dtype)
+    if query.shape[-1] == 1:
+        query, key = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)]) for x in (query, key))
+    return query, key
 
 
 def dense_attention(
@@ -32,12 +47,24 @@ def dense_attention(
 ) -> tuple[Array, Array]:
     """Attention with all logits in one array: (out [B,T,N,V], lse [B,T,N]). visible, bias: broadcast to [B,N,T,S]."""
     dtype = accumulator_dtype(query, key, value)
-    key, value = (repeat_key_heads(x.astype(dtype), query.shape[2]) for x in (key, value))
-    logits = jnp.asarray(scale, dtype) * jnp.einsum(
-        "BTNH,BSNH->BNTS", query.astype(dtype), key, preferred_element_type=dtype
-    )
+    query_dtype = query.dtype
+    query, key = scaled_for_logits(query, key, scale, dtype)
+    key, value = (repeat_key_heads(x, query.shape[2]) for x in (key, value.astype(dtype)))
+    logits = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=dtype)
     if bias is not None:
         logits = logits + bias.astype(dtype)
     numerators, denominator, lse = softmax_parts(logits, visible)
     out = jnp.einsum("BNTS,BSNV->BTNV", numerators / denominator, value, preferred_element_type=dtype)
-    return out.astype(query.dtype), jnp.swapaxes(lse, 1, 2)
+    return out.astype(query_dtype), jnp.swapaxes(lse, 1, 2)
+
+
+def reference_attention(
+    query: Array, key: Array, value: Array, *, visible: Any = True, bias: Array | None = None, scale: Any
+) -> tuple[Array, Array]:
+    """dense_attention in which NaN and infinities reach the queries that see them, or hold them, and nothing else."""
+    out, lse = dense_attention(*map(finite_or_zero, (query, key, value)), visible=visible, bias=bias, scale=scale)
+    of_keys = repeat_key_heads((is_spoilt(key) | is_spoilt(value))[..., None], query.shape[2])
+    sees = visible if bias is None else visible & (bias != -jnp.inf)
+    spoilt = (sees & jnp.moveaxis(of_keys, (1, 3), (3, 2))).any(-1)
+    spoilt = jnp.swapaxes(spoilt, 1, 2) | is_spoilt(query)
+    return jnp.where(spoilt[..., None], jnp.nan, out), jnp.where(spoilt, jnp.nan, lse)

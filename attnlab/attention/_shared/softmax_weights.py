@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from attnlab.attention import masks
 from attnlab.attention._shared.checks import check_int, require
-from attnlab.attention._shared.softmax import softmax_parts
+from attnlab.attention._shared.softmax import scaled_for_logits, softmax_parts
 
 Array = jax.Array
 
@@ -46,7 +46,7 @@ def dense_weights(query: Array, key: Array, *, scale: Any, is_causal: bool, wind
         mask = masks.neighborhood((length,), window, is_causal=is_causal)
     elif is_causal:
         mask = masks.causal()
-    logits = scale * jnp.einsum("BTNH,BSNH->BNTS", query, key)
+    logits = jnp.einsum("BTNH,BSNH->BNTS", *scaled_for_logits(query, key, scale, query.dtype))
     numerators, denominator, _ = softmax_parts(logits, masks.dense_mask(mask, (length,)))
     return numerators / denominator
 
