@@ -31,6 +31,7 @@ from attnlab.attention._shared.checks import (
     check_type,
     default_scale,
 )
+from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, spoilt_since
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax import softmax_parts
 from attnlab.attention.agent import batched_agents
@@ -103,14 +104,16 @@ def causal_agent_attention(
         "causal_agent_attention",
         IMPLEMENTATIONS,
         implementation,
-        query,
-        key,
-        value,
+        *map(finite_or_zero, (query, key, value)),
         agents.astype(dtype),
         jax.tree.map(lambda leaf: leaf.astype(dtype), initial_state),
         scale=default_scale(scale, head_dim),
         chunk_size=chunk_size,
     )
+    tokens = repeat_key_heads((is_spoilt(key) | is_spoilt(value))[..., None], heads)[..., 0]
+    nothing = jnp.zeros_like(tokens)
+    seen = spoilt_since(tokens, nothing, nothing[:, 0])
+    out, state = spoil(out, seen | is_spoilt(query)), jax.tree.map(lambda leaf: spoil(leaf, seen[:, -1]), state)
     return (out, state) if return_state else out
 
 

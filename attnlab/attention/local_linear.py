@@ -45,6 +45,7 @@ from attnlab.attention._shared.checks import (
     require,
     shape_text,
 )
+from attnlab.attention._shared.finite import finite_or_zero, spoil, spoilt_by_weights
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax import dense_attention
 from attnlab.attention._shared.softmax_weights import SoftmaxWeights, check_window, dense_weights, weights_of
@@ -146,7 +147,8 @@ def _reference(
     max_iterations: int,
 ) -> tuple[Array, LocalLinearResiduals]:
     dtype = accumulator_dtype(query, key, value)
-    q, k, v = query.astype(dtype), *(repeat_key_heads(x.astype(dtype), query.shape[2]) for x in (key, value))
+    q = finite_or_zero(query).astype(dtype)
+    k, v = (finite_or_zero(repeat_key_heads(x, query.shape[2])).astype(dtype) for x in (key, value))
     p = dense_weights(q, k, scale=scale, is_causal=is_causal, window=window)
     key_mean = jnp.einsum("BNTS,BSNH->BTNH", p, k)
     centred = k[:, None] - key_mean[:, :, None]  # [B, T, S, N, H]
@@ -158,8 +160,10 @@ def _reference(
     solution = jnp.linalg.solve(matrix, offset[..., None])[..., 0]
     weights = p * (1 + jnp.einsum("BTSNH,BTNH->BNTS", centred, solution))
     out = jnp.einsum("BNTS,BSNV->BTNV", weights, v)
+    spoilt = spoilt_by_weights(p, query, key, value)
     zeros = jnp.zeros(query.shape[:3], dtype)
-    return out.astype(query.dtype), _residuals(solution, offset, zeros.astype(jnp.int32), zeros)
+    out, solution = spoil(out.astype(query.dtype), spoilt), spoil(solution, spoilt)
+    return out, _residuals(solution, offset, zeros.astype(jnp.int32), zeros)
 
 
 def blocked_weights(

@@ -28,6 +28,7 @@ from attnlab.attention._shared.checks import (
     check_type,
     default_scale,
 )
+from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, spoilt_by_weights
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax_weights import SoftmaxWeights, check_window, dense_weights
 from attnlab.attention.dot_product import DotProductCache
@@ -92,14 +93,13 @@ def _reference(
     query: Array, key: Array, value: Array, probe: Array, *, is_causal: bool, window: int | None, scale: Any
 ) -> Array:
     dtype = accumulator_dtype(query, probe, key, value)
-    q, r, k, v = (
-        *(x.astype(dtype) for x in (query, probe)),
-        *(repeat_key_heads(x.astype(dtype), query.shape[2]) for x in (key, value)),
-    )
+    q, r = (finite_or_zero(x).astype(dtype) for x in (query, probe))
+    k, v = (finite_or_zero(repeat_key_heads(x, query.shape[2])).astype(dtype) for x in (key, value))
     p = dense_weights(q, k, scale=scale, is_causal=is_causal, window=window)
     a = jnp.einsum("BTNH,BSNH->BNTS", r, k)
     weights = p * (1 + jnp.sum(p * a, axis=-1, keepdims=True) - a)
-    return jnp.einsum("BNTS,BSNV->BTNV", weights, v).astype(query.dtype)
+    out = jnp.einsum("BNTS,BSNV->BTNV", weights, v).astype(query.dtype)
+    return spoil(out, spoilt_by_weights(p, query, key, value) | is_spoilt(probe))
 
 
 def _by_weights(

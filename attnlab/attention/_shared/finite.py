@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._dispatch.deferred import vary_alike
+from attnlab.attention._shared.heads import repeat_key_heads
 
 Array = jax.Array
 
@@ -29,6 +30,14 @@ def finite_or_zero(x: Array) -> Array:
 def spoil(x: Array, where: Array) -> Array:
     """x [*S, ...] made NaN where bool [*S] says so. Gradients are those of x."""
     return x + jnp.where(where, jnp.nan, 0).astype(x.dtype).reshape(where.shape + (1,) * (x.ndim - where.ndim))
+
+
+def spoilt_by_weights(weights: Array, query: Array, key: Array, value: Array) -> Array:
+    """bool [B, T, N]: queries that are not finite, or give a weight [B, N, T, S] above 0 to what is not."""
+    heads = query.shape[2]
+    tokens = repeat_key_heads((is_spoilt(key) | is_spoilt(value))[..., None], heads)[..., 0]
+    reached = jnp.einsum("BNTS,BSN->BTN", jax.lax.stop_gradient(weights), tokens.astype(weights.dtype))
+    return (reached > 0) | is_spoilt(query)
 
 
 def spoiling(form: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
