@@ -15,8 +15,7 @@ from marks import slow_but
 import attnlab
 from attnlab.catalog import MECHANISMS
 
-every_call = pytest.mark.parametrize("name", CALLS)
-# One of each kind, for what compiles programs.
+# One of each kind is quick: all of the table takes minutes, to trace it as to compile it.
 _KINDS = {"dot_product, causal", "local, sinks and segments", "linear, gated delta segments", "local-linear step"}
 every_kind = pytest.mark.parametrize("name", slow_but(_KINDS, CALLS))
 
@@ -59,7 +58,7 @@ def has_batch(x):
 # --- Modes of tracing -------------------------------------------------------------------------------------------------
 
 
-@every_call
+@every_kind
 def test_no_rank_is_promoted_and_no_tracer_leaks(name):
     with jax.numpy_rank_promotion("raise"), jax.checking_leaks():
         jax.jit(gradient(name)).trace(*CALLS[name][1])
@@ -164,7 +163,7 @@ _SUMMED = ("fit_routing", "update_routing", "routing, all results")
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("name", [name for name in CALLS if name not in _SUMMED])
+@pytest.mark.parametrize("name", slow_but(_KINDS, [name for name in CALLS if name not in _SUMMED]))
 def test_shard_map_takes_values_and_gradients(name, check_vma):
     """Traced alone; the next test computes."""
     function, arrays = CALLS[name]
@@ -198,7 +197,7 @@ def test_a_mesh_computes_what_one_device_does(name, layout, kind):
 
 @pytest.mark.parametrize("in_context", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@every_call
+@every_kind
 def test_explicit_axes_are_traced_in_every_layout(name, layout, in_context):
     function, arrays = CALLS[name]
     mesh = mesh_of(AxisType.Explicit)
