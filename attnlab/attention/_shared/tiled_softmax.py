@@ -73,9 +73,11 @@ def tiled_attention(inputs: Inputs, sees: Sees, *, is_causal: bool) -> tuple[Arr
 
         def split(inputs: Inputs, sees: Sees) -> Any:
             """The form in plain JAX as a function of what has a tangent, and that."""
-            names = list(along)
-            plain = lambda *arrays: _by_rows(inputs._replace(**dict(zip(names, arrays))), sees, is_causal)
-            return plain, [getattr(inputs, name) for name in names]
+
+            def plain(*arrays: Array) -> tuple[Array, Array]:
+                return _by_rows(inputs._replace(**dict(zip(along, arrays))), sees, is_causal)
+
+            return plain, [getattr(inputs, name) for name in along]
 
         def plain_tangent(residuals: Any, tangents: Any) -> Any:
             plain, arrays = split(*residuals[:2])
