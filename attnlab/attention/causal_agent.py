@@ -5,11 +5,13 @@ scale a_j . k_t and L_tj = log sum_{s<=t} exp(l_sj), what agent j has gathered i
 
     Va_tj = (1 - p_tj) Va_{t-1,j} + p_tj v_t        p_tj = sigmoid(l_tj - L_{t-1,j})
 
-so the whole is linear attention with query softmax_j(scale q_t . a_j), key p_t and one decay per agent, log(1 - p_t).
+so the whole is linear attention with query softmax_j(scale q_t . a_j), key p_t and one decay per agent, log(1 - p_t):
+that is how the kernels compute it. The blocked form carries sums of exp(l - largest) over chunks of tokens instead.
 
 Paper: Agent Attention (Han et al. 2023), whose published form is agent.py's; the causal form is this library's.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import einops
@@ -31,14 +33,16 @@ from attnlab.attention._shared.checks import (
     check_type,
     default_scale,
 )
+from attnlab.attention._shared.chunks import scan_chunks
 from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, spoilt_since
 from attnlab.attention._shared.heads import repeat_key_heads
-from attnlab.attention._shared.softmax import softmax_parts
+from attnlab.attention._shared.softmax import scaled_for_logits, softmax_parts
 from attnlab.attention.agent import batched_agents
 from attnlab.attention.linear import LinearState, linear_attention
 
 Array = jax.Array
 
+_FAR = 60.0  # Logits of a chunk further than this above its unit are not summed in it: exp(60) is 1e26.
 _NOTHING = -1e30  # The log of a sum of no tokens: finite, so that its differences and their gradients are.
 
 
@@ -159,26 +163,39 @@ def _reference(
     scale: Any,
     chunk_size: int | None = None,
 ) -> tuple[Array, AgentState]:
-    dtype = agents.dtype
+    dtype, heads = agents.dtype, query.shape[2]
+    scaled_query, agents_read = scaled_for_logits(query, agents, scale, dtype)
+    scaled_agents, keys = scaled_for_logits(agents, key, scale, dtype)
 
     def token(state: AgentState, now: tuple[Array, Array, Array]) -> tuple[AgentState, Array]:
         query, key, value = now
-        logits = scale * jnp.einsum("BmNH,BNH->BNm", agents, key)
+        logits = jnp.einsum("BmNH,BNH->BNm", scaled_agents, key)
         largest = jnp.maximum(state.largest, jax.lax.stop_gradient(logits))
         kept, added = jnp.exp(state.largest - largest), jnp.exp(logits - largest)
         denominator = kept * state.denominator + added
         numerator = kept[..., None] * state.numerator + added[..., None] * value[:, :, None]
-        weights = jax.nn.softmax(scale * jnp.einsum("BNH,BmNH->BNm", query, agents), axis=-1)
+        weights = jax.nn.softmax(jnp.einsum("BNH,BmNH->BNm", query, agents_read), axis=-1)
         out = jnp.einsum("BNm,BNmV->BNV", weights / denominator, numerator)
         return AgentState(largest, denominator, numerator), out
 
-    tokens = (query.astype(dtype), *(repeat_key_heads(x.astype(dtype), query.shape[2]) for x in (key, value)))
+    tokens = (scaled_query, *(repeat_key_heads(x.astype(dtype), heads) for x in (keys, value)))
     state = state._replace(largest=jax.lax.stop_gradient(state.largest))
     state, out = jax.lax.scan(token, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
     return jnp.moveaxis(out, 0, 1).astype(query.dtype), state
 
 
-def _by_linear(
+def _logits_and_shares(query: Array, key: Array, agents: Array, scale: Any) -> tuple[Array, Array]:
+    """Of agents over keys, the logits, and of queries over agents, the softmax weights: [B, T, N, m] both."""
+    dtype = agents.dtype
+    scaled, keys = scaled_for_logits(agents, key, scale, dtype)
+    by_group = einops.rearrange(scaled, "B m (K G) H -> B m K G H", K=key.shape[2])
+    logits = jnp.einsum("BTKH,BmKGH->BTKGm", keys, by_group, preferred_element_type=dtype)
+    scaled, agents = scaled_for_logits(query, agents, scale, dtype)
+    shares, total, _ = softmax_parts(jnp.einsum("BTNH,BmNH->BTNm", scaled, agents, preferred_element_type=dtype))
+    return einops.rearrange(logits, "B T K G m -> B T (K G) m"), shares / total
+
+
+def _xla(
     query: Array,
     key: Array,
     value: Array,
@@ -187,43 +204,89 @@ def _by_linear(
     *,
     scale: Any,
     chunk_size: int,
-    implementation: str = "xla",
-    operands: Any = None,
 ) -> tuple[Array, AgentState]:
-    """By one of linear_attention's forms. operands: dtype of what it multiplies, None for the accumulator's."""
-    dtype, key_heads = agents.dtype, key.shape[2]
+    dtype, heads = agents.dtype, query.shape[2]
+    logits, shares = _logits_and_shares(query, key, agents, scale)
+
+    def chunk(state: AgentState, tokens: Any) -> tuple[AgentState, Array]:
+        *by_agent, value = tokens
+        values = jnp.moveaxis(repeat_key_heads(value.astype(dtype), heads), 2, 1)
+        logits, shares = (jnp.moveaxis(x, 2, 1) for x in by_agent)  # [B, N, C, m]
+        # The unit of sums within the chunk, which no later token changes, and that of the state after it.
+        unit = jnp.maximum(state.largest, jax.lax.stop_gradient(logits[:, :, 0]))
+        largest = jnp.maximum(unit, jax.lax.stop_gradient(logits.max(2)))
+        far = (largest - unit).max() > _FAR
+        weights, weight_before = jax.lax.cond(far, _weights_far, _weights, shares, logits, state, unit)
+        out = weights @ values + weight_before @ state.numerator
+        kept, added = jnp.exp(state.largest - largest), jnp.exp(logits - largest[:, :, None])
+        denominator = kept * state.denominator + added.sum(2)
+        numerator = kept[..., None] * state.numerator + added.mT @ values
+        return AgentState(largest, denominator, numerator), jnp.moveaxis(out, 1, 2).astype(query.dtype)
+
+    state = state._replace(largest=jax.lax.stop_gradient(state.largest))
+    state, out = scan_chunks(chunk, state, (logits, shares, value), chunk_size)
+    return out, state
+
+
+def _weights(shares: Array, logits: Array, state: AgentState, unit: Array) -> tuple[Array, Array]:
+    """Of a chunk's tokens over its values, [B, N, C, C], and over the state's numerators, [B, N, C, m]."""
+    # In the branch not taken of a batch they may be larger, and have to stay finite.
+    added = jnp.exp(jnp.minimum(logits - unit[:, :, None], _FAR))
+    kept = jnp.exp(state.largest - unit)[:, :, None]
+    until = jnp.tril(jnp.ones_like(logits, shape=(logits.shape[2],) * 2))
+    by_sum = shares / (until[None, None] @ added + kept * state.denominator[:, :, None])
+    return jnp.tril(by_sum @ added.mT), by_sum * kept
+
+
+def _weights_far(shares: Array, logits: Array, state: AgentState, unit: Array) -> tuple[Array, Array]:
+    """The same for any logits. A token that sees a far one has an exponential per earlier token and agent."""
+    length = logits.shape[2]
+    until = jnp.tril(jnp.ones((length, length), bool))[None, None, :, :, None]
+    pairs = jnp.where(until, logits[:, :, None], -jnp.inf)  # [B, N, C, C, m]: what each token sees
+    largest = jnp.maximum(state.largest[:, :, None], jax.lax.stop_gradient(pairs.max(3)))
+    added, kept = jnp.exp(pairs - largest[:, :, :, None]), jnp.exp(state.largest[:, :, None] - largest)
+    by_sum = shares / (added.sum(3) + kept * state.denominator[:, :, None])
+    weights = (by_sum[:, :, :, None] * added).sum(-1), by_sum * kept
+    far = (largest - unit[:, :, None] > _FAR).any(-1, keepdims=True)
+    return jax.tree.map(functools.partial(jnp.where, far), weights, _weights(shares, logits, state, unit))
+
+
+def _pallas_tpu(
+    xla: Any,
+    query: Array,
+    key: Array,
+    value: Array,
+    agents: Array,
+    state: AgentState,
+    *,
+    scale: Any,
+    chunk_size: int,
+) -> tuple[Array, AgentState]:
+    """By linear attention's kernels."""
     largest, denominator, numerator = state
     largest = jax.lax.stop_gradient(largest)
-    by_group = einops.rearrange(agents, "B m (K G) H -> B m K G H", K=key_heads)
-    logits = scale * jnp.einsum("BTKH,BmKGH->BTKGm", key, by_group, preferred_element_type=dtype)
-    logits = einops.rearrange(logits, "B T K G m -> B T (K G) m")
-    shares, total, _ = softmax_parts(scale * jnp.einsum("BTNH,BmNH->BTNm", query, agents, preferred_element_type=dtype))
-
+    logits, shares = _logits_and_shares(query, key, agents, scale)
     some = denominator > 0
     divisor = jnp.where(some, denominator, 1)
     before = jnp.where(some, jnp.where(some, largest, 0) + jnp.log(divisor), _NOTHING)
     # Log of the sum over the tokens before each one: the state's, then up to all but the last.
     sums = jax.lax.cumlogsumexp(jnp.concatenate([before[:, None], logits[:, :-1]], axis=1), axis=1)
     surplus = logits - sums
-    tokens = (shares / total, jax.nn.sigmoid(surplus), repeat_key_heads(value, query.shape[2]))
+    tokens = (shares, jax.nn.sigmoid(surplus), repeat_key_heads(value, query.shape[2]))
     out, gathered = linear_attention(
-        *(x if operands is None else x.astype(operands) for x in tokens),
+        *(x.astype(query.dtype) for x in tokens),
         log_decay=-jax.nn.softplus(surplus),
         scale=1.0,
         initial_state=LinearState(numerator / divisor[..., None]),
         return_state=True,
         chunk_size=chunk_size,
-        implementation=implementation,
+        implementation="pallas_tpu",
     )
 
     new_largest = jnp.maximum(largest, jax.lax.stop_gradient(jnp.max(logits, axis=1, initial=-jnp.inf)))
     unit = jnp.where(new_largest == -jnp.inf, 0, new_largest)
     denominator = jnp.exp(largest - unit) * denominator + jnp.sum(jnp.exp(logits - unit[:, None]), axis=1)
     return out.astype(query.dtype), AgentState(new_largest, denominator, gathered.kv * denominator[..., None])
-
-
-def _pallas_tpu(xla: Any, query: Array, *arrays: Any, **options: Any) -> tuple[Array, AgentState]:
-    return _by_linear(query, *arrays, implementation="pallas_tpu", operands=query.dtype, **options)
 
 
 def _pallas_tpu_refusal(
@@ -236,7 +299,7 @@ def _pallas_tpu_refusal(
 
 IMPLEMENTATIONS: Implementations = {
     "reference": _reference,
-    "xla": _by_linear,
+    "xla": _xla,
     "pallas_tpu": Kernel(_pallas_tpu, _pallas_tpu_refusal),
 }
 

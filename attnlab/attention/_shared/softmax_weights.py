@@ -33,7 +33,7 @@ def weights_of(attend: Callable[[Array, Array], Array], query: Array, key: Array
         return lambda: attend(query, values)
 
     def covariance(values: Array) -> Callable[[Array], Array]:
-        return lambda x: jax.jvp(lambda query: attend(query, values), (query,), (x,))[1]
+        return jax.linearize(lambda query: attend(query, values), query)[1]
 
     return SoftmaxWeights(mean(key), mean(value), covariance(key), covariance(value))
 

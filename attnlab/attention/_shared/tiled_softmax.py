@@ -73,9 +73,11 @@ def tiled_attention(inputs: Inputs, sees: Sees, *, is_causal: bool) -> tuple[Arr
 
         def split(inputs: Inputs, sees: Sees) -> Any:
             """The form in plain JAX as a function of what has a tangent, and that."""
-            names = list(along)
-            plain = lambda *arrays: _by_rows(inputs._replace(**dict(zip(names, arrays))), sees, is_causal)
-            return plain, [getattr(inputs, name) for name in names]
+
+            def plain(*arrays: Array) -> tuple[Array, Array]:
+                return _by_rows(inputs._replace(**dict(zip(along, arrays))), sees, is_causal)
+
+            return plain, [getattr(inputs, name) for name in along]
 
         def plain_tangent(residuals: Any, tangents: Any) -> Any:
             plain, arrays = split(*residuals[:2])
@@ -517,6 +519,30 @@ def _transpose(
 
 def _by_rows(inputs: Inputs, sees: Sees, is_causal: bool) -> tuple[Array, Array]:
     """The same in plain JAX, a block of queries at a time: what is differentiated twice."""
+    queries, keys = inputs.query.shape[3], inputs.key.shape[2]
+    parts = []
+    # Of causal attention, a part of the queries leaves out the keys after its last one.
+    count = min(4, -(-queries // _ROWS)) if is_causal else 1
+    size = -(-queries // count)
+    for start in range(0, queries, size):
+        rows = slice(start, min(start + size, queries))
+        columns = slice(0, min(rows.stop, keys) if is_causal else keys)
+
+        def both(x: Array | None) -> Array | None:
+            if x is None:
+                return None
+            x = x if x.shape[3] == 1 else x[:, :, :, rows]
+            return x if x.shape[4] == 1 else x[..., columns]
+
+        query, key, value, bias = inputs
+        ids = (None, None) if sees.query_ids is None else (sees.query_ids[:, rows], sees.key_ids[:, columns])
+        part = Inputs(query[:, :, :, rows], key[:, :, columns], value[:, :, columns], both(bias))
+        parts.append(_some_rows(part, Sees(both(sees.mask), *ids), start if is_causal else None))
+    return tuple(jnp.concatenate(x, axis=3) for x in zip(*parts))
+
+
+def _some_rows(inputs: Inputs, sees: Sees, start: int | None) -> tuple[Array, Array]:
+    """start: the number of the first query, if they see earlier keys alone."""
     query, key, value, bias = inputs
     rows = _cut(query.shape[3], _ROWS)
     query, bias, mask = (_pad(x, 3, rows) for x in (query, bias, sees.mask))
@@ -526,11 +552,11 @@ def _by_rows(inputs: Inputs, sees: Sees, is_causal: bool) -> tuple[Array, Array]
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def row(i: Any) -> tuple[Array, Array]:
         logits = jnp.einsum("BKGTH,BKSH->BKGTS", _take(query, 3, rows, i), key)
+        visible = jnp.ones_like(logits, bool)
         if bias is not None:
             logits = logits + _take(bias, 3, rows, i)
-        visible = jnp.ones_like(logits, bool)
-        if is_causal:
-            query_index = i * rows.size + jnp.arange(rows.size, dtype=jnp.int32)
+        if start is not None:
+            query_index = start + i * rows.size + jnp.arange(rows.size, dtype=jnp.int32)
             visible &= (key_index[None, :] <= query_index[:, None])[None, None, None]
         if mask is not None:
             visible &= _take(mask, 3, rows, i)
