@@ -49,7 +49,8 @@ th, td { padding: .4rem .55rem; font-size: .95rem; text-align: right; border-bot
 .scroll + .scroll { margin-top: 1rem; }
 th:first-child, td:first-child { text-align: left; }
 thead th { font-weight: 600; vertical-align: bottom; white-space: normal; }
-td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 10rem; }
+td:first-child { white-space: normal; overflow-wrap: anywhere; }
+table.arms td:first-child { min-width: var(--names); }
 table.facts td { text-align: left; } table.facts td:last-child { white-space: normal; overflow-wrap: anywhere; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .75rem; background: var(--card); border-radius: .5rem; min-width: 0; }
@@ -131,7 +132,9 @@ def _table(table: Sequence[Sequence[str]], looks: Mapping[str, figures.Style]) -
         return ""
     head, *body = table
     lines = "".join(f"<tr><td>{_named(line[0], looks)}</td>{_cells('td', line[1:])}</tr>" for line in body)
-    return f"""<div class="scroll" tabindex="0"><table><thead><tr>{_cells("th", head)}</tr></thead>
+    style = f"--names: {5 + min(40, max(len(line[0]) for line in body))}ch"
+    return f"""<div class="scroll" tabindex="0"><table class="arms" style="{style}">
+<thead><tr>{_cells("th", head)}</tr></thead>
 <tbody>{lines}</tbody></table></div>"""
 
 

@@ -159,7 +159,7 @@ def _p(value: float) -> str:
 
 def _speed(rounds: Sequence[float]) -> str:
     low, middle, high = np.quantile(rounds, [0.25, 0.5, 0.75])
-    return f"{count(middle)} [{count(low)}, {count(high)}]"
+    return f"{count(middle)} ± {50 * (high - low) / middle:.0f} %"
 
 
 def _state(row: Row) -> str:
@@ -263,7 +263,8 @@ def _timed(rows: Sequence[Row]) -> list[str]:
         return ["Speed was not measured, so no arm is ranked by it."]
     return [
         f"{unit.capitalize()}s/s: of training steps alone, timed after all runs on {device}, the arms in turn; median "
-        f"of {ROUNDS} rounds [quartiles]. One arm counts as faster than another if it was in at least {ROUNDS - 1}."
+        f"of {ROUNDS} rounds ± half the distance of their quartiles. An arm counts as faster than another if it was so "
+        f"in at least {ROUNDS - 1} rounds."
     ]
 
 

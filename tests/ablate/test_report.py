@@ -278,9 +278,9 @@ def test_speed_is_that_of_the_timing_and_ranks_only_what_it_tells_apart(tmp_path
     rounds = {"good": [100.0] * 9, "worse": [101.0] * 8 + [99.0], "shaky": [102.0] * 7 + [99.0] * 2, "base": [50.0] * 9}
     write_speeds(tmp_path, rounds)
     page, table = report(rows, tmp_path)
-    assert "| worse | 2.0000 | -1.0000 (one seed: no interval) | 8 | 1.23 k | 101 [101, 101] | 2.05 k | 1 |" in table
+    assert "| worse | 2.0000 | -1.0000 (one seed: no interval) | 8 | 1.23 k | 101 ± 0 % | 2.05 k | 1 |" in table
     assert "tokens/s: worse, good." in table
-    assert "timed after all runs on 1 x cpu, the arms in turn; median of 9 rounds [quartiles]" in table
+    assert "timed after all runs on 1 x cpu, the arms in turn; median of 9 rounds ± half" in table
     assert "Quality against tokens/s" in page
     lines = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert [line["speed"] for line in lines] == ["50.0", "101.0", "102.0", "100.0"]
