@@ -60,10 +60,10 @@ def _on_page(drawing: str) -> str:
     return drawing.replace(_INK, "currentColor")
 
 
-def _short(name: str) -> str:
+def _short(name: str, longest: int = _LONGEST) -> str:
     """On one line, and without its middle if it is long."""
     name = " ".join(name.split())
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}…{name[-(_LONGEST // 2 - 1) :]}"
+    return name if len(name) <= longest else f"{name[: longest // 2]}…{name[-(longest // 2 - 1) :]}"
 
 
 def swatch(style: Style) -> str:
@@ -188,7 +188,7 @@ def differences(rows: Sequence[Row], looks: dict[str, Style], metric: str, other
         axes.axvline(0, color=_INK, linewidth=1)
         axes.set_yticks(range(len(others)), [_short(arm) for arm in reversed(others)])
         axes.set_ylim(-0.6, len(others) - 0.4)
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5 if max(map(len, others)) < 20 else 2))
         # Below the figure, not the axes, which names of arms may leave little room.
         figure.supxlabel(f"validation {_short(metric)} minus\n{_short(baseline)}'s ({side} is better)", fontsize=10)
         axes.grid(alpha=0.2, axis="x")
@@ -283,7 +283,7 @@ def _place_labels(
     texts, sizes = {}, {}
     for arm in sorted(points, key=lambda arm: -dots[arm][1]):  # so that names of a heap come in its order
         texts[arm] = axes.annotate(
-            _short(arm),
+            _short(arm, 24),
             points[arm],
             xytext=(0, 0),
             textcoords="offset points",

@@ -312,9 +312,9 @@ def _verdict(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list
             more = f", corrected for {number} comparisons" if difference.p < _SIGNIFICANT else ""
             sentences.append(f"{size}, but {difference.seeds} seeds cannot tell this from no difference{more}.")
         elif number > 1:
-            sentences.append(f"{size}; no difference is excluded at 5 %, corrected for {number} comparisons.")
+            sentences.append(f"{size}: a difference at 5 %, corrected for {number} comparisons (Holm).")
         else:
-            sentences.append(f"{size}, and the 95 % interval excludes no difference.")
+            sentences.append(f"{size}, and the 95 % interval excludes 0.")
     return [lead, *sentences, *few]
 
 

@@ -65,7 +65,7 @@ def test_table_words_and_pictures(tmp_path):
     )
     assert "| base | 2.1000 ± 0.1000 | baseline |  | 8 | 1.23 k | 2.05 k | 3 |" in table
     assert "| low | 1.6033 ± 0.1002 | -0.4967 [-0.5110, -0.4823] | < 0.001 |" in table
-    assert "low ends 0.4967 below base; no difference is excluded at 5 %, corrected for 2 comparisons." in page
+    assert "low ends 0.4967 below base: a difference at 5 %, corrected for 2 comparisons (Holm)." in page
     assert "3 seeds cannot tell this from no difference." in page
     lines = (tmp_path / "results.csv").read_text().splitlines()
     assert lines[0].startswith("arm,seed,status,validation loss,parameters,flops,state_size,seconds")
@@ -111,7 +111,7 @@ def test_a_difference_that_holds_alone_but_not_among_many_is_named_as_such(tmp_p
     arms = {"base": (0, 0, 0), "low": (0.7, 1.0, 1.3), "x": (1, -1, 0.1), "y": (1, -1, 0.2)}
     rows = [row(arm, seed, loss) for arm, some in arms.items() for seed, loss in enumerate(some)]
     page, _ = report([row for row in rows if row["arm"] in ("base", "low")], tmp_path)
-    assert "low ends 1.0000 above base, and the 95 % interval excludes no difference." in page
+    assert "low ends 1.0000 above base, and the 95 % interval excludes 0." in page
     page, table = report(rows, tmp_path)
     assert "low ends 1.0000 above base, but 3 seeds cannot tell this from no difference, corrected for 3" in page
     assert "| low | 1.0000 ± 0.3000 | +1.0000 [+0.2548, +1.7452] | 0.086 |" in table
