@@ -46,6 +46,7 @@ def test_arms_take_turns_and_finished_timings_stay(swept, monkeypatch):
     assert len(order) == 36
 
 
+@pytest.mark.slow
 def test_real_steps_are_timed(swept):
     file, folder, rows = swept
     before = (folder / "results.jsonl").read_bytes()
