@@ -255,7 +255,7 @@ def _check_out(out: Path, is_picture: bool) -> None:
 
 
 def _ablate(command: argparse.Namespace, overrides: list[str]) -> int:
-    from attnlab.ablate import dry_run, run_ablation, write_report
+    from attnlab.ablate import dry_run, measure_speed, run_ablation, write_report
     from attnlab.ablate.spread import helpers
 
     workdir = command.workdir or Path("runs") / "ablate" / Path(command.config).stem
@@ -268,6 +268,8 @@ def _ablate(command: argparse.Namespace, overrides: list[str]) -> int:
     arguments = [command.config, "--workdir", str(workdir), "--cache", str(runs), *(f"--gin.{o}" for o in overrides)]
     with helpers(command.processes - 1, arguments, workdir):
         rows = run_ablation(command.config, overrides, workdir, runs=runs)
+    if signals.HELPER not in os.environ and (reason := measure_speed(command.config, overrides, workdir, rows)):
+        print(f"speed: not measured ({reason})")
     page = write_report(rows, workdir)
     print(f"\n{(workdir / 'results.md').read_text()}\nreport: {page.resolve()}")
     return 1 if any(row["status"] == "failed" for row in rows) else 0

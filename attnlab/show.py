@@ -13,6 +13,8 @@ from attnlab.models import ImageClassifier, LanguageModel
 
 # Positions on a side of the tiles that are counted as visited.
 _TILE = 16
+# Tiles by how much of them is seen, with their colours.
+_TILES = {"nothing seen": "#f7fbff", "partly seen": "#6baed6", "wholly seen": "#08306b"}
 
 
 def show(model: LanguageModel | ImageClassifier, path: Path, *, length: int = 128, seed: int = 0) -> None:
@@ -55,6 +57,9 @@ def _kinds(model: Any) -> dict[str, list[int]]:
 
 
 def _draw_layer(row: Any, mixer: nn.Attention, layers: list[int], weights: np.ndarray, space: tuple[int, ...]) -> None:
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
     positions = len(weights)
     seen = weights > 0
     who, tiles = row.subplots(1, 2)
@@ -68,14 +73,28 @@ def _draw_layer(row: Any, mixer: nn.Attention, layers: list[int], weights: np.nd
     padded = np.pad(seen, (0, -positions % _TILE))  # so that a last tile that is cut off is never full
     mask = masks.Mask(lambda query, key: padded[query[0], key[0]])
     visited, full = masks.block_map(mask, padded.shape[:1], (_TILE,), (_TILE,))
-    tiles.imshow(visited.astype(int) + full, cmap="Blues", vmin=0, vmax=2, interpolation="nearest")
+    tiles.imshow(visited.astype(int) + full, cmap=ListedColormap([*_TILES.values()]), vmin=0, vmax=2)
     tiles.locator_params(integer=True)
+    patches = [Patch(facecolor=colour, edgecolor="gray", label=label) for label, colour in _TILES.items()]
+    tiles.legend(handles=patches, loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
+    title = f"tiles of {_TILE} x {_TILE}: {visited.sum()} of {visited.size} seen into, {full.sum()} wholly"
+    if skips_tiles(mixer):
+        title += f";\nskipping the others is at most {visited.size / max(visited.sum(), 1):.1f} times faster"
     tiles.set(
-        title=f"tiles of {_TILE} x {_TILE}: {visited.sum()} of {visited.size} visited, {full.sum()} full;\n"
-        f"skipping the others is at most {visited.size / max(visited.sum(), 1):.1f} times faster",
+        title=title,
         xlabel="tile of keys",
         ylabel="tile of queries",
     )
+
+
+def skips_tiles(mixer: nn.Attention) -> bool:
+    """Whether the mixer passes over tiles that no query sees into.
+
+    Others reorder the keys, or keep a state of fixed size, and their time does not follow from the tiles.
+    """
+    if isinstance(mixer, (nn.LocalLinearAttention, nn.ParallaxAttention)):
+        return mixer.window is not None
+    return isinstance(mixer, (nn.SoftmaxAttention, nn.LocalAttention)) and not isinstance(mixer, nn.DilatedAttention)
 
 
 def _draw_reach(row: Any, seen: list[np.ndarray], space: tuple[int, ...]) -> None:

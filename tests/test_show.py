@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from attnlab import cli, nn
 from attnlab.models import LanguageModel
-from attnlab.show import show
+from attnlab.show import show, skips_tiles
 
 
 @pytest.mark.parametrize(
@@ -35,8 +35,38 @@ def test_the_numbers_in_the_picture_are_those_of_the_window(tmp_path, monkeypatc
     show(model, tmp_path / "unused.png", length=32)
     pairs = sum(min(i + 1, 5) for i in range(32))
     assert f"LocalAttention, layer 0, 1: {pairs / 32:.1f} of 32 keys per query" in titles
-    assert "tiles of 16 x 16: 3 of 4 visited, 0 full;\nskipping the others is at most 1.3 times faster" in titles
+    assert "tiles of 16 x 16: 3 of 4 seen into, 0 wholly;\nskipping the others is at most 1.3 times faster" in titles
+    assert {"nothing seen", "partly seen", "wholly seen"} <= set(titles)
     assert "receptive field of the last token: 9 of 32 tokens" in titles
+
+
+SKIPPING = {"SoftmaxAttention", "LocalAttention", "windowed LocalLinearAttention", "windowed ParallaxAttention"}
+MIXERS = {
+    "SoftmaxAttention": nn.SoftmaxAttention,
+    "LocalAttention": functools.partial(nn.LocalAttention, window=4),
+    "DilatedAttention": functools.partial(nn.DilatedAttention, window=4, dilation=2),
+    "LinearAttention": nn.LinearAttention,
+    "AgentAttention": functools.partial(nn.AgentAttention, agents=4),
+    "RoutingAttention": functools.partial(nn.RoutingAttention, clusters=2, window=8),
+    "LocalLinearAttention": nn.LocalLinearAttention,
+    "windowed LocalLinearAttention": functools.partial(nn.LocalLinearAttention, window=4),
+    "ParallaxAttention": nn.ParallaxAttention,
+    "windowed ParallaxAttention": functools.partial(nn.ParallaxAttention, window=4),
+}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_only_mixers_that_skip_tiles_are_called_faster_for_it(name):
+    mixer = MIXERS[name](16, num_heads=2, is_causal=True)
+    assert skips_tiles(mixer) == (name in SKIPPING)
+
+
+def test_a_linear_mixer_s_picture_claims_no_speed(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: titles.extend(texts(figure)))
+    show(LanguageModel(vocabulary=8, mixers=[nn.LinearAttention], depth=1, features=32), tmp_path / "x.png", length=32)
+    assert any("tiles of 16 x 16: 3 of 4 seen into" in text for text in titles)
+    assert not any("faster" in text for text in titles)
 
 
 def texts(figure):

@@ -3,5 +3,6 @@
 from attnlab.ablate.dry_run import dry_run
 from attnlab.ablate.report import write_report
 from attnlab.ablate.runs import read_rows, run_ablation
-from attnlab.ablate.statistics import Difference, paired_difference, pareto_front, seeds_needed
+from attnlab.ablate.speed import measure_speed
+from attnlab.ablate.statistics import Difference, holm, paired_difference, pareto_front
 from attnlab.ablate.sweep import Ablation

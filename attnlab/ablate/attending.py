@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from attnlab import nn
-from attnlab.ablate.results import mean_of_known
+from attnlab.ablate.results import mean_of_known, printable
 from attnlab.models.blocks import Block, Stack
 from attnlab.train import Experiment, LanguageTask, restore_values
 from attnlab.train.workdir import last_step, replace_text
@@ -67,8 +67,31 @@ def read_attending(folder: Path) -> dict[str, Any] | None:
         kept = json.loads((folder / "attending.json").read_bytes())
     except (FileNotFoundError, ValueError):  # a damaged one is as good as none: `attend` writes it again
         return None
-    is_whole = isinstance(kept, dict) and "example" in kept and ("skipped" in kept or "layers" in kept)
-    return kept if is_whole else None
+    return printable(kept) if _is_whole(kept) else None
+
+
+def _is_whole(kept: Any) -> bool:
+    """Whether this is what `attend` writes, so that the report can rely on it."""
+    try:
+        example, maps = kept["example"], []
+        if "pixels" in example:
+            maps.append(example["pixels"])
+        elif not isinstance(example["text"], str):
+            return False
+        if not isinstance(kept.get("prompt", ""), str):
+            return False
+        if "skipped" in kept:
+            return isinstance(kept["skipped"], str)
+        for layer in kept["layers"]:
+            numbers = [*layer["distance"], *layer["entropy"]]
+            if not all(number is None or isinstance(number, (int, float)) for number in numbers):
+                return False
+            if not isinstance(layer["mixer"], str) or not isinstance(layer["is_signed"], bool):
+                return False
+            maps += [layer[name] for name in ("map", "middle") if name in layer]
+        return all(unpacked(packed).size for packed in maps)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
 
 
 def layer_weights(

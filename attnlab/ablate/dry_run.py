@@ -77,7 +77,7 @@ def _lines(plan: Plan, outcomes: dict[str, dict[str, Any]], runs: Path) -> Itera
         yield _Line(run.name, f"{run.experiment.optimizer.learning_rate:g}", run, state, left)
     for arm in plan.arms:
         if not plan.is_searched(arm, outcomes):
-            for seed in plan.ablation.seeds[1:]:
+            for seed in plan.ablation.seeds:
                 yield _Line(f"{arm}-seed{seed}", "the best", plan.searches(arm)[0], "to run", 1.0)
 
 

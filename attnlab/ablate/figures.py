@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,12 +19,17 @@ from attnlab.ablate.statistics import paired_difference
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish too.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
+# The same, light enough for a dark page.
+_COLOURS_IN_THE_DARK = ("#5ab0ea", "#f58a47", "#2fc79b", "#eba3cb", "#f3bd45", "#9bd8fa", "#cda862", "#b4b4b4")
 # After the last colour the first comes again, with the next of these.
 _LINES = (("solid", "o"), ("dashed", "s"), ("dotted", "^"), ("dashdot", "D"))
 # Drawn in this colour, text and axes take the page's own (light or dark) by the replacement in `svg`.
 _INK = "#010203"
 # Inches; so narrow that the text of 10 points keeps about this size on a phone.
 _WIDTH = 4.3
+
+# Characters of a name in a figure; the tables have it whole.
+_LONGEST = 36
 
 Draw = Callable[[Any, Any], None]
 
@@ -41,6 +47,25 @@ def styles(arms: Sequence[str]) -> dict[str, Style]:
     return dict(zip(arms, looks))
 
 
+def dark_style() -> str:
+    """The page's rule that makes figures and swatches lighter in the dark."""
+    colours = "; ".join(f"--arm{number}: {colour}" for number, colour in enumerate(_COLOURS_IN_THE_DARK))
+    return f"@media (prefers-color-scheme: dark) {{ :root {{ {colours} }} }}"
+
+
+def _on_page(drawing: str) -> str:
+    """With the page's own colours, light or dark, in place of those that it was drawn in."""
+    for number, colour in enumerate(_COLOURS):
+        drawing = drawing.replace(colour, f"var(--arm{number}, {colour})")
+    return drawing.replace(_INK, "currentColor")
+
+
+def _short(name: str, longest: int = _LONGEST) -> str:
+    """On one line, and without its middle if it is long."""
+    name = " ".join(name.split())
+    return name if len(name) <= longest else f"{name[: longest // 2]}…{name[-(longest // 2 - 1) :]}"
+
+
 def swatch(style: Style) -> str:
     """An arm's line and marker, as in the figures, to stand before its name."""
     dashes = {"solid": "", "dashed": "4 2", "dotted": "1 2", "dashdot": "5 2 1 2"}[style.line]
@@ -50,8 +75,9 @@ def swatch(style: Style) -> str:
         "^": '<path d="M12 1 17 10 7 10z"/>',
         "D": '<path d="M12 1 17 6 12 11 7 6z"/>',
     }[style.marker]
-    line = f'<path d="M0 6H24" stroke="{style.colour}" stroke-width="2" stroke-dasharray="{dashes}"/>'
-    return f'<svg class="swatch" viewBox="0 0 24 12" fill="{style.colour}" aria-hidden="true">{line}{marker}</svg>'
+    line = f'<path d="M0 6H24" style="stroke: {style.colour}" stroke-width="2" stroke-dasharray="{dashes}"/>'
+    drawn = f'style="fill: {style.colour}" aria-hidden="true">{line}{marker}</svg>'
+    return f'<svg class="swatch" viewBox="0 0 24 12" {_on_page(drawn)}'
 
 
 def svg(draw: Draw, *, title: str, height: float = 3.2) -> str:
@@ -72,8 +98,11 @@ def svg(draw: Draw, *, title: str, height: float = 3.2) -> str:
         "xtick.color": _INK,
         "ytick.color": _INK,
         "legend.frameon": False,
+        "text.parse_math": False,  # names are no formulas
     }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        # Measured with a font that lacks the glyph, drawn with the reader's.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         FigureCanvasAgg(figure)  # which can measure text
         draw(figure, figure.subplots())
@@ -82,7 +111,7 @@ def svg(draw: Draw, *, title: str, height: float = 3.2) -> str:
             out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
         )
     text = out.getvalue()
-    body = text[text.index("<svg") :].replace(_INK, "currentColor")
+    body = _on_page(text[text.index("<svg") :])
     named = html.escape(title)
     return f'<figure><figcaption>{named}</figcaption><div role="img" aria-label="{named}">{body}</div></figure>'
 
@@ -111,6 +140,7 @@ def _legend(figure: Any, axes: Any) -> None:
     handles, names = axes.get_legend_handles_labels()
     if not names:
         return
+    names = [_short(name) for name in names]
     columns = min(len(names), max(1, int(_WIDTH * 72 / (38 + 5.2 * max(map(len, names))))))
     figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(names) / columns))
     figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9, columnspacing=1)
@@ -127,14 +157,14 @@ def curves(rows: Sequence[Row], looks: dict[str, Style], split: str, metric: str
             ]
             lines = [line for line in lines if len(line)]
             for line in lines if len(lines) > 1 else ():
-                axes.plot(*line.T, color=look.colour, linewidth=0.8, alpha=0.4)
+                axes.plot(*line.T, color=look.colour, linewidth=1, alpha=0.6)
             if lines:
                 steps = lines[0][:, 0]
                 mean = np.mean([np.interp(steps, *line.T) for line in lines], axis=0)
                 marks = {"marker": look.marker, "markersize": 4, "markevery": max(1, len(steps) // 8)}
                 axes.plot(steps, mean, color=look.colour, linestyle=look.line, linewidth=1.8, label=arm, **marks)
         axes.set_xlabel("step")
-        axes.set_ylabel(f"{metric} (nats)" if metric == "loss" else metric)
+        axes.set_ylabel(f"{metric} (nats)" if metric == "loss" else _short(metric))
         axes.grid(alpha=0.2)
         _legend(figure, axes)
 
@@ -156,11 +186,11 @@ def differences(rows: Sequence[Row], looks: dict[str, Style], metric: str, other
                 axes.plot([difference.low, difference.high], [height, height], color=colour, linewidth=2)
             axes.plot([difference.mean], [height], "D", color=colour, markersize=7)
         axes.axvline(0, color=_INK, linewidth=1)
-        axes.set_yticks(range(len(others)), list(reversed(others)))
+        axes.set_yticks(range(len(others)), [_short(arm) for arm in reversed(others)])
         axes.set_ylim(-0.6, len(others) - 0.4)
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5 if max(map(len, others)) < 20 else 2))
         # Below the figure, not the axes, which names of arms may leave little room.
-        figure.supxlabel(f"validation {metric} minus\n{baseline}'s ({side} is better)", fontsize=10)
+        figure.supxlabel(f"validation {_short(metric)} minus\n{_short(baseline)}'s ({side} is better)", fontsize=10)
         axes.grid(alpha=0.2, axis="x")
 
     return draw
@@ -199,10 +229,10 @@ def against_cost(rows: Sequence[Row], looks: dict[str, Style], metric: str, cost
             {
                 "flops": f"FLOPs per {rows[0]['unit']}, forward",
                 "state_size": "decode state (numbers kept)",
-                "items_per_second": f"{rows[0]['unit']}s/s in training (right is faster)",
+                "speed": f"{rows[0]['unit']}s/s of training steps (right is faster)",
             }[cost.column]
         )
-        axes.set_ylabel(f"validation {metric}")
+        axes.set_ylabel(f"validation {_short(metric)}")
         axes.grid(alpha=0.2)
         corners = _front_corners(axes, [points[arm] for arm in best], cost.more_is_better, rows[0]["higher_is_better"])
         axes.plot(*zip(*corners), color=_INK, linewidth=1, linestyle="dashed", alpha=0.6, zorder=1)
@@ -253,7 +283,7 @@ def _place_labels(
     texts, sizes = {}, {}
     for arm in sorted(points, key=lambda arm: -dots[arm][1]):  # so that names of a heap come in its order
         texts[arm] = axes.annotate(
-            arm,
+            _short(arm, 24),
             points[arm],
             xytext=(0, 0),
             textcoords="offset points",
@@ -334,9 +364,11 @@ def by_group(
         if numeric:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_minor_locator(ticker.NullLocator())
-            axes.set_xlabel(next(iter(words)))
-        axes.set_xticks(positions, [str(position) for position in positions] if numeric else groups)
-        axes.set_ylabel(names[0].partition(", ")[0])
+            axes.set_xlabel(_short(next(iter(words))))
+        axes.set_xticks(
+            positions, [str(position) for position in positions] if numeric else [_short(group) for group in groups]
+        )
+        axes.set_ylabel(_short(names[0].partition(", ")[0]))
         axes.grid(alpha=0.2)
         _legend(figure, axes)
 
@@ -370,8 +402,8 @@ def by_setting(
             axes.set_xscale("log", base=2)
             axes.xaxis.set_minor_locator(ticker.NullLocator())
         axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
-        axes.set_xlabel(option)
-        axes.set_ylabel(f"validation {metric}")
+        axes.set_xlabel(_short(option))
+        axes.set_ylabel(f"validation {_short(metric)}")
         axes.grid(alpha=0.2)
         _legend(figure, axes)
 

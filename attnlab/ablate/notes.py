@@ -23,9 +23,11 @@ def _rates(arms: Sequence[Mapping[str, Any]]) -> str:
         parts.append(f"{row['arm']} {row['learning_rate']:g}" + (f" (failed: {', '.join(failed)})" if failed else ""))
         if len(rates) > 1 and row["learning_rate"] in (rates[0], rates[-1]):
             edge.append(row["arm"])
+    seed = searched[0].get("search_seed")
+    chosen_by = "its first seed, which is in its mean too" if seed is None else f"seed {seed}, which is in no mean"
     text = (
-        f"Learning rates, each arm's best by its first seed's validation {searched[0]['metric']} among "
-        f"{', '.join(f'{rate:g}' for rate in rates)}: {', '.join(parts)}."
+        f"Learning rates, each arm's best by validation {searched[0]['metric']} among "
+        f"{', '.join(f'{rate:g}' for rate in rates)} with {chosen_by}: {', '.join(parts)}."
     )
     if edge:
         text += f" Warning: at the edge of what was tried for {', '.join(edge)}; a rate beyond may be better."

@@ -17,26 +17,40 @@ from attnlab.ablate.results import (
     finished,
     first_row,
     mean_over_layers,
+    printable,
     settings,
     weighed,
 )
 
+# Texts are escaped, since a run's folder may be somebody else's. Should one slip through, it runs and loads nothing.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1e; --soft: #60646c; --line: #d8dbe0; --page: #ffffff; --card: #f6f7f9; }
+:root { color-scheme: light dark; --ink: #1c1c1e; --soft: #60646c; --line: #d8dbe0; --page: #ffffff; --card: #f6f7f9;
+  --shade: #0003; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8ea; --soft: #a0a4ab; --line: #3a3d42; --page: #17181a; --card: #202225; }
+  :root { --ink: #e8e8ea; --soft: #a0a4ab; --line: #3a3d42; --page: #17181a; --card: #202225;
+    --shade: #fff4; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 76rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
+h1, h3, p, li, summary, figcaption { overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
 h3 { font-size: 1rem; margin: .75rem 0 .25rem; } h3 + p { margin: 0 0 .5rem; }
 p, ul { max-width: 56rem; } .lead { font-size: 1.05rem; } .soft { color: var(--soft); font-size: .92rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+/* Shadows show on which side a table scrolls on: those at its ends are covered by what moves along with it. */
+.scroll { overflow-x: auto; background: linear-gradient(to right, var(--page), transparent) local,
+  linear-gradient(to left, var(--page), transparent) right local,
+  linear-gradient(to right, var(--shade), transparent), linear-gradient(to left, var(--shade), transparent) right;
+  background-repeat: no-repeat; background-size: 2rem 100%, 2rem 100%, .8rem 100%, .8rem 100%; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .55rem; font-size: .95rem; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 .scroll + .scroll { margin-top: 1rem; }
-th:first-child, td:first-child { text-align: left; } thead th { font-weight: 600; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
+thead th { font-weight: 600; vertical-align: bottom; white-space: normal; }
+td:first-child { white-space: normal; overflow-wrap: anywhere; }
+table.arms td:first-child { min-width: var(--names); }
 table.facts td { text-align: left; } table.facts td:last-child { white-space: normal; overflow-wrap: anywhere; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .75rem; background: var(--card); border-radius: .5rem; min-width: 0; }
@@ -76,13 +90,15 @@ def page(
     looks = figures.styles(arms)
     question = html.escape(rows[0]["question"])
     failures = "".join(
-        f"<p>{html.escape(row['arm'])}, seed {row['seed']}, failed: {html.escape(row['error'])}</p>"
+        f"<p>{html.escape(row['arm'])}, seed {html.escape(str(row['seed']))}, failed: {html.escape(row['error'])}</p>"
         for row in rows
         if row["status"] == "failed"
     )
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{question}</title><style>{_STYLE}</style></head><body>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{question}</title><style>{_STYLE}{figures.dark_style()}</style></head><body>
 <h1>{question}</h1>
 {_verdict(verdict)}
 {failures}
@@ -104,7 +120,7 @@ in all, on the machine below.</p>
 
 
 def _verdict(sentences: Sequence[str]) -> str:
-    if len(sentences) < 5:
+    if len(sentences) < 3 or len(" ".join(sentences)) < 240:
         return f'<p class="lead">{html.escape(" ".join(sentences))}</p>'
     lines = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences[1:])
     return f'<p class="lead">{html.escape(sentences[0])}</p><ul>{lines}</ul>'
@@ -116,7 +132,9 @@ def _table(table: Sequence[Sequence[str]], looks: Mapping[str, figures.Style]) -
         return ""
     head, *body = table
     lines = "".join(f"<tr><td>{_named(line[0], looks)}</td>{_cells('td', line[1:])}</tr>" for line in body)
-    return f"""<div class="scroll"><table><thead><tr>{_cells("th", head)}</tr></thead>
+    style = f"--names: {5 + min(40, max(len(line[0]) for line in body))}ch"
+    return f"""<div class="scroll" tabindex="0"><table class="arms" style="{style}">
+<thead><tr>{_cells("th", head)}</tr></thead>
 <tbody>{lines}</tbody></table></div>"""
 
 
@@ -232,7 +250,7 @@ figures are heads.</p>
 
 def _layer_maps(number: int, layer: Mapping[str, Any]) -> str:
     name = f"layer {number}"
-    maps = [(layer["map"], f"{name}: {layer['mixer']}")]
+    maps = [(layer["map"], html.escape(f"{name}: {layer['mixer']}"))]
     if "middle" in layer:
         maps.append((layer["middle"], f"{name}: from the middle"))
     return "".join(
@@ -262,10 +280,10 @@ def _samples(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Style]
                 address = figures.data_address(picture.read_bytes())
                 shown += f'<p><img alt="samples of {html.escape(arm)}" src="{address}"></p>'
             if (text := folder / "samples.txt").is_file():
-                shown += f'<pre class="text">{html.escape(text.read_text())}</pre>'
+                shown += f'<pre class="text">{html.escape(printable(text.read_text("utf-8", errors="replace")))}</pre>'
                 prompt = prompt or (read_attending(folder) or {}).get("prompt", "")
             if shown:
-                parts.append(_section(arm, looks, f'<p class="soft">seed {row["seed"]}</p>{shown}'))
+                parts.append(_section(arm, looks, f'<p class="soft">seed {html.escape(str(row["seed"]))}</p>{shown}'))
                 break
     if not parts:
         return ""

@@ -110,7 +110,8 @@ class Plan:
     @property
     def size(self) -> int:
         """Number of runs, searched rates among them."""
-        return len(self.arms) * (len(self.rates) + len(self.ablation.seeds) - 1)
+        searched = len(self.rates) if len(self.rates) > 1 else 0
+        return len(self.arms) * (searched + len(self.ablation.seeds))
 
     def run(self, arm: str, seed: int, rate: float | None) -> Run:
         """A run of an arm. rate: None is the config's."""
@@ -159,17 +160,19 @@ class Plan:
         return matches
 
     def searches(self, arm: str) -> list[Run]:
-        """The runs that try the learning rates; the only one of the first seed where none are searched."""
-        return [self.run(arm, self.ablation.seeds[0], rate) for rate in self.rates]
+        """The runs that try the learning rates; none where there is nothing to choose."""
+        if len(self.rates) == 1:
+            return []
+        return [self.run(arm, self.ablation.search_seed, rate) for rate in self.rates]
 
     def is_searched(self, arm: str, outcomes: Outcomes) -> bool:
         """Whether the arm's learning rate is known."""
-        return self.ablation.learning_rates is None or all(run.digest in outcomes for run in self.searches(arm))
+        return all(run.digest in outcomes for run in self.searches(arm))
 
     def rate(self, arm: str, outcomes: Outcomes) -> float | None:
         """The learning rate with the best score; the lowest where every one failed. None is the config's."""
-        if self.ablation.learning_rates is None:
-            return None
+        if len(self.rates) == 1:
+            return self.rates[0]
         scores = self.scores(arm, outcomes)
         sign = -1 if self.ablation.higher_is_better else 1
         return min(scores, key=lambda rate: (math.inf if (score := scores[rate]) is None else sign * score, rate))

@@ -2,8 +2,10 @@
 
 import csv
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +23,15 @@ from attnlab.ablate.results import (
     first_row,
     front,
     mean_over_layers,
+    printable,
 )
-from attnlab.ablate.statistics import Difference, paired_difference, seeds_needed
+from attnlab.ablate.speed import ROUNDS, with_speed
+from attnlab.ablate.statistics import FEWEST_SEEDS, Difference, holm, paired_difference
+
+# A difference counts where its corrected p is below.
+_SIGNIFICANT = 0.05
+# Arms that the headline has a sentence for, each; of more, it groups them and names so many of a group.
+_MOST_SENTENCES, _MOST_NAMED = 4, 6
 
 
 def write_report(rows: Sequence[Row], workdir: Path) -> Path:
@@ -30,14 +39,17 @@ def write_report(rows: Sequence[Row], workdir: Path) -> Path:
 
     Samples and pictures of what the arms attend to are taken from the runs' own folders, where they are there.
     """
+    rows = printable(with_speed(rows, workdir))
     pairs = _differences(rows)
     table, metrics, notes = add_matching(_table(rows, pairs), rows), _other_metrics(rows), _notes(rows, pairs)
-    tables = "\n\n".join(_markdown(some) for some in (table, metrics, _weighed(rows)) if some)
-    repeat = f"Repeat with: `{rows[0]['command']}`"
-    (workdir / "results.md").write_text("\n\n".join([f"# {rows[0]['question']}", tables, *notes, repeat]) + "\n")
+    tables = [_markdown_table(some) for some in (table, metrics, _weighed(rows)) if some]
+    texts = [_markdown(note) for note in [*_failures(rows), *notes]]
+    command = "\n".join(f"    {line}" for line in str(rows[0]["command"]).splitlines())
+    parts = [f"# {_markdown(rows[0]['question'])}", *tables, *texts, "Repeat with:", command]
+    (workdir / "results.md").write_text("\n\n".join(parts) + "\n", "utf-8")
     _write_csv(rows, workdir / "results.csv")
-    path = workdir / "report.html"
-    path.write_text(page(rows, workdir, verdict=_verdict(rows, pairs), table=table, metrics=metrics, notes=notes))
+    path, verdict = workdir / "report.html", _verdict(rows, pairs)
+    path.write_text(page(rows, workdir, verdict=verdict, table=table, metrics=metrics, notes=notes), "utf-8")
     return path
 
 
@@ -46,11 +58,12 @@ def _write_csv(rows: Sequence[Row], path: Path) -> None:
 
     Pareto columns are the arm's: whether it is on the front of the metric and that cost.
     """
-    measured = ["parameters", "flops", "state_size", "items_per_second", "seconds", "compile_seconds", "learning_rate"]
+    measured = ["parameters", "flops", "state_size", "seconds", "compile_seconds", "learning_rate"]
+    measured += ["speed"] if any("speed" in row for row in rows) else []
     metrics = list(dict.fromkeys(name for row in rows for name in row.get("final", {})))
     fronts = {cost.column: front(rows, cost) for cost in costs(rows)}
     looked = ["distance", "entropy"] if any(attended(rows, arm) for arm in arms_of(rows)) else []
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         names = [f"validation {name}" for name in metrics] + measured
         names += [f"pareto {column}" for column in fronts] + [f"attention {name}" for name in looked]
@@ -71,8 +84,12 @@ def _spread(values: Sequence[float]) -> str:
 
 def _interval(difference: Difference) -> str:
     if math.isnan(difference.low):
-        return f"{difference.mean:+.4f} (one seed: no interval)"
+        return f"{difference.mean:+.4f} ({_few(difference.seeds)}: no interval)"
     return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+
+
+def _few(seeds: int) -> str:
+    return "one seed" if seeds == 1 else "two seeds"
 
 
 def _differences(rows: Sequence[Row]) -> dict[str, Difference]:
@@ -87,13 +104,16 @@ def _table(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[l
     """Header and one row per arm."""
     metric, baseline, unit = rows[0]["metric"], rows[0]["baseline"], rows[0]["unit"]
     with_state = decodes(rows)
-    head = ["arm", f"validation {metric}", f"minus {baseline} [95 % CI]", "parameters", f"FLOPs/{unit}", f"{unit}s/s"]
+    p, speeds = _corrected(differences), {row["arm"]: row["rounds"] for row in rows if "rounds" in row}
+    with_p = any(not math.isnan(value) for value in p.values())
+    head = ["arm", f"validation {metric}", f"minus {baseline} [95 % CI]"]
+    head += [*([_p_name(p)] if with_p else []), "parameters", f"FLOPs/{unit}", *([f"{unit}s/s"] if speeds else [])]
     table = [[*head, *(["decode state"] if with_state else []), "seeds"]]
     for arm in arms_of(rows):
         done, some = finished(rows, arm), first_row(rows, arm)
         if not done:
-            known = [f"{some['parameters']:,}", count(some["flops"]), ""]
-            table.append([arm, "failed", "", *known, *([""] if with_state else []), "0"])
+            known = [f"{some['parameters']:,}", count(some["flops"]), *([""] if speeds else [])]
+            table.append([arm, "failed", "", *([""] if with_p else []), *known, *([""] if with_state else []), "0"])
             continue
         values = by_seed(rows, arm)
         if arm == baseline:
@@ -107,14 +127,39 @@ def _table(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[l
                 arm,
                 _spread(list(values.values())),
                 difference,
+                *([_p(p.get(arm, math.nan))] if with_p else []),
                 f"{some['parameters']:,}",
                 count(some["flops"]),
-                count(float(np.mean([row["items_per_second"] for row in done]))),
+                *([_speed(speeds[arm])] if speeds else []),
                 *([_state(some)] if with_state else []),
                 str(len(done)),
             ]
         )
     return table
+
+
+def _corrected(differences: Mapping[str, Difference]) -> dict[str, float]:
+    """p by arm, corrected for how many arms are compared; NaN of those with too few seeds."""
+    return dict(zip(differences, holm([difference.p for difference in differences.values()])))
+
+
+def _comparisons(p: Mapping[str, float]) -> int:
+    return sum(not math.isnan(value) for value in p.values())
+
+
+def _p_name(p: Mapping[str, float]) -> str:
+    return "p (Holm)" if _comparisons(p) > 1 else "p"
+
+
+def _p(value: float) -> str:
+    if math.isnan(value):
+        return ""
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def _speed(rounds: Sequence[float]) -> str:
+    low, middle, high = np.quantile(rounds, [0.25, 0.5, 0.75])
+    return f"{count(middle)} ± {50 * (high - low) / middle:.0f} %"
 
 
 def _state(row: Row) -> str:
@@ -147,10 +192,24 @@ def _weighed(rows: Sequence[Row]) -> list[list[str]]:
     return table
 
 
-def _markdown(table: Sequence[Sequence[str]]) -> str:
-    head, *body = table
+# What means something to Markdown, GitHub's mathematics among it. An underscore within a word does not, nor does a
+# bracket that no address follows.
+_MARKS = re.compile(r"[\\`*$#~]|<(?=[a-zA-Z/!?])|&(?=#?\w+;)|\](?=[(\[:])|!(?=\[)|(?<![^\W_])_|_(?![^\W_])")
+
+
+def _markdown(text: Any) -> str:
+    """Plain text as Markdown, on one line."""
+    return _MARKS.sub(r"\\\g<0>", " ".join(str(text).split()))
+
+
+def _markdown_table(table: Sequence[Sequence[str]]) -> str:
+    head, *body = [[_markdown(cell).replace("|", "\\|") for cell in line] for line in table]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _failures(rows: Sequence[Row]) -> list[str]:
+    return [f"{row['arm']}, seed {row['seed']}, failed: {row['error']}" for row in rows if row["status"] == "failed"]
 
 
 def _better(row: Row) -> str:
@@ -162,9 +221,11 @@ def _notes(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[s
     row = rows[0]
     length = f" Decode state: numbers kept to decode after {row['length']} tokens." if decodes(rows) else ""
     notes = [
-        f"{_better(row).capitalize()} is better. ±: standard deviation over seeds. Differences are paired by seed, "
-        f"with Student's t interval. FLOPs: forward, matrix products only, 2 per multiply-add.{length}",
+        f"{_better(row).capitalize()} is better. ±: standard deviation over seeds. Differences are paired by seed. "
+        f"FLOPs: forward, matrix products only, 2 per multiply-add.{length}",
+        *_tests(differences),
         *_bootstrapped(differences),
+        *_timed(rows),
         *choices(rows),
         _shared(rows),
     ]
@@ -181,19 +242,42 @@ def _notes(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[s
     return notes
 
 
+def _tests(differences: Mapping[str, Difference]) -> list[str]:
+    """What the intervals and p are, and where there are none."""
+    p, parts = _corrected(differences), []
+    if number := _comparisons(p):
+        corrected = f", corrected by Holm for {number} comparisons with the baseline" if number > 1 else ""
+        alone = "; an interval is of its own difference alone, not corrected" if number > 1 else ""
+        parts.append(f"Intervals are Student's t. p: two-sided paired t test{corrected}{alone}.")
+    if few := [arm for arm, difference in differences.items() if math.isnan(difference.p)]:
+        which = "" if len(few) == len(differences) else f", so not of {', '.join(few)}"
+        parts.append(f"Fewer than {FEWEST_SEEDS} seeds give no interval and no test{which}.")
+    return [" ".join(parts)] if parts else []
+
+
+def _timed(rows: Sequence[Row]) -> list[str]:
+    """How speed was measured."""
+    unit = rows[0]["unit"]
+    device = next((row["speed_device"] for row in rows if "speed_device" in row), None)
+    if device is None:
+        return ["Speed was not measured, so no arm is ranked by it."]
+    return [
+        f"{unit.capitalize()}s/s: of training steps alone, timed after all runs on {device}, the arms in turn; median "
+        f"of {ROUNDS} rounds ± half the distance of their quartiles. An arm counts as faster than another if it was so "
+        f"in at least {ROUNDS - 1} rounds."
+    ]
+
+
 def _bootstrapped(differences: Mapping[str, Difference]) -> list[str]:
-    """The differences' intervals once more, from resampled seeds; nothing for one seed."""
+    """The differences' intervals once more, from resampled seeds; nothing for fewer than ten."""
     parts = [
         f"{arm} [{difference.bootstrap_low:+.4f}, {difference.bootstrap_high:+.4f}]"
         for arm, difference in differences.items()
-        if difference.seeds > 1
+        if not math.isnan(difference.bootstrap_low)
     ]
     if not parts:
         return []
-    return [
-        "95 % intervals by bootstrap (10,000 resamples of the seeds; too narrow for fewer than about ten seeds): "
-        f"{', '.join(parts)}."
-    ]
+    return [f"95 % intervals by bootstrap (10,000 resamples of the seeds): {', '.join(parts)}."]
 
 
 def _shared(rows: Sequence[Row]) -> str:
@@ -214,22 +298,42 @@ def _shared(rows: Sequence[Row]) -> str:
 
 
 def _verdict(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[str]:
-    """The answer in sentences: which arms differ from the baseline beyond the interval."""
-    metric, baseline = rows[0]["metric"], rows[0]["baseline"]
-    sentences: list[str] = []
-    singles: list[str] = []
+    """The answer in sentences: which arms differ from the baseline, by the corrected p."""
+    baseline, p = rows[0]["baseline"], _corrected(differences)
+    lead = f"Validation {rows[0]['metric']}, {_better(rows[0])} is better:"
+    if len(differences) > _MOST_SENTENCES:
+        return [lead, *_grouped(rows, differences)]
+    number, sentences, few = _comparisons(p), [], list[str]()
     for arm, difference in differences.items():
         size = f"{arm} ends {abs(difference.mean):.4f} {'below' if difference.mean < 0 else 'above'} {baseline}"
-        if math.isnan(difference.low):
-            singles.append(size if not singles else size.replace(" ends ", " ").removesuffix(f" {baseline}"))
-        elif difference.low <= 0 <= difference.high:
-            more = ""
-            if abs(difference.mean) > 0.1 * difference.deviation:  # else it takes more seeds than anybody runs
-                needed = seeds_needed(difference.deviation, difference.mean)
-                more = f"; if it is real, {needed} would in 4 of 5 repeats"
+        if math.isnan(difference.p):
+            few.append(f"{size} ({_few(difference.seeds)}, so no interval).")
+        elif p[arm] >= _SIGNIFICANT:
+            more = f", corrected for {number} comparisons" if difference.p < _SIGNIFICANT else ""
             sentences.append(f"{size}, but {difference.seeds} seeds cannot tell this from no difference{more}.")
+        elif number > 1:
+            sentences.append(f"{size}: a difference at 5 %, corrected for {number} comparisons (Holm).")
         else:
-            sentences.append(f"{size}, and the 95 % interval excludes no difference.")
-    if singles:
-        sentences.append(f"{', '.join(singles)} (one seed, so no interval).")
-    return [f"Validation {metric}, {_better(rows[0])} is better:", *sentences]
+            sentences.append(f"{size}, and the 95 % interval excludes 0.")
+    return [lead, *sentences, *few]
+
+
+def _grouped(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[str]:
+    """The same of many arms: a sentence for all that came out alike, the best of them first."""
+    baseline, p, sign = rows[0]["baseline"], _corrected(differences), -1 if rows[0]["higher_is_better"] else 1
+    groups: dict[str, list[str]] = {}
+    for arm in sorted(differences, key=lambda arm: sign * differences[arm].mean):
+        if math.isnan(p[arm]):
+            group = f"Minus {baseline}, without an interval (fewer than {FEWEST_SEEDS} seeds)"
+        elif p[arm] >= _SIGNIFICANT:
+            group = f"Not to be told from {baseline} with these seeds"
+        else:
+            side = "below" if differences[arm].mean < 0 else "above"
+            group = f"Ends {side} {baseline} (at 5 %, corrected for {_comparisons(p)} comparisons)"
+        groups.setdefault(group, []).append(f"{arm} {differences[arm].mean:+.4f}")
+    return [f"{group}: {_first(arms)}." for group, arms in groups.items()]
+
+
+def _first(names: Sequence[str]) -> str:
+    left = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {left} more" if left > 0 else "")

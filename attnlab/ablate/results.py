@@ -10,6 +10,18 @@ from attnlab.ablate.statistics import pareto_front
 
 Row = Mapping[str, Any]
 
+# Control characters (but the line's end and the tab), halves of characters, and what turns the direction of a text.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+def printable(value: Any) -> Any:
+    """A value of JSON in whose strings a replacement stands for every character that no page or figure can show."""
+    if isinstance(value, str):
+        return _UNPRINTABLE.sub("\ufffd", value)
+    if isinstance(value, Mapping):
+        return {printable(name): printable(item) for name, item in value.items()}
+    return [printable(item) for item in value] if isinstance(value, (list, tuple)) else value
+
 
 def arms_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["arm"] for row in rows))
@@ -57,7 +69,7 @@ def costs(rows: Sequence[Row]) -> list[Cost]:
     return [
         Cost("flops", f"FLOPs/{unit}", False),
         *([Cost("state_size", "decode state", False)] if decodes(rows) else []),
-        Cost("items_per_second", f"{unit}s/s", True),
+        *([Cost("speed", f"{unit}s/s", True)] if any("speed" in row for row in rows) else []),
     ]
 
 
@@ -68,18 +80,35 @@ def mean_cost(rows: Sequence[Row], arm: str, cost: Cost) -> float:
 
 def weighed(rows: Sequence[Row], cost: Cost) -> list[str]:
     """Arms with a finished run whose cost is known."""
-    return [arm for arm in arms_of(rows) if (done := finished(rows, arm)) and done[0][cost.column] is not None]
+    return [arm for arm in arms_of(rows) if (done := finished(rows, arm)) and done[0].get(cost.column) is not None]
 
 
 def front(rows: Sequence[Row], cost: Cost) -> list[str]:
-    """Arms of which no other is both better (mean over seeds) and cheaper, from the cheapest to the best."""
+    """Arms of which no other is both better (mean over seeds) and cheaper, from the cheapest to the best.
+
+    Speed is measured, so an arm counts as slower only where `is_slower` holds: on its front are those that are faster
+    than every better arm.
+    """
     arms = weighed(rows, cost)
     quality, expense = (-1 if rows[0]["higher_is_better"] else 1), (-1 if cost.more_is_better else 1)
-    points = [
-        (expense * mean_cost(rows, arm, cost), quality * float(np.mean(list(by_seed(rows, arm).values()))))
+    points = {
+        arm: (expense * mean_cost(rows, arm, cost), quality * float(np.mean(list(by_seed(rows, arm).values()))))
         for arm in arms
+    }
+    if cost.column != "speed":
+        return [arms[index] for index in pareto_front(list(points.values()))]
+    rounds = {arm: finished(rows, arm)[0]["rounds"] for arm in arms}
+    best = [
+        arm
+        for arm in arms
+        if all(points[other][1] >= points[arm][1] or is_slower(rounds[other], rounds[arm]) for other in arms)
     ]
-    return [arms[index] for index in pareto_front(points)]
+    return sorted(best, key=lambda arm: points[arm][1], reverse=True)
+
+
+def is_slower(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether the first is below the second in all rounds but one, at most; two equal speeds are so in 2 % of cases."""
+    return sum(a >= b for a, b in zip(one, other, strict=True)) <= 1
 
 
 def attended(rows: Sequence[Row], arm: str) -> Row | None:

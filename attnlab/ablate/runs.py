@@ -92,8 +92,7 @@ def run_ablation(
                     report(f"waiting for other processes, which have the runs that are left: {len(left)}")
                 has_waited = True
                 time.sleep(_LOOK_AGAIN_AFTER)
-    if plan.ablation.learning_rates is not None:
-        searches = [run for arm in plan.arms for run in plan.searches(arm)]
+    if searches := [run for arm in plan.arms for run in plan.searches(arm)]:
         write_rows(workdir / "search.jsonl", [_row(plan, run, outcomes, command) for run in searches])
     return rows
 
@@ -179,6 +178,7 @@ def _row(plan: Plan, run: Run, outcomes: Mapping[str, Mapping[str, Any]], comman
         "seed": run.experiment.seed,
         "learning_rate": run.experiment.optimizer.learning_rate,
         "searched_rates": [list(pair) for pair in scores],
+        "search_seed": plan.ablation.search_seed if scores else None,
         "match": None if match is None else dataclasses.asdict(match),
         "parameter_shapes": {path: list(shape) for path, shape in nn.parameter_shapes(run.experiment.model).items()},
         **run.costs,

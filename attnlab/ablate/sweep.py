@@ -20,6 +20,9 @@ Variations = Mapping[str, Mapping[str, Sequence[Any]]]
 _ARM = re.compile(r"[^\W_](?:[-_.,:=+@()~%\w]*[-_+)%\w])?")
 _LONGEST_NAME = 150
 
+# So far from the seeds that people choose that a sweep with more of them finds its searches done.
+_SEARCH_SEED = 1000
+
 
 @dataclasses.dataclass(frozen=True)
 class Ablation:
@@ -37,8 +40,8 @@ class Ablation:
       product: {arm: {binding: values}}: in the arm's place, an arm for every combination of the values, named as
         local[WINDOW=8] is (an option by its last name).
       zipped: as product, but the bindings' values, equally many, go together: the first of each, the second of each.
-      learning_rates: every arm tries each with the first seed, and the one whose last validation metric is best trains
-        the arm's other seeds. None: the rate of the config.
+      learning_rates: every arm tries each with `search_seed`, and the one whose last validation metric is best trains
+        the arm's `seeds`, of which that one is none. One alone is not searched. None: the rate of the config.
       match: "parameters", "flops" or "state_size", of which every arm gets as much as the baseline has; None: no such.
       knobs: the integer option (a binding) that `match` sets, for all arms or {arm: binding}; arms left out stay as
         they are.
@@ -104,6 +107,11 @@ class Ablation:
             self._check_arms("knobs", self.knobs)
             for knob in self.knobs.values():
                 check_text("knobs", knob)
+
+    @property
+    def search_seed(self) -> int:
+        """With which learning rates are tried: none of `seeds`, since what chose a rate is no fair measure of it."""
+        return next(seed for seed in itertools.count(_SEARCH_SEED) if seed not in self.seeds)
 
     def _check_arms(self, field: str, by_arm: Mapping[str, Any]) -> None:
         for arm in by_arm:

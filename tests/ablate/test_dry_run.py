@@ -48,15 +48,18 @@ def test_states_and_the_time_that_is_left(tmp_path):
 def test_rates_before_and_after_their_search(tmp_path):
     file = tiny_sweep.write(tmp_path, "ablate.Ablation.learning_rates = [1e-3, 1e-2, 10.0]")
     rows, total = cells(dry_run(file, [], tmp_path / "out" / "runs"))
-    assert len(rows) == 8
-    assert rows["local-seed0-rate0.001"]["learning rate"] == "0.001"
+    assert len(rows) == 10
+    assert rows["local-seed1000-rate0.001"]["learning rate"] == "0.001"
     assert rows["local-seed1"]["learning rate"] == "the best"
-    assert total.startswith("8 of 8 runs to do: ")
+    assert total.startswith("10 of 10 runs to do: ")
     run_ablation(file, ["Ablation.seeds=[0]"], tmp_path / "out", report=lambda line: None)
     rows, total = cells(dry_run(file, [], tmp_path / "out" / "runs"))
-    assert [row["state"] for row in rows.values()] == ["finished", "finished", "failed"] * 2 + ["to run"] * 2
+    assert [row["state"] for row in rows.values()] == ["finished", "finished", "failed"] * 2 + [
+        *["finished"] * 2,
+        *["to run"] * 2,
+    ]
     assert rows["local-seed1-rate0.01"]["learning rate"] == "0.01"
-    assert total.startswith("2 of 8 runs to do: ")
+    assert total.startswith("2 of 10 runs to do: ")
 
 
 def test_equal_runs_count_once(tmp_path):

@@ -2,8 +2,11 @@
 
 import base64
 import csv
+import html.parser
 import itertools
 import json
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from attnlab.ablate import figures, results, write_report
+from attnlab.ablate.attending import read_attending
 
 
 def row(arm, seed, loss, **changes):
@@ -59,21 +63,19 @@ def test_table_words_and_pictures(tmp_path):
     page, table = report(
         [row(arm, seed, loss) for arm, both in losses.items() for seed, loss in enumerate(both)], tmp_path
     )
-    assert "| base | 2.1000 ± 0.1000 | baseline | 8 | 1.23 k | 1.5 k | 2.05 k | 3 |" in table
-    assert "| low | 1.6033 ± 0.1002 | -0.4967 [-0.5110, -0.4823] |" in table
-    assert "low ends 0.4967 below base, and the 95 % interval excludes no difference." in page
-    assert "3 seeds cannot tell this from no difference; if it is real," not in page  # its mean is 0
+    assert "| base | 2.1000 ± 0.1000 | baseline |  | 8 | 1.23 k | 2.05 k | 3 |" in table
+    assert "| low | 1.6033 ± 0.1002 | -0.4967 [-0.5110, -0.4823] | < 0.001 |" in table
+    assert "low ends 0.4967 below base: a difference at 5 %, corrected for 2 comparisons (Holm)." in page
     assert "3 seeds cannot tell this from no difference." in page
     lines = (tmp_path / "results.csv").read_text().splitlines()
-    assert lines[0].startswith("arm,seed,status,validation loss,parameters,flops,state_size")
+    assert lines[0].startswith("arm,seed,status,validation loss,parameters,flops,state_size,seconds")
     assert lines[1].startswith("base,0,finished,2.0,8,1234.0,2048")
     assert len(lines) == 1 + 9
     assert "low 50.0%, same 50.0%" in table
-    # Resampled seeds give means between the smallest and the largest of the three differences.
-    assert "95 % intervals by bootstrap" in table
-    assert "low [-0.5000, -0.4900], same [-0.1000, +0.1000]." in table
+    assert "p: two-sided paired t test, corrected by Holm for 2 comparisons with the baseline" in table
+    assert "bootstrap" not in table
     assert "Is &lt;b&gt; better?" in page
-    assert page.count('<div role="img"') == 6
+    assert page.count('<div role="img"') == 5  # speed was not measured
     assert "attnlab ablate sweep.gin" in page
 
 
@@ -84,11 +86,49 @@ def test_text_takes_the_pages_colour(tmp_path):
     assert "prefers-color-scheme: dark" in page
 
 
-def test_one_seed_has_no_interval(tmp_path):
-    page, table = report([row("base", 0, 2.0), row("low", 0, 1.0)], tmp_path)
-    assert "-1.0000 (one seed: no interval)" in table
-    assert "bootstrap" not in table
-    assert "one seed, so no interval" in page
+@pytest.mark.parametrize(("seeds", "number"), [(1, "one seed"), (2, "two seeds")])
+def test_one_and_two_seeds_have_no_interval(seeds, number, tmp_path):
+    rows = [row(arm, seed, loss + 0.1 * seed) for arm, loss in (("base", 2), ("low", 1)) for seed in range(seeds)]
+    page, table = report(rows, tmp_path)
+    assert f"-1.0000 ({number}: no interval)" in table
+    assert "Fewer than 3 seeds give no interval and no test." in table
+    assert f"low ends 1.0000 below base ({number}, so no interval)." in page
+    for word in ("bootstrap", "Student", "p (Holm)", "repeats"):
+        assert word not in table + page
+
+
+def test_ten_seeds_are_resampled(tmp_path):
+    losses = {"base": [2.0] * 10, "low": [1.0 + 0.1 * seed for seed in range(10)]}
+    _, table = report(
+        [row(arm, seed, loss) for arm, some in losses.items() for seed, loss in enumerate(some)], tmp_path
+    )
+    assert "95 % intervals by bootstrap (10,000 resamples of the seeds): low [-0.7" in table
+    assert "| p |" in table
+
+
+def test_a_difference_that_holds_alone_but_not_among_many_is_named_as_such(tmp_path):
+    """p is 0.02 of the one, and twice that and more of the three."""
+    arms = {"base": (0, 0, 0), "low": (0.7, 1.0, 1.3), "x": (1, -1, 0.1), "y": (1, -1, 0.2)}
+    rows = [row(arm, seed, loss) for arm, some in arms.items() for seed, loss in enumerate(some)]
+    page, _ = report([row for row in rows if row["arm"] in ("base", "low")], tmp_path)
+    assert "low ends 1.0000 above base, and the 95 % interval excludes 0." in page
+    page, table = report(rows, tmp_path)
+    assert "low ends 1.0000 above base, but 3 seeds cannot tell this from no difference, corrected for 3" in page
+    assert "| low | 1.0000 ± 0.3000 | +1.0000 [+0.2548, +1.7452] | 0.086 |" in table
+
+
+def test_the_headline_groups_many_arms(tmp_path):
+    noise = [0.1, -0.1, 0.02]
+    rows = [row("base", seed, 2.0) for seed in range(3)]
+    rows += [row(f"near{n}", seed, 2.0 + 0.01 * n + noise[seed]) for n in range(9) for seed in range(3)]
+    for arm, loss in (("far", 1.0), ("worse", 3.0)):
+        rows += [row(arm, seed, loss + 0.001 * noise[seed]) for seed in range(3)]
+    page, _ = report([*rows, row("single", 0, 1.5), row("another", 0, 1.0)], tmp_path)
+    assert "<li>Ends below base (at 5 %, corrected for 11 comparisons): far -1.0000.</li>" in page
+    assert "<li>Ends above base (at 5 %, corrected for 11 comparisons): worse +1.0000.</li>" in page
+    assert "<li>Not to be told from base with these seeds: near0 +0.0067, near1" in page
+    assert "near5 +0.0567 and 3 more.</li>" in page
+    assert "without an interval (fewer than 3 seeds): another -1.0000, single -0.5000.</li>" in page
 
 
 @pytest.mark.parametrize("failed", ["low", "base"])
@@ -112,7 +152,8 @@ def test_images_have_no_decode_state(tmp_path):
     )
     assert "FLOPs/image" in table
     assert "Quality against FLOPs/image" in page
-    assert "Quality against images/s" in page
+    assert "Speed was not measured, so no arm is ranked by it." in page
+    assert "images/s" not in table
     assert "decode state" not in table.lower()
 
 
@@ -122,7 +163,7 @@ def test_arms_that_do_not_decode_have_an_unknown_state(tmp_path):
     page, table = report(rows, tmp_path)
     head, _, *lines = (line.strip("| ").split(" | ") for line in table.split("\n\n")[1].splitlines())
     assert {line[0]: line[head.index("decode state")] for line in lines} == {"base": "", "low": "2.05 k", "mute": ""}
-    assert "decode state: low;" in table
+    assert "decode state: low." in table
     assert "Decode state: numbers kept to decode after 4 tokens." in table
     assert "Quality against decode state" in page
     with (tmp_path / "results.csv").open() as file:
@@ -214,7 +255,8 @@ def test_arms_that_differ_in_a_number_are_a_line_over_it(tmp_path):
 def test_arms_on_the_pareto_front_are_named(tmp_path):
     """Cheap and poor, dear and good, and one that is worse than the dear one in everything."""
     arms = {"base": (2.0, 100.0, 10.0), "good": (1.0, 500.0, 5.0), "poor": (1.5, 900.0, 4.0)}
-    rows = [row(arm, 0, loss, flops=flops, items_per_second=speed) for arm, (loss, flops, speed) in arms.items()]
+    rows = [row(arm, 0, loss, flops=flops, run=arm) for arm, (loss, flops, _) in arms.items()]
+    write_speeds(tmp_path, {arm: [speed] * 9 for arm, (*_, speed) in arms.items()})
     page, table = report(rows, tmp_path)
     front = "FLOPs/token: base, good; decode state: good; tokens/s: base, good."
     assert front in page
@@ -225,14 +267,44 @@ def test_arms_on_the_pareto_front_are_named(tmp_path):
     assert [line["pareto state_size"] for line in lines] == ["no", "yes", "no"]
 
 
+def write_speeds(folder, rounds):
+    arms = {arm: {"run": arm, "items_per_second": speeds} for arm, speeds in rounds.items()}
+    (folder / "speed.json").write_text(json.dumps({"device": "1 x cpu", "arms": arms}))
+
+
+def test_speed_is_that_of_the_timing_and_ranks_only_what_it_tells_apart(tmp_path):
+    """worse is slower than good once in nine rounds, even twice, and shaky by its median alone."""
+    rows = [row(arm, 0, loss, run=arm) for arm, loss in (("base", 3.0), ("worse", 2.0), ("shaky", 2.5), ("good", 1.0))]
+    rounds = {"good": [100.0] * 9, "worse": [101.0] * 8 + [99.0], "shaky": [102.0] * 7 + [99.0] * 2, "base": [50.0] * 9}
+    write_speeds(tmp_path, rounds)
+    page, table = report(rows, tmp_path)
+    assert "| worse | 2.0000 | -1.0000 (one seed: no interval) | 8 | 1.23 k | 101 ± 0 % | 2.05 k | 1 |" in table
+    assert "tokens/s: worse, good." in table
+    assert "timed after all runs on 1 x cpu, the arms in turn; median of 9 rounds ± half" in table
+    assert "Quality against tokens/s" in page
+    lines = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [line["speed"] for line in lines] == ["50.0", "101.0", "102.0", "100.0"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"device": 1, "arms": {}}', None])
+def test_speed_of_other_runs_and_damaged_speed_are_not_shown(text, tmp_path):
+    rows = [row(arm, 0, 1.0, run=f"{arm}-new") for arm in ("base", "low")]
+    write_speeds(tmp_path, {"base": [1.0] * 9, "low": [1.0] * 9})
+    if text is not None:
+        (tmp_path / "speed.json").write_text(text)
+    page, table = report(rows, tmp_path)
+    assert "tokens/s" not in page + table
+    assert "Speed was not measured" in table
+
+
 def test_where_higher_is_better_the_front_is_that_of_the_highest():
     rows = [
         row(arm, 0, value, higher_is_better=True, flops=flops)
         for arm, value, flops in (("base", 0.9, 10.0), ("low", 0.6, 5.0), ("lost", 0.5, 20.0))
     ]
-    flops, _, speed = results.costs(rows)
+    flops, state = results.costs(rows)
     assert results.front(rows, flops) == ["low", "base"]
-    assert results.front(rows, speed) == ["base"]
+    assert results.front(rows, state) == ["base"]
 
 
 def many(count):
@@ -304,9 +376,135 @@ def test_what_arms_attend_to_is_shown_and_summarised(seen, tmp_path):
     assert "if a&lt;b:" in page
     assert "length: an example has 900 positions" in page
     assert "| base | none | 2.00 | 0.50 |" in table
-    assert "| long | FLOPs/token, decode state, tokens/s |  |  |" in table
+    assert "| long | FLOPs/token, decode state |  |  |" in table
     lines = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert [line["attention distance"] for line in lines] == ["2.0", "2.0", ""]
+
+
+NASTY = (
+    '<script>alert(1)</script>|$x_$ $\\frac{$ a$$ `tick` ```\n# h\n| x | y |\n"q" \'q\' onload="alert(1)" '
+    "[l](javascript:alert(1)) **b** &lt; ü 漢 \x00\x1b[31m\ud800\u202e"
+)
+
+
+class Tags(html.parser.HTMLParser):
+    """Names of a page's elements, and its attributes."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.names, self.attributes = set(), set()
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.names.add(tag)
+        self.attributes |= {(name, value) for name, value in attributes if name != "d"}
+
+
+def nasty(value, name=""):
+    """The same with that text after every text in it, but for words and addresses that the report goes by."""
+    fixed = ("status", "split", "folder", "base64", "run")
+    if isinstance(value, str):
+        return value if name in fixed else value + NASTY
+    if isinstance(value, list):
+        return [nasty(item) for item in value]
+    if isinstance(value, dict):
+        return {key: nasty(item, key) for key, item in value.items()}
+    return value
+
+
+def nasty_rows(folder):
+    """A sweep of arms, settings of an option, groups, failures and reasons, all with that text, in rows and files."""
+    metric, rows = f"loss{NASTY}", []
+    for arm in ("base", "low", "x[W=1]", "x[W=2]", "mute"):
+        for seed in range(3):
+            loss = len(arm) + 0.1 * seed * len(rows)
+            final = {metric: loss, f"other{NASTY}": 1.0, f"e{NASTY}, {NASTY} a": loss, f"e{NASTY}, {NASTY} b": 2.0}
+            history = [{"step": s, "split": split, **final} for s in (1, 2) for split in ("train", "validation")]
+            changes = {"final": final, "history": history, "run": arm, "folder": f"runs/{arm}", "length": 4}
+            changes |= {"searched_rates": [[0.1, 1.0], [0.2, None]], "learning_rate": 0.1, "search_seed": 1000}
+            match = {"cost": "flops", "off": 0.0, "knob": None if arm == "base" else f"K.k{NASTY}", "value": 3}
+            one = nasty(row(arm, seed, loss)) | changes | {"match": match}
+            if arm.startswith("x"):  # an option's name, in place of the end of the arm's
+                one["arm"] = arm
+            if arm == "mute":
+                one["attending"] = {"skipped": f"why{NASTY}"}
+            elif seed == 0:
+                one["attending"] = {"distance": [1.0], "entropy": [0.5]}
+            rows.append(one)
+        layer = {"mixer": "M", "is_signed": True, "map": packed(np.eye(4, dtype=np.uint8)), "distance": [1.0]}
+        kept = {"example": {"text": "t"}, "prompt": "p", "layers": [layer | {"entropy": [0.5, None]}]}
+        (folder / "runs" / arm).mkdir(parents=True)
+        (folder / "runs" / arm / "attending.json").write_text(json.dumps(nasty(kept)))
+        (folder / "runs" / arm / "samples.txt").write_text(NASTY, "utf-8", errors="replace")
+    write_speeds(folder, {one["arm"]: [1.0 + index] * 9 for index, one in enumerate(rows)})
+    speeds = json.loads((folder / "speed.json").read_text())
+    for one in rows:
+        speeds["arms"][one["arm"]]["run"] = one["run"]
+    (folder / "speed.json").write_text(json.dumps(speeds | {"device": f"cpu{NASTY}"}))
+    failed = {"status": "failed", "error": f"e{NASTY}", "arm": f"lost{NASTY}"}
+    return [*rows, {name: value for name, value in rows[0].items() if name not in ("final", "history")} | failed]
+
+
+def test_no_text_of_a_run_is_code_or_breaks_a_table(tmp_path):
+    """Rows and files may be somebody else's: each text in them has marks of HTML, Markdown and mathtext, and worse."""
+    rows = nasty_rows(tmp_path)
+    page, table = report(json.loads(json.dumps(rows)), tmp_path)
+    with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    plain, _ = report([row(arm, seed, 1.0 + seed) for arm in ("base", "low") for seed in (0, 1)], tmp_path)
+    tags, usual = Tags(page), Tags(plain)
+    drawn = {"h2", "h3", "pre", "img", "section", "br", "figcaption", "div", "ul", "li"}
+    assert tags.names <= usual.names | drawn
+    assert not [name for name, _ in tags.attributes if name.startswith("on") or name in ("srcdoc", "action")]
+    addresses = [value for name, value in tags.attributes if "src" in name or "href" in name]
+    assert addresses
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in addresses)
+    assert "Content-Security-Policy" in page
+    assert "<script" not in page
+    assert page.count("alert(1)") > 50  # as text
+    assert "\x00" not in page + table
+    # Markdown: every table has as many cells in each line as in its head, and outside code nothing is live.
+    blocks = [block for block in table.split("\n\n") if block.startswith("|")]
+    assert len(blocks) == 3
+    for block in blocks:
+        lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in block.splitlines()]
+        assert len(lines) == 2 + 6
+        assert {len(line) for line in lines} == {len(lines[0])}
+    text, command = table.split("\n\nRepeat with:\n\n")
+    assert all(line.startswith("    ") for line in command.splitlines())
+    assert not re.search(r"(?<!\\)(<script|[$`*]|\]\()", text)
+    assert sum(line.startswith("#") for line in text.splitlines()) == 1
+
+
+def test_names_as_long_as_they_may_be_are_drawn(tmp_path):
+    arms = ["base", *(f"{'long-' * 40}{n}" for n in range(3))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # constrained layout warns where the axes have no room left
+        page, _ = report([row(arm, seed, 1.0 + seed) for arm in arms for seed in (0, 1)], tmp_path)
+    assert arms[-1] in page
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": [{}]},
+        {"layers": 3},
+        {"layers": [{"mixer": 1}]},
+        {"example": {}},
+        {"example": {"pixels": {"shape": [9], "base64": ""}}},
+        {"skipped": 3},
+        {"prompt": 3},
+    ],
+    ids=str,
+)
+def test_what_is_damaged_of_what_arms_attend_to_is_not_shown(change, tmp_path):
+    (tmp_path / "attending.json").write_text(json.dumps({"example": {"text": "a"}, "layers": []}))
+    assert read_attending(tmp_path) is not None
+    (tmp_path / "attending.json").write_text(json.dumps({"example": {"text": "a"}, "layers": [], **change}))
+    assert read_attending(tmp_path) is None
+    known = {"folder": ".", "attending": {"distance": [1.0], "entropy": [1.0]}}
+    page, _ = report([row("base", 0, 1.0, **known)], tmp_path)
+    assert "Mean attention distance" not in page
 
 
 def test_samples_are_embedded_and_escaped(seen):

@@ -248,18 +248,21 @@ def test_a_rate_is_chosen_for_each_arm_and_no_run_is_trained_twice(pretended, tm
     assert [(row["arm"], row["seed"], row["learning_rate"]) for row in rows] == [
         (arm, seed, 0.01) for seed in (3, 4, 5) for arm in ("softmax", "short")
     ]
-    assert rows[0]["searched_rates"] == [[0.001, 1.03], [0.01, 0.03], [10.0, None]]
+    assert rows[0]["searched_rates"] == [[0.001, 11.0], [0.01, 10.0], [10.0, None]]
     trained = tiny_sweep.trained(tmp_path / "out" / "runs")
-    assert len(trained) == len(set(trained)) == 2 * (3 + 2)
+    assert len(trained) == len(set(trained)) == 2 * (3 + 3)
     searched = [json.loads(line) for line in (tmp_path / "out" / "search.jsonl").read_text().splitlines()]
-    assert [(row["arm"], row["learning_rate"], row["status"]) for row in searched] == [
-        (arm, rate, "failed" if rate > 1 else "finished")
+    assert [(row["arm"], row["seed"], row["learning_rate"], row["status"]) for row in searched] == [
+        (arm, 1000, rate, "failed" if rate > 1 else "finished")
         for arm in ("softmax", "short")
         for rate in (0.001, 0.01, 10.0)
     ]
     write_report(rows, tmp_path / "out")
     text = (tmp_path / "out" / "results.md").read_text()
-    assert "among 0.001, 0.01, 10: softmax 0.01 (failed: 10), short 0.01 (failed: 10)." in text
+    chosen = (
+        "among 0.001, 0.01, 10 with seed 1000, which is in no mean: softmax 0.01 (failed: 10), short 0.01 (failed: 10)."
+    )
+    assert chosen in text
     assert "Warning" not in text
 
 
@@ -273,6 +276,29 @@ def test_a_rate_at_the_edge_is_warned_of_and_higher_may_be_better(pretended, tmp
     up = ("ablate.Ablation.higher_is_better = True", "ablate.Ablation.seeds = [0]")
     rows = run(tmp_path, "ablate.Ablation.learning_rates = [1e-3, 3e-3]", *up)
     assert {row["learning_rate"] for row in rows} == {0.001}
+
+
+@pytest.mark.parametrize(
+    ("seeds", "searched"), [([0], 1000), ([0, 1, 2], 1000), ([999, 1000, 1001], 1002), (list(range(1000, 1010)), 1010)]
+)
+def test_rates_are_searched_with_a_seed_that_is_not_compared(seeds, searched, tmp_path):
+    rates = "ablate.Ablation.learning_rates = [1e-3, 1e-2]"
+    plan = Plan(tiny_sweep.write(tmp_path, rates, f"ablate.Ablation.seeds = {seeds}"), [])
+    runs_ = plan.searches("local")
+    assert [(run.experiment.seed, run.experiment.optimizer.learning_rate) for run in runs_] == [
+        (searched, 1e-3),
+        (searched, 1e-2),
+    ]
+    outcomes = {run.digest: {"final": {"loss": run.experiment.optimizer.learning_rate}} for run in runs_}
+    assert [run.experiment.seed for run in plan.compared(outcomes)] == seeds
+    assert plan.size == 2 * (2 + len(seeds))
+
+
+def test_one_rate_is_not_searched(pretended, tmp_path):
+    rows = run(tmp_path, "ablate.Ablation.learning_rates = [1e-3]")
+    assert {row["learning_rate"] for row in rows} == {1e-3}
+    assert len(tiny_sweep.trained(tmp_path / "out" / "runs")) == len(rows) == 4
+    assert not (tmp_path / "out" / "search.jsonl").exists()
 
 
 def test_an_arm_whose_every_rate_fails_is_reported(pretended, tmp_path):
@@ -394,10 +420,10 @@ def test_processes_share_the_runs(tmp_path):
     printed = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     trained = tiny_sweep.trained(tmp_path / "out" / "runs")
-    assert len(trained) == len(set(trained)) == 2 * (2 + 2)
+    assert len(trained) == len(set(trained)) == 2 * (2 + 3)
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [(row["arm"], row["seed"]) for row in rows] == [(a, s) for s in (0, 1, 2) for a in ("softmax", "local")]
-    assert all("[8/8] " in lines for lines in printed)
+    assert all("[10/10] " in lines for lines in printed)
     assert not list((tmp_path / "out" / "runs" / "claims").iterdir())
 
 
@@ -421,19 +447,13 @@ def test_a_run_of_another_process_is_waited_for(pretended, tmp_path, monkeypatch
     assert tiny_sweep.trained(tmp_path / "out" / "runs")[-1].startswith("softmax-seed0")
 
 
-def quality(text):
-    """The first table without speeds, which no two runs share."""
-    table = [line.split(" | ") for line in text.split("\n\n")[1].splitlines()]
-    speed = table[0].index("tokens/s")
-    return [cells[:speed] + cells[speed + 1 :] for cells in table]
-
-
 def test_one_sweep_gives_one_table(tmp_path):
-    """Trained for good, twice: all that is reported but speed is the same."""
+    """Trained for good, twice: all that the table has is the same."""
     tables = []
     for workdir in ("one", "two"):
         write_report(run(tmp_path, "ablate.Ablation.seeds = [0]", workdir=workdir), tmp_path / workdir)
-        tables.append(quality((tmp_path / workdir / "results.md").read_text()))
+        table = (tmp_path / workdir / "results.md").read_text().split("\n\n")[1]
+        tables.append([line.split(" | ") for line in table.splitlines()])
     assert tables[0] == tables[1]
     assert [cells[0] for cells in tables[0][2:]] == ["| softmax", "| local"]
     assert "failed" not in str(tables)

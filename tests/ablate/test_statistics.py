@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from attnlab.ablate import paired_difference, pareto_front, seeds_needed
+from attnlab.ablate import holm, paired_difference, pareto_front
 
 
 def test_equals_the_paired_t_test_of_scipy():
@@ -17,6 +17,7 @@ def test_equals_the_paired_t_test_of_scipy():
     got = paired_difference(dict(enumerate(arm)), dict(enumerate(baseline)), confidence=0.9)
     want = stats.ttest_rel(arm, baseline).confidence_interval(0.9)
     np.testing.assert_allclose([got.low, got.high], want)
+    np.testing.assert_allclose(got.p, stats.ttest_rel(arm, baseline).pvalue)
     assert got.seeds == 6
 
 
@@ -26,15 +27,27 @@ def test_pairs_by_seed_and_drops_seeds_that_one_side_lacks():
 
 
 def test_what_a_seed_gives_to_both_arms_cancels():
-    difference = paired_difference({0: 10.0, 1: 20.5}, {0: 9.9, 1: 20.4})
+    difference = paired_difference({0: 10.0, 1: 20.5, 2: 7.0}, {0: 9.9, 1: 20.4, 2: 6.9})
     np.testing.assert_allclose([difference.low, difference.high], 0.1, rtol=1e-9)
 
 
-def test_one_seed_has_no_interval():
-    got = paired_difference({0: 1.0}, {0: 2.0})
-    assert got.mean == -1.0
-    assert math.isnan(got.low)
-    assert math.isnan(got.high)
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_fewer_than_three_seeds_have_neither_interval_nor_test(seeds):
+    got = paired_difference(dict.fromkeys(range(seeds), 1.0), {0: 2.0, 1: 3.0, 2: 4.0})
+    assert got.mean == -0.5 - 0.5 * seeds
+    assert np.isnan([got.low, got.high, got.p, got.bootstrap_low, got.bootstrap_high]).all()
+
+
+def test_fewer_than_ten_seeds_are_not_resampled():
+    got = paired_difference(dict(enumerate([1.0, 2.0, 4.0])), dict.fromkeys(range(3), 0.0))
+    assert np.isfinite([got.low, got.high, got.p]).all()
+    assert np.isnan([got.bootstrap_low, got.bootstrap_high]).all()
+
+
+@pytest.mark.parametrize(("difference", "p"), [(0.5, 0.0), (0.0, 1.0)])
+def test_differences_without_any_spread_are_certain(difference, p):
+    got = paired_difference(dict.fromkeys(range(3), difference), dict.fromkeys(range(3), 0.0))
+    assert (got.low, got.high, got.p) == (difference, difference, p)
 
 
 def test_no_seed_in_common_is_an_error():
@@ -60,21 +73,21 @@ def test_the_bootstrap_is_near_the_t_interval_with_many_seeds_and_the_same_every
     np.testing.assert_allclose(got.deviation, np.std(list(samples.values()), ddof=1))
 
 
-def test_as_many_seeds_as_are_needed_find_a_difference_in_four_of_five_repeats():
-    random = np.random.default_rng(3)
-    seeds = seeds_needed(1.0, 0.8)
+def test_holm_equals_the_definition_and_skips_what_has_no_test():
+    assert holm([0.03, math.nan, 0.01, 0.04]) == pytest.approx([0.06, math.nan, 0.03, 0.06], nan_ok=True)
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([0.02]) == [0.02]
+    assert holm([]) == []
 
-    def found(seeds):
-        samples = random.normal(0.8, 1.0, size=(4000, seeds))
-        return np.mean(stats.ttest_1samp(samples, 0.0, axis=1).pvalue < 0.05)
 
-    assert 0.79 < found(seeds) < 0.86
-    assert found(seeds - 1) < 0.81
-    assert seeds_needed(0.0, 1.0) == 2
-    assert seeds_needed(2.0, -1.6) == seeds
-    assert 7000 < seeds_needed(30.0, 1.0) < 7200  # the normal distribution's (1.96 + 0.84)^2 900
-    with pytest.raises(ValueError, match="difference: got 0"):
-        seeds_needed(1.0, 0.0)
+def test_holm_errs_anywhere_as_often_as_it_states():
+    """Ten arms that are like the baseline: without correction a third of all sweeps would name one."""
+    random = np.random.default_rng(4)
+    named = 0
+    for _ in range(1000):
+        base, arms = dict(enumerate(random.normal(size=4))), random.normal(size=(10, 4))
+        named += min(holm([paired_difference(dict(enumerate(arm)), base).p for arm in arms])) < 0.05
+    assert named / 1000 < 0.07
 
 
 def dominates(one, other):
