@@ -403,6 +403,16 @@ def test_damaged_results_are_named(tmp_path, text):
         read_rows(tmp_path)
 
 
+@pytest.mark.parametrize("field", ["question", "final", "history", "flops", "environment", "baseline"])
+def test_a_row_without_a_field_or_with_another_type_is_named(pretended, tmp_path, field):
+    rows = run(tmp_path, "ablate.Ablation.seeds = [0]")
+    assert read_rows(tmp_path / "out") == rows
+    for damaged in ({name: value for name, value in rows[1].items() if name != field}, {**rows[1], field: [1]}):
+        runs.write_rows(tmp_path / "out" / "results.jsonl", [rows[0], damaged])
+        with pytest.raises(UserError, match=r"results\.jsonl has no rows of runs; run the ablation again"):
+            read_rows(tmp_path / "out")
+
+
 def test_what_a_dead_process_left_of_a_claim_goes(pretended, tmp_path):
     run(tmp_path)
     digest = next((tmp_path / "out" / "runs").glob("softmax-seed0-*")).name.rpartition("-")[2]
