@@ -208,6 +208,7 @@ def against_cost(rows: Sequence[Row], looks: dict[str, Style], metric: str, cost
             axes.errorbar(
                 *points[arm],
                 yerr=deviations[arm] or None,
+                xerr=_quartiles(finished(rows, arm)[0]["rounds"]) if cost.column == "speed" else None,
                 color=looks[arm].colour,
                 marker=looks[arm].marker,
                 markersize=8 if arm in best else 6,
@@ -247,6 +248,12 @@ def against_cost(rows: Sequence[Row], looks: dict[str, Style], metric: str, cost
 
 def _deviation(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def _quartiles(rounds: Sequence[float]) -> np.ndarray:
+    """[2, 1]: how far the lower and the upper quartile are from the median."""
+    low, middle, high = np.quantile(rounds, [0.25, 0.5, 0.75])
+    return np.array([[middle - low], [high - middle]])
 
 
 def _front_corners(

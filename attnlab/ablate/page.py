@@ -39,8 +39,8 @@ h1, h3, p, li, summary, figcaption { overflow-wrap: anywhere; } h2 { font-size: 
 h3 { font-size: 1rem; margin: .75rem 0 .25rem; } h3 + p { margin: 0 0 .5rem; }
 p, ul { max-width: 56rem; } .lead { font-size: 1.05rem; } .soft { color: var(--soft); font-size: .92rem; }
 /* Shadows show on which side a table scrolls on: those at its ends are covered by what moves along with it. */
-.scroll { overflow-x: auto; background: linear-gradient(to right, var(--page), transparent) local,
-  linear-gradient(to left, var(--page), transparent) right local,
+.scroll { overflow-x: auto; background: linear-gradient(to right, var(--page) 40%, transparent) local,
+  linear-gradient(to left, var(--page) 40%, transparent) right local,
   linear-gradient(to right, var(--shade), transparent), linear-gradient(to left, var(--shade), transparent) right;
   background-repeat: no-repeat; background-size: 2rem 100%, 2rem 100%, .8rem 100%, .8rem 100%; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -205,9 +205,14 @@ def _against_costs(rows: Sequence[Row], looks: dict[str, figures.Style]) -> str:
         for cost in costs(rows)
         if weighed(rows, cost)
     )
+    timed = (
+        " Level bars: quartiles of speed, in which arms tie unless one is faster in all rounds but one."
+        if any(cost.column == "speed" for cost in costs(rows))
+        else ""
+    )
     return f"""<h2>Quality against cost</h2>
 <p class="soft">One dot per arm, the mean over seeds; the bar is their standard deviation. Dashed: the Pareto front.
-Arms on it are in bold; every other one is beaten or equalled in both by one of them.</p>
+Arms on it are in bold; every other one is beaten or equalled in both by one of them.{timed}</p>
 <div class="figures">{drawn}</div>"""
 
 

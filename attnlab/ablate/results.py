@@ -23,6 +23,35 @@ def printable(value: Any) -> Any:
     return [printable(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+# Fields of every row that the report relies on, with their types.
+_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("question", "baseline", "metric", "arm", "status", "unit", "config", "command"), str),
+    **dict.fromkeys(("parameter_shapes", "task", "environment"), dict),
+    **{"seed": int, "higher_is_better": bool, "parameters": int, "flops": (int, float), "implementations": list},
+    **{"state_size": (int, type(None)), "length": (int, type(None))},
+}
+
+
+def are_rows(values: Sequence[Any]) -> bool:
+    """Whether these are rows as run_ablation writes them, the baseline's among them."""
+
+    def is_row(value: Any) -> bool:
+        if not isinstance(value, dict) or not all(isinstance(value.get(name), t) for name, t in _FIELDS.items()):
+            return False
+        if value["status"] != "finished":
+            return isinstance(value.get("error"), str)
+        final, history = value.get("final"), value.get("history")
+        return (
+            isinstance(final, dict)
+            and value["metric"] in final
+            and all(isinstance(number, (int, float)) for number in final.values())
+            and isinstance(history, list)
+            and all(isinstance(point, dict) and {"step", "split"} <= point.keys() for point in history)
+        )
+
+    return bool(values) and all(map(is_row, values)) and values[0]["baseline"] in arms_of(values)
+
+
 def arms_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["arm"] for row in rows))
 

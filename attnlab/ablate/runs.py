@@ -23,6 +23,7 @@ import attnlab.ablate.cache as cache
 from attnlab import nn, signals
 from attnlab.ablate.attending import attend
 from attnlab.ablate.plan import Plan, Run
+from attnlab.ablate.results import are_rows
 from attnlab.errors import OwnedError, RunError, UserError
 from attnlab.train import Experiment, train
 from attnlab.train.claims import claim, forget
@@ -232,7 +233,7 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         reason = f"is not JSON lines ({error})"
     else:
-        if rows and all(isinstance(row, dict) and {"arm", "seed", "status", "metric"} <= row.keys() for row in rows):
+        if are_rows(rows):
             return rows
         reason = "has no rows of runs"
     raise UserError(f"report: {path} {reason}; run the ablation again to write it anew")

@@ -278,20 +278,16 @@ def test_a_rate_at_the_edge_is_warned_of_and_higher_may_be_better(pretended, tmp
     assert {row["learning_rate"] for row in rows} == {0.001}
 
 
-@pytest.mark.parametrize(
-    ("seeds", "searched"), [([0], 1000), ([0, 1, 2], 1000), ([999, 1000, 1001], 1002), (list(range(1000, 1010)), 1010)]
-)
-def test_rates_are_searched_with_a_seed_that_is_not_compared(seeds, searched, tmp_path):
+def test_rates_are_searched_with_a_seed_that_is_not_compared(tmp_path):
     rates = "ablate.Ablation.learning_rates = [1e-3, 1e-2]"
-    plan = Plan(tiny_sweep.write(tmp_path, rates, f"ablate.Ablation.seeds = {seeds}"), [])
-    runs_ = plan.searches("local")
-    assert [(run.experiment.seed, run.experiment.optimizer.learning_rate) for run in runs_] == [
-        (searched, 1e-3),
-        (searched, 1e-2),
-    ]
-    outcomes = {run.digest: {"final": {"loss": run.experiment.optimizer.learning_rate}} for run in runs_}
-    assert [run.experiment.seed for run in plan.compared(outcomes)] == seeds
-    assert plan.size == 2 * (2 + len(seeds))
+    plan = Plan(tiny_sweep.write(tmp_path, rates, "ablate.Ablation.seeds = [1000, 0]"), [])
+    searches = plan.searches("local")
+    tried = [(run.experiment.seed, run.experiment.optimizer.learning_rate) for run in searches]
+    assert tried == [(1001, 1e-3), (1001, 1e-2)]
+    outcomes = {run.digest: {"final": {"loss": run.experiment.optimizer.learning_rate}} for run in searches}
+    compared = [(run.experiment.seed, run.experiment.optimizer.learning_rate) for run in plan.compared(outcomes)]
+    assert compared == [(1000, 1e-3), (0, 1e-3)]
+    assert plan.size == 2 * (2 + 2)
 
 
 def test_one_rate_is_not_searched(pretended, tmp_path):
@@ -401,6 +397,16 @@ def test_damaged_results_are_named(tmp_path, text):
     (tmp_path / "results.jsonl").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=r"report: .*results\.jsonl .*; run the ablation again to write it anew"):
         read_rows(tmp_path)
+
+
+def test_a_row_without_a_field_or_with_another_type_is_named(pretended, tmp_path):
+    rows = run(tmp_path, "ablate.Ablation.seeds = [0]")
+    assert read_rows(tmp_path / "out") == rows
+    for field in ("question", "final", "history", "flops", "environment", "baseline"):
+        for damaged in ({name: value for name, value in rows[1].items() if name != field}, {**rows[1], field: [1]}):
+            runs.write_rows(tmp_path / "out" / "results.jsonl", [rows[0], damaged])
+            with pytest.raises(UserError, match=r"results\.jsonl has no rows of runs; run the ablation again"):
+                read_rows(tmp_path / "out")
 
 
 def test_what_a_dead_process_left_of_a_claim_goes(pretended, tmp_path):

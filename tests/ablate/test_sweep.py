@@ -57,6 +57,13 @@ def test_options_of_one_name_are_distinguished_and_names_have_no_spaces():
 
 
 @pytest.mark.parametrize(
+    ("seeds", "searched"), [([0], 1000), ([0, 1, 2], 1000), ([999, 1000, 1001], 1002), ([*range(1000, 1010)], 1010)]
+)
+def test_rates_are_searched_with_the_same_seed_while_it_is_none_of_the_seeds(seeds, searched):
+    assert ablation(seeds=seeds).search_seed == searched
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"arms": {}}, "arms: got none"),
