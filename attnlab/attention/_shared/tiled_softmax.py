@@ -70,22 +70,23 @@ def tiled_attention(inputs: Inputs, sees: Sees, *, is_causal: bool) -> tuple[Arr
     def _(primals: Any, tangents: Any) -> Any:
         results = attend(*primals)
         along = {name: t for name, t in tangents[0]._asdict().items() if not (t is None or isinstance(t, SymbolicZero))}
+        names = tuple(along)  # what the rules close over lives longer than the tangents
 
         def split(inputs: Inputs, sees: Sees) -> Any:
             """The form in plain JAX as a function of what has a tangent, and that."""
 
             def plain(*arrays: Array) -> tuple[Array, Array]:
-                return _by_rows(inputs._replace(**dict(zip(along, arrays))), sees, is_causal)
+                return _by_rows(inputs._replace(**dict(zip(names, arrays))), sees, is_causal)
 
-            return plain, [getattr(inputs, name) for name in along]
+            return plain, [getattr(inputs, name) for name in names]
 
         def plain_tangent(residuals: Any, tangents: Any) -> Any:
             plain, arrays = split(*residuals[:2])
-            return jax.jvp(plain, arrays, list(tangents.values()))[1]
+            return jax.jvp(plain, arrays, [tangents[name] for name in names])[1]
 
         def plain_transpose(residuals: Any, cotangents: Any) -> Any:
             plain, arrays = split(*residuals[:2])
-            return dict(zip(along, jax.vjp(plain, *arrays)[1](cotangents)))
+            return dict(zip(names, jax.vjp(plain, *arrays)[1](cotangents)))
 
         def tangent(residuals: Any, tangents: Any) -> Any:
             inputs, sees, results = residuals
@@ -93,8 +94,8 @@ def tiled_attention(inputs: Inputs, sees: Sees, *, is_causal: bool) -> tuple[Arr
 
         def transpose(residuals: Any, cotangents: Any) -> Any:
             inputs, sees, results = residuals
-            gradients = _transpose(inputs, sees, results, cotangents, is_causal, "bias" in along)
-            return {name: getattr(gradients, name) for name in along}
+            gradients = _transpose(inputs, sees, results, cotangents, is_causal, "bias" in names)
+            return {name: getattr(gradients, name) for name in names}
 
         return results, tangent_call(
             _with_derivatives_of(plain_tangent, tangent),
