@@ -385,6 +385,22 @@ def test_a_state_carries_values_and_gradients_over_a_cut(form, assert_close):
     assert_close(with_gradients(in_two), with_gradients(whole), 2e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_blocked_gradients_equal_the_reference_where_logits_jump(scale, assert_close):
+    """By scale 100, logits of one chunk lie further apart than one unit of their sums holds."""
+    with jax.enable_x64(True):
+        inputs = arrays(dtype=jnp.float64)
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def gradients(form):
+            def loss(*inputs):
+                return jnp.sum(jnp.sin(causal(*inputs, scale=scale, chunk_size=4, implementation=form)[0]))
+
+            return jax.grad(loss, (0, 1, 2, 3))(*inputs)
+
+        assert_close(gradients("xla"), gradients("reference"), 1e-9)
+
+
 # --- Wrong calls ------------------------------------------------------------------------------------------------------
 
 

@@ -1,11 +1,15 @@
 """dot_product_attention: every implementation against a float64 oracle, each other, and jax.nn's conventions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, PartitionSpec
+from marks import slow_but
 
 from attnlab import dot_product_attention, dot_product_step, init_dot_product_cache
 from attnlab.attention._shared import tiled_softmax
@@ -210,6 +214,124 @@ def test_memory_is_linear_in_length(differentiate):
     short, long = temporary_bytes(1024), temporary_bytes(4096)
     assert long <= 4.5 * short
     assert long < 4096 * 4096  # a quarter of a float32 per pair
+
+
+# --- Tiles under what JAX does to functions: the catalog's table has short sequences, which are attended to at once ----
+
+
+TILED = ((), ("is_causal",), ("is_causal", "mask", "bias", "segment_ids"))
+every_tiling = pytest.mark.parametrize("names", slow_but(TILED[1:2], TILED), ids="-".join)
+
+
+def tiled(names):
+    """(query, key, value) -> gradients, and (out, lse), over 3 x 3 tiles of which the last ones are incomplete."""
+    options, _, _ = draw_options(1, names, 2, 21, 21, 4)
+
+    def loss(*arrays):
+        out, lse = dot_product_attention(*arrays, **options, return_lse=True, implementation="xla")
+        shown = jnp.where(jnp.isfinite(lse), lse, 0)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(shown**2), (out, shown)
+
+    return jax.grad(loss, argnums=(0, 1, 2), has_aux=True), draw_arrays(0, 2, 21, 21, 4, 2)
+
+
+def assert_close(got, expected, tolerance=1e-5):
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+@every_tiling
+def test_tiles_in_shard_map_are_those_outside(names):
+    function, arrays = tiled(names)
+    if "mask" in names:
+        pytest.skip("its mask and ids have the whole batch")
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
+    assert_close(jax.jit(sharded)(*arrays), jax.jit(function)(*arrays))
+
+
+@every_tiling
+def test_tiles_promote_no_rank_leak_no_tracer_and_make_no_nan(names):
+    function, arrays = tiled(names)
+    with jax.numpy_rank_promotion("raise"), jax.checking_leaks(), jax.debug_nans(True):
+        jax.block_until_ready(jax.jit(function)(*arrays))
+
+
+def test_one_exported_program_of_tiles_serves_any_batch():
+    function, arrays = tiled(("is_causal",))
+    (batch,) = jax.export.symbolic_shape("b")
+    structs = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in arrays]
+    assert_close(jax.export.export(jax.jit(function))(*structs).call(*arrays), jax.jit(function)(*arrays))
+
+
+@pytest.mark.parametrize("names", slow_but(TILED[2:], TILED), ids="-".join)
+def test_second_derivatives_equal_the_reference(names):
+    """Forward over reverse, and reverse over forward, as local linear attention has it."""
+    arrays = draw_arrays(0, 1, 19, 19, 2, 1)
+    options, _, _ = draw_options(1, names, 1, 19, 19, 2)
+    tangents = tuple(jnp.cos(3 * x) for x in arrays)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(form):
+        def loss(*arrays):
+            out, lse = dot_product_attention(*arrays, **options, return_lse=True, implementation=form)
+            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0) ** 2)
+
+        gradient = jax.grad(loss, argnums=(0, 1, 2))
+        forward = jax.jvp(gradient, arrays, tangents)[1]
+        return forward, jax.grad(lambda *a: jax.jvp(loss, a, tangents)[1], argnums=(0, 1, 2))(*arrays)
+
+    assert_close(both("xla"), both("reference"), 2e-4)
+
+
+@pytest.mark.parametrize(
+    "names", slow_but([("is_causal",), ("segment_ids",)], [*OPTIONS[1:3], ("segment_ids",)]), ids="-".join
+)
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_tiles_keep_what_is_not_finite_to_who_sees_it(names, number):
+    """Tokens 11 to 20, later than all others or hidden from them: also in their own gradients nothing is NaN."""
+    hidden = np.arange(21) > 10
+    options = {
+        "is_causal": {"is_causal": True},
+        "mask": {"mask": jnp.asarray(~hidden[None, None, None])},
+        "segment_ids": {"segment_ids": jnp.asarray(np.tile(hidden.astype(np.int32), (2, 1)))},
+    }[names[0]]
+    arrays = draw_arrays(0, 2, 21, 21, 4, 2)
+
+    def shown(out):
+        return jnp.where(hidden[None, :, None, None], 0, out)
+
+    @jax.jit
+    def run(*arrays):
+        def attend(*arrays):
+            return shown(dot_product_attention(*arrays, **options, implementation="xla"))
+
+        gradients = jax.grad(lambda *a: jnp.sum(jnp.sin(attend(*a))), argnums=(0, 1, 2))(*arrays)
+        return attend(*arrays), jax.jvp(attend, arrays, tuple(map(jnp.ones_like, arrays)))[1], gradients
+
+    spoilt = (jnp.where(hidden[None, :, None, None], number, x) for x in arrays)
+    for x, y in zip(jax.tree.leaves(run(*spoilt)), jax.tree.leaves(run(*arrays)), strict=True):
+        assert np.isfinite(x).all()
+        np.testing.assert_allclose(x[:, ~hidden], y[:, ~hidden], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_bias_of_the_smallest_number_is_uniform_and_one_of_minus_infinity_hides(implementation):
+    """As in jax.nn, where finfo.min for a whole row leaves the mean of the values."""
+    arrays = draw_arrays(0, 1, 5, 21, 2, 2)
+
+    def attend(smallest, *arrays):
+        bias = jnp.zeros((1, 1, 5, 21)).at[:, :, 2].set(smallest)
+        return dot_product_attention(*arrays, bias=bias, return_lse=True, implementation=implementation)
+
+    (out, _), pullback = jax.vjp(jax.jit(functools.partial(attend, jnp.finfo(jnp.float32).min)), *arrays)
+    np.testing.assert_allclose(out[0, 2], arrays[2][0].mean(0), rtol=1e-5, atol=1e-6)
+    assert all(np.isfinite(x).all() for x in pullback((out, jnp.ones((1, 5, 2)))))
+    (out, lse), pullback = jax.vjp(jax.jit(functools.partial(attend, -jnp.inf)), *arrays)
+    assert (out[:, 2] == 0).all()
+    assert (lse[:, 2] == -jnp.inf).all()
+    gradients = pullback((jnp.zeros_like(out).at[:, 2].set(1), jnp.zeros_like(lse)))
+    assert all((g == 0).all() for g in gradients)
 
 
 GOOD = dict(zip(("query", "key", "value"), draw_arrays(0, 2, 6, 8, 4, 2)))

@@ -70,29 +70,32 @@ def tiled_attention(inputs: Inputs, sees: Sees, *, is_causal: bool) -> tuple[Arr
     def _(primals: Any, tangents: Any) -> Any:
         results = attend(*primals)
         along = {name: t for name, t in tangents[0]._asdict().items() if not (t is None or isinstance(t, SymbolicZero))}
+        names = tuple(along)  # what the rules close over lives longer than the tangents
 
         def split(inputs: Inputs, sees: Sees) -> Any:
             """The form in plain JAX as a function of what has a tangent, and that."""
 
             def plain(*arrays: Array) -> tuple[Array, Array]:
-                return _by_rows(inputs._replace(**dict(zip(along, arrays))), sees, is_causal)
+                return _by_rows(inputs._replace(**dict(zip(names, arrays))), sees, is_causal)
 
-            return plain, [getattr(inputs, name) for name in along]
+            return plain, [getattr(inputs, name) for name in names]
 
         def plain_tangent(residuals: Any, tangents: Any) -> Any:
             plain, arrays = split(*residuals[:2])
-            return jax.jvp(plain, arrays, list(tangents.values()))[1]
+            return jax.jvp(plain, arrays, [tangents[name] for name in names])[1]
 
         def plain_transpose(residuals: Any, cotangents: Any) -> Any:
             plain, arrays = split(*residuals[:2])
-            return dict(zip(along, jax.vjp(plain, *arrays)[1](cotangents)))
+            return dict(zip(names, jax.vjp(plain, *arrays)[1](cotangents)))
 
         def tangent(residuals: Any, tangents: Any) -> Any:
-            return _tangent(*residuals, Inputs(*map(tangents.get, Inputs._fields)), is_causal)
+            inputs, sees, results = residuals
+            return _tangent(inputs, sees, results, Inputs(*map(tangents.get, Inputs._fields)), is_causal)
 
         def transpose(residuals: Any, cotangents: Any) -> Any:
-            gradients = _transpose(*residuals, cotangents, is_causal, "bias" in along)
-            return {name: getattr(gradients, name) for name in along}
+            inputs, sees, results = residuals
+            gradients = _transpose(inputs, sees, results, cotangents, is_causal, "bias" in names)
+            return {name: getattr(gradients, name) for name in names}
 
         return results, tangent_call(
             _with_derivatives_of(plain_tangent, tangent),
@@ -127,17 +130,17 @@ def _with_derivatives_of(plain: Callable[..., Any], function: Callable[..., Any]
 
 
 class _Cut(NamedTuple):
-    """An axis of this length in `count` parts of equal size, of which the last one is padded."""
+    """An axis of this length in parts of equal size, of which the last one is padded."""
 
     length: int
     size: int
-    count: int
+    parts: int
 
 
 def _cut(length: int, most: int) -> _Cut:
-    count = max(-(-length // most), 1)
-    size = max(-(-length // count), 1)
-    return _Cut(length, size if count == 1 else min(-(-size // 16) * 16, most), count)
+    parts = max(-(-length // most), 1)
+    size = max(-(-length // parts), 1)
+    return _Cut(length, size if parts == 1 else min(-(-size // 16) * 16, most), parts)
 
 
 class _Grid(NamedTuple):
@@ -153,9 +156,9 @@ class _Grid(NamedTuple):
 
 def _grid(inputs: Inputs, sees: Sees, is_causal: bool) -> _Grid:
     rows, columns = _cut(inputs.query.shape[3], _TILE), _cut(inputs.key.shape[2], _TILE)
-    first_query = np.arange(rows.count)[:, None] * rows.size
+    first_query = np.arange(rows.parts)[:, None] * rows.size
     last_query = np.minimum(first_query + rows.size, rows.length) - 1
-    first_key = np.arange(columns.count) * columns.size
+    first_key = np.arange(columns.parts) * columns.size
     last_key = first_key + columns.size - 1
     seen = (first_key <= last_query) | (not is_causal)
     full = (last_key < columns.length) & ((last_key <= first_query) | (not is_causal))
@@ -166,10 +169,10 @@ def _grid(inputs: Inputs, sees: Sees, is_causal: bool) -> _Grid:
 
 def _pad(x: Any, axis: int, cut: _Cut, fill: Any = 0) -> Any:
     """x with the axis' last part filled up. An axis that broadcasts is left alone, and None."""
-    if x is None or x.shape[axis] != cut.length or cut.count * cut.size == cut.length:
+    if x is None or x.shape[axis] != cut.length or cut.parts * cut.size == cut.length:
         return x
     widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, cut.count * cut.size - cut.length)
+    widths[axis] = (0, cut.parts * cut.size - cut.length)
     return jnp.pad(x, widths, constant_values=fill)
 
 
@@ -189,22 +192,22 @@ def _padded(grid: _Grid, inputs: Inputs, sees: Sees) -> tuple[Inputs, Sees]:
 
 def _take(x: Array, axis: int, cut: _Cut, at: Any) -> Array:
     """Part `at` of a padded axis; all of one that broadcasts."""
-    if cut.count == 1 or x.shape[axis] != cut.count * cut.size:
+    if cut.parts == 1 or x.shape[axis] != cut.parts * cut.size:
         return x
     return lax.dynamic_slice_in_dim(x, at * cut.size, cut.size, axis)
 
 
 def _put(x: Array, part: Array, axis: int, cut: _Cut, at: Any) -> Array:
-    if cut.count == 1 or x.shape[axis] != cut.count * cut.size:
+    if cut.parts == 1 or x.shape[axis] != cut.parts * cut.size:
         return part
     return lax.dynamic_update_slice_in_dim(x, part, at * cut.size, axis)
 
 
 def _each(part: Callable[[Any], Any], axes: Sequence[int], cut: _Cut) -> Any:
     """The arrays that part(at) gives for every part, joined on these axes."""
-    if cut.count == 1:
+    if cut.parts == 1:
         return part(0)
-    parts = lax.map(part, jnp.arange(cut.count, dtype=jnp.int32))
+    parts = lax.map(part, jnp.arange(cut.parts, dtype=jnp.int32))
     return tuple(_join(x, axis, cut) for x, axis in zip(parts, axes, strict=True))
 
 
@@ -249,6 +252,14 @@ def _by_head(x: Array, grid: _Grid) -> Array:
     return x.reshape(*x.shape[:2], -1, grid.rows.size, *x.shape[3:])
 
 
+def _of_tile(x: Array, grid: _Grid, group: int, i: Any, j: Any) -> Array:
+    """A tile of [B|1, K|1, G|1, T|1, S|1]: [B|1, K|1, R|1, s|1]."""
+    part = _take(_take(x, 3, grid.rows, i), 4, grid.columns, j)
+    if part.shape[2:4] != (1, 1):
+        part = jnp.broadcast_to(part, (*part.shape[:2], group, grid.rows.size, part.shape[4]))
+    return part.reshape(*part.shape[:2], -1, part.shape[4])
+
+
 def _bias_and_visible(
     grid: _Grid, inputs: Inputs, sees: Sees, i: Any, j: Any, is_edge: bool
 ) -> tuple[Array | None, Array | None]:
@@ -256,27 +267,19 @@ def _bias_and_visible(
     if not is_edge:
         return None, None
     rows, columns, group = grid.rows, grid.columns, inputs.query.shape[2]
-
-    def take(x: Array) -> Array:
-        part = _take(_take(x, 3, rows, i), 4, columns, j)
-        heads, length = part.shape[2:4]
-        if (heads, length) != (1, 1):
-            part = jnp.broadcast_to(part, (*part.shape[:2], group, rows.size, part.shape[4]))
-        return part.reshape(*part.shape[:2], -1, part.shape[4])
-
     bias, visible = None, []
     if inputs.bias is not None:
-        bias = take(inputs.bias)
+        bias = _of_tile(inputs.bias, grid, group, i, j)
         visible.append(bias != -jnp.inf)  # where a key may then be NaN
     key_index = j * columns.size + lax.broadcasted_iota(jnp.int32, (1, 1, 1, columns.size), 3)
     if grid.is_causal:
         query_index = lax.broadcasted_iota(jnp.int32, (1, 1, group * rows.size, 1), 2)
         query_index = query_index if group == 1 else query_index % rows.size
         visible.append(key_index <= i * rows.size + query_index)
-    if columns.count * columns.size != columns.length:
+    if columns.parts * columns.size != columns.length:
         visible.append(key_index < columns.length)
     if sees.mask is not None:
-        visible.append(take(sees.mask))
+        visible.append(_of_tile(sees.mask, grid, group, i, j))
     if sees.query_ids is not None and sees.key_ids is not None:
         of_queries, of_keys = _take(sees.query_ids, 1, rows, i), _take(sees.key_ids, 1, columns, j)
         of_queries = jnp.concatenate([of_queries] * group, axis=1)
@@ -393,36 +396,29 @@ def _tangent(
     tangents, _ = _padded(grid, tangents, sees)
 
     def row(i: Any) -> tuple[Array, Array]:
-        query, query_tangent, lse = (
-            None if x is None else _rows(x, grid, i) for x in (inputs.query, tangents.query, reference)
-        )
+        query, lse = (_rows(x, grid, i) for x in (inputs.query, reference))
 
         def empty(sums: Any) -> Any:
             shape, width = query.shape[:-1], inputs.value.shape[-1]
             return sums or tuple(jnp.zeros_like(query, shape=(*shape, n)) for n in (1, width))
 
         def tile(is_edge: bool, j: Any, sums: Any) -> Any:
-            key, value, key_tangent, value_tangent = (
-                None if x is None else _take(x, 2, grid.columns, j)
-                for x in (inputs.key, inputs.value, tangents.key, tangents.value)
-            )
+            key, value = (_take(x, 2, grid.columns, j) for x in (inputs.key, inputs.value))
             bias, visible = _bias_and_visible(grid, inputs, sees, i, j, is_edge)
             logits = jnp.einsum("BKRH,BKSH->BKRS", query, key)
             weights = jnp.exp((logits if bias is None else logits + bias) - lse[..., None])
-            changes = []  # of the logits
-            if query_tangent is not None:
-                changes.append(jnp.einsum("BKRH,BKSH->BKRS", query_tangent, key))
-            if key_tangent is not None:
-                changes.append(jnp.einsum("BKRH,BKSH->BKRS", query, key_tangent))
+            changes = jnp.zeros_like(weights)  # of the logits
+            if tangents.query is not None:
+                changes += jnp.einsum("BKRH,BKSH->BKRS", _rows(tangents.query, grid, i), key)
+            if tangents.key is not None:
+                changes += jnp.einsum("BKRH,BKSH->BKRS", query, _take(tangents.key, 2, grid.columns, j))
             if tangents.bias is not None:
-                changes.append(_bias_and_visible(grid, inputs._replace(bias=tangents.bias), sees, i, j, is_edge)[0])
-            shifts = weights * sum(changes) if changes else jnp.zeros_like(weights)
-            weights, shifts = _where(visible, weights, 0), _where(visible, shifts, 0)
+                changes += _of_tile(tangents.bias, grid, inputs.query.shape[2], i, j)
+            weights, shifts = _where(visible, weights, 0), _where(visible, weights * changes, 0)
             total = shifts.sum(-1, keepdims=True)
-            change = 0
-            if changes:
-                change = _product("BKRS,BKSV->BKRV", shifts, value, is_edge)
-            if value_tangent is not None:
+            change = _product("BKRS,BKSV->BKRV", shifts, value, is_edge)
+            if tangents.value is not None:
+                value_tangent = _take(tangents.value, 2, grid.columns, j)
                 change += _product("BKRS,BKSV->BKRV", weights, value_tangent, is_edge)
             return (total, change) if sums is None else (sums[0] + total, sums[1] + change)
 
@@ -439,10 +435,10 @@ def _tangent(
 class _Gradients(NamedTuple):
     """Of the inputs: query and bias whole, of the columns so far; key and value of a column, of the rows so far."""
 
-    query: Array | None
-    key: Array | None
-    value: Array | None
-    bias: Array | None
+    query: Any
+    key: Any
+    value: Any
+    bias: Any
 
 
 def _transpose(
@@ -456,11 +452,13 @@ def _transpose(
     grid = _grid(inputs, sees, is_causal)
     rows, columns = grid.rows, grid.columns
     (out, lse), (out_cotangent, lse_cotangent) = results, cotangents
-    # A query without a cotangent, or without a key, is left out: what it holds need not be finite.
+    # What is not finite comes by lse and the cotangents, from queries that see it. Those without a cotangent, or
+    # without a key, are left out.
     live = ((out_cotangent != 0).any(-1) | (lse_cotangent != 0)) & (lse != -jnp.inf)
     reference = _pad(jnp.where(live, lse, jnp.inf), 3, rows, jnp.inf)
     offset = _pad(jnp.where(live, (out_cotangent * out).sum(-1) - lse_cotangent, 0), 3, rows)
-    inputs, sees = _padded(grid, inputs._replace(query=jnp.where(live[..., None], inputs.query, 0)), sees)
+    query, key, value = map(finite_or_zero, inputs[:3])
+    inputs, sees = _padded(grid, Inputs(query, key, value, inputs.bias), sees)
     upstream = _pad(out_cotangent, 3, rows)
 
     def column(carry: Any, j: Any) -> tuple[Any, Any]:
@@ -480,9 +478,9 @@ def _transpose(
             weights = jnp.exp((logits if bias is None else logits + bias) - lse[:, :, None])
             changes = weights * (jnp.einsum("BKSV,BKRV->BKSR", value, dout) - shift[:, :, None])
             weights, changes = _where(visible, weights, 0), _where(visible, changes, 0)
-            of_key = _product("BKSR,BKRH->BKSH", changes, query, is_edge)
+            of_key = jnp.einsum("BKSR,BKRH->BKSH", changes, query)
             of_value = _product("BKSR,BKRV->BKSV", weights, dout, is_edge)
-            of_query = _by_head(_product("BKSR,BKSH->BKRH", changes, key, is_edge), grid)
+            of_query = _by_head(jnp.einsum("BKSR,BKSH->BKRH", changes, key), grid)
             if sums.query is not None:
                 of_query = _put(sums.query, _take(sums.query, 3, rows, i) + of_query, 3, rows, i)
             if sums.key is not None:
@@ -503,11 +501,11 @@ def _transpose(
         return (sums.query, sums.bias), (sums.key, sums.value)
 
     of_bias_so_far = jnp.zeros_like(inputs.bias) if of_bias and inputs.bias is not None else None
-    if rows.count == columns.count == 1:
+    if rows.parts == columns.parts == 1:
         (of_query, bias), (of_key, of_value) = column((None, of_bias_so_far), 0)
     else:
         carry = (jnp.zeros_like(inputs.query), of_bias_so_far)
-        (of_query, bias), parts = lax.scan(column, carry, jnp.arange(columns.count, dtype=jnp.int32))
+        (of_query, bias), parts = lax.scan(column, carry, jnp.arange(columns.parts, dtype=jnp.int32))
         of_key, of_value = (_join(x, 2, columns) for x in parts)
     return Inputs(
         lax.slice_in_dim(of_query, 0, rows.length, axis=3),
@@ -519,26 +517,29 @@ def _transpose(
 
 def _by_rows(inputs: Inputs, sees: Sees, is_causal: bool) -> tuple[Array, Array]:
     """The same in plain JAX, a block of queries at a time: what is differentiated twice."""
-    queries, keys = inputs.query.shape[3], inputs.key.shape[2]
-    parts = []
-    # Of causal attention, a part of the queries leaves out the keys after its last one.
-    count = min(4, -(-queries // _ROWS)) if is_causal else 1
-    size = -(-queries // count)
+    query, key, value, bias = inputs
+    mask, query_ids, key_ids = sees
+    queries, keys = query.shape[3], key.shape[2]
+    # Of causal attention, each part of the queries leaves out the keys after its last one.
+    size = -(-queries // min(4, -(-queries // _ROWS))) if is_causal else queries
+    outs, lses = [], []
     for start in range(0, queries, size):
-        rows = slice(start, min(start + size, queries))
-        columns = slice(0, min(rows.stop, keys) if is_causal else keys)
+        end = min(start + size, queries)
+        seen = min(end, keys) if is_causal else keys
+        part = Inputs(query[:, :, :, start:end], key[:, :, :seen], value[:, :, :seen], _part(bias, start, end, seen))
+        ids = (x if x is None else x[:, first:last] for x, first, last in ((query_ids, start, end), (key_ids, 0, seen)))
+        out, lse = _some_rows(part, Sees(_part(mask, start, end, seen), *ids), start if is_causal else None)
+        outs.append(out)
+        lses.append(lse)
+    return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
 
-        def both(x: Array | None) -> Array | None:
-            if x is None:
-                return None
-            x = x if x.shape[3] == 1 else x[:, :, :, rows]
-            return x if x.shape[4] == 1 else x[..., columns]
 
-        query, key, value, bias = inputs
-        ids = (None, None) if sees.query_ids is None else (sees.query_ids[:, rows], sees.key_ids[:, columns])
-        part = Inputs(query[:, :, :, rows], key[:, :, columns], value[:, :, columns], both(bias))
-        parts.append(_some_rows(part, Sees(both(sees.mask), *ids), start if is_causal else None))
-    return tuple(jnp.concatenate(x, axis=3) for x in zip(*parts))
+def _part(x: Array | None, start: int, end: int, keys: int) -> Array | None:
+    """Queries start to end and the first keys of [B|1, K|1, G|1, T|1, S|1]."""
+    if x is None:
+        return None
+    x = x if x.shape[3] == 1 else x[:, :, :, start:end]
+    return x if x.shape[4] == 1 else x[..., :keys]
 
 
 def _some_rows(inputs: Inputs, sees: Sees, start: int | None) -> tuple[Array, Array]:
