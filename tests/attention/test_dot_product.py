@@ -216,7 +216,7 @@ def test_memory_is_linear_in_length(differentiate):
     assert long < 4096 * 4096  # a quarter of a float32 per pair
 
 
-# --- Tiles under what JAX does to functions: the catalog's table has short sequences, which are attended to at once ----
+# --- Tiles under what JAX does to functions: the short sequences of the catalog are attended to at once --------------
 
 
 TILED = ((), ("is_causal",), ("is_causal", "mask", "bias", "segment_ids"))
