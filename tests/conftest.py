@@ -3,11 +3,14 @@
 import ctypes
 import gc
 import os
+import signal
 import sys
 import tempfile
 
 import pytest
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a job in the background, and tests send it to programs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu: ask no metadata server
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several test processes on one machine

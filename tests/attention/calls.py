@@ -11,7 +11,7 @@ import numpy as np
 import attnlab as A
 from attnlab.catalog import MECHANISMS
 
-BATCH, LENGTH, HEADS, KEY_HEADS, HEAD_DIM, VALUE_DIM = 4, 16, 4, 2, 8, 6
+BATCH, LENGTH, HEADS, KEY_HEADS, HEAD_DIM, VALUE_DIM = 6, 16, 4, 2, 8, 7
 _rng = np.random.default_rng(0)
 
 
@@ -26,7 +26,7 @@ def _tokens(*space):
 
 _LINE, _IMAGE, _TOKEN = _tokens(LENGTH), _tokens(4, 4), _tokens(1)
 _IDS = np.repeat(np.arange(4, dtype=np.int32), 4)[None].repeat(BATCH, 0)
-_REAL = np.arange(LENGTH)[None] < np.array([16, 9, 12, 3])[:, None]
+_REAL = np.arange(LENGTH)[None] < np.array([16, 9, 12, 3, 5, 16])[:, None]
 _DECAY = -np.abs(_normal(BATCH, LENGTH, HEADS))
 _BETA = np.abs(_normal(BATCH, LENGTH, HEADS)).clip(0, 1) / HEAD_DIM
 _AGENTS = _normal(3, HEADS, HEAD_DIM)

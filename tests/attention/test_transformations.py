@@ -224,7 +224,7 @@ def _padded(spec, rank):
 def test_a_second_call_without_jit_costs_what_it_costs_with_it(name):
     mechanism = MECHANISMS[name]
     arrays = jax.tree.map(jnp.asarray, mechanism.inputs())
-    jitted = jax.jit(mechanism)
+    jitted = jax.jit(lambda arrays: mechanism(arrays))
     differentiated = jax.grad(lambda arrays: jnp.sum(mechanism(arrays)))
     for function in (mechanism, jitted, differentiated):
         jax.block_until_ready(function(arrays))

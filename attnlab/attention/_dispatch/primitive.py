@@ -64,8 +64,12 @@ def primitive(*layouts: str, like: str = "") -> Callable[[Callable[P, R]], Calla
             arrays = [leaf for leaf, kind in zip(leaves, kinds) if kind is _Array]
             rest = _Call(tree, tuple(None if kind is _Array else leaf for leaf, kind in zip(leaves, kinds)), kinds)
             is_constant = all(kind is _Array or issubclass(kind, _CONSTANTS) for kind in kinds)
-            # Choices are recorded while a call is traced.
-            return (compiled if is_constant and not is_recording() else run)(rest, *arrays)
+            # Choices are recorded while a call is traced; and a kernel that is simulated has effects in their order,
+            # which a jit inside another one loses.
+            is_inner = any(isinstance(x, jax.core.Tracer) for x in arrays)
+            is_kernel = str(kwargs.get("implementation")).startswith("pallas")
+            is_direct = not is_constant or is_recording() or (is_inner and is_kernel)
+            return (run if is_direct else compiled)(rest, *arrays)
 
         return call
 

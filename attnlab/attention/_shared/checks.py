@@ -132,16 +132,18 @@ def keep(instance: Any, **checked: Any) -> None:
 def check_type(name: str, value: Any, kind: type, maker: str) -> None:
     """Requires a NamedTuple of arrays, as the function `maker` gives it."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name}: got {type(value).__name__}; need a {kind.__name__}, as {maker} gives it")
+        article = "an" if kind.__name__[0] in "AEIO" else "a"
+        raise TypeError(f"{name}: got {type(value).__name__}; need {article} {kind.__name__}, as {maker} gives it")
 
 
 def check_sizes(**sizes: Any) -> list[int]:
     """Sizes of an array, by argument: ints of at least 1, whose product a machine can address."""
-    checked = {name: check_int(name, size, least=1) for name, size in sizes.items()}
+    symbolic = {name: size for name, size in sizes.items() if jax.export.is_symbolic_dim(size)}
+    checked = {name: check_int(name, size, least=1) for name, size in sizes.items() if name not in symbolic}
     largest = max(checked, key=lambda name: checked[name])
     require(checked[largest] < 2**31, largest, checked[largest], "need less than 2^31")
     require(math.prod(checked.values()) < 2**46, largest, checked[largest], "needs more memory than there is")
-    return list(checked.values())
+    return [(symbolic | checked)[name] for name in sizes]
 
 
 def check_array(name: str, array: Any, shape: Sequence[int | None], layout: str) -> None:
