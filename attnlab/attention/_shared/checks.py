@@ -136,7 +136,7 @@ def check_type(name: str, value: Any, kind: type, maker: str) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}; need {article} {kind.__name__}, as {maker} gives it")
 
 
-def check_sizes(**sizes: Any) -> list[int]:
+def check_sizes(**sizes: Any) -> list[Any]:
     """Sizes of an array, by argument: ints of at least 1, whose product a machine can address."""
     symbolic = {name: size for name, size in sizes.items() if jax.export.is_symbolic_dim(size)}
     checked = {name: check_int(name, size, least=1) for name, size in sizes.items() if name not in symbolic}
