@@ -272,7 +272,7 @@ def options_of(name):
     return sorted(option for option in options if not option.startswith("return_"))
 
 
-@every_mechanism_variants_slowly
+@pytest.mark.parametrize("name", slow_but({"local, causal"}, MECHANISMS))
 def test_a_wrong_call_raises_a_value_or_type_error_that_names_an_argument(name):
     """What is served after all (a value wider than before, say) must give the output that its shapes promise."""
     mechanism = MECHANISMS[name]

@@ -18,6 +18,7 @@ from attnlab.catalog import MECHANISMS
 # One of each kind is quick: all of the table takes minutes, to trace it as to compile it.
 _KINDS = {"dot_product, causal", "local, sinks and segments", "linear, gated delta segments", "local-linear step"}
 every_kind = pytest.mark.parametrize("name", slow_but(_KINDS, CALLS))
+one_kind = pytest.mark.parametrize("name", slow_but({"linear, gated delta segments"}, CALLS))
 
 
 def gradient(name):
@@ -58,7 +59,7 @@ def has_batch(x):
 # --- Modes of tracing -------------------------------------------------------------------------------------------------
 
 
-@every_kind
+@one_kind
 def test_no_rank_is_promoted_and_no_tracer_leaks(name):
     with jax.numpy_rank_promotion("raise"), jax.checking_leaks():
         jax.jit(gradient(name)).trace(*CALLS[name][1])
@@ -182,13 +183,13 @@ def test_shard_map_computes_what_one_device_does(name, check_vma):
     assert_close(in_shard_map(function, arrays, want, check_vma)(*arrays), want)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["explicit", pytest.param("auto", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", slow_but({"batch"}, LAYOUTS))
 @every_kind
 def test_a_mesh_computes_what_one_device_does(name, layout, kind):
     """And on Explicit axes, whose arrays say how they lie, the results lie as the query does."""
     _, arrays = CALLS[name]
-    mesh = mesh_of(kind)
+    mesh = mesh_of(AxisType.Explicit if kind == "explicit" else AxisType.Auto)
     placed = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, LAYOUTS[layout](x))), arrays)
     with jax.set_mesh(mesh):
         results, gradients = jax.jit(gradient(name))(*placed)
