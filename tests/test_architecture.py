@@ -22,6 +22,7 @@ ALLOWED = {
     "ablate": {"train", "models", "data", "nn", "attention", "errors", "signals", "config", ""},
     "catalog": {""},
     "bench": {"catalog"},
+    "peers": {"train", "models", "data", "nn", ""},
     "regress": {""},
     "show": {"models", "nn", "attention"},
     "config": {"errors", "train", "models", "data", "nn"},
