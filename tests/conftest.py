@@ -33,10 +33,10 @@ gc.set_threshold(100_000, 50, 100)
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A module's tests share what they trace and compile, so one process runs them all."""
+    """A module's tests share what they compile, so one process runs them all, unless --dist says otherwise."""
     from xdist.scheduler import LoadFileScheduling
 
-    return LoadFileScheduling(config, log)
+    return LoadFileScheduling(config, log) if config.getoption("dist") == "load" else None
 
 
 _MOST_RESIDENT = 2**30  # bytes, at which a test process lets go of what it compiled

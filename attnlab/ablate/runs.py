@@ -211,11 +211,12 @@ def implementations(experiment: Experiment) -> list[str]:
 
 def environment() -> dict[str, str]:
     device = jax.devices()[0]
-    versions = {name: metadata.version(name) for name in ("attnlab", "jax", "jaxlib", "flax", "optax", "grain")}
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "grain")}
     return {
         "device": f"{jax.device_count()} x {device.device_kind}",
         "machine": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
+        "attnlab": attnlab.__version__,  # of a checkout that is not installed, too
         **versions,
     }
 

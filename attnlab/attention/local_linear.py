@@ -196,6 +196,8 @@ def _by_weights(
     max_iterations: int,
 ) -> tuple[Array, LocalLinearResiduals]:
     """From the sums under the softmax weights: blocked_weights, or those of kernels."""
+    if isinstance(scale, jax.Array):
+        query, scale = vary_alike((query, scale))
     attention = weights(query, key, value, scale=scale, is_causal=is_causal, window=window)
     dtype = accumulator_dtype(query, key, value)
     return _regress(attention, query.astype(dtype), ridge, tolerance, max_iterations, query.dtype)

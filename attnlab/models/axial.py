@@ -26,7 +26,7 @@ from attnlab.attention import (
     dot_product_step,
     init_dot_product_cache,
 )
-from attnlab.attention._shared.checks import check_bool, check_dtype, check_float, check_int, check_ints
+from attnlab.attention._shared.checks import check_bool, check_dtype, check_float, check_int, check_ints, check_sizes
 from attnlab.nn.layers import LayerNorm, Linear, along, dropout
 from attnlab.nn.parameters import normal, parameter, zeros
 from attnlab.nn.sharding import spec_of, under_auto_axes, varying_as
@@ -266,7 +266,7 @@ class AxialConditioner(nnx.Module):
 
         Of an image, the channels before the slice count.
         """
-        before = jnp.arange(self.channels) < slices[:, None, None, None]
+        before = jnp.arange(self.channels)[None, None, None] < slices[:, None, None, None]
         known = jnp.where(before, images, 0).astype(jnp.promote_types(self.dtype, jnp.float32))
         known = (known / (self.levels - 1)).astype(self.dtype)
         number = jax.nn.one_hot(slices, self.channels, dtype=self.dtype)[:, None, None]
@@ -405,7 +405,7 @@ def sample(model: AxialTransformer, *, count: int, key: Array, temperature: floa
     The noise of a sub-pixel is that of fold_in(key, its number), counted channel by channel, each in raster order.
     temperature 0 takes the likeliest level.
     """
-    count, temperature = check_int("count", count, least=1), check_float("temperature", temperature, least=0)
+    (count,), temperature = check_sizes(count=count), check_float("temperature", temperature, least=0)
     height, width, channels = model.image_size
 
     def draw_channel(channel: Array, images: Array) -> Array:

@@ -6,6 +6,7 @@ whose sums differ, is moved to damaged/, and the one before it is used.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -326,10 +327,18 @@ def _lines(rows: list[Any]) -> str:
 
 def _reason(error: Exception) -> str:
     """An error of orbax or the file system in a few words."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    system = re.search(r"([A-Z][\w ]+) \[os_error_code", str(error))
-    text = system.group(1) if system else " ".join(str(error).split())
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    for each in chain:
+        if isinstance(each, OSError) and each.strerror:
+            return each.strerror
+    # Libraries below give the system's words somewhere in long texts of their own.
+    for each in chain:
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE, errno.ENOENT):
+            if os.strerror(code) in str(each):
+                return os.strerror(code)
+    text = " ".join(str(error).split())
     return text if len(text) <= 80 else f"{text[:77].rstrip()}..."
 
 
@@ -348,7 +357,8 @@ def _quieten_orbax() -> None:
             thread_hook(found)
 
     sys.unraisablehook, threading.excepthook = unraisable, in_thread
-    logging.getLogger("asyncio").addFilter(lambda record: "was never retrieved" not in record.getMessage())
+    left = re.compile("was never retrieved|during asyncio.run.. shutdown")
+    logging.getLogger("asyncio").addFilter(lambda record: not left.search(record.getMessage()))
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.attention._dispatch.choice import Kernel
+from attnlab.attention._dispatch.deferred import vary_alike
 from attnlab.attention._dispatch.kernel_call import kernel_call, like
 from attnlab.attention._kernels.banded import banded_attention, banded_refusal, window_pattern
 from attnlab.attention._shared.softmax_weights import SoftmaxWeights
@@ -42,7 +43,8 @@ def _pallas_tpu_weights(
 
     pattern = window_pattern(query.shape[1], query.shape[1], is_causal=is_causal, window=window)
     settings: Any = {"is_causal": is_causal, "window": window}
-    scale = jnp.asarray(scale, jnp.float32)
+    # Before a solver's loop closes over it: inside, JAX could not make it vary over a mesh as the query does.
+    _, scale = vary_alike((query, jnp.asarray(scale, jnp.float32)))
 
     def attend_blocked(query: Array, key: Array, values: Array, _: None, scale: Any) -> Any:
         out = blocked_weights(query, key, values, scale=scale, **settings).value_mean().astype(query.dtype)

@@ -140,7 +140,9 @@ def check_sizes(**sizes: Any) -> list[Any]:
     """Sizes of an array, by argument: ints of at least 1, whose product a machine can address."""
     symbolic = {name: size for name, size in sizes.items() if jax.export.is_symbolic_dim(size)}
     checked = {name: check_int(name, size, least=1) for name, size in sizes.items() if name not in symbolic}
-    largest = max(checked, key=lambda name: checked[name])
+    largest = max(checked, key=lambda name: checked[name], default=None)
+    if largest is None:
+        return list(sizes.values())
     require(checked[largest] < 2**31, largest, checked[largest], "need less than 2^31")
     require(math.prod(checked.values()) < 2**46, largest, checked[largest], "needs more memory than there is")
     return [(symbolic | checked)[name] for name in sizes]
