@@ -48,7 +48,7 @@ from attnlab.attention._shared.checks import (
     require,
 )
 from attnlab.attention._shared.clusters import members_of_both, strict_ranges, taken_once
-from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil
+from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, spoil_if_any
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax import scaled_for_logits, softmax_parts
 from attnlab.attention.centroids import (
@@ -444,9 +444,10 @@ def _spoiling(form: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[A
 
     @functools.wraps(form)
     def call(query: Array, key: Array, value: Array, *routes: Any, **options: Any) -> tuple[Array, Array]:
-        wide = jnp.concatenate([value, routes[-1].astype(value.dtype)], axis=-1)
-        out, taken = form(query, key, wide, *routes[:-1], **options)
-        return spoil(out[..., :-1], out[..., -1] > 0), taken
+        *routes, spoilt = routes
+        out, taken = form(query, key, value, *routes, **options)
+        tokens = jax.lax.stop_gradient((query, key)), spoilt.astype(value.dtype)
+        return spoil_if_any(out, spoilt, lambda: form(*tokens[0], tokens[1], *routes, **options)[0][..., 0] > 0), taken
 
     return call
 

@@ -40,17 +40,28 @@ def spoilt_by_weights(weights: Array, query: Array, key: Array, value: Array) ->
     return (reached > 0) | is_spoilt(query)
 
 
+def are_finite(*arrays: Array) -> Array:
+    """bool []: whether they have neither NaN nor infinities, for less than it takes to look for these one by one."""
+    return sum((jax.lax.stop_gradient(x) * 0).sum() for x in arrays) == 0  # NaN * 0 and infinity * 0 are NaN
+
+
 def spoiling(form: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
     """A form (query, key, value, ...) -> (out [B, *T, N, V], lse [B, *T, N]) in which what is not finite reaches the
-    queries that see it with a weight above 0, by one more channel of the values, and the query that holds it."""
+    queries that see it with a weight above 0, and the query that holds it. Which these are the form tells for a value
+    of one channel, if anything is not finite."""
 
     @functools.wraps(form)
     def call(query: Array, key: Array, value: Array, *rest: Any, **options: Any) -> tuple[Array, Array]:
-        reached = (is_spoilt(key) | is_spoilt(value))[..., None].astype(value.dtype)
-        values = jnp.concatenate([finite_or_zero(value), reached], axis=-1)
-        out, lse = form(finite_or_zero(query), finite_or_zero(key), values, *rest, **options)
-        spoilt = (out[..., -1] > 0) | is_spoilt(query)
-        return spoil(out[..., :-1], spoilt), spoil(lse, spoilt)
+        finite = [finite_or_zero(x) for x in (query, key, value)]
+        out, lse = form(*finite, *rest, **options)
+
+        def seen() -> Array:
+            tokens = (is_spoilt(key) | is_spoilt(value))[..., None].astype(value.dtype)
+            weights, _ = form(*jax.lax.stop_gradient(finite[:2]), tokens, *rest, **options)
+            return (weights[..., 0] > 0) | is_spoilt(query)
+
+        where = jax.lax.cond(are_finite(query, key, value), lambda: jnp.zeros_like(out[..., 0], bool), seen)
+        return spoil(out, where), spoil(lse, where)
 
     return call
 

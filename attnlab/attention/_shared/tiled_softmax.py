@@ -25,7 +25,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from attnlab.attention._dispatch.deferred import tangent_call
-from attnlab.attention._shared.softmax import finite_or_zero, is_spoilt, softmax_parts
+from attnlab.attention._shared.finite import are_finite, finite_or_zero, is_spoilt
+from attnlab.attention._shared.softmax import softmax_parts
 
 Array = jax.Array
 
@@ -373,8 +374,7 @@ def _at_once(inputs: Inputs, sees: Sees, is_causal: bool) -> tuple[Array, Array]
         seen = of_keys if visible is None else of_keys & visible
         return is_spoilt(query)[..., None] | seen.any(-1, keepdims=True)
 
-    finite = sum((lax.stop_gradient(x) * 0).sum() for x in (query, key, value)) == 0
-    is_nan = lax.cond(finite, none, spoilt, *map(lax.stop_gradient, (query, key, value)), visible)
+    is_nan = lax.cond(are_finite(query, key, value), none, spoilt, *map(lax.stop_gradient, (query, key, value)), visible)
     logits = jnp.einsum("BKRH,BKSH->BKRS", finite_or_zero(query), finite_or_zero(key))
     logits = logits if bias is None else logits + bias
     numerators, denominator, lse = softmax_parts(logits, True if visible is None else visible)
