@@ -30,175 +30,80 @@ _LINE, _IMAGE, _TOKEN = _tokens(6), _tokens(4, 5), _tokens(1)
 _IDS, _REAL = np.zeros((BATCH, 6), np.int32), np.ones((BATCH, 6), bool)
 _centroids = _normal(HEADS, 3, HEAD_DIM)
 _STATE = A.RoutingState(_centroids, np.ones((HEADS, 3), np.float32), _centroids)
-_AGENTS = _normal(3, HEADS, HEAD_DIM)
-_XLA = {"scale": 0.5, "implementation": "xla"}
-_CACHED = {"batch": BATCH, "num_key_heads": KEY_HEADS, "head_dim": HEAD_DIM, "value_dim": VALUE_DIM}
-_OF_HEADS = {"batch": BATCH, "num_heads": HEADS, "head_dim": HEAD_DIM, "value_dim": VALUE_DIM}
-_SINGLE = {"dtype": jnp.float32}
-_WINDOWS = {**_LINE, "stride": 1, "is_causal": True, "edge": "clip", "segment_ids": _IDS, "return_lse": False, **_XLA}
 _GATES = {"log_decay": -np.abs(_normal(BATCH, 6, HEADS)), "beta": np.abs(_normal(BATCH, 6, HEADS))}
-_GATE = {name: gate[:, :1] for name, gate in _GATES.items()}
 
-# Right calls, with every parameter that the function has.
-RIGHT = {
-    "dot_product_attention": {
-        **_LINE,
-        "bias": _normal(1, 1, 6, 6),
-        "mask": np.ones((1, 1, 6, 6), bool),
-        "is_causal": True,
-        "segment_ids": _IDS,
-        "return_lse": False,
-        **_XLA,
-    },
-    "local_attention": {**_WINDOWS, "window": 3, "sinks": 1},
-    "dilated_attention": {**_WINDOWS, "window": 2, "dilation": 2},
-    "axial_attention": {**_IMAGE, "axis": 1, "is_causal": True, "return_lse": False, **_XLA},
-    "agent_attention": {
-        **_LINE,
-        "agents": _AGENTS,
-        "gather_bias": _normal(HEADS, 3, 6),
-        "broadcast_bias": _normal(HEADS, 6, 3),
-        "key_mask": _REAL,
-        **_XLA,
-    },
-    "causal_agent_attention": {
-        **_LINE,
-        "agents": _AGENTS,
-        "initial_state": A.init_agent_cache(BATCH, HEADS, 3, VALUE_DIM),
-        "return_state": False,
-        "chunk_size": 4,
-        **_XLA,
-    },
-    "pool_agents": {"query": _IMAGE["query"], "grid": (2, 2)},
-    "routing_attention": {
-        **_LINE,
-        "state": _STATE,
-        "window": 3,
-        "is_causal": True,
-        "membership": "strict",
-        "normalize": "unit",
-        "share_qk": False,
-        "key_mask": _REAL,
-        **_XLA,
-    },
-    "linear_attention": {
-        **_LINE,
-        **_GATES,
-        "is_causal": True,
-        "feature_map": "elu",
-        "normalize": False,
-        "initial_state": A.init_linear_cache(BATCH, HEADS, HEAD_DIM, VALUE_DIM),
-        "return_state": False,
-        "segment_ids": _IDS,
-        "chunk_size": 4,
-        **_XLA,
-    },
-    "local_linear_attention": {
-        **_LINE,
-        "ridge": 2.0,
-        "is_causal": True,
-        "window": 3,
-        "tolerance": 1e-6,
-        "max_iterations": 4,
-        "return_residuals": False,
-        **_XLA,
-    },
-    "parallax_attention": {
-        **_LINE,
-        "probe": _normal(BATCH, 6, HEADS, HEAD_DIM),
-        "is_causal": True,
-        "window": 3,
-        **_XLA,
-    },
-    "inline_attention": {**_IMAGE, **_XLA},
+# Right values of parameters, which mean the same in every function.
+_BY_NAME = {
+    "batch": BATCH,
+    "num_heads": HEADS,
+    "num_key_heads": KEY_HEADS,
+    "head_dim": HEAD_DIM,
+    "value_dim": VALUE_DIM,
+    "max_length": 4,
+    "num_agents": 3,
+    "num_clusters": 3,
+    "window": 3,
+    "sinks": 1,
+    "dilation": 2,
+    "edge": "clip",
+    "chunk_size": 4,
+    "scale": 0.5,
+    "feature_map": "elu",
+    "implementation": "xla",
+    "dtype": jnp.float32,
+    "segment_ids": _IDS,
+    "key_mask": _REAL,
+    "agents": _normal(3, HEADS, HEAD_DIM),
+    "state": _STATE,
+}
+_LINEAR_STATE = A.init_linear_cache(BATCH, HEADS, HEAD_DIM, VALUE_DIM)
+_AGENT_STATE = A.init_agent_cache(BATCH, HEADS, 3, VALUE_DIM)
+# What is a function's own, or better another value there.
+_OWN = {
+    "dot_product_attention": {"bias": _normal(1, 1, 6, 6), "mask": np.ones((1, 1, 6, 6), bool)},
+    "local_attention": {"is_causal": True},
+    "dilated_attention": {"window": 2},
+    "axial_attention": {**_IMAGE, "axis": 1},
+    "agent_attention": {"gather_bias": _normal(HEADS, 3, 6), "broadcast_bias": _normal(HEADS, 6, 3)},
+    "causal_agent_attention": {"initial_state": _AGENT_STATE},
+    "pool_agents": {**_IMAGE, "grid": (2, 2)},
+    "linear_attention": {**_GATES, "initial_state": _LINEAR_STATE},
+    "local_linear_attention": {"ridge": 2.0},
+    "parallax_attention": {"probe": _normal(BATCH, 6, HEADS, HEAD_DIM)},
+    "inline_attention": _IMAGE,
     "merge_attention": {
         "outputs": [_normal(BATCH, 6, HEADS, VALUE_DIM)] * 2,
         "lses": [_normal(BATCH, 6, HEADS)] * 2,
     },
-    "init_routing": {"rng": jax.random.key(0), "num_heads": HEADS, "num_clusters": 3, "head_dim": HEAD_DIM},
-    "fit_routing": {"tokens": _LINE["query"], "state": _STATE, "iterations": 2, "normalize": "unit"},
-    "update_routing": {
-        "state": _STATE,
-        "stats": A.RoutingStatistics(_STATE.counts, _STATE.sums),
-        "decay": 0.9,
-        "rule": "ema",
-    },
-    "init_dot_product_cache": {**_CACHED, "max_length": 4, **_SINGLE},
-    "init_local_cache": {**_CACHED, "window": 3, "sinks": 1, **_SINGLE},
-    "init_dilated_cache": {**_CACHED, "window": 3, "dilation": 2, **_SINGLE},
-    "init_linear_cache": {**_OF_HEADS, "feature_map": "elu", "normalize": True, **_SINGLE},
-    "init_agent_cache": {"batch": BATCH, "num_heads": HEADS, "num_agents": 3, "value_dim": VALUE_DIM, **_SINGLE},
-    "init_routing_cache": {**_OF_HEADS, "num_clusters": 3, "window": 3, **_SINGLE},
-    "init_local_linear_cache": {**_CACHED, "max_length": 4, "window": 3, **_SINGLE},
-    "dot_product_step": {"cache": A.init_dot_product_cache(max_length=4, **_CACHED), **_TOKEN, **_XLA},
-    "local_step": {
-        "cache": A.init_local_cache(window=3, sinks=1, **_CACHED),
-        **_TOKEN,
-        "window": 3,
-        "sinks": 1,
-        "stride": 2,
-        **_XLA,
-    },
-    "dilated_step": {
-        "cache": A.init_dilated_cache(window=3, dilation=2, **_CACHED),
-        **_TOKEN,
-        "window": 3,
-        "dilation": 2,
-        "stride": 1,
-        **_XLA,
-    },
-    "linear_step": {
-        "state": A.init_linear_cache(BATCH, HEADS, HEAD_DIM, VALUE_DIM),
-        **_TOKEN,
-        **_GATE,
-        "feature_map": "elu",
-        "normalize": False,
-        **_XLA,
-    },
-    "agent_step": {
-        "state": A.init_agent_cache(BATCH, HEADS, 3, VALUE_DIM),
-        **_TOKEN,
-        "agents": _AGENTS,
-        "scale": 0.5,
-    },
-    "routing_step": {
-        "cache": A.init_routing_cache(num_clusters=3, window=3, **_OF_HEADS),
-        **_TOKEN,
-        "state": _STATE,
-        "normalize": "unit",
-        "share_qk": False,
-        "scale": 0.5,
-    },
-    "local_linear_step": {
-        "cache": A.init_local_linear_cache(max_length=4, **_CACHED),
-        **_TOKEN,
-        "ridge": 2.0,
-        "window": None,
-        "scale": 0.5,
-        "tolerance": 1e-6,
-        "max_iterations": 3,
-    },
+    "init_routing": {"rng": jax.random.key(0)},
+    "fit_routing": {"tokens": _LINE["query"], "iterations": 2},
+    "update_routing": {"stats": A.RoutingStatistics(_STATE.counts, _STATE.sums)},
+    "linear_step": {"state": _LINEAR_STATE, **{name: gate[:, :1] for name, gate in _GATES.items()}},
+    "agent_step": {"state": _AGENT_STATE},
+    "local_step": {"stride": 2},
+    "local_linear_step": {"ridge": 2.0},
     "parallax_step": {
-        "cache": A.init_local_linear_cache(max_length=4, **_CACHED),
         "probe": _normal(BATCH, 1, HEADS, HEAD_DIM),
-        **_TOKEN,
-        "window": None,
-        "scale": 0.5,
+        "cache": A.init_local_linear_cache(BATCH, 4, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM, window=3),
     },
-    "retention_log_decay": {"num_heads": HEADS, **_SINGLE},
-    "lightning_log_decay": {"num_heads": HEADS, "layer": 0, "num_layers": 2, "form": "code", **_SINGLE},
+    "lightning_log_decay": {"layer": 0, "num_layers": 2, "form": "code"},
 }
 # agent_bias takes tables under published names, which test_agent.py tries; explain takes any function.
-_ELSEWHERE = {"agent_bias", "explain"}
+_FUNCTIONS = {name for name, thing in vars(_public).items() if inspect.isfunction(thing)} - {"agent_bias", "explain"}
 
 
-def test_the_table_has_every_parameter_of_every_public_function():
-    functions = {name: thing for name, thing in vars(_public).items() if inspect.isfunction(thing)}
-    assert set(functions) - _ELSEWHERE == set(RIGHT)
-    for name, function in functions.items():
-        if name not in _ELSEWHERE:
-            left = set(inspect.signature(function).parameters) - set(RIGHT[name])
-            assert left <= {"axis_name"}, f"{name}: {left}"
+@functools.cache
+def _right(name):
+    """A right call, with every parameter that the function has: its own, by name, or its default."""
+    known = {**_BY_NAME, **(_TOKEN if name.endswith("_step") else _LINE), **_OWN.get(name, {})}
+    parameters = inspect.signature(getattr(A, name)).parameters
+    if "cache" in parameters and "cache" not in known:
+        start = f"init_{name.removesuffix('_step')}_cache"
+        known["cache"] = getattr(A, start)(**_right(start))
+    wanted = [parameter for parameter in parameters if parameter != "axis_name"]
+    unknown = [x for x in wanted if x not in known and parameters[x].default is inspect.Parameter.empty]
+    assert not unknown, f"{name}: give {unknown} a right value in _BY_NAME or _OWN"
+    return {x: known[x] if x in known else parameters[x].default for x in wanted}
 
 
 class _Odd:
@@ -225,9 +130,9 @@ def _wrong(right):
         yield right[:1]
 
 
-@pytest.mark.parametrize("name", slow_but({"local_attention", "linear_step", "init_routing_cache"}, RIGHT))
+@pytest.mark.parametrize("name", slow_but({"local_attention", "linear_step", "init_routing_cache"}, sorted(_FUNCTIONS)))
 def test_a_wrong_value_is_refused_in_one_line_that_names_it(name):
-    function, right = getattr(A, name), RIGHT[name]
+    function, right = getattr(A, name), _right(name)
     jax.eval_shape(functools.partial(function, **right))
     refused, wrong = 0, []
     for parameter, value in right.items():
