@@ -23,7 +23,7 @@ def test_a_peer_that_is_missing_leaves_the_others(tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(importlib, "import_module", without_torch)
     monkeypatch.setattr(peers, "_SIZES", ((1, 4),))
-    given = "peers --only dense agents --length 8 --runs 1 --workdir".split()
+    given = ["peers", "--only", "dense", "agents", "--length", "8", "--runs", "1", "--workdir"]
     monkeypatch.setattr(sys, "argv", [*given, str(tmp_path)])
     peers.main()
     rows = (tmp_path / "peers.md").read_text().splitlines()[4:]
