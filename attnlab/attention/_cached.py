@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from attnlab.attention._dispatch.choice import Implementations, dispatch
 from attnlab.attention._kernels import cache
 from attnlab.attention._shared.checks import accumulator_dtype
-from attnlab.attention._shared.softmax import dense_attention
+from attnlab.attention._shared.finite import are_finite
+from attnlab.attention._shared.softmax import dense_attention, reference_attention
 
 Array = jax.Array
 
@@ -35,7 +36,11 @@ def attend_to_cache(
 
 
 def _xla(query: Array, key: Array, value: Array, visible: Array, used: Array, scale: Array) -> Array:
-    return dense_attention(query, key, value, visible=visible[:, None, None], scale=scale)[0]
+    def form(attend: Any) -> Any:
+        return lambda *arrays: attend(*arrays, visible=visible[:, None, None], scale=scale)[0]
+
+    # A slot that is not visible may hold a NaN: of a window's earlier tokens, or of what a caller did not clear.
+    return jax.lax.cond(are_finite(key, value), form(dense_attention), form(reference_attention), query, key, value)
 
 
 STEP_IMPLEMENTATIONS: Implementations = {"xla": _xla, **cache.KERNELS}

@@ -1,5 +1,7 @@
 """Numbers at their ends: NaN and infinities where nobody looks, huge logits that are equal, counts beyond int32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +79,21 @@ def test_what_sees_nan_is_nan(form):
     out, state = A.linear_attention(query, spoilt, query, return_state=True, implementation=form)
     assert np.isnan(out).all((0, 2, 3)).tolist() == [False] * 3 + [True] * 5
     assert np.isnan(state.kv).all()
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_step_sees_no_nan_of_a_token_before_its_window(number):
+    query, key, value = (np.random.default_rng(0).normal(size=(1, 12, 1, 4)).astype(np.float32) for _ in range(3))
+    key[:, 5], value[:, 2] = number, number
+    expected = A.local_attention(query, key, value, window=4, stride=4, is_causal=True, edge="clip")
+    step = jax.jit(functools.partial(A.local_step, window=4, stride=4))
+    cache, outs = A.init_local_cache(1, 1, 4, window=4), []
+    for t in range(12):
+        out, cache = step(cache, *(x[:, t : t + 1] for x in (query, key, value)))
+        outs.append(out[0, 0, 0])
+    np.testing.assert_allclose(outs, expected[0, :, 0], rtol=0, atol=2e-6)
+    assert np.isfinite(outs).all(1).any()
+    assert not np.isfinite(outs).all()
 
 
 SOFTMAX = {

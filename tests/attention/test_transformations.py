@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def test_no_nan_is_made_on_the_way(name):
 @every_kind
 def test_float32_is_float32_under_x64_and_float64_is_served(name):
     function, arrays = CALLS[name]
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), warnings.catch_warnings(action="error"):
         results = jax.jit(gradient(name))(*arrays)
         wide = jax.tree.map(lambda x: np.asarray(x, _wider(x.dtype)), arrays)
         jax.eval_shape(function, *wide)
