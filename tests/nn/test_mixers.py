@@ -234,6 +234,19 @@ def test_a_window_longer_than_the_axis_is_cut_to_it():
     np.testing.assert_allclose(out, want, atol=1e-5)
 
 
+def test_routing_does_not_learn_from_a_part_of_the_batch_alone():
+    model = nn.RoutingAttention(16, is_causal=True, num_heads=2, clusters=2, window=4)
+    values = nn.initialize(model, jax.random.key(0))
+
+    def learn(values, x):
+        return nn.bind(model, values)(x, is_training=True)
+
+    mesh, spec = jax.sharding.Mesh(jax.devices()[:2], ("data",)), jax.sharding.PartitionSpec
+    part = jax.shard_map(learn, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec("data"))
+    with pytest.raises(ValueError, match=r"is_training: got True over the manual axes data; .*train under jax\.jit"):
+        part(values, jnp.ones((2, 8, 16)))
+
+
 @pytest.mark.parametrize("normalize", ["unit", "layer"])
 def test_routing_starts_from_k_means_of_the_first_batch_and_then_averages(normalize):
     mixer = nn.RoutingAttention(

@@ -102,6 +102,12 @@ class RoutingAttention(Attention):
         return self._attend(query, key, value, self._state())[0]
 
     def mix_and_learn(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
+        if axes := jax.sharding.get_abstract_mesh().manual_axes:
+            raise ValueError(
+                f"is_training: got True over the manual axes {', '.join(map(str, axes))}; in jax.shard_map centroids "
+                "would learn from a device's own tokens: train under jax.jit with a sharded batch, or call "
+                "attnlab.update_routing(..., axis_name=...)"
+            )
         group = self.num_heads // self.num_key_heads
         both = jnp.concatenate([flat(query), jnp.repeat(flat(key), group, axis=2)], axis=1)
         tokens = jax.lax.stop_gradient(both[:, :, self.local_heads :])
