@@ -324,7 +324,8 @@ def _block_queries(last_tile: Array, tiles: int, size: int) -> _Blocks:
     taken = -(-counts // size)
     ends = jnp.cumsum(taken)
     in_tile = jnp.arange(length) - (jnp.cumsum(counts) - counts)[last_tile[order]]
-    slot = jnp.zeros(length, jnp.int32).at[order].set(((ends - taken)[last_tile[order]] * size + in_tile).astype(jnp.int32))
+    place = (ends - taken)[last_tile[order]] * size + in_tile
+    slot = jnp.zeros(length, jnp.int32).at[order].set(place.astype(jnp.int32))
     blocks = length // size + tiles  # at most
     query = jnp.full(blocks * size, length, jnp.int32).at[slot].set(jnp.arange(length, dtype=jnp.int32))
     tile = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks), side="right"), tiles - 1)

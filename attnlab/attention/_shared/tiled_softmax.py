@@ -374,7 +374,9 @@ def _at_once(inputs: Inputs, sees: Sees, is_causal: bool) -> tuple[Array, Array]
         seen = of_keys if visible is None else of_keys & visible
         return is_spoilt(query)[..., None] | seen.any(-1, keepdims=True)
 
-    is_nan = lax.cond(are_finite(query, key, value), none, spoilt, *map(lax.stop_gradient, (query, key, value)), visible)
+    is_nan = lax.cond(
+        are_finite(query, key, value), none, spoilt, *map(lax.stop_gradient, (query, key, value)), visible
+    )
     logits = jnp.einsum("BKRH,BKSH->BKRS", finite_or_zero(query), finite_or_zero(key))
     logits = logits if bias is None else logits + bias
     numerators, denominator, lse = softmax_parts(logits, True if visible is None else visible)
