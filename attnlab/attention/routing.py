@@ -445,10 +445,14 @@ def _spoiling(form: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[A
 
     @functools.wraps(form)
     def call(query: Array, key: Array, value: Array, *routes: Any, **options: Any) -> tuple[Array, Array]:
-        *routes, spoilt = routes
-        out, taken = form(query, key, value, *routes, **options)
-        tokens = jax.lax.stop_gradient((query, key)), spoilt.astype(value.dtype)
-        return spoil_if_any(out, spoilt, lambda: form(*tokens[0], tokens[1], *routes, **options)[0][..., 0] > 0), taken
+        *shared, spoilt = routes
+        out, taken = form(query, key, value, *shared, **options)
+
+        def seen() -> Array:
+            tokens = spoilt.astype(value.dtype)
+            return form(*jax.lax.stop_gradient((query, key)), tokens, *shared, **options)[0][..., 0] > 0
+
+        return spoil_if_any(out, spoilt, seen), taken
 
     return call
 
