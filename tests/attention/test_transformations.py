@@ -2,6 +2,10 @@
 
 import contextlib
 import functools
+import gc
+import os
+import pathlib
+import sys
 import time
 import warnings
 
@@ -241,6 +245,20 @@ def test_a_second_call_without_jit_costs_what_it_costs_with_it(name):
 
     assert seconds(mechanism) < seconds(jitted) + 5e-3
     assert seconds(differentiated) < seconds(jitted) + 50e-3  # its derivative rules are applied anew, not compiled
+
+    def left_behind():
+        before = _resident()
+        for _ in range(100):
+            jax.block_until_ready(mechanism(arrays))
+        return _resident() - before
+
+    if sys.platform == "linux":
+        assert min(left_behind() for _ in range(3)) < 2**20
+
+
+def _resident():
+    gc.collect()
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def test_an_option_of_another_type_is_another_call():
