@@ -295,7 +295,7 @@ HOWS = {
 # One model with most of what models do, and buffers where they matter.
 LEFT_OUT = {"nans", "leaks", "forward_derivative", "shard_map", "automatic_axes"}
 QUICK = {("softmax_convolved alone", how) for how in set(HOWS) - LEFT_OUT}
-QUICK |= {("routing alone", "leaks")}
+QUICK |= {("routing_global alone", "leaks")}
 
 
 @pytest.mark.parametrize("row", slow_but(QUICK, list(itertools.product(MODELS, HOWS))), ids=", ".join)
