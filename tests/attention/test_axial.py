@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 
 from attnlab import axial_attention, dot_product_attention, dot_product_step, init_dot_product_cache
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "axial"
 FORMS = ("reference", "xla")
+every_form = pytest.mark.parametrize("form", slow_but(["xla"], FORMS))
 attend = jax.jit(axial_attention, static_argnames=("axis", "is_causal", "return_lse", "implementation"))
 
 
@@ -21,8 +23,8 @@ def arrays(space, heads=4, key_heads=2, dtype=jnp.float32):
     return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-9), (False, 5e-5)])
+@every_form
+@pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-9), pytest.param(False, 5e-5, marks=pytest.mark.slow)])
 def test_vectors(form, wide, tolerance):
     with jax.enable_x64(wide):
         data = np.load(VECTORS / "unmasked.npz")
@@ -56,7 +58,7 @@ WEIGHTS = ("to_q.weight", "to_kv.weight", "to_out.weight", "to_out.bias")
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -3])
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("is_causal", slow_but([True], [False, True]))
 def test_equals_full_attention_of_every_line(axis, is_causal):
     inputs = arrays((3, 4, 5))
     out, lse = attend(*inputs, axis=axis, is_causal=is_causal, return_lse=True)
@@ -92,7 +94,7 @@ def test_decodes_along_the_axis_with_dot_product_step():
     np.testing.assert_allclose(jnp.concatenate(outs, 1).reshape(want.shape), want, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_an_axis_of_length_one_copies_the_value_in_its_dtype(form):
     query, key, value = arrays((1, 4), dtype=jnp.bfloat16)
     out = attend(query, key, value, axis=0, implementation=form)

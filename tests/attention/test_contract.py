@@ -97,7 +97,7 @@ def at(tree, index):
 
 
 @every_form
-@every_mechanism
+@every_mechanism_variants_slowly
 def test_values_and_gradients_are_those_in_float64(name, form):
     arrays, weights, want, gradients = expected(name)
     out, got = program(name, form)(arrays, weights)
@@ -132,7 +132,7 @@ def test_vmap_scan_and_remat_are_a_loop(name, form):
 
 
 @every_form
-@every_mechanism_variants_slowly
+@every_kind
 def test_bfloat16_goes_in_and_out_and_is_accumulated_in_float32(name, form):
     arrays, weights, *_ = expected(name)
     rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), arrays)

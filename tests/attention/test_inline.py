@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 
 from attnlab import init_linear_cache, inline_attention, linear_attention
 
 FORMS = ("reference", "xla")
+every_form = pytest.mark.parametrize("form", slow_but(["xla"], FORMS))
 VECTORS = Path(__file__).parents[1] / "vectors" / "linear"
 attend = jax.jit(inline_attention, static_argnames=("scale", "implementation"))
 
@@ -21,8 +23,8 @@ def arrays(keys=9, dtype=jnp.float32):
     return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-12), (False, 2e-5)])
+@every_form
+@pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-12), pytest.param(False, 2e-5, marks=pytest.mark.slow)])
 def test_vectors(form, wide, tolerance):
     with jax.enable_x64(wide):
         data = np.load(VECTORS / "inline.npz")
@@ -34,7 +36,7 @@ def test_vectors(form, wide, tolerance):
             np.testing.assert_allclose(got, data[name], atol=tolerance * 10)
 
 
-@pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-9), (False, 2e-5)])
+@pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-9), pytest.param(False, 2e-5, marks=pytest.mark.slow)])
 def test_l2vit_is_linear_attention_with_a_divisor_of_its_own(wide, tolerance):
     """relu features, and the sum of weights, which the state has, clamped from below before it divides."""
     with jax.enable_x64(wide):
@@ -85,7 +87,7 @@ def test_forms_agree_in_values_gradients_and_tangents():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *(both(arrays(), form) for form in FORMS))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_weights_sum_to_one(form):
     query, key, value = arrays()
     constant = jnp.broadcast_to(value[:, :1], value.shape)
@@ -93,14 +95,14 @@ def test_weights_sum_to_one(form):
     np.testing.assert_allclose(out, jnp.repeat(constant[:, :1], 2, axis=2).repeat(7, axis=1), atol=1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_a_shift_of_all_keys_changes_nothing(form):
     query, key, value = arrays()
     want = attend(query, key, value, implementation=form)
     np.testing.assert_allclose(attend(query, key + 100, value, implementation=form), want, atol=2e-3)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_one_key_and_bfloat16(form):
     query, key, value = arrays(keys=1, dtype=jnp.bfloat16)
     out = attend(query, key, value, implementation=form)

@@ -17,6 +17,7 @@ from attnlab import LinearState, init_linear_cache, linear_attention, linear_ste
 
 VECTORS = pathlib.Path(__file__).parent.parent / "vectors" / "linear"
 IMPLEMENTATIONS = ("reference", "xla")
+every_implementation = pytest.mark.parametrize("implementation", slow_but(["xla"], IMPLEMENTATIONS))
 
 # What makes each published mechanism: options, and which gates it has.
 FORMS = {
@@ -33,7 +34,6 @@ FORMS = {
     "function, token": ({"feature_map": jax.nn.softplus, "normalize": True, "scale": 0.3}, ("token",)),
 }
 EITHER_WAY = ("plain", "elu", "taylor2")
-# Whose parts are in others too, or in published outputs.
 
 
 def rms_error(got, want):
@@ -104,9 +104,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("implementation", slow_but(["xla"], IMPLEMENTATIONS))
-@pytest.mark.parametrize("case", slow_but(["taylor2", "gated_delta", "channel_gated"], CASES))
-def test_agrees_with_published_code(case, implementation):
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(np.float64, 1e-12), pytest.param(np.float32, 2e-6, marks=pytest.mark.slow)]
+)
+@every_implementation
+@pytest.mark.parametrize("case", slow_but(["gated_delta", "channel_gated"], CASES))
+def test_agrees_with_published_code(case, implementation, dtype, tolerance):
     vectors = dict(np.load(VECTORS / f"{case}.npz"))
     names = {"q": "query", "k": "key", "v": "value", "g": "log_decay", "beta": "beta", "h0": "initial_state"}
     wanted = [name.removeprefix("up_") for name in vectors if name.startswith("up_")]
@@ -129,15 +132,14 @@ def test_agrees_with_published_code(case, implementation):
         return out, transpose(cotangents)[0]
 
     with jax.enable_x64(True):
-        for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 2e-6)):
-            primals = {name: jnp.asarray(vectors[name], dtype) for name in names if name in vectors}
-            out, gradients = run(primals, {name: jnp.asarray(vectors[f"up_{name}"], dtype) for name in wanted})
-            errors = {name: rms_error(x, vectors[name]) for name, x in out.items()}
-            errors |= {f"d{name}": rms_error(x, vectors[f"d{name}"]) for name, x in gradients.items()}
-            assert max(errors.values()) < tolerance, errors
+        primals = {name: jnp.asarray(vectors[name], dtype) for name in names if name in vectors}
+        out, gradients = run(primals, {name: jnp.asarray(vectors[f"up_{name}"], dtype) for name in wanted})
+        errors = {name: rms_error(x, vectors[name]) for name, x in out.items()}
+        errors |= {f"d{name}": rms_error(x, vectors[f"d{name}"]) for name, x in gradients.items()}
+        assert max(errors.values()) < tolerance, errors
 
 
-@pytest.mark.parametrize("case", ["scalar_gated", "gated_delta"])
+@pytest.mark.parametrize("case", slow_but(["gated_delta"], ["scalar_gated", "gated_delta"]))
 def test_state_partway_is_published_code_s(case):
     vectors = dict(np.load(VECTORS / f"{case}.npz"))
     names = {"q": "query", "k": "key", "v": "value", "g": "log_decay", "beta": "beta"}
@@ -179,7 +181,7 @@ def everything(arrays, tangents, cotangents, *, segment_ids, options):
     return out, jax.jvp(call, (arrays,), (tangents,))[1], transpose(cotangents)[0]
 
 
-@pytest.mark.parametrize("form", slow_but(["token", "gated delta", "channel-gated delta"], FORMS))
+@pytest.mark.parametrize("form", slow_but(["token", "channel-gated delta"], FORMS))
 @settings(max_examples=2, deadline=None)
 @given(
     length=st.sampled_from([1, 16, 21]),
@@ -207,7 +209,7 @@ def test_chunks_agree_with_the_reference(form, length, heads, state, segments, e
         assert_close(results[1], results[0], 1e-9)
 
 
-@pytest.mark.parametrize("form", ["token", "gated delta", "taylor2"])
+@pytest.mark.parametrize("form", slow_but(["gated delta"], ["token", "gated delta", "taylor2"]))
 def test_bfloat16_inputs_keep_float32_states(form):
     arrays, options = inputs(form, 37, head_dim=8, dtype=jnp.bfloat16)
     out, state = attend(arrays, chunk_size=16, **options)
@@ -219,7 +221,7 @@ def test_bfloat16_inputs_keep_float32_states(form):
     assert rms_error(state.kv, want_state.kv) < 1e-5
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@every_implementation
 def test_vmap_is_a_loop(implementation, assert_close):
     options = {**FORMS["function, token"][0], "implementation": implementation, "chunk_size": 8}
     two = [inputs("function, token", 12, state=True, seed=seed)[0] for seed in (0, 1)]
@@ -228,6 +230,7 @@ def test_vmap_is_a_loop(implementation, assert_close):
     assert_close(mapped, looped, 1e-5)
 
 
+@pytest.mark.slow  # the fast tests hold it in test_transformations.py
 def test_runs_inside_shard_map(assert_close):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     arrays, options = inputs("gated delta", 12)
@@ -243,7 +246,8 @@ def test_runs_inside_shard_map(assert_close):
 # --- Time: the past alone, in pieces, by token, by segment ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", slow_but(["channel-gated delta"], FORMS))
+@pytest.mark.slow  # the fast tests hold it in test_contract.py
+@pytest.mark.parametrize("form", FORMS)
 def test_the_future_has_no_influence(form):
     arrays, options = inputs(form, 21)
     other = inputs(form, 21, seed=1)[0]
@@ -257,7 +261,7 @@ def test_the_future_has_no_influence(form):
     assert jnp.all(jnp.any(out[:, 13:] != out_changed[:, 13:], axis=-1))
 
 
-@pytest.mark.parametrize("form", slow_but(["token", "gated delta"], FORMS))
+@pytest.mark.parametrize("form", slow_but(["gated delta"], FORMS))
 def test_resuming_equals_one_pass_and_decoding_equals_both(form, assert_close):
     arrays, options = inputs(form, 21, heads=(4, 2))
     whole, final = attend(arrays, chunk_size=8, **options)
@@ -283,7 +287,7 @@ def test_decoding_starts_from_the_empty_cache(assert_close):
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@every_implementation
 def test_segments_are_calls_of_their_own(implementation, is_causal, assert_close):
     form = "function, token" if is_causal else "elu"
     arrays, options = inputs(form, 21, batch=1, state=True)
@@ -310,7 +314,7 @@ def test_no_tokens_leave_the_state_alone(assert_close):
 
 
 @pytest.mark.parametrize(
-    "form", slow_but(["token", "gated delta"], ["constant", "token", "channel", "gated delta", "channel-gated delta"])
+    "form", slow_but(["gated delta"], ["constant", "token", "channel", "gated delta", "channel-gated delta"])
 )
 def test_strong_decays_are_exact_and_finite(form, assert_close):
     """Log decays that add up to -10^4 in a chunk, and -inf, with mild ones between that must not drown in the sum."""
@@ -348,7 +352,7 @@ def test_a_query_that_nothing_matches_gives_zero():
     assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize("form", slow_but(["gated delta"], ["plain", "gated delta", "channel"]))
+@pytest.mark.parametrize("form", slow_but(["plain"], ["plain", "gated delta", "channel"]))
 def test_memory_is_linear_in_length(form):
     def temporary_bytes(length):
         arrays, options = inputs(form, length, batch=1, head_dim=16, value_dim=16)

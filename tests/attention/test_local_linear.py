@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow_but
 
 from attnlab import (
     dot_product_attention,
@@ -18,6 +19,7 @@ from attnlab import (
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "local_linear"
 FORMS = ("reference", "xla")
+every_form = pytest.mark.parametrize("form", slow_but(["xla"], FORMS))
 STATIC = ("is_causal", "window", "tolerance", "max_iterations", "return_residuals", "implementation")
 attend = jax.jit(local_linear_attention, static_argnames=STATIC)
 # Iterations until float64 has no more to give.
@@ -30,8 +32,8 @@ def arrays(length=21, heads=4, key_heads=2, batch=2, seed=0, dtype=np.float32):
     return tuple(rng.normal(size=shape).astype(dtype) for shape in shapes)
 
 
-@pytest.mark.parametrize("name", ["large_ridge", "small_ridge", "not_causal"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", slow_but(["small_ridge", "not_causal"], ["large_ridge", "small_ridge", "not_causal"]))
+@every_form
 @pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-9), pytest.param(False, 2e-4, marks=pytest.mark.slow)])
 def test_vectors(name, form, wide, tolerance):
     with jax.enable_x64(wide):
@@ -73,7 +75,7 @@ SHAPES = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=3)
+@settings(deadline=None, max_examples=2)
 @given(shape=SHAPES)
 def test_forms_agree_in_values_gradients_and_tangents(shape):
     """In float64, where the solver is as exact as the dense solve; derivatives of the ridge too."""
@@ -119,7 +121,7 @@ def regression_by_loops(query, key, value, ridge, scale):
     return out
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_it_is_a_weighted_ridge_regression_around_the_query(form):
     with jax.enable_x64(True):
         inputs = arrays(12, key_heads=4, dtype=np.float64)
@@ -127,7 +129,7 @@ def test_it_is_a_weighted_ridge_regression_around_the_query(form):
         np.testing.assert_allclose(out, regression_by_loops(*inputs, 0.3, 8**-0.5), atol=1e-9)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_a_huge_ridge_is_softmax_attention(form):
     inputs = arrays()
     np.testing.assert_allclose(
@@ -135,7 +137,7 @@ def test_a_huge_ridge_is_softmax_attention(form):
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_affine_values_are_reproduced_once_the_keys_span_the_space(form):
     with jax.enable_x64(True):
         query, key, _ = arrays(30, key_heads=4, dtype=np.float64)
@@ -147,7 +149,7 @@ def test_affine_values_are_reproduced_once_the_keys_span_the_space(form):
         assert np.abs(softmax[:, 15:] - want[:, 15:]).max() > 0.5
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_weights_add_to_one(form):
     """Ones give ones, and a constant added to the values is added to the output; some weights are negative."""
     with jax.enable_x64(True):
@@ -160,7 +162,7 @@ def test_weights_add_to_one(form):
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_a_later_token_changes_nothing_before_it(form, window):
     query, key, value = arrays()
     changed = [x.copy() for x in (query, key, value)]
@@ -243,7 +245,7 @@ def test_memory_grows_with_length_alone():
         assert temporary(4096, window) < 4096**2 * 4 / 2  # a buffer of length squared, halved
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 @pytest.mark.parametrize("edge", ["repeated keys", "huge logits", "tiny ridge"])
 def test_values_and_gradients_are_finite_at_the_edges(form, edge):
     query, key, value = arrays()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow_but
 
 from attnlab import (
     dot_product_attention,
@@ -20,6 +21,7 @@ from attnlab import (
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "local_linear"
 FORMS = ("reference", "xla")
+every_form = pytest.mark.parametrize("form", slow_but(["xla"], FORMS))
 attend = jax.jit(parallax_attention, static_argnames=("is_causal", "window", "implementation"))
 
 
@@ -29,8 +31,8 @@ def arrays(length=21, key_heads=2, seed=0):
     return tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-9), (False, 2e-4)])
+@every_form
+@pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-9), pytest.param(False, 2e-4, marks=pytest.mark.slow)])
 def test_vectors(form, wide, tolerance):
     with jax.enable_x64(wide):
         data = np.load(VECTORS / "parallax.npz")
@@ -69,14 +71,14 @@ def test_forms_agree_in_values_gradients_and_tangents(length, key_heads, is_caus
         np.testing.assert_allclose(got, want, atol=3e-5 * max(1.0, np.abs(want).max()))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_no_probe_is_softmax_attention(form):
     query, probe, key, value = arrays()
     out = attend(query, np.zeros_like(probe), key, value, implementation=form)
     np.testing.assert_allclose(out, dot_product_attention(query, key, value, is_causal=True), atol=1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_the_regressions_solution_as_a_probe_is_local_linear_attention(form):
     query, _, key, value = arrays()
     want, residuals = local_linear_attention(query, key, value, ridge=0.7, return_residuals=True)
@@ -84,7 +86,7 @@ def test_the_regressions_solution_as_a_probe_is_local_linear_attention(form):
     np.testing.assert_allclose(out, want, atol=2e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_weights_add_to_one_and_the_first_token_gives_its_value(form):
     query, probe, key, value = arrays(key_heads=4)
     np.testing.assert_allclose(attend(query, probe, key, np.ones_like(value), implementation=form), 1, atol=1e-5)
@@ -93,7 +95,7 @@ def test_weights_add_to_one_and_the_first_token_gives_its_value(form):
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_a_later_token_changes_nothing_before_it(form, window):
     inputs = arrays()
     changed = [x.copy() for x in inputs]

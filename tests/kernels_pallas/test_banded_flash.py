@@ -118,6 +118,7 @@ def test_sinks_are_seen_before_the_end_of_an_empty_interval_too(interpreted):
     np.testing.assert_allclose(lse, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow  # the fast tests hold it of gradients, below
 def test_runs_give_the_same_bits_under_jit_and_not(interpreted):
     arrays = draw_arrays(260, dtype=jnp.bfloat16)
     attend = functools.partial(local_attention, window=33, return_lse=True, implementation="pallas_tpu")

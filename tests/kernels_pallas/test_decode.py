@@ -88,7 +88,7 @@ def test_blocks_past_the_last_slot_in_use_are_not_read(interpreted):
     np.testing.assert_allclose(out[:, 0], want, atol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [-0.7, 0.0, 30.0])
+@pytest.mark.parametrize("scale", slow_but([-0.7], [-0.7, 0.0, 30.0]))
 def test_any_scale(scale, interpreted):
     step, cache, tokens = CACHES["sinks"]()
     step = functools.partial(step, scale=scale)
@@ -96,6 +96,7 @@ def test_any_scale(scale, interpreted):
     np.testing.assert_allclose(out, step(cache, *tokens, implementation="xla")[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow  # the fast tests hold the same seam with a linear step, below
 def test_a_step_of_local_attention_has_gradients(interpreted):
     step, cache, tokens = CACHES["sinks"]()
 

@@ -20,7 +20,7 @@ REFUSED = {
 }
 # Rows whose kernels are another row's too: more of the same.
 SLOW = {
-    *("dot_product", "dot_product, causal", "local, causal", "local, grid", "dilated"),
+    *("dot_product", "dot_product, causal", "local, causal", "local, grid", "dilated", "axial"),
     *("agent, causal", "linear", "linear, decay", "linear, decay per channel", "linear, delta rule"),
     *("linear, gated delta rule", "routing, strict", "routing, global", "local-linear", "local-linear, window"),
 }

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 
 from attnlab import nn
 from attnlab.models import AxialTransformer, axial, sample
@@ -102,7 +103,7 @@ def oracle_conditioning(image, channel, p):
 
 
 @pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-9), pytest.param(False, 1e-5, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", slow_but(["colour"], SIZES))
 def test_equals_the_published_model_in_numpy(name, wide, tolerance):
     size = SIZES[name]
     with jax.enable_x64(wide):
@@ -141,7 +142,18 @@ def test_a_logit_depends_on_every_earlier_sub_pixel_and_on_no_other(case):
     np.testing.assert_array_equal(reached, np.triu(np.ones((count, count), bool), k=1))
 
 
-@pytest.mark.parametrize("temperature", [1.0, pytest.param(0.5, marks=pytest.mark.slow), 0])
+@pytest.mark.parametrize(
+    ("case", "temperature"),
+    [
+        ("gray", 0),
+        ("colour", 1.0),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (("gray", 1.0), ("gray", 0.5), ("colour", 0.5), ("colour", 0))
+        ),
+    ],
+    indirect=["case"],
+)
 def test_sampling_equals_recomputing_everything_for_each_sub_pixel(case, temperature):
     size, model, values, logits = case
     key, count = jax.random.key(5), 3
@@ -216,7 +228,7 @@ def test_bfloat16_computes_and_samples_with_float32_logits():
     assert np.all(np.isfinite(logits))
 
 
-@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("channels", slow_but([2], [1, 2]))
 def test_flops_agree_with_the_compiler_where_it_counts_the_same(channels):
     """A slice of an image; attention is small beside the products."""
     options = {"features": 128, "inner_layers": 1, "exterior_layers": channels - 1, "levels": 256}

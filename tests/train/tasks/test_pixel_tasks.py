@@ -51,10 +51,10 @@ def test_loss_in_raster_order_is_the_cross_entropy_of_each_sub_pixel_after_those
     bound = nn.bind(model, values_of(model))
     (batch,) = task.batches("validation", 4, 0)  # with one filler
     loss, metrics = jax.jit(lambda batch: task.loss(bound, batch, key=None))(batch)
-    losses = []
+    call, losses = jax.jit(lambda tokens: bound(tokens)), []
     for image in task.images.validation_images:
         tokens = [int(level) for row in image for pixel in row for level in pixel]  # channels innermost
-        logits = bound(jnp.array([[5, *tokens[:-1]]]))[0, :, :5]  # the start token is never an answer
+        logits = call(jnp.array([[5, *tokens[:-1]]]))[0, :, :5]  # the start token is never an answer
         losses.append(cross_entropy(logits, tokens))
     np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
     assert metrics["loss"] == loss
@@ -68,7 +68,8 @@ def colour():
     bound = nn.bind(model, values_of(model))
     (batch,) = task.batches("validation", 4, 0)
     loss, _ = jax.jit(lambda batch: task.loss(bound, batch, key=None))(batch)
-    return task, bound, float(loss), bound(jnp.asarray(task.images.validation_images, jnp.int32))
+    logits = jax.jit(lambda pixels: bound(pixels))(jnp.asarray(task.images.validation_images, jnp.int32))
+    return task, bound, float(loss), logits
 
 
 def test_axial_evaluation_is_exact_over_every_channel(colour):
@@ -93,7 +94,7 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_the_levels(make, chan
     task, model = make(channels)
     zeros = jax.tree.map(jnp.zeros_like, nn.initialize(model, jax.random.key(0)))
     (batch,) = task.batches("validation", 3, 0)
-    loss, _ = task.loss(nn.bind(model, zeros), batch, key=None)
+    loss, _ = jax.jit(lambda batch: task.loss(nn.bind(model, zeros), batch, key=None))(batch)
     assert task.derived({"loss": float(loss)})["bits_per_dim"] == pytest.approx(math.log2(5), rel=1e-6)
 
 
