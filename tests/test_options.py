@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mixers import MIXERS
 
 from attnlab import config, data, models, nn, train
 from attnlab.ablate import Ablation
@@ -20,8 +21,6 @@ TEXT = np.arange(90, dtype=np.uint8) % 8
 IMAGES = data.LabelledImages("i", 2, *[np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, np.int32)] * 2, levels=2)
 CORPUS = data.Corpus("c", TEXT, TEXT, vocabulary=8)
 STACK = {"mixers": [SOFTMAX], "depth": 1, "features": 8}
-MIXER = {"features": 16, "is_causal": True}
-GRID = {"features": 16, "is_causal": False}
 
 
 def experiment(**options):
@@ -31,21 +30,22 @@ def experiment(**options):
     return train.Experiment(**{**given, "optimizer": optimizer, **options})
 
 
+def _mixers():
+    """Of each class of mixers its first row."""
+    rows = {}
+    for row in MIXERS.values():
+        rows.setdefault(row.mixer, {"features": 16, "is_causal": not row.is_grid, **row.options})
+    return rows
+
+
 # By constructor, options with which it builds: those that it needs, and others whose checks need company.
 CONSTRUCTORS: dict[Any, dict[str, Any]] = {
     nn.Linear: {"inputs": 4, "outputs": 4},
     nn.RMSNorm: {"features": 4},
     nn.GatedMLP: {"features": 4, "hidden": 8},
-    nn.SoftmaxAttention: MIXER,
-    nn.LocalAttention: {**MIXER, "window": 4},
-    nn.DilatedAttention: {**MIXER, "window": 4, "dilation": 2},
-    nn.LinearAttention: {**MIXER, "beta": 1.0},
-    nn.LocalLinearAttention: MIXER,
-    nn.ParallaxAttention: MIXER,
-    nn.RoutingAttention: {**MIXER, "clusters": 2, "window": 4},
-    nn.AgentAttention: {**GRID, "agents": (2, 2), "bias_grid": (4, 4)},
-    nn.AxialAttention: {**GRID, "axis": 0},
-    nn.InlineAttention: GRID,
+    **_mixers(),
+    nn.LinearAttention: {"features": 16, "is_causal": True, "beta": 1.0},
+    nn.AgentAttention: {"features": 16, "is_causal": False, "agents": (2, 2), "bias_grid": (4, 4)},
     models.LanguageModel: {"vocabulary": 8, **STACK},
     models.SequenceRegressor: {"channels": 3, **STACK},
     models.ImageClassifier: {"image_size": (4, 4, 1), "classes": 2, **STACK},

@@ -7,11 +7,12 @@ import functools
 
 import jax
 import numpy as np
+from right_calls import BATCH, FUNCTIONS, HEAD_DIM, HEADS, KEY_HEADS, VALUE_DIM, right_call, state_of
 
 import attnlab as A
 from attnlab.catalog import MECHANISMS
 
-BATCH, LENGTH, HEADS, KEY_HEADS, HEAD_DIM, VALUE_DIM = 6, 16, 4, 2, 8, 7
+LENGTH = 16
 _rng = np.random.default_rng(0)
 
 
@@ -205,6 +206,29 @@ _STEPS = {
         _normal(BATCH, 1, HEADS, HEAD_DIM),
     ),
 }
+
+
+def _step(name):
+    """A step that has no row above, by the names of its arguments."""
+    right, cache = right_call(name), state_of(name)
+    arrays = {key: x for key, x in right.items() if key != cache and _is_arrays(x)}
+    options = {key: x for key, x in right.items() if key not in arrays and key != cache}
+
+    def step(cache, *given):
+        return getattr(A, name)(cache, **dict(zip(arrays, given)), **options)
+
+    return _scanned(step, right[cache], *arrays.values())
+
+
+def _is_arrays(x):
+    leaves = jax.tree.leaves(x)
+    return bool(leaves) and all(isinstance(leaf, (np.ndarray, jax.Array)) for leaf in leaves)
+
+
+for _name in sorted(FUNCTIONS):
+    _label = _name.removesuffix("_step").replace("local_linear", "local-linear") + " step"
+    if _name.endswith("_step") and _label not in _STEPS:
+        _STEPS[_label] = _step(_name)
 
 
 def _row(name):

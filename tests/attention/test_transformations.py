@@ -58,7 +58,7 @@ def assert_close(got, want, tolerance=3e-5):
 
 
 def has_batch(x):
-    return getattr(x, "ndim", 0) >= 2 and x.shape[0] == BATCH
+    return getattr(x, "ndim", 0) >= 1 and x.shape[0] == BATCH
 
 
 # --- Modes of tracing -------------------------------------------------------------------------------------------------

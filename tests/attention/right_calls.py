@@ -1,0 +1,107 @@
+"""A right call of every public function, by the names of its parameters, which mean the same in all of them."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import attnlab as A
+from attnlab.attention import _public
+
+BATCH, HEADS, KEY_HEADS, HEAD_DIM, VALUE_DIM = 6, 4, 2, 8, 7
+_rng = np.random.default_rng(0)
+
+
+def _normal(*shape):
+    return _rng.normal(size=shape).astype(np.float32)
+
+
+def _tokens(*space):
+    heads = {"query": (HEADS, HEAD_DIM), "key": (KEY_HEADS, HEAD_DIM), "value": (KEY_HEADS, VALUE_DIM)}
+    return {name: _normal(BATCH, *space, *shape) for name, shape in heads.items()}
+
+
+_LINE, _IMAGE, _TOKEN = _tokens(6), _tokens(4, 5), _tokens(1)
+_IDS, _REAL = np.zeros((BATCH, 6), np.int32), np.ones((BATCH, 6), bool)
+_centroids = _normal(HEADS, 3, HEAD_DIM)
+_STATE = A.RoutingState(_centroids, np.ones((HEADS, 3), np.float32), _centroids)
+_GATES = {"log_decay": -np.abs(_normal(BATCH, 6, HEADS)), "beta": np.abs(_normal(BATCH, 6, HEADS))}
+
+# Right values of parameters, which mean the same in every function.
+_BY_NAME = {
+    "batch": BATCH,
+    "num_heads": HEADS,
+    "num_key_heads": KEY_HEADS,
+    "head_dim": HEAD_DIM,
+    "value_dim": VALUE_DIM,
+    "max_length": 4,
+    "num_agents": 3,
+    "num_clusters": 3,
+    "window": 3,
+    "sinks": 1,
+    "dilation": 2,
+    "edge": "clip",
+    "chunk_size": 4,
+    "scale": 0.5,
+    "feature_map": "elu",
+    "implementation": "xla",
+    "dtype": jnp.float32,
+    "segment_ids": _IDS,
+    "key_mask": _REAL,
+    "agents": _normal(3, HEADS, HEAD_DIM),
+    "state": _STATE,
+}
+# What is a function's own, or better another value there.
+_OWN = {
+    "dot_product_attention": {"bias": _normal(1, 1, 6, 6), "mask": np.ones((1, 1, 6, 6), bool)},
+    "local_attention": {"is_causal": True},
+    "dilated_attention": {"window": 2},
+    "axial_attention": {**_IMAGE, "axis": 1},
+    "agent_attention": {"gather_bias": _normal(HEADS, 3, 6), "broadcast_bias": _normal(HEADS, 6, 3)},
+    "causal_agent_attention": {"initial_state": A.init_agent_cache(BATCH, HEADS, 3, VALUE_DIM)},
+    "pool_agents": {**_IMAGE, "grid": (2, 2)},
+    "linear_attention": {**_GATES, "initial_state": A.init_linear_cache(BATCH, HEADS, HEAD_DIM, VALUE_DIM)},
+    "local_linear_attention": {"ridge": 2.0},
+    "parallax_attention": {"probe": _normal(BATCH, 6, HEADS, HEAD_DIM)},
+    "inline_attention": _IMAGE,
+    "merge_attention": {
+        "outputs": [_normal(BATCH, 6, HEADS, VALUE_DIM)] * 2,
+        "lses": [_normal(BATCH, 6, HEADS)] * 2,
+    },
+    "init_routing": {"rng": jax.random.key(0)},
+    "fit_routing": {"tokens": _LINE["query"], "iterations": 2},
+    "update_routing": {"stats": A.RoutingStatistics(_STATE.counts, _STATE.sums)},
+    "linear_step": {name: gate[:, :1] for name, gate in _GATES.items()},
+    "local_step": {"stride": 2},
+    "local_linear_step": {"ridge": 2.0},
+    "parallax_step": {
+        "probe": _normal(BATCH, 1, HEADS, HEAD_DIM),
+        "cache": A.init_local_linear_cache(BATCH, 4, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM, window=3),
+    },
+    "lightning_log_decay": {"layer": 0, "num_layers": 2, "form": "code"},
+}
+# agent_bias takes tables under published names, which test_agent.py tries; explain takes any function.
+FUNCTIONS = {name for name, thing in vars(_public).items() if inspect.isfunction(thing)} - {"agent_bias", "explain"}
+
+
+@functools.cache
+def right_call(name):
+    """A right call, with every parameter that the function has: its own, by name, or its default."""
+    known = {**_BY_NAME, **(_TOKEN if name.endswith("_step") else _LINE)}
+    parameters = inspect.signature(getattr(A, name)).parameters
+    cache = state_of(name)
+    if cache is not None and cache not in _OWN.get(name, {}):
+        start = f"init_{name.removesuffix('_step')}_cache"
+        known[cache] = getattr(A, start)(**right_call(start))
+    known |= _OWN.get(name, {})
+    wanted = [parameter for parameter in parameters if parameter != "axis_name"]
+    unknown = [x for x in wanted if x not in known and parameters[x].default is inspect.Parameter.empty]
+    assert not unknown, f"{name}: give {unknown} a right value in _BY_NAME or _OWN"
+    return {x: known[x] if x in known else parameters[x].default for x in wanted}
+
+
+def state_of(name):
+    """The argument of a step that comes back changed: its first. None of what is no step."""
+    return next(iter(inspect.signature(getattr(A, name)).parameters)) if name.endswith("_step") else None
