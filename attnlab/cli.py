@@ -69,6 +69,13 @@ def _explained(error: Exception) -> tuple[str | None, int]:
     return None, 1
 
 
+def _path(text: str) -> Path:
+    """A path from the command line. What is empty, as of a variable that is not set, would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("got an empty path")
+    return Path(text)
+
+
 def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace, list[str]]:
     overrides = [argument.removeprefix("--gin.") for argument in arguments if argument.startswith("--gin.")]
     rest = [argument for argument in arguments if not argument.startswith("--gin.")]
@@ -84,7 +91,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
 
     train = commands.add_parser("train", help="train one model", description="Train one model as the configs specify.")
     train.add_argument("configs", nargs="+", metavar="CONFIG", help="a .gin file; later files win over earlier ones")
-    train.add_argument("--workdir", type=Path, help="folder for checkpoints and metrics (default runs/train/NAME)")
+    train.add_argument("--workdir", type=_path, help="folder for checkpoints and metrics (default runs/train/NAME)")
     train.set_defaults(run=_train, reads_config=True)
 
     sample = commands.add_parser(
@@ -92,11 +99,13 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
         help="draw images, or continue a text, with a trained model",
         description="Draw images, or continue beginnings of the validation text, from a run's newest checkpoint.",
     )
-    sample.add_argument("workdir", type=Path, metavar="WORKDIR", help="the folder of a run, which may still be running")
+    sample.add_argument(
+        "workdir", type=_path, metavar="WORKDIR", help="the folder of a run, which may still be running"
+    )
     sample.add_argument("--count", type=int, help="samples (default 64 images or 3 texts)")
     sample.add_argument("--temperature", type=float, default=1.0, help="0 takes what is likeliest (default 1)")
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
-    sample.add_argument("--out", type=Path, help="the file (default: WORKDIR/samples.png; texts are printed)")
+    sample.add_argument("--out", type=_path, help="the file (default: WORKDIR/samples.png; texts are printed)")
     sample.add_argument("--trust", action="store_true", help=_TRUST)
     sample.set_defaults(run=_sample, reads_config=True)
 
@@ -106,10 +115,10 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
         description="Train every arm with every seed, and write results.jsonl, results.md and report.html.",
     )
     ablate.add_argument("config", metavar="SWEEP", help="a .gin file that configures ablate.Ablation")
-    ablate.add_argument("--workdir", type=Path, help="folder for runs and report (default runs/ablate/NAME)")
+    ablate.add_argument("--workdir", type=_path, help="folder for runs and report (default runs/ablate/NAME)")
     ablate.add_argument(
         "--cache",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="folder of the runs themselves, which sweeps can share (default WORKDIR/runs)",
     )
@@ -126,7 +135,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     report = commands.add_parser(
         "report", help="write the report of an ablation again", description="Write results.md and report.html again."
     )
-    report.add_argument("workdir", type=Path, metavar="WORKDIR", help="the folder of an ablation")
+    report.add_argument("workdir", type=_path, metavar="WORKDIR", help="the folder of an ablation")
     report.set_defaults(run=_report, reads_config=False, name="report")
 
     show = commands.add_parser(
@@ -136,7 +145,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     )
     show.add_argument("configs", nargs="+", metavar="CONFIG", help="a mixer's .gin file, after a model's if any")
     show.add_argument("--length", type=int, default=128, help="tokens, for a language model (default 128)")
-    show.add_argument("--out", type=Path, help="the picture (default NAME.png)")
+    show.add_argument("--out", type=_path, help="the picture (default NAME.png)")
     show.add_argument("--trust", action="store_true", help=_TRUST)
     show.set_defaults(run=_show, reads_config=True)
 
@@ -156,7 +165,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     )
     bench.add_argument("--backward", action="store_true", help="time the gradient as well")
     bench.add_argument(
-        "--workdir", type=Path, default=Path("runs/bench"), help="folder for results (default runs/bench)"
+        "--workdir", type=_path, default=Path("runs/bench"), help="folder for results (default runs/bench)"
     )
     bench.set_defaults(run=_bench, reads_config=False, name="bench")
 
@@ -167,7 +176,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     )
     regress.add_argument("--seeds", type=int, default=20, help="sequences of each kind (default 20)")
     regress.add_argument(
-        "--workdir", type=Path, default=Path("runs/regress"), help="folder for results (default runs/regress)"
+        "--workdir", type=_path, default=Path("runs/regress"), help="folder for results (default runs/regress)"
     )
     regress.set_defaults(run=_regress, reads_config=False, name="regress")
 

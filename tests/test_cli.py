@@ -269,6 +269,13 @@ def test_a_mistake_gives_one_line_and_status_2(mistake, tmp_path, capsys, monkey
     assert all(path.exists() for path in before)
 
 
+@pytest.mark.parametrize("arguments", [["train", LM, "--workdir", ""], ["report", " "], ["bench", "--workdir", ""]])
+def test_an_empty_path_is_not_the_current_folder(arguments, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert "got an empty path" in capsys.readouterr().err
+
+
 def test_an_unknown_flag_is_refused(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", LM, "--gn.STEPS=3"])

@@ -85,6 +85,13 @@ TRAIN = {
     "data among the mixers": ([LM], ["MIXERS=[@nn.SoftmaxAttention, @data.Copy]"], "mixers: got [<class"),
     "a scope that nothing is called in": ([LM], ["first/LanguageModel.depth=3"], "first/LanguageModel.depth: nothing"),
     "a macro that stands for itself": ([LM], ["STEPS=%STEPS"], "macro %STEPS stands for itself"),
+    "a kernel for another machine": (
+        [LM],
+        ["SoftmaxAttention.implementation='pallas_tpu'"],
+        "implementation: got 'pallas_tpu'; this machine has a cpu",
+    ),
+    "numbers of eight bits": ([LM], ["LanguageModel.dtype='float8_e4m3fn'"], "dtype: got 'float8_e4m3fn'; need a"),
+    "numbers of 64 bits": ([LM], ["LanguageModel.dtype='float64'"], "dtype: got 'float64'; needs jax_enable_x64"),
     "a colon for a dot": ([LM], ["LanguageModel:depth=3"], "cannot read it"),
 }
 ABLATE = {

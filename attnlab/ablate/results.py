@@ -1,7 +1,7 @@
 """The rows of results.jsonl, one row per run, by arm."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,12 +23,76 @@ def printable(value: Any) -> Any:
     return [printable(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-# Fields of every row that the report relies on, with their types.
-_FIELDS: dict[str, Any] = {
-    **dict.fromkeys(("question", "baseline", "metric", "arm", "status", "unit", "config", "command"), str),
-    **dict.fromkeys(("parameter_shapes", "task", "environment"), dict),
-    **{"seed": int, "higher_is_better": bool, "parameters": int, "flops": (int, float), "implementations": list},
-    **{"state_size": (int, type(None)), "length": (int, type(None))},
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    """Neither NaN, nor infinite, nor an integer that no float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or holds(value)
+
+
+def _list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(holds, value))
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _are_shapes(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(map(_list_of(_is_count), value.values()))
+
+
+def _are_scores(value: Any) -> bool:
+    """[learning rate, score or None] each."""
+    return _list_of(lambda pair: isinstance(pair, list) and len(pair) == 2 and _is_number(pair[0]))(value) and all(
+        _or_none(_is_number)(score) for _, score in value
+    )
+
+
+def _is_match(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _is_text(value.get("cost"))
+        and _is_number(value.get("off"))
+        and _or_none(_is_text)(value.get("knob"))
+    )
+
+
+def _is_attending(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    means = [value[name] for name in ("distance", "entropy") if name in value]
+    return len(means) != 1 and all(map(_list_of(_or_none(_is_number)), means)) and _is_text(value.get("skipped", ""))
+
+
+# Fields that the report relies on, with what holds of them: of every row, and of rows that have them.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("question", "baseline", "metric", "arm", "status", "unit", "config", "command"), _is_text),
+    **dict.fromkeys(("task", "environment"), _is_dict),
+    **dict.fromkeys(("parameters", "seed"), _is_count),
+    **dict.fromkeys(("state_size", "length"), _or_none(_is_count)),
+    "higher_is_better": lambda value: isinstance(value, bool),
+    "flops": _is_number,
+    "implementations": _list_of(_is_text),
+    "parameter_shapes": _are_shapes,
+}
+_FURTHER: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("seconds", "compile_seconds", "learning_rate"), _is_number),
+    "folder": _is_text,
+    "attending": _is_attending,
+    "match": _or_none(_is_match),
+    "searched_rates": _are_scores,
+    "search_seed": _or_none(_is_count),
 }
 
 
@@ -36,7 +100,9 @@ def are_rows(values: Sequence[Any]) -> bool:
     """Whether these are rows as run_ablation writes them, the baseline's among them."""
 
     def is_row(value: Any) -> bool:
-        if not isinstance(value, dict) or not all(isinstance(value.get(name), t) for name, t in _FIELDS.items()):
+        if not isinstance(value, dict) or not all(holds(value.get(name)) for name, holds in _FIELDS.items()):
+            return False
+        if not all(holds(value[name]) for name, holds in _FURTHER.items() if name in value):
             return False
         if value["status"] != "finished":
             return isinstance(value.get("error"), str)

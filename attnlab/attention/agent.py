@@ -116,7 +116,7 @@ def _two_steps(
     # What the agents gather has their dtype.
     agents = agents.astype(accumulator_dtype(query, key, value, agents))
     gathered, lse = attend(agents, key, value, gather_bias, key_mask, None, is_causal=False, scale=scale)
-    sees_a_key = einops.rearrange(lse > -jnp.inf, "B m N -> B N 1 m")
+    sees_a_key = einops.rearrange(lse != -jnp.inf, "B m N -> B N 1 m")  # NaN, too, is of a key
     out, _ = attend(query, agents, gathered, broadcast_bias, sees_a_key, None, is_causal=False, scale=scale)
     return out
 

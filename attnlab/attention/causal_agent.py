@@ -215,7 +215,7 @@ def _xla(
         # The unit of sums within the chunk, which no later token changes, and that of the state after it.
         unit = jnp.maximum(state.largest, jax.lax.stop_gradient(logits[:, :, 0]))
         largest = jnp.maximum(unit, jax.lax.stop_gradient(logits.max(2)))
-        far = (largest - unit).max() > _FAR
+        far = ~((largest - unit).max() <= _FAR)  # so too where an agent elsewhere in the batch is NaN
         weights, weight_before = jax.lax.cond(far, _weights_far, _weights, shares, logits, state, unit)
         out = weights @ values + weight_before @ state.numerator
         kept, added = jnp.exp(state.largest - largest), jnp.exp(logits - largest[:, :, None])

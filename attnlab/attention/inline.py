@@ -7,6 +7,8 @@ Not causal. The published layer adds a 3x3 depthwise convolution of v, which is 
 Bridging the Divide: Reconsidering Softmax and Linear Attention (Han et al. 2024).
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import einops
@@ -22,6 +24,7 @@ from attnlab.attention._shared.checks import (
     require,
     shape_text,
 )
+from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil
 from attnlab.attention._shared.heads import repeat_key_heads
 
 Array = jax.Array
@@ -79,4 +82,16 @@ def _xla(query: Array, key: Array, value: Array, *, scale: Any) -> Array:
     return out.reshape(batch, length, heads, -1).astype(query.dtype)
 
 
-IMPLEMENTATIONS: Implementations = {"reference": _reference, "xla": _xla}
+def _spoiling(form: Callable[..., Array]) -> Callable[..., Array]:
+    """The form in which a head whose keys or values are not finite gives NaN, and no NaN to another one's gradient."""
+
+    @functools.wraps(form)
+    def call(query: Array, key: Array, value: Array, *, scale: Any) -> Array:
+        out = form(*map(finite_or_zero, (query, key, value)), scale=scale)
+        heads = (is_spoilt(key) | is_spoilt(value)).any(1, keepdims=True)[..., None]
+        return spoil(out, repeat_key_heads(heads, query.shape[2])[..., 0] | is_spoilt(query))
+
+    return call
+
+
+IMPLEMENTATIONS: Implementations = {"reference": _spoiling(_reference), "xla": _spoiling(_xla)}

@@ -201,6 +201,7 @@ def linear_step(
     check_type("state", state, LinearState, "init_linear_cache")
     _check_options(query, log_decay, beta, feature_map, normalize, state, value.shape[-1], state_name="state")
     state = jax.tree.map(lambda leaf: leaf.astype(accumulator_dtype(query, key, value)), state)
+    state = _dropped(state, log_decay)
     return dispatch(
         "linear_step",
         STEP_IMPLEMENTATIONS,
@@ -208,6 +209,16 @@ def linear_step(
         LinearInputs(query, key, value, log_decay, beta, state),
         options=LinearOptions(feature_map, normalize, default_scale(scale, query.shape[-1])),
     )
+
+
+def _dropped(state: LinearState, log_decay: Array | None) -> LinearState:
+    """The state without what a log decay of -inf, [N], [B, 1, N] or [B, 1, N, F], drops of it, NaN too."""
+    if log_decay is None:
+        return state
+    of_heads = log_decay[None, None] if log_decay.ndim == 1 else log_decay
+    drops = (of_heads[:, 0] == -jnp.inf).reshape(*of_heads.shape[:1], of_heads.shape[2], -1)
+    k_sum = None if state.k_sum is None else jnp.where(drops, 0, state.k_sum)
+    return LinearState(jnp.where(drops[..., None], 0, state.kv), k_sum)
 
 
 def retention_log_decay(num_heads: int, dtype: Any = jnp.float32) -> Array:

@@ -18,7 +18,6 @@ e x . k_s to the logits tilts the weights, so that with f(q) = (kbar, vbar)
 and a forward derivative of attention, one pass over the keys, is the product that conjugate gradients take.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,7 +44,7 @@ from attnlab.attention._shared.checks import (
     require,
     shape_text,
 )
-from attnlab.attention._shared.finite import finite_or_zero, spoil, spoilt_by_weights
+from attnlab.attention._shared.finite import are_finite, finite_or_zero, is_spoilt, spoil, spoilt_by_weights
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax import dense_attention
 from attnlab.attention._shared.softmax_weights import SoftmaxWeights, check_window, dense_weights, weights_of
@@ -160,7 +159,8 @@ def _reference(
     solution = jnp.linalg.solve(matrix, offset[..., None])[..., 0]
     weights = p * (1 + jnp.einsum("BTSNH,BTNH->BNTS", centred, solution))
     out = jnp.einsum("BNTS,BSNV->BTNV", weights, v)
-    spoilt = spoilt_by_weights(p, query, key, value)
+    seen = dense_weights(jnp.zeros_like(q), jnp.zeros_like(k), scale=scale, is_causal=is_causal, window=window)
+    spoilt = spoilt_by_weights(seen, query, key, value)
     zeros = jnp.zeros(query.shape[:3], dtype)
     out, solution = spoil(out.astype(query.dtype), spoilt), spoil(solution, spoilt)
     return out, _residuals(solution, offset, zeros.astype(jnp.int32), zeros)
@@ -201,6 +201,35 @@ def _by_weights(
     attention = weights(query, key, value, scale=scale, is_causal=is_causal, window=window)
     dtype = accumulator_dtype(query, key, value)
     return _regress(attention, query.astype(dtype), ridge, tolerance, max_iterations, query.dtype)
+
+
+def _xla(
+    query: Array,
+    key: Array,
+    value: Array,
+    ridge: Array,
+    *,
+    is_causal: bool,
+    window: int | None,
+    scale: Any,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Array, LocalLinearResiduals]:
+    """By blocked weights, of finite numbers: a gradient through the solves of a query that is NaN would reach the keys
+    that it sees."""
+    seen_by: dict[str, Any] = {"scale": scale, "is_causal": is_causal, "window": window}
+    settings = {**seen_by, "tolerance": tolerance, "max_iterations": max_iterations}
+    q, k, v = map(finite_or_zero, (query, key, value))
+    out, residuals = _by_weights(blocked_weights, q, k, v, ridge, **settings)
+
+    def seen() -> Array:
+        tokens = (is_spoilt(key) | is_spoilt(value))[..., None].astype(value.dtype)
+        weights = blocked_weights(jnp.zeros_like(query), jnp.zeros_like(key), tokens, **seen_by)
+        return (weights.value_mean()[..., 0] > 0) | is_spoilt(query)
+
+    where = lax.cond(are_finite(query, key, value), lambda: jnp.zeros_like(out[..., 0], bool), seen)
+    solution, tangent = (spoil(x, where) for x in residuals[:2])
+    return spoil(out, where), LocalLinearResiduals(solution, tangent, *residuals[2:])
 
 
 def _regress(
@@ -270,7 +299,7 @@ def _residuals(solution: Array, offset: Array, iterations: Array, residual: Arra
 
 IMPLEMENTATIONS: Implementations = {
     "reference": _reference,
-    "xla": functools.partial(_by_weights, blocked_weights),
+    "xla": _xla,
     **covariance.kernels(_by_weights, blocked_weights),
 }
 

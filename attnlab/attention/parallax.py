@@ -99,7 +99,8 @@ def _reference(
     a = jnp.einsum("BTNH,BSNH->BNTS", r, k)
     weights = p * (1 + jnp.sum(p * a, axis=-1, keepdims=True) - a)
     out = jnp.einsum("BNTS,BSNV->BTNV", weights, v).astype(query.dtype)
-    return spoil(out, spoilt_by_weights(p, query, key, value) | is_spoilt(probe))
+    seen = dense_weights(jnp.zeros_like(q), jnp.zeros_like(k), scale=scale, is_causal=is_causal, window=window)
+    return spoil(out, spoilt_by_weights(seen, query, key, value) | is_spoilt(probe))
 
 
 def _by_weights(

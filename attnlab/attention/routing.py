@@ -450,7 +450,7 @@ def _spoiling(form: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[A
 
         def seen() -> Array:
             tokens = spoilt.astype(value.dtype)
-            return form(*jax.lax.stop_gradient((query, key)), tokens, *shared, **options)[0][..., 0] > 0
+            return form(jnp.zeros_like(query), jnp.zeros_like(key), tokens, *shared, **options)[0][..., 0] > 0
 
         return spoil_if_any(out, spoilt, seen), taken
 

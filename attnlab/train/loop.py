@@ -80,9 +80,18 @@ class Experiment:
         keep(self, seed=check_int("seed", self.seed, least=0, most=MOST_SEED))
         warmup, steps = self.optimizer.warmup_steps, self.steps
         require(warmup < steps, "warmup_steps", warmup, f"need fewer than steps, so 0 to {steps - 1}")
+        _check_implementations(self.model)
         check_memory(self.model, self.task, self.batch_size)
         # Traces the model on the task's shapes, so that what does not fit is refused now, not during the run.
         loss_shapes(self.model, self.task, self.batch_size)
+
+
+def _check_implementations(model: nnx.Module) -> None:
+    """Refuses a kernel for another device than this machine's, which would fail when the step is compiled."""
+    here = jax.default_backend()
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, nn.Attention) and (name := module.implementation or "").startswith("pallas_"):
+            require(name == f"pallas_{here}", "implementation", repr(name), f"this machine has a {here}; leave it out")
 
 
 @dataclasses.dataclass(frozen=True)

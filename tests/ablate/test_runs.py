@@ -1,6 +1,7 @@
 """The arms of a sweep: alike in all but what the arm sets; a failing arm does not take the others with it."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -414,6 +415,28 @@ def test_a_row_without_a_field_or_with_another_type_is_named(pretended, tmp_path
             runs.write_rows(tmp_path / "out" / "results.jsonl", [rows[0], damaged])
             with pytest.raises(UserError, match=r"results\.jsonl has no rows of runs; run the ablation again"):
                 read_rows(tmp_path / "out")
+
+
+DAMAGED = {
+    "searched_rates": ["x", [1], math.nan, -1, [[1, "x"]], [[1, 2, 3]]],
+    "match": ["x", [1], math.nan, {}, {"cost": 1}],
+    "parameter_shapes": [{}, None, {"a": 1}],
+    "flops": [10**400, "x", True],
+    "state_size": [10**400, -1, "x", True],
+    "seconds": [None, "x", [1], {}, 10**400, math.nan],
+    "implementations": [[1], None, "x"],
+    "folder": [None, [1], 1],
+    "attending": [None, "x", [1], {"distance": [1]}, {"skipped": 1}],
+}
+
+
+@pytest.mark.parametrize("field", DAMAGED)
+def test_a_field_with_a_wrong_value_is_refused(pretended, tmp_path, field):
+    rows = run(tmp_path, ONE_SEED)
+    for value in DAMAGED[field]:
+        runs.write_rows(tmp_path / "out" / "results.jsonl", [{**rows[0], field: value}, *rows[1:]])
+        with pytest.raises(UserError, match=r"results\.jsonl has no rows of runs"):
+            read_rows(tmp_path / "out")
 
 
 def test_what_a_dead_process_left_of_a_claim_goes(pretended, tmp_path):

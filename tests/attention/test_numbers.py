@@ -96,6 +96,85 @@ def test_a_step_sees_no_nan_of_a_token_before_its_window(number):
     assert not np.isfinite(outs).all()
 
 
+# Of attention by softmax and InLine: their rows, and what holds a NaN. Another key is another cluster in routing.
+_SEEN = [
+    (name, argument)
+    for name, mechanism in MECHANISMS.items()
+    if not name.startswith("linear")
+    for argument in ("key", "value", "agents")
+    if argument in mechanism.inputs() and (argument != "key" or "routing" not in name)
+]
+_QUICK = {("local, causal", "key"), ("agent", "value"), ("agent, causal", "agents"), ("local-linear, window", "key")}
+
+
+@pytest.mark.parametrize("form", slow_but(["xla"], FORMS))
+@pytest.mark.parametrize("row", slow_but(_QUICK, _SEEN), ids=", ".join)
+def test_what_sees_nan_is_nan_however_small_its_weight(row, form):
+    name, argument = row
+    arrays = {key: jnp.asarray(x) if key != "state" else x for key, x in MECHANISMS[name].inputs().items()}
+    arrays |= {key: 30 * arrays[key] for key in ("query", "key")}
+    run = jax.jit(lambda arrays: MECHANISMS[name](arrays, form))
+    whole = np.asarray(run(arrays))
+    spoilt = np.asarray(run(arrays | {argument: arrays[argument].at[0, 2].set(jnp.nan)}))
+    assert np.isnan(spoilt[0]).any()
+    same = np.isclose(spoilt, whole, rtol=1e-3, atol=1e-3 * np.abs(whole).max())
+    assert (same | np.isnan(spoilt)).all()
+    assert same[1:].all()
+
+
+REGRESSED = {
+    "dot_product": lambda q, k, v, form: A.dot_product_attention(q, k, v, is_causal=True, implementation=form),
+    "local-linear": lambda q, k, v, form: A.local_linear_attention(q, k, v, ridge=2.0, implementation=form),
+    "local-linear, window": lambda q, k, v, form: A.local_linear_attention(
+        q, k, v, ridge=2.0, window=4, implementation=form
+    ),
+    "parallax": lambda q, k, v, form: A.parallax_attention(q, q, k, v, implementation=form),
+    "linear": lambda q, k, v, form: A.linear_attention(q, k, v, implementation=form),
+    "causal agent": lambda q, k, v, form: A.causal_agent_attention(q, k, v, jnp.ones((3, 1, 4)), implementation=form),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", slow_but({"local-linear"}, REGRESSED))
+def test_gradients_of_what_sees_no_nan_are_finite(name, form):
+    """The loss takes the tokens before the NaN alone; later ones, which are NaN, see the same keys."""
+    q, k, v = (jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 1, 4)), jnp.float32) for _ in range(3))
+    k = k.at[0, 2].set(jnp.nan)
+
+    def loss(q, k, v):
+        return jnp.sum(jnp.where(jnp.arange(6)[None, :, None, None] < 2, REGRESSED[name](q, k, v, form), 0) ** 2)
+
+    gradients = jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+    assert all(np.isfinite(x).all() for x in gradients)
+    assert all(np.any(x[:, :2]) and not np.any(x[:, 2:]) for x in gradients)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_of_one_head_of_inline_attention_is_no_gradient_of_another(form):
+    q, k, v = (jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 2, 4)), jnp.float32) for _ in range(3))
+    q, k, v = (x.at[0, 2, 0].set(jnp.nan) for x in (q, k, v))
+
+    def loss(*arrays):
+        return jnp.sum(A.inline_attention(*arrays, implementation=form)[:, :, 1] ** 2)
+
+    assert all(np.isfinite(x).all() for x in jax.grad(loss, argnums=(0, 1, 2))(q, k, v))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_decay_of_minus_infinity_drops_nan_of_the_state(per_channel):
+    q, k, v, decay = (np.random.default_rng(0).normal(size=(1, 6, 1, 4)).astype(np.float32) for _ in range(4))
+    k[0, 1], decay = np.nan, -np.abs(decay)
+    decay[0, 3] = -np.inf
+    decay = decay if per_channel else decay[..., 0]
+    whole = A.linear_attention(q, k, v, log_decay=decay)
+    state, outs = A.init_linear_cache(1, 1, 4), []
+    for t in range(6):
+        out, state = A.linear_step(state, *(x[:, t : t + 1] for x in (q, k, v)), log_decay=decay[:, t : t + 1])
+        outs.append(out[0, 0])
+    np.testing.assert_allclose(outs, whole[0], rtol=1e-5, atol=1e-6)
+    assert np.isnan(whole[0, :, 0, 0]).tolist() == [False, True, True, False, False, False]
+
+
 SOFTMAX = {
     "dot_product": lambda x, v, form: A.dot_product_attention(x, x, v, implementation=form),
     "dot_product, causal": lambda x, v, form: A.dot_product_attention(x, x, v, is_causal=True, implementation=form),

@@ -118,8 +118,10 @@ def check_dtype(name: str, value: Any) -> Any:
         is_floating = value is not None and jnp.issubdtype(jnp.dtype(value), jnp.floating)
     except (TypeError, ValueError):
         is_floating = False
-    if not is_floating:
-        raise TypeError(f"{name}: got {shown(value)}; need a floating dtype, such as 'bfloat16'")
+    if not is_floating or jnp.dtype(value).itemsize < 2:
+        raise TypeError(f"{name}: got {shown(value)}; need a floating dtype of 16 bits or more, such as 'bfloat16'")
+    if jnp.dtype(value).itemsize > 4 and not jax.config.read("jax_enable_x64"):
+        raise TypeError(f"{name}: got {shown(value)}; needs jax_enable_x64, which is off")
     return value
 
 

@@ -33,7 +33,8 @@ def spoil(x: Array, where: Array) -> Array:
 
 
 def spoilt_by_weights(weights: Array, query: Array, key: Array, value: Array) -> Array:
-    """bool [B, T, N]: queries that are not finite, or give a weight [B, N, T, S] above 0 to what is not."""
+    """bool [B, T, N]: queries that are not finite, or see what is not. weights: [B, N, T, S], above 0 where a key is
+    seen: those of logits of 0, as a softmax may leave 0 of a key that is seen."""
     heads = query.shape[2]
     tokens = repeat_key_heads((is_spoilt(key) | is_spoilt(value))[..., None], heads)[..., 0]
     reached = jnp.einsum("BNTS,BSN->BTN", jax.lax.stop_gradient(weights), tokens.astype(weights.dtype))
@@ -48,8 +49,8 @@ def are_finite(*arrays: Array) -> Array:
 
 def spoiling(form: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
     """A form (query, key, value, ...) -> (out [B, *T, N, V], lse [B, *T, N]) in which what is not finite reaches the
-    queries that see it with a weight above 0, and the query that holds it. Which these are the form tells for a value
-    of one channel, if anything is not finite."""
+    queries that see it, and the query that holds it. Which these are the form tells for logits of 0 and a value of one
+    channel, if anything is not finite."""
 
     @functools.wraps(form)
     def call(query: Array, key: Array, value: Array, *rest: Any, **options: Any) -> tuple[Array, Array]:
@@ -58,7 +59,7 @@ def spoiling(form: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Ar
 
         def seen() -> Array:
             tokens = (is_spoilt(key) | is_spoilt(value))[..., None].astype(value.dtype)
-            weights, _ = form(*jax.lax.stop_gradient(finite[:2]), tokens, *rest, **options)
+            weights, _ = form(jnp.zeros_like(query), jnp.zeros_like(key), tokens, *rest, **options)
             return (weights[..., 0] > 0) | is_spoilt(query)
 
         where = jax.lax.cond(are_finite(query, key, value), lambda: jnp.zeros_like(out[..., 0], bool), seen)
