@@ -2,6 +2,7 @@
 mode against the references."""
 
 import functools
+import pathlib
 import sys
 
 import jax
@@ -9,15 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kernels_pallas
 from attnlab import agent_attention, dot_product_attention, init_routing, local_linear_attention, routing_attention
 from attnlab.catalog import MECHANISMS
 
-# Rows of mechanisms that have kernels which do not serve them, and what a call by name raises.
-REFUSED = {
-    "agent": "has no gather_bias",
-    "linear, not causal": "serves causal calls",
-    "linear, taylor2": "2145 features .* of VMEM",
-}
+# Rows of mechanisms that have kernels which do not serve them, and why: a table of kernels_pallas/README.md.
+_README = pathlib.Path(kernels_pallas.__file__).with_name("README.md").read_text()
+_TABLE = _README.partition("| row | reason |\n|---|---|\n")[2].partition("\n\n")[0]
+REFUSED = dict(line.strip("| ").split(" | ") for line in _TABLE.splitlines())
 # Rows whose kernels are another row's too: more of the same.
 SLOW = {
     *("dot_product", "dot_product, causal", "local, causal", "local, grid", "dilated", "axial"),
