@@ -248,15 +248,13 @@ def test_a_rate_is_chosen_for_each_arm_and_no_run_is_trained_twice(pretended, tm
         "ablate.Ablation.arms = {'softmax': 'experiments/mixers/softmax.gin', "
         "'short': ['experiments/mixers/softmax.gin', 'models.LanguageModel.depth = 2']}"
     )
-    rows = run(
-        tmp_path, arms, "ablate.Ablation.learning_rates = [1e-3, 1e-2, 10.0]", "ablate.Ablation.seeds = [3, 4, 5]"
-    )
+    rows = run(tmp_path, arms, "ablate.Ablation.learning_rates = [1e-3, 1e-2, 10.0]", "ablate.Ablation.seeds = [3, 4]")
     assert [(row["arm"], row["seed"], row["learning_rate"]) for row in rows] == [
-        (arm, seed, 0.01) for seed in (3, 4, 5) for arm in ("softmax", "short")
+        (arm, seed, 0.01) for seed in (3, 4) for arm in ("softmax", "short")
     ]
     assert rows[0]["searched_rates"] == [[0.001, 11.0], [0.01, 10.0], [10.0, None]]
     trained = tiny_sweep.trained(tmp_path / "out" / "runs")
-    assert len(trained) == len(set(trained)) == 2 * (3 + 3)
+    assert len(trained) == len(set(trained)) == 2 * (3 + 2)
     searched = [json.loads(line) for line in (tmp_path / "out" / "search.jsonl").read_text().splitlines()]
     assert [(row["arm"], row["seed"], row["learning_rate"], row["status"]) for row in searched] == [
         (arm, 1000, rate, "failed" if rate > 1 else "finished")

@@ -316,6 +316,7 @@ def test_causal_equals_its_definition(length, chunk_size, agents, key_heads, sca
         assert_close(out, want, 2e-5 if scale < 1 else 2e-4)
 
 
+@pytest.mark.slow  # the fast tests hold it in float32, above
 def test_causal_equals_its_definition_in_float64(assert_close, attention_oracle):
     with jax.enable_x64(True):
         inputs = arrays(dtype=jnp.float64)

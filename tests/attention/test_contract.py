@@ -14,7 +14,6 @@ from attnlab.catalog import MECHANISMS
 
 # What is expected comes from the reference in float64, so that in float32 it is more of the same.
 every_form = pytest.mark.parametrize("form", slow_but(["xla"], ["reference", "xla"]))
-every_mechanism = pytest.mark.parametrize("name", MECHANISMS)
 # Forms of a mechanism that share most of their code with another one in the table.
 _VARIANTS = {
     "dot_product",
@@ -37,6 +36,8 @@ _KINDS = {
 }
 every_kind = pytest.mark.parametrize("name", slow_but(_KINDS, MECHANISMS))
 every_mechanism_variants_slowly = pytest.mark.parametrize("name", slow_but(set(MECHANISMS) - _VARIANTS, MECHANISMS))
+_SEQUENTIAL = [name for name, mechanism in MECHANISMS.items() if not mechanism.grid]
+every_sequential_variants_slowly = pytest.mark.parametrize("name", slow_but(set(_SEQUENTIAL) - _VARIANTS, _SEQUENTIAL))
 
 
 def loss_of(name, form):
@@ -155,7 +156,7 @@ def test_grouped_heads_are_repeated_heads(name, form):
 
 
 @every_form
-@pytest.mark.parametrize("name", [name for name, mechanism in MECHANISMS.items() if not mechanism.grid])
+@every_sequential_variants_slowly
 def test_one_token_is_served(name, form):
     mechanism = MECHANISMS[name]
     ones = {option: 1 for option in ("window", "dilation") if option in mechanism.options}
@@ -193,7 +194,7 @@ def test_memory_does_not_grow_with_length_squared(name):
 
 
 @every_form
-@pytest.mark.parametrize("name", [name for name, mechanism in MECHANISMS.items() if not mechanism.grid])
+@every_sequential_variants_slowly
 def test_causal_means_that_no_later_position_matters(name, form):
     """Other tokens from position 8 on: causal outputs before it stay what they are, those of other mechanisms do not.
     Of cancellations in float32, which depend on all tokens of a chunk, a few bits are left."""
@@ -224,7 +225,7 @@ EDGES = {
 
 
 @every_form
-@every_mechanism
+@every_mechanism_variants_slowly
 def test_values_and_gradients_are_finite_at_the_edges(name, form):
     arrays, weights, *_ = expected(name)
     for edge, change in EDGES.items():

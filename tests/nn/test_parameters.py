@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 
 from attnlab import nn
 from attnlab.models import LanguageModel
@@ -67,7 +68,7 @@ class Counting(nn.SoftmaxAttention):
         return self.mix(*arguments)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", slow_but([True], [False, True]))
 def test_buffers_learn_in_training_alone(remat):
     model = make(Counting, remat=remat)
     values = nn.initialize(model, jax.random.key(0))
