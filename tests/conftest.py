@@ -39,7 +39,7 @@ def pytest_xdist_make_scheduler(config, log):
     return LoadFileScheduling(config, log) if config.getoption("dist") == "load" else None
 
 
-_MOST_RESIDENT = 2**30  # bytes, at which a test process lets go of what it compiled
+_MOST_RESIDENT = 3 * 2**29  # bytes, at which a test process lets go of what it compiled
 
 
 @pytest.fixture(autouse=True)
