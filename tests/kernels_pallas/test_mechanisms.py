@@ -134,7 +134,7 @@ def assert_equals_the_reference(attend, arrays, interpreted, tolerance=1e-5):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_rows_that_kernels_refuse_say_so(name):
-    with pytest.raises(ValueError, match=re.escape(REFUSED[name]) + "$"):
+    with pytest.raises(ValueError, match=re.escape(REFUSED[name])):
         jax.eval_shape(lambda arrays: MECHANISMS[name](arrays, "pallas_tpu"), catalog_inputs(name))
 
 
