@@ -44,7 +44,7 @@ from attnlab.attention._shared.checks import (
     require,
     shape_text,
 )
-from attnlab.attention._shared.finite import are_finite, finite_or_zero, is_spoilt, spoil, spoilt_by_weights
+from attnlab.attention._shared.finite import finite_or_zero, spoil, spoilt_by_weights, where_spoilt
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax import dense_attention
 from attnlab.attention._shared.softmax_weights import SoftmaxWeights, check_window, dense_weights, weights_of
@@ -203,31 +203,13 @@ def _by_weights(
     return _regress(attention, query.astype(dtype), ridge, tolerance, max_iterations, query.dtype)
 
 
-def _xla(
-    query: Array,
-    key: Array,
-    value: Array,
-    ridge: Array,
-    *,
-    is_causal: bool,
-    window: int | None,
-    scale: Any,
-    tolerance: float,
-    max_iterations: int,
-) -> tuple[Array, LocalLinearResiduals]:
+def _xla(query: Array, key: Array, value: Array, ridge: Array, **settings: Any) -> tuple[Array, LocalLinearResiduals]:
     """By blocked weights, of finite numbers: a gradient through the solves of a query that is NaN would reach the keys
     that it sees."""
-    seen_by: dict[str, Any] = {"scale": scale, "is_causal": is_causal, "window": window}
-    settings = {**seen_by, "tolerance": tolerance, "max_iterations": max_iterations}
     q, k, v = map(finite_or_zero, (query, key, value))
     out, residuals = _by_weights(blocked_weights, q, k, v, ridge, **settings)
-
-    def seen() -> Array:
-        tokens = (is_spoilt(key) | is_spoilt(value))[..., None].astype(value.dtype)
-        weights = blocked_weights(jnp.zeros_like(query), jnp.zeros_like(key), tokens, **seen_by)
-        return (weights.value_mean()[..., 0] > 0) | is_spoilt(query)
-
-    where = lax.cond(are_finite(query, key, value), lambda: jnp.zeros_like(out[..., 0], bool), seen)
+    sees = {name: settings[name] for name in ("scale", "is_causal", "window")}
+    where = where_spoilt(query, key, value, lambda *arrays: blocked_weights(*arrays, **sees).value_mean())
     solution, tangent = (spoil(x, where) for x in residuals[:2])
     return spoil(out, where), LocalLinearResiduals(solution, tangent, *residuals[2:])
 

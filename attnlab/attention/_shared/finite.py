@@ -47,22 +47,28 @@ def are_finite(*arrays: Array) -> Array:
     return functools.reduce(jnp.add, zeros) == 0
 
 
+def where_spoilt(query: Array, key: Array, value: Array, attend: Callable[[Array, Array, Array], Array]) -> Array:
+    """bool [B, *T, N]: queries that are not finite, or see what is not.
+
+    attend: (query, key, value) -> out [B, *T, N, V]. It is asked, if anything is not finite, for logits of 0 and a
+      value of one channel.
+    """
+
+    def seen() -> Array:
+        tokens = (is_spoilt(key) | is_spoilt(value))[..., None].astype(value.dtype)
+        return (attend(jnp.zeros_like(query), jnp.zeros_like(key), tokens)[..., 0] > 0) | is_spoilt(query)
+
+    return jax.lax.cond(are_finite(query, key, value), lambda: jnp.zeros_like(query[..., 0], bool), seen)
+
+
 def spoiling(form: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
     """A form (query, key, value, ...) -> (out [B, *T, N, V], lse [B, *T, N]) in which what is not finite reaches the
-    queries that see it, and the query that holds it. Which these are the form tells for logits of 0 and a value of one
-    channel, if anything is not finite."""
+    queries that see it, and the query that holds it."""
 
     @functools.wraps(form)
     def call(query: Array, key: Array, value: Array, *rest: Any, **options: Any) -> tuple[Array, Array]:
-        finite = [finite_or_zero(x) for x in (query, key, value)]
-        out, lse = form(*finite, *rest, **options)
-
-        def seen() -> Array:
-            tokens = (is_spoilt(key) | is_spoilt(value))[..., None].astype(value.dtype)
-            weights, _ = form(jnp.zeros_like(query), jnp.zeros_like(key), tokens, *rest, **options)
-            return (weights[..., 0] > 0) | is_spoilt(query)
-
-        where = jax.lax.cond(are_finite(query, key, value), lambda: jnp.zeros_like(out[..., 0], bool), seen)
+        out, lse = form(*map(finite_or_zero, (query, key, value)), *rest, **options)
+        where = where_spoilt(query, key, value, lambda *arrays: form(*arrays, *rest, **options)[0])
         return spoil(out, where), spoil(lse, where)
 
     return call
