@@ -1,6 +1,14 @@
-"""Marks for parametrised cases."""
+"""Marks for parametrised cases, and what several of them try."""
 
 import pytest
+
+# JSON that is nested more deeply than Python reads.
+DEEP = 100_000 * "["
+
+
+def short(case):
+    """A name for a text that may be long, or no text."""
+    return ascii(case)[:30]
 
 
 def slow_but(quick, cases):

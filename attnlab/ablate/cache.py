@@ -162,6 +162,6 @@ def _facts(path: Path) -> dict[str, Any] | None:
     """A file's JSON object; None for a file that is not there or holds none."""
     try:
         facts = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return facts if isinstance(facts, dict) else None

@@ -231,7 +231,7 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
         raise UserError(f"report: {workdir} has no results.jsonl; give the folder of an ablation (`attnlab ablate`)")
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         reason = f"is not JSON lines ({error})"
     else:
         if are_rows(rows):

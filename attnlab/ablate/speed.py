@@ -84,7 +84,7 @@ def _kept(workdir: Path, first: Mapping[str, Row]) -> dict[str, Any] | None:
             and all(math.isfinite(speed) and speed > 0 for speed in arms[arm]["items_per_second"])
             for arm, row in first.items()
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return kept if is_whole else None
 

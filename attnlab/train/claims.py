@@ -122,7 +122,7 @@ def _facts(text: str) -> dict[str, Any]:
     """The holder; empty for a claim that is not written yet, or damaged."""
     try:
         facts = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) and {"machine", "host", "pid"} <= facts.keys() else {}
 

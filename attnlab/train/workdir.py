@@ -99,6 +99,7 @@ class Workdir:
         """Refuses another run's folder, and warns of other versions than the run was started with."""
         path = self.path / "run.json"
         if not path.exists():
+            self._check_lost()
             return
         kept, now = _read_json(path), self._facts()
         if not isinstance(kept, dict) or not kept:
@@ -114,6 +115,18 @@ class Workdir:
         if changed and not (self.path / "result.json").exists():
             shown = ", ".join(f"{name.removeprefix('version ')} {kept[name]}, now {now.get(name)}" for name in changed)
             _warn(f"the run in {self.path} was started with {shown}; its numbers may differ from then on")
+
+    def _check_lost(self) -> None:
+        """Without run.json: refuses what is there of a run unless its resolved config says that it is this one."""
+        if last_step(self.path) == 0 and not (self.path / "result.json").exists():
+            return
+        try:
+            kept = (self.path / "config.gin").read_text()
+        except (FileNotFoundError, UnicodeDecodeError):
+            kept = None
+        if kept != self._config_text:
+            raise UserError(f"workdir: {self.path} has lost its run.json and holds another run; give another --workdir")
+        _warn(f"{self.path / 'run.json'} is lost; it is written again")
 
     def restore(self, state: Any, batches: grain.DatasetIterator) -> tuple[Any, list[dict[str, Any]], dict[str, float]]:
         """The newest readable checkpoint's state, the rows up to it, and what `save` was given as `pending`; `batches`
@@ -227,9 +240,27 @@ def read_result(path: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     result = _read_json(file)
-    if not isinstance(result, dict) or result.keys() != _RESULT:
+    if not _is_result(result):
         raise UserError(f"workdir: {file} is no run's result; move it away, and the same command writes it again")
     return result
+
+
+def _is_result(value: Any) -> bool:
+    """Whether this is what `finish` writes, so that others can rely on it."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    if not isinstance(value, dict) or value.keys() != _RESULT:
+        return False
+    final, history, *rest = (value[name] for name in ("final", "history", *sorted(_RESULT - {"final", "history"})))
+    return (
+        isinstance(final, dict)
+        and "loss" in final
+        and all(map(is_number, [*final.values(), *rest]))
+        and isinstance(history, list)
+        and all(isinstance(row, dict) and {"step", "split"} <= row.keys() for row in history)
+    )
 
 
 def last_step(path: Path) -> int:
@@ -383,7 +414,7 @@ def _unwritable(path: Path, error: OSError) -> UserError:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"workdir: {path} is not JSON ({error}); move it away, or give another --workdir") from error
 
 

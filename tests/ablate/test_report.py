@@ -10,7 +10,7 @@ import warnings
 
 import numpy as np
 import pytest
-from marks import slow_but
+from marks import DEEP, short, slow_but
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -287,7 +287,9 @@ def test_speed_is_that_of_the_timing_and_ranks_only_what_it_tells_apart(tmp_path
     assert [line["speed"] for line in lines] == ["50.0", "101.0", "102.0", "100.0"]
 
 
-@pytest.mark.parametrize("text", slow_but(["[]", None], ["", "{}", "[]", '{"device": 1, "arms": {}}', None]))
+@pytest.mark.parametrize(
+    "text", slow_but(["[]", None], ["", "{}", "[]", '{"device": 1, "arms": {}}', DEEP, None]), ids=short
+)
 def test_speed_of_other_runs_and_damaged_speed_are_not_shown(text, tmp_path):
     rows = [row(arm, 0, 1.0, run=f"{arm}-new") for arm in ("base", "low")]
     write_speeds(tmp_path, {"base": [1.0] * 9, "low": [1.0] * 9})

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_sweep
-from marks import slow_but
+from marks import DEEP, short, slow_but
 
 import attnlab
 from attnlab import cli, config, nn
@@ -373,7 +373,7 @@ def test_a_run_of_a_live_owner_is_waited_for(pretended, tmp_path, monkeypatch):
     assert {row["status"] for row in run(tmp_path)} == {"finished"}
 
 
-@pytest.mark.parametrize("text", slow_but(["", "[]", None], ["", "{}", "[]", '{"environ', None]))
+@pytest.mark.parametrize("text", slow_but([DEEP, "[]", None], ["", "{}", "[]", '{"environ', DEEP, None]), ids=short)
 @pytest.mark.parametrize("name", ["machine.json", "failed.json", "attending.json"])
 def test_a_damaged_file_of_facts_is_written_again(pretended, tmp_path, name, text, capsys):
     before = run(tmp_path, ONE_SEED)
@@ -398,7 +398,7 @@ def test_a_damaged_result_is_named_in_its_row(pretended, tmp_path):
     assert {row["status"] for row in run(tmp_path)} == {"finished"}
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "3", '{"arm"', "\udcff"], ids=ascii)
+@pytest.mark.parametrize("text", ["", "{}", "[]", "3", '{"arm"', "\udcff", DEEP], ids=short)
 def test_damaged_results_are_named(tmp_path, text):
     (tmp_path / "results.jsonl").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=r"report: .*results\.jsonl .*; run the ablation again to write it anew"):

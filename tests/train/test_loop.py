@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import pytest
 import runs
-from marks import slow_but
+from marks import DEEP, short, slow_but
 
 from attnlab import nn
 from attnlab.errors import OwnedError, UserError
-from attnlab.train import OptimizerOptions, claims, loop, restore_values, step, train
+from attnlab.train import OptimizerOptions, claims, loop, restore_values, step, train, workdir
 
 
 def without_times(history):
@@ -216,7 +216,7 @@ def test_rows_of_metrics_are_not_lost_with_their_file(tmp_path, continued, text,
 
 @pytest.mark.parametrize("name", ["run.json", "result.json"])
 @pytest.mark.parametrize(
-    "text", slow_but(["", "[]", "\udcff"], ["", "{}", "[]", "3", '{"final": {}}', "\udcff"]), ids=ascii
+    "text", slow_but(["", "[]", DEEP], ["", "{}", "[]", "3", '{"final": {}}', "\udcff", DEEP]), ids=short
 )
 def test_a_damaged_file_of_facts_is_named(tmp_path, finished, name, text):
     folder, result = finished
@@ -225,9 +225,46 @@ def test_a_damaged_file_of_facts_is_named(tmp_path, finished, name, text):
     with pytest.raises(UserError, match=rf"workdir: .*/{name} |holds a run with"):
         train(runs.experiment(), workdir=tmp_path, fingerprint=runs.FINGERPRINT)
     (tmp_path / name).unlink()
-    assert without_times(train(runs.experiment(), workdir=tmp_path, fingerprint=runs.FINGERPRINT).history) == (
-        without_times(result.history)
-    )
+    again = train(runs.experiment(), workdir=tmp_path, fingerprint=runs.FINGERPRINT, config_text="# mine")
+    assert without_times(again.history) == without_times(result.history)
+
+
+RESULT_FIELDS = {
+    "no final values": {"final": {}},
+    "a final value that is a text": {"final": {"loss": "low"}},
+    "a final value that is none": {"final": {"loss": None}},
+    "a speed that is a list": {"items_per_second": [1.0]},
+    "no history": {"history": 3},
+    "rows without a step": {"history": [{"loss": 1.0}]},
+}
+
+
+@pytest.mark.parametrize("field", RESULT_FIELDS)
+def test_a_result_of_other_types_is_named(tmp_path, finished, field):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    result = json.loads((tmp_path / "result.json").read_text())
+    (tmp_path / "result.json").write_text(json.dumps({**result, **RESULT_FIELDS[field]}))
+    with pytest.raises(UserError, match=r"workdir: .*/result.json is no run's result"):
+        train(runs.experiment(), workdir=tmp_path, fingerprint=runs.FINGERPRINT)
+
+
+@pytest.mark.parametrize("kept", ["result.json", "checkpoints"])
+def test_what_is_kept_without_run_json_is_of_this_config_or_refused(tmp_path, finished, kept, capsys):
+    """Or a run with other options would be taken for this one, and its numbers for this one's."""
+    folder, _ = finished
+    path = tmp_path / "run"
+    path.mkdir()
+    (shutil.copytree if (folder / kept).is_dir() else shutil.copy)(folder / kept, path / kept)
+    for other in ("A.b = 2\n", None):
+        if other is not None:
+            (path / "config.gin").write_text(other)
+        with pytest.raises(UserError, match=rf"{path} has lost its run.json and holds another run; give another"):
+            workdir.Workdir(path, {}, "A.b = 1\n")
+        (path / "config.gin").unlink(missing_ok=True)
+    (path / "config.gin").write_text("A.b = 1\n")
+    capsys.readouterr()
+    workdir.Workdir(path, {}, "A.b = 1\n")
+    assert capsys.readouterr().err == f"attnlab: {path / 'run.json'} is lost; it is written again\n"
 
 
 def test_other_versions_than_the_run_was_started_with_are_named(tmp_path, continued, capsys, monkeypatch):
