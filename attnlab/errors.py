@@ -1,6 +1,7 @@
 """The exceptions that the command line prints as one line, and what to do about a package that is missing."""
 
 import json
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 
@@ -21,6 +22,13 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, of the host or of a device."""
     return isinstance(error, MemoryError) or (
         type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
+    )
+
+
+def is_installed(path: Path) -> bool:
+    """Whether a file belongs to the standard library or to an installed package."""
+    return path.is_relative_to(sysconfig.get_path("stdlib")) or not {"site-packages", "dist-packages"}.isdisjoint(
+        path.parts
     )
 
 

@@ -1,5 +1,7 @@
 """Wrong configs of many kinds: each is refused when it is built, in one line, and nothing is written."""
 
+import sys
+
 import jax  # noqa: F401  (a command that imports it says so)
 import pytest
 
@@ -143,3 +145,59 @@ def test_a_sweep_already_when_it_is_planned(name, tmp_path, capsys, monkeypatch)
     overrides, message = ABLATE[name]
     options = [f"--gin.{override}" for override in overrides]
     assert message in refused(["ablate", SWEEP, "--dry-run", *options], tmp_path, capsys)
+
+
+OWN_MIXER = """
+from attnlab import nn
+
+class OwnMixer(nn.Attention):
+    def mix(self, query, key, value, x, segment_ids):
+        return value
+
+    def mechanism_flops(self, space):
+        return 0
+
+    def mechanism_step(self, cache, query, key, value, x):
+        return value, cache
+
+    def init_mechanism_cache(self, batch, max_length):
+        return None
+
+    def {method}(self, *arguments, **options):
+        {body}
+"""
+AT = ", at {module}:18"
+# By what a mixer of one's own does: its method, the body of that, and what the line says.
+OWN = {
+    "gives one token less": (
+        "mix",
+        "return arguments[2][:, 1:]",
+        "OwnMixer.mix: got float32[16,127,4,32]; need an array",
+    ),
+    "gives nothing": ("mix", "pass", "OwnMixer.mix: got None; need an array [16, 128, 4, 32]"),
+    "calls what is not there": ("mix", "return self.nothing", "has no attribute 'nothing' (in Experiment)" + AT),
+    "looks up what is not there": ("mix", "return {}['nothing']", "KeyError: 'nothing' (in Experiment)" + AT),
+    "calls itself": ("mix", "return self.mix(*arguments)", "maximum recursion depth exceeded (in Experiment)" + AT),
+    "costs nothing known": ("mechanism_flops", "pass", "OwnMixer.mechanism_flops: got None; need a number"),
+    "costs what is no number": (
+        "mechanism_flops",
+        "return float('nan')",
+        "OwnMixer.mechanism_flops: got nan; need a finite number",
+    ),
+    "has no cache after all": ("init_mechanism_cache", "raise ValueError('full')", "full (in Experiment)" + AT),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_mixer_of_ones_own_that_fails(name, tmp_path, tmp_path_factory, capsys, monkeypatch):
+    """Also one whose costs cannot be told, before an arm is trained for nothing."""
+    method, body, message = OWN[name]
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path_factory.mktemp("own")
+    module = folder / f"own_{list(OWN).index(name)}.py"
+    module.write_text(OWN_MIXER.format(method=method, body=body))
+    imports = f"from __gin__ import dynamic_registration\nimport {module.stem}\n"
+    (folder / "own.gin").write_text(f"{imports}MIXERS = [@{module.stem}.OwnMixer]\n")
+    line = refused(["train", LM, str(folder / "own.gin")], tmp_path, capsys)
+    assert message.replace("{module}", str(module)) in line

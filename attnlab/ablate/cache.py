@@ -11,12 +11,12 @@ import importlib.util
 import json
 import re
 import sys
-import sysconfig
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from attnlab.errors import is_installed
 from attnlab.train.workdir import read_result, replace_text
 
 _OURS = ("attnlab", "kernels_pallas")
@@ -63,7 +63,7 @@ def reached(modules: Iterable[str]) -> dict[str, bytes]:
         seen.add(name)
         left += [".".join(name.split(".")[:count]) for count in range(1, name.count(".") + 1)]  # run on its import
         path = _path(name)
-        if path is not None and (name.partition(".")[0] in followed or not _is_installed(path)):
+        if path is not None and (name.partition(".")[0] in followed or not is_installed(path)):
             sources[name] = path.read_bytes()
             package = name if path.name == "__init__.py" else name.rpartition(".")[0]
             for level, base, names in _imports(sources[name]):
@@ -99,13 +99,6 @@ def _path(name: str) -> Path | None:
     if not rest and spec.origin is not None:
         files.append(Path(spec.origin))
     return next((file for file in files if file.suffix == ".py" and file.is_file()), None)
-
-
-def _is_installed(path: Path) -> bool:
-    """Whether a file belongs to the standard library or to an installed package."""
-    return path.is_relative_to(sysconfig.get_path("stdlib")) or not {"site-packages", "dist-packages"}.isdisjoint(
-        path.parts
-    )
 
 
 def digest(facts: Mapping[str, Any]) -> str:

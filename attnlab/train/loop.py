@@ -82,8 +82,10 @@ class Experiment:
         require(warmup < steps, "warmup_steps", warmup, f"need fewer than steps, so 0 to {steps - 1}")
         _check_implementations(self.model)
         check_memory(self.model, self.task, self.batch_size)
-        # Traces the model on the task's shapes, so that what does not fit is refused now, not during the run.
+        # Traces the model on the task's shapes, so that what does not fit is refused now, not during the run; and so is
+        # a mixer of one's own whose costs cannot be told.
         loss_shapes(self.model, self.task, self.batch_size)
+        self.task.costs(self.model)
 
 
 def _check_implementations(model: nnx.Module) -> None:

@@ -17,11 +17,14 @@ from flax import nnx
 from attnlab.attention._shared.checks import (
     check_bool,
     check_dtype,
+    check_float,
     check_int,
     check_ints,
     check_segment_ids,
     check_text,
     require,
+    shape_text,
+    shown,
 )
 from attnlab.nn.layers import (
     DepthwiseConvolution,
@@ -234,7 +237,20 @@ class Attention(nnx.Module):
             positions, segment_ids = document_positions(segment_ids)[..., None], document_numbers(segment_ids)
         query, key, value, added, _ = self._heads(x, positions, segment_ids)
         mix = self.mix_and_learn if is_training else self.mix
-        return self.output(self.finish(mix(query, key, value, x, segment_ids), value, x) + added)
+        out = mix(query, key, value, x, segment_ids)
+        self._check_heads("mix", out, query, value)
+        return self.output(self.finish(out, value, x) + added)
+
+    def _check_heads(self, method: str, out: Any, query: Array, value: Array) -> None:
+        """Refuses what a mixer of one's own gives, unless it has the query's positions, its own heads and the value's width."""
+        shape = (*query.shape[:-2], self.num_heads, value.shape[-1])
+        given = shape_text(out) if isinstance(out, jax.Array) else shown(out)
+        require(
+            isinstance(out, jax.Array) and out.shape == shape,
+            f"{type(self).__name__}.{method}",
+            given,
+            f"need an array {list(shape)}, as wide as the value",
+        )
 
     def mix_and_learn(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
         """mix in training: a mechanism with buffers sets them, and its auxiliary loss, to what follows from x."""
@@ -272,6 +288,7 @@ class Attention(nnx.Module):
         """
         query, key, value, added, convolved = self._heads(x, cache.position[None, None], None, cache.convolved)
         out, mechanism = self.mechanism_step(cache.mechanism, query, key, value, x)
+        self._check_heads("mechanism_step", out, query, value)
         out, capacity = self.finish(out, value, x) + added, self.mechanism_capacity(cache.mechanism)
         if capacity is not None:
             out = jnp.where(cache.position < capacity, out, jnp.nan)
@@ -294,7 +311,8 @@ class Attention(nnx.Module):
         channels = (self.num_heads + self.num_key_heads) * (self.head_dim + self.value_dim)
         convolutions = sum(layer.taps * layer.features for layer in self._convolutions().values())
         positions = math.prod(space)
-        return 2 * positions * (self.features * channels + convolutions) + self.mechanism_flops(space)
+        mechanism = check_float(f"{type(self).__name__}.mechanism_flops", self.mechanism_flops(space), least=0)
+        return 2 * positions * (self.features * channels + convolutions) + int(mechanism)
 
     def pair_flops(self, pairs: int) -> int:
         """Scores and weighted values for this many (query, key) pairs in every head."""
