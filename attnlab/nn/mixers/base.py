@@ -242,7 +242,7 @@ class Attention(nnx.Module):
         return self.output(self.finish(out, value, x) + added)
 
     def _check_heads(self, method: str, out: Any, query: Array, value: Array) -> None:
-        """Refuses what a mixer of one's own gives, unless it has the query's positions, its own heads and the value's width."""
+        """Refuses what a mixer of one's own gives unless it is [B, *space, N, V], V as wide as the value."""
         shape = (*query.shape[:-2], self.num_heads, value.shape[-1])
         given = shape_text(out) if isinstance(out, jax.Array) else shown(out)
         require(
