@@ -29,6 +29,11 @@ _DENSE: dict[str, dict[str, Any]] = {
 NAMES = [*_DENSE, *catalog.MECHANISMS]
 
 
+def named(*starts: str) -> list[str]:
+    """The NAMES that these are, whole or up to a comma."""
+    return [name for name in NAMES if any(f"{name},".startswith(f"{start},") for start in starts)]
+
+
 def _call(name: str, length: int) -> tuple[str, Callable[..., jax.Array], dict[str, Any]]:
     """(label, function of arrays by name, the arrays) at a length."""
     if name in _DENSE:
@@ -66,9 +71,7 @@ def bench(
     """
     _reuse_freed_memory()
     rows = []
-    for name in NAMES:
-        if only and not any(f"{name},".startswith(f"{start},") for start in only):
-            continue
+    for name in named(*only) if only else NAMES:
         expected = 0.0
         for previous, length in zip((lengths[0], *lengths), lengths):
             label, function, arrays = _call(name, length)

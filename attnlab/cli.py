@@ -25,6 +25,7 @@ _PICTURES = (".png", ".svg", ".pdf")
 # Of a sample: what is drawn at once; of a seed: as in training; of a picture: weights of all pairs are computed whole.
 _MOST_SAMPLES, _MOST_SEED, _MOST_SHOWN = 4096, 2**31 - 1, 2048
 _MOST_PROCESSES = 256
+_MOST_SEQUENCES = 10_000  # of regress, by --seeds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -249,7 +250,7 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _check_out(out: Path, is_picture: bool) -> None:
+def _check_out(out: Path, is_picture: bool, option: str = "out") -> None:
     """Makes the folder of a file that is to be written, before anything slow is done for it."""
     if is_picture and out.suffix not in _PICTURES:
         raise UserError(f"out: got {out}; need a picture, {', '.join(_PICTURES)}")
@@ -260,7 +261,7 @@ def _check_out(out: Path, is_picture: bool) -> None:
         if not existed:
             out.unlink()
     except OSError as error:
-        raise UserError(f"out: cannot write to {out} ({error.strerror}); give another") from error
+        raise UserError(f"{option}: cannot write to {out} ({error.strerror}); give another") from error
 
 
 def _ablate(command: argparse.Namespace, overrides: list[str]) -> int:
@@ -327,9 +328,10 @@ def _bench(command: argparse.Namespace, overrides: list[str]) -> int:
 
     if min(command.lengths) < bench.WINDOW:
         raise UserError(f"lengths: got {min(command.lengths)}; need at least the window, {bench.WINDOW}")
+    if unknown := [name for name in command.only if not bench.named(name)]:
+        raise UserError(f"only: got {unknown[0]!r}; need some of {'; '.join(bench.NAMES)}")
+    _check_out(command.workdir / "bench.png", is_picture=True, option="workdir")
     rows = bench.bench(sorted(set(command.lengths)), only=command.only, backward=command.backward)
-    if not rows:
-        raise UserError(f"only: no mechanism is named {' or '.join(command.only)}; there are: {'; '.join(bench.NAMES)}")
     passes = "forward and backward" if command.backward else "forward"
     bench.write(rows, command.workdir, f"Attention against length, {passes}, on {jax.devices()[0].device_kind}")
     print(f"\n{bench.table(rows)}\n\n{command.workdir / 'bench.png'}")
@@ -339,8 +341,9 @@ def _bench(command: argparse.Namespace, overrides: list[str]) -> int:
 def _regress(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab import regress
 
-    if command.seeds < 1:
-        raise UserError(f"seeds: got {command.seeds}; need at least 1")
+    if not 1 <= command.seeds <= _MOST_SEQUENCES:
+        raise UserError(f"seeds: got {command.seeds}; need 1 to {_MOST_SEQUENCES}")
+    _check_out(command.workdir / "regression.png", is_picture=True, option="workdir")
     shown = regress.write(
         command.workdir, seeds=range(command.seeds), command=f"attnlab regress --seeds {command.seeds}"
     )

@@ -31,7 +31,12 @@ def test_the_exponent_is_that_of_long_lengths():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--lengths", "8"], "lengths: got 8"), (["--only", "nothing"], "no mechanism is named nothing")],
+    [
+        (["--lengths", "8"], "lengths: got 8"),
+        (["--only", "nothing"], "only: got 'nothing'; need some of"),
+        (["--only", "linear", "nothing"], "only: got 'nothing'; need some of"),
+        (["--only", ""], "only: got ''; need some of"),
+    ],
 )
 def test_mistakes_are_named(arguments, message, capsys):
     assert cli.main(["bench", *arguments, *([] if "--lengths" in arguments else ["--lengths", "256"])]) == 2

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from attnlab import __version__, cli, config
+from attnlab import __version__, bench, cli, config, regress
 from attnlab.ablate import speed
 
 TINY = [
@@ -267,6 +267,15 @@ def test_a_mistake_gives_one_line_and_status_2(mistake, tmp_path, capsys, monkey
     assert error.count("\n") == 1
     assert message in error
     assert all(path.exists() for path in before)
+
+
+@pytest.mark.parametrize("command", ["bench", "regress"])
+def test_a_folder_for_figures_is_looked_at_before_anything_is_measured(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "bench", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(regress, "write", lambda *_, **__: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    assert cli.main([command, "--workdir", str(tmp_path / "file")]) == 2
+    assert re.fullmatch(r"attnlab: workdir: cannot write to .*\.png \(.*\); give another\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("arguments", [["train", LM, "--workdir", ""], ["report", " "], ["bench", "--workdir", ""]])

@@ -29,4 +29,9 @@ def test_the_command_writes_a_table_and_a_picture(tmp_path, capsys):
     assert "| local-linear |" in capsys.readouterr().out
     assert "attnlab regress --seeds 1" in (tmp_path / "regression.md").read_text()
     assert (tmp_path / "regression.png").stat().st_size > 10_000
-    assert cli.main(["regress", "--seeds", "0"]) == 2
+
+
+@pytest.mark.parametrize("seeds", ["0", "-1", "10001", "99999999999999"])
+def test_a_wrong_number_of_seeds_is_named(seeds, capsys):
+    assert cli.main(["regress", "--seeds", seeds]) == 2
+    assert capsys.readouterr().err.endswith(f"attnlab: seeds: got {seeds}; need 1 to 10000\n")
