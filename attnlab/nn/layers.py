@@ -1,5 +1,6 @@
 """The few layers around a mixer. Parameters are float32; `dtype` is what is computed in."""
 
+import functools
 import math
 from typing import Any
 
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
 
+from attnlab.attention._dispatch.deferred import tangent_call
 from attnlab.attention._shared.checks import check_bool, check_dtype, check_float, check_int, check_ints
 from attnlab.nn.parameters import Initializer, normal, ones, parameter, zeros
 
@@ -33,8 +36,41 @@ class Linear(nnx.Module):
         self.bias = parameter(self.outputs, zeros) if check_bool("use_bias", use_bias) else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), axes=len(self.inputs))
+        y = _contract(x.astype(self.dtype), self.kernel[...].astype(self.dtype), len(self.inputs))
         return y if self.bias is None else y + along(self.bias[...].astype(self.dtype), y)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _contract(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
+    """x [*leading, *inputs], kernel [*inputs, *outputs] -> [*leading, *outputs]; `axes` of the inputs.
+
+    The kernel's gradient is a product over the tokens, for which XLA on a CPU writes one factor anew, transposed. By
+    JAX's own rule that is dy; here it is the narrower of x and dy, and x only once for all kernels that read it.
+    """
+    return jnp.tensordot(x, kernel, axes=axes)
+
+
+@functools.partial(_contract.defjvp, symbolic_zeros=True)
+def _(axes: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    x, kernel = primals
+    x_tangent, kernel_tangent = (None if isinstance(t, SymbolicZero) else t for t in tangents)
+    y = _contract(x, kernel, axes)
+
+    def of_kernel(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.tensordot(x, kernel, axes=axes)
+
+    def transpose(x: jax.Array, y_cotangent: jax.Array) -> jax.Array:
+        leading = tuple(range(x.ndim - axes))
+        if math.prod(x.shape[-axes:]) > math.prod(y_cotangent.shape[x.ndim - axes :]):
+            return jnp.moveaxis(jnp.tensordot(y_cotangent, x, axes=(leading, leading)), range(-axes, 0), range(axes))
+        return jnp.tensordot(x, y_cotangent, axes=(leading, leading))
+
+    changes = []
+    if x_tangent is not None:
+        changes.append(jnp.tensordot(x_tangent, kernel, axes=axes))
+    if kernel_tangent is not None:
+        changes.append(tangent_call(of_kernel, transpose, y, x, kernel_tangent))
+    return y, sum(changes[1:], changes[0])
 
 
 def along(values: jax.Array, x: jax.Array) -> jax.Array:
@@ -80,7 +116,13 @@ class GatedMLP(nnx.Module):
         self.down = Linear(hidden, features, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(_gated(self.gate(x), self.up(x)))
+
+
+@jax.checkpoint
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Only gate and up are kept for the gradient: silu's parts cost as much to write and read as to compute again."""
+    return jax.nn.silu(gate) * up
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -140,7 +140,8 @@ def by_heads(x):
 
 
 def by_positions(x):
-    return PartitionSpec(None, "data") if has_batch(x) and x.shape[1] % 2 == 0 else PartitionSpec()
+    is_sharded = has_batch(x) and x.ndim > 1 and x.shape[1] % 2 == 0
+    return PartitionSpec(None, "data") if is_sharded else PartitionSpec()
 
 
 LAYOUTS = {"batch": by_batch, "heads": by_heads, "positions": by_positions}

@@ -9,6 +9,36 @@ from attnlab import nn
 from attnlab.nn.layers import LayerNorm, depthwise_convolution, grid_positions
 
 
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(3, 5), (5, 3), (4, (2, 3)), ((2, 4), 3)], ids=["widens", "narrows", "heads", "of heads"]
+)
+def test_a_linear_layer_has_the_derivatives_of_its_product(inputs, outputs):
+    """In both modes, of the second order, and per example; the kernel's gradient has a rule of its own."""
+    layer = nn.Linear(inputs, outputs)
+    kernel = nn.initialize(layer, jax.random.key(0))["kernel"]
+    x = jax.random.normal(jax.random.key(1), (2, 7, *np.atleast_1d(inputs)))
+
+    def ours(x, kernel):
+        return jnp.sin(nn.bind(layer, {"kernel": kernel})(x)).sum()
+
+    def plain(x, kernel):
+        return jnp.sin(jnp.tensordot(x, kernel, axes=x.ndim - 2)).sum()
+
+    along = (jnp.cos(x), jnp.cos(kernel))
+    for transform in (
+        lambda f: f,
+        lambda f: jax.grad(f, (0, 1)),
+        lambda f: jax.grad(f, 1),
+        lambda f: lambda *at: jax.jvp(f, at, along)[1],
+        lambda f: lambda *at: jax.jvp(jax.grad(f, (0, 1)), at, along)[1],
+        lambda f: lambda x, kernel: jax.vmap(jax.grad(f, (0, 1)), (0, None))(x[:, None], kernel),
+    ):
+        expected = jax.jit(transform(plain))(x, kernel)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), jax.jit(transform(ours))(x, kernel), expected
+        )
+
+
 def test_rotary_scores_depend_on_distance_alone():
     query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 2, 16))
 
