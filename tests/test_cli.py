@@ -103,6 +103,7 @@ def test_sample_continues_the_text_of_a_run(tmp_path, capsys):
     assert out.read_text() == text
 
 
+@pytest.mark.slow  # the fast tests hold it of the task, in train/tasks/test_pixel_tasks.py
 def test_a_run_on_images_leaves_a_picture_and_sample_draws_others(tmp_path, capsys):
     tiny = ["AxialTransformer.features=8", "AxialTransformer.inner_layers=1", "STEPS=2", "Experiment.batch_size=4"]
     options = [f"--gin.{option}" for option in (*tiny, "OptimizerOptions.warmup_steps=1")]

@@ -66,7 +66,7 @@ def compare_sweeps(folder, untouched):
 
 def test_a_train_run(folder, untouched):
     kill_and_continue(
-        folder, random.Random(1), TRAIN, 5, lambda: commands.assert_equal_runs(folder / "run", untouched / "train")
+        folder, random.Random(1), TRAIN, 3, lambda: commands.assert_equal_runs(folder / "run", untouched / "train")
     )
 
 

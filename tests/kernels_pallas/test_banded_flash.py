@@ -66,7 +66,6 @@ CASES = {  # length, options of local_attention, options of draw_arrays; tiles o
 
 # Cases whose values, and whose gradients too, are looked at in every run of the tests.
 QUICK_VALUES = ("causal bfloat16", "sinks")
-QUICK = ("segments, sinks",)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -127,8 +126,9 @@ def test_runs_give_the_same_bits_under_jit_and_not(interpreted):
         assert np.array_equal(a, b)
 
 
+@pytest.mark.slow  # the fast tests hold it of the catalog's rows, in test_mechanisms.py
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("case", slow_but(QUICK, CASES))
+@pytest.mark.parametrize("case", CASES)
 def test_gradients_equal_the_reference_s(case, interpreted):
     attend, (query, key, value), tolerance = draw_case(case)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(*query.shape[:-1], value.shape[-1])), jnp.float32)

@@ -146,6 +146,7 @@ def test_a_linear_step_equals_plain_jax_s(case, interpreted):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
 
 
+@pytest.mark.slow  # they are the xla form's, of which the fast tests hold them
 def test_a_linear_step_has_gradients(interpreted):
     step, state, tokens = linear(decay="token", delta=True)
 

@@ -209,6 +209,7 @@ def test_dropout_is_decided_by_the_key():
     assert np.mean(np.abs(dropped(0) - dropped(1))) > 0.01
 
 
+@pytest.mark.slow  # the fast tests hold it of the language model, in test_models.py
 def test_recomputing_changes_no_gradient():
     images = draw(SIZES["gray"], 2)
 

@@ -295,9 +295,8 @@ HOWS = {
 # One model with most of what models do, and buffers where they matter.
 LEFT_OUT = {"nans", "leaks", "forward_derivative", "shard_map", "automatic_axes"}
 # Held of mechanisms in test_contract.py, and of recomputation in test_models.py.
-LEFT_OUT |= {"vmap", "loop_and_recomputation"}
+LEFT_OUT |= {"vmap", "loop_and_recomputation", "wide_types"}
 QUICK = {("softmax_convolved alone", how) for how in set(HOWS) - LEFT_OUT}
-QUICK |= {("routing_global alone", "leaks")}
 
 
 @pytest.mark.parametrize("row", slow_but(QUICK, list(itertools.product(MODELS, HOWS))), ids=", ".join)

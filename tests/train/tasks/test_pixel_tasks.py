@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 
 from attnlab import data, models, nn
 from attnlab.train import AxialImageTask, RasterImageTask
@@ -121,7 +122,7 @@ def test_models_of_other_levels_are_refused(make):
         jax.eval_shape(lambda: task.loss(nn.bind(model, nn.initialize(model, jax.random.key(0))), batch, key=None))
 
 
-@pytest.mark.parametrize("make", [axial, raster])
+@pytest.mark.parametrize("make", slow_but([raster], [axial, raster]))
 def test_a_picture_has_validation_images_over_samples(make, tmp_path):
     from matplotlib.image import imread
 
