@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attnlab import __version__, signals
-from attnlab.errors import RunError, UserError, missing_package, out_of_memory
+from attnlab.errors import RunError, UserError, missing_package, out_of_memory, own_place
 
 _EPILOG = """\
 Options of a config are set with --gin.NAME=VALUE, where NAME is a macro or Class.option:
@@ -67,6 +67,8 @@ def _explained(error: Exception) -> tuple[str | None, int]:
         return f"{error.filename or 'a file'}: {error.strerror or error}", 1
     if out_of_memory(error):
         return f"out of memory ({' '.join(str(error).split())[:100]})", 1
+    if place := own_place(error):  # a mixer of one's own, say, in decoding
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}", 1
     return None, 1
 
 

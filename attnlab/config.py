@@ -13,7 +13,6 @@ import os
 import re
 import sys
 import tokenize
-import traceback
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +26,7 @@ from gin import config_parser
 from gin.config_parser import ImportStatement
 
 from attnlab import data, models, nn, train
-from attnlab.errors import UserError, is_installed, missing_package
+from attnlab.errors import UserError, missing_package, own_place
 
 # What they offer can be named by overrides without an import. Anything else a file imports itself, ablate among it.
 _PACKAGES = (data, models, nn, train)
@@ -209,7 +208,7 @@ def _parsed(sources: Sequence[str], overrides: Sequence[str], trusts: bool) -> I
     except UserError as error:
         raise UserError(_explained(error)) from error  # gin may have added lines of its own
     except Exception as error:
-        place = _own_place(error)
+        place = own_place(error)
         if isinstance(error, _MISTAKES):
             raise UserError(f"config: {_explained(error)}{place}") from error
         if place:  # of another type, which says what the text may not
@@ -438,7 +437,7 @@ def _explained(error: Exception) -> str:
     if absent:
         places = "looked for beside the config, in the current folder and on Python's path"
         return f"no module {absent.group(1)}; {places}{_location(text)}"
-    if isinstance(error, RecursionError) and not _own_place(error):
+    if isinstance(error, RecursionError) and not own_place(error):
         return "files include one another in a circle, or a macro stands for itself"
     word = re.search(r"Failed to parse token '(\w+)'", text)
     if word:
@@ -466,18 +465,6 @@ def _explained(error: Exception) -> str:
         accepted = list(_parameters(owner))
         return f"{owner.rpartition('.')[2]} has no option {option!r}{_nearest(option, accepted)}{_location(text)}"
     return text
-
-
-def _own_place(error: Exception) -> str:
-    """Where in a user's own module it was raised, or what raised it was called; "" where no such module took part."""
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    places = [(frame.f_code.co_filename, frame.f_lineno) for frame in frames]
-    own = [(file, line) for file, line in places if os.path.isfile(file) and not _is_library(Path(file))]
-    return ", at {}:{}".format(*own[-1]) if own else ""
-
-
-def _is_library(path: Path) -> bool:
-    return path.is_relative_to(Path(__file__).parent) or is_installed(path)
 
 
 def _location(text: str) -> str:

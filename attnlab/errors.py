@@ -1,7 +1,9 @@
-"""The exceptions that the command line prints as one line, and what to do about a package that is missing."""
+"""The exceptions that the command line prints as one line, and what that line says of what lies outside attnlab."""
 
 import json
+import os
 import sysconfig
+import traceback
 from importlib import metadata
 from pathlib import Path
 
@@ -30,6 +32,18 @@ def is_installed(path: Path) -> bool:
     return path.is_relative_to(sysconfig.get_path("stdlib")) or not {"site-packages", "dist-packages"}.isdisjoint(
         path.parts
     )
+
+
+def own_place(error: Exception) -> str:
+    """Where in a user's own module it was raised, or what raised it was called; "" where no such module took part."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    places = [(frame.f_code.co_filename, frame.f_lineno) for frame in frames]
+    own = [(file, line) for file, line in places if os.path.isfile(file) and not _is_library(Path(file))]
+    return ", at {}:{}".format(*own[-1]) if own else ""
+
+
+def _is_library(path: Path) -> bool:
+    return path.is_relative_to(Path(__file__).parent) or is_installed(path)
 
 
 def missing_package(module: str) -> str:

@@ -420,6 +420,24 @@ def test_a_mixer_of_ones_own_without_a_cache_trains_and_is_reported(tmp_path, ca
     assert (tmp_path / "pictures" / "mine.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_a_mixer_of_ones_own_that_fails_in_decoding_is_one_line(tmp_path, capsys, monkeypatch):
+    """With its place; the run itself ends well, and says why it has no samples."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    module = tmp_path / "fails_late.py"
+    cached = "    def init_mechanism_cache(self, batch, max_length):\n        return ()\n\n"
+    step = "    def mechanism_step(self, cache, query, key, value, x):\n        return {}['nothing']\n"
+    module.write_text(f"{MINE.rstrip()}\n\n{cached}{step}")
+    imports = "from __gin__ import dynamic_registration\nimport fails_late\n"
+    (tmp_path / "late.gin").write_text(f"{imports}MIXERS = [@fails_late.Mine]\n")
+    assert cli.main(["train", LM, "late.gin", "--workdir", "run", *TINY]) == 0
+    capsys.readouterr()
+    assert cli.main(["sample", "run", "--trust"]) == 1
+    line = len(module.read_text().splitlines())
+    assert capsys.readouterr().err.splitlines()[-1] == f"attnlab: KeyError: 'nothing', at {module}:{line}"
+
+
 def test_samples_go_into_a_folder_that_is_made_or_named(tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "new" / "folder" / "texts.txt"
     assert cli.main(["train", LM, "--workdir", str(run), *TINY]) == 0

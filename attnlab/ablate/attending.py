@@ -65,11 +65,7 @@ def read_attending(folder: Path) -> dict[str, Any] | None:
     """
     try:
         kept = json.loads((folder / "attending.json").read_bytes())
-    except (
-        FileNotFoundError,
-        ValueError,
-        RecursionError,
-    ):  # a damaged one is as good as none: `attend` writes it again
+    except (FileNotFoundError, ValueError, RecursionError):  # damaged is as good as none: `attend` writes it again
         return None
     return printable(kept) if _is_whole(kept) else None
 

@@ -65,7 +65,7 @@ def holder(folder: Path, name: str) -> str:
 def is_fading(folder: Path, name: str) -> bool:
     """Whether the claim looks stale, so that watching it for WATCHED_FOR will tell."""
     try:
-        return _age(folder / f"{name}.{_newest(folder, name)}") > STALE_AFTER
+        return _looks_stale(folder / f"{name}.{_newest(folder, name)}")
     except OSError:
         return False
 
@@ -141,13 +141,14 @@ def _is_abandoned(path: Path) -> bool:
     if seen != renewed:
         since = now
     _watched[path] = (renewed, since)
-    return now - since > STALE_AFTER or (now - since > WATCHED_FOR and _age(path) > STALE_AFTER)
+    return now - since > STALE_AFTER or (now - since > WATCHED_FOR and _looks_stale(path))
 
 
-def _age(path: Path) -> float:
-    """Seconds since the claim was renewed, by the folder's own clock, as hosts' clocks differ."""
+def _looks_stale(path: Path) -> bool:
+    """By the folder's own clock, as hosts' clocks differ. One from the future is as odd as an old one: a clock was
+    set back since."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix="clock-") as probe:
-        return os.stat(probe.name).st_mtime - path.stat().st_mtime
+        return abs(os.stat(probe.name).st_mtime - path.stat().st_mtime) > STALE_AFTER
 
 
 def _machine() -> str:

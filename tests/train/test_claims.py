@@ -75,8 +75,13 @@ def taken_after(folder, seconds=3.0):
     return None
 
 
-def test_a_stale_one_is_taken_over_by_one(tmp_path, quick_watch):
-    leave_claim(tmp_path, machine="another", age=1000)
+@pytest.mark.parametrize("age", [1000, -1000], ids=["old", "from the future"])
+@pytest.mark.parametrize("is_empty", [False, True], ids=["whole", "not written"])
+def test_a_stale_one_is_taken_over_by_one(tmp_path, quick_watch, age, is_empty):
+    path = leave_claim(tmp_path, machine="another")
+    if is_empty:
+        path.write_text("")
+    os.utime(path, (time.time() - age, time.time() - age))
     assert claims.is_fading(tmp_path, "run")
     with claims.claim(tmp_path, "run") as at_once:
         assert not at_once  # the clock may have been set
