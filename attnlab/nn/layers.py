@@ -36,40 +36,39 @@ class Linear(nnx.Module):
         self.bias = parameter(self.outputs, zeros) if check_bool("use_bias", use_bias) else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = _contract(x.astype(self.dtype), self.kernel[...].astype(self.dtype), len(self.inputs))
+        leading, sizes = x.shape[: x.ndim - len(self.inputs)], (math.prod(self.inputs), math.prod(self.outputs))
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        y = _product(x.reshape(*leading, sizes[0]), kernel.reshape(sizes)).reshape(*leading, *self.outputs)
         return y if self.bias is None else y + along(self.bias[...].astype(self.dtype), y)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _contract(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
-    """x [*leading, *inputs], kernel [*inputs, *outputs] -> [*leading, *outputs]; `axes` of the inputs.
+@jax.custom_jvp
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [*leading, inputs], kernel [inputs, outputs] -> [*leading, outputs].
 
     The kernel's gradient is a product over the tokens, for which XLA on a CPU writes one factor anew, transposed. By
     JAX's own rule that is dy; here it is the narrower of x and dy, and x only once for all kernels that read it.
     """
-    return jnp.tensordot(x, kernel, axes=axes)
+    return x @ kernel
 
 
-@functools.partial(_contract.defjvp, symbolic_zeros=True)
-def _(axes: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+@functools.partial(_product.defjvp, symbolic_zeros=True)
+def _(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
     x, kernel = primals
     x_tangent, kernel_tangent = (None if isinstance(t, SymbolicZero) else t for t in tangents)
-    y = _contract(x, kernel, axes)
-
-    def of_kernel(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jnp.tensordot(x, kernel, axes=axes)
+    y = _product(x, kernel)
 
     def transpose(x: jax.Array, y_cotangent: jax.Array) -> jax.Array:
-        leading = tuple(range(x.ndim - axes))
-        if math.prod(x.shape[-axes:]) > math.prod(y_cotangent.shape[x.ndim - axes :]):
-            return jnp.moveaxis(jnp.tensordot(y_cotangent, x, axes=(leading, leading)), range(-axes, 0), range(axes))
-        return jnp.tensordot(x, y_cotangent, axes=(leading, leading))
+        tokens = tuple(range(x.ndim - 1))
+        if x.shape[-1] > y_cotangent.shape[-1]:
+            return jnp.tensordot(y_cotangent, x, axes=(tokens, tokens)).T
+        return jnp.tensordot(x, y_cotangent, axes=(tokens, tokens))
 
     changes = []
     if x_tangent is not None:
-        changes.append(jnp.tensordot(x_tangent, kernel, axes=axes))
+        changes.append(x_tangent @ kernel)
     if kernel_tangent is not None:
-        changes.append(tangent_call(of_kernel, transpose, y, x, kernel_tangent))
+        changes.append(tangent_call(jnp.matmul, transpose, y, x, kernel_tangent))
     return y, sum(changes[1:], changes[0])
 
 
