@@ -1,4 +1,4 @@
-"""The exceptions that the command line prints as one line, and what that line says of what lies outside attnlab."""
+"""The exceptions that the command line prints as one line, and what they need to know of what lies outside attnlab."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import sysconfig
 import traceback
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -25,6 +26,14 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
     )
+
+
+def parse_json(text: str | bytes) -> Any:
+    """json.loads, whose only error is a ValueError: also of what is nested more deeply than Python reads."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def is_installed(path: Path) -> bool:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from attnlab import nn
 from attnlab.ablate.results import mean_of_known, printable
+from attnlab.errors import parse_json
 from attnlab.models.blocks import Block, Stack
 from attnlab.train import Experiment, LanguageTask, restore_values
 from attnlab.train.workdir import last_step, replace_text
@@ -64,8 +65,8 @@ def read_attending(folder: Path) -> dict[str, Any] | None:
     and "entropy": one number per head, None for one that sees nothing}; a map is {"shape", "base64": of uint8}.
     """
     try:
-        kept = json.loads((folder / "attending.json").read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):  # damaged is as good as none: `attend` writes it again
+        kept = parse_json((folder / "attending.json").read_bytes())
+    except (FileNotFoundError, ValueError):  # a damaged one is as good as none: `attend` writes it again
         return None
     return printable(kept) if _is_whole(kept) else None
 

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from attnlab.errors import is_installed
+from attnlab.errors import is_installed, parse_json
 from attnlab.train.workdir import read_result, replace_text
 
 _OURS = ("attnlab", "kernels_pallas")
@@ -154,7 +154,7 @@ def read_machine(path: Path) -> dict[str, Any] | None:
 def _facts(path: Path) -> dict[str, Any] | None:
     """A file's JSON object; None for a file that is not there or holds none."""
     try:
-        facts = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):
+        facts = parse_json(path.read_bytes())
+    except (FileNotFoundError, ValueError):
         return None
     return facts if isinstance(facts, dict) else None

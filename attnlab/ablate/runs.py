@@ -24,7 +24,7 @@ from attnlab import nn, signals
 from attnlab.ablate.attending import attend
 from attnlab.ablate.plan import Plan, Run
 from attnlab.ablate.results import are_rows
-from attnlab.errors import OwnedError, RunError, UserError
+from attnlab.errors import OwnedError, RunError, UserError, parse_json
 from attnlab.train import Experiment, train
 from attnlab.train.claims import claim, forget
 from attnlab.train.step import loss_shapes
@@ -230,8 +230,8 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"report: {workdir} has no results.jsonl; give the folder of an ablation (`attnlab ablate`)")
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-    except (ValueError, RecursionError) as error:
+        rows = [parse_json(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
         reason = f"is not JSON lines ({error})"
     else:
         if are_rows(rows):

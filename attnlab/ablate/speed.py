@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from attnlab.ablate.plan import Plan
 from attnlab.ablate.results import Row, arms_of, finished
+from attnlab.errors import parse_json
 from attnlab.train import Experiment
 from attnlab.train.claims import claim
 from attnlab.train.memory import memory
@@ -76,7 +77,7 @@ def with_speed(rows: Sequence[Row], workdir: Path) -> list[Row]:
 def _kept(workdir: Path, first: Mapping[str, Row]) -> dict[str, Any] | None:
     """What speed.json holds, if it is whole and of these very runs, first by arm."""
     try:
-        kept = json.loads((workdir / "speed.json").read_bytes())
+        kept = parse_json((workdir / "speed.json").read_bytes())
         arms = kept["arms"]
         is_whole = isinstance(kept["device"], str) and all(
             arms[arm]["run"] == row.get("run")
@@ -84,7 +85,7 @@ def _kept(workdir: Path, first: Mapping[str, Row]) -> dict[str, Any] | None:
             and all(math.isfinite(speed) and speed > 0 for speed in arms[arm]["items_per_second"])
             for arm, row in first.items()
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return kept if is_whole else None
 

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from attnlab.errors import parse_json
+
 RENEWED_EVERY = 15.0  # seconds
 STALE_AFTER = 120.0  # seconds without renewal after which the holder counts as gone
 # Seconds for which a claim that looks stale by the folder's clock is watched: that clock may have been set.
@@ -121,8 +123,8 @@ def _text(path: Path) -> str | None:
 def _facts(text: str) -> dict[str, Any]:
     """The holder; empty for a claim that is not written yet, or damaged."""
     try:
-        facts = json.loads(text)
-    except (ValueError, RecursionError):
+        facts = parse_json(text)
+    except ValueError:
         return {}
     return facts if isinstance(facts, dict) and {"machine", "host", "pid"} <= facts.keys() else {}
 

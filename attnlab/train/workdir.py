@@ -31,7 +31,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from attnlab.errors import OwnedError, RunError, UserError
+from attnlab.errors import OwnedError, RunError, UserError, parse_json
 from attnlab.train.claims import claim, holder, is_fading
 from attnlab.train.integrity import examine
 
@@ -413,8 +413,8 @@ def _unwritable(path: Path, error: OSError) -> UserError:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
         raise UserError(f"workdir: {path} is not JSON ({error}); move it away, or give another --workdir") from error
 
 
