@@ -57,11 +57,13 @@ def claim(folder: Path, name: str) -> Iterator[bool]:
 
 def holder(folder: Path, name: str) -> str:
     """Who has the claim, for people."""
-    try:
-        facts = _facts((folder / f"{name}.{_newest(folder, name)}").read_text())
-    except OSError:
-        facts = {}
-    return f"process {facts['pid']} on {facts['host']}" if facts else "another process"
+    for _ in range(10):
+        with contextlib.suppress(OSError):
+            facts = _facts((folder / f"{name}.{_newest(folder, name)}").read_text())
+            if facts:
+                return f"process {facts['pid']} on {facts['host']}"
+        time.sleep(0.1)  # its holder creates the file a moment before writing this
+    return "another process"
 
 
 def is_fading(folder: Path, name: str) -> bool:

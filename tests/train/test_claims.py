@@ -56,6 +56,15 @@ def test_one_that_is_not_written_yet_is_respected(tmp_path):
         assert not ours
 
 
+def test_the_holder_of_one_that_is_not_written_yet_is_waited_for(tmp_path):
+    path = leave_claim(tmp_path)
+    written = path.read_text()
+    path.write_text("")
+    assert claims.holder(tmp_path, "run") == "another process"
+    threading.Timer(0.3, path.write_text, [written]).start()
+    assert claims.holder(tmp_path, "run") == f"process {os.getpid()} on h"
+
+
 @pytest.fixture
 def quick_watch(monkeypatch):
     """Claims of other machines are watched for a tenth of a second, and for half of one where they look fresh."""
