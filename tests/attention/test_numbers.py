@@ -39,34 +39,61 @@ HIDDEN = {
 _KINDS = {"dot_product, causal, later", "local, causal, own segment", "linear, gated delta rule, own segment"}
 
 
+def _spoilt(x, hidden, number):
+    """An array of tokens with the number in the hidden ones."""
+    if getattr(x, "shape", ())[:2] != hidden.shape:
+        return x
+    return np.where(hidden.reshape(*hidden.shape, *[1] * (x.ndim - 2)), np.float32(number), x)
+
+
+def _check_gradients_of_what_is_shown(loss, arrays, hidden):
+    """loss: arrays -> (number, output) of what is shown. With NaN or infinity in the hidden tokens, the output and the
+    gradients of the others are what they were, and those of the hidden are finite."""
+    run = jax.jit(jax.grad(loss, has_aux=True, allow_int=True))
+    want, expected = run(arrays)
+    for number in (np.nan, np.inf):
+        got, out = run({argument: _spoilt(x, hidden, number) for argument, x in arrays.items()})
+        np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            if x.dtype == jax.dtypes.float0:
+                continue
+            assert np.all(np.isfinite(x))
+            if x.shape[:2] == hidden.shape:
+                x, y = x[~hidden], y[~hidden]
+            np.testing.assert_allclose(x, y, rtol=0, atol=5e-5 * max(1, np.abs(y).max()))
+
+
 @pytest.mark.parametrize("form", slow_but(["xla"], FORMS))
 @pytest.mark.parametrize("case", slow_but(_KINDS, HIDDEN))
 def test_what_is_not_finite_reaches_nobody_who_does_not_see_it(case, form):
     """NaN and infinities in every array of hidden tokens: outputs and gradients of the others are what they were."""
     name, which, options = HIDDEN[case]
     mechanism, hidden = MECHANISMS[name], OTHERS[which]
-    arrays = mechanism.inputs()
-
-    def spoilt(x, number):
-        if getattr(x, "shape", ())[:2] != hidden.shape:
-            return x
-        return np.where(hidden.reshape(*hidden.shape, *[1] * (x.ndim - 2)), np.float32(number), x)
 
     def loss(arrays):
-        out = mechanism(arrays, form, **options)
-        shown = jnp.where(hidden[:, :, None, None], 0, out)
+        shown = jnp.where(hidden[:, :, None, None], 0, mechanism(arrays, form, **options))
         return jnp.sum(shown**2), shown
 
-    run = jax.jit(jax.grad(loss, has_aux=True))
-    want, expected = run(arrays)
-    for number in (np.nan, np.inf):
-        got, out = run({argument: spoilt(x, number) for argument, x in arrays.items()})
-        np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
-        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            assert np.all(np.isfinite(x))
-            if x.shape[:2] == hidden.shape:
-                x, y = x[~hidden], y[~hidden]
-            np.testing.assert_allclose(x, y, rtol=0, atol=5e-5 * max(1, np.abs(y).max()))
+    _check_gradients_of_what_is_shown(loss, mechanism.inputs(), hidden)
+
+
+@pytest.mark.parametrize("case", slow_but({"dot_product, causal, later"}, HIDDEN))
+def test_nor_does_it_by_a_second_derivative(case):
+    name, which, options = HIDDEN[case]
+    mechanism, hidden = MECHANISMS[name], OTHERS[which]
+    arrays, random = mechanism.inputs(), np.random.default_rng(0)
+    floating = [argument for argument, x in arrays.items() if getattr(x, "dtype", None) == np.float32]
+    tangents = {argument: random.normal(size=arrays[argument].shape).astype(np.float32) for argument in floating}
+
+    def loss(arrays):
+        def attend(along):
+            return mechanism(arrays | along, "xla", **options)
+
+        along = {argument: arrays[argument] for argument in floating}
+        shown = jnp.where(hidden[:, :, None, None], 0, jax.jvp(attend, (along,), (tangents,))[1])
+        return jnp.sum(shown**2), shown
+
+    _check_gradients_of_what_is_shown(loss, arrays, hidden)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -25,13 +25,12 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from attnlab.attention._dispatch.deferred import tangent_call
-from attnlab.attention._shared.finite import are_finite, finite_or_zero, is_spoilt
+from attnlab.attention._shared.finite import finite_or_zero
 from attnlab.attention._shared.softmax import softmax_parts
 
 Array = jax.Array
 
 _TILE = 512  # queries or keys of a tile, at most
-_SHORT = 128  # queries and keys of what is attended to at once, its softmax weights kept for the gradient, at most
 _ROWS = 128  # queries of one of _by_rows' blocks, at most
 
 
@@ -60,8 +59,6 @@ def tiled_attention(inputs: Inputs, sees: Sees, *, is_causal: bool) -> tuple[Arr
 
     Complexity: O(T S) time, O(T + S) memory.
     """
-    if max(inputs.query.shape[3], inputs.key.shape[2]) <= min(_SHORT, _TILE):
-        return _at_once(inputs, sees, is_causal)
 
     @jax.custom_jvp
     def attend(inputs: Inputs, sees: Sees) -> tuple[Array, Array]:
@@ -359,32 +356,6 @@ def _forward(inputs: Inputs, sees: Sees, is_causal: bool) -> tuple[Array, Array]
     return _each(row, (3, 3), grid.rows)
 
 
-def _at_once(inputs: Inputs, sees: Sees, is_causal: bool) -> tuple[Array, Array]:
-    """One short tile, differentiated by JAX."""
-    grid = _grid(inputs, sees, is_causal)
-    inputs, sees = _padded(grid, inputs, sees)
-    query, key, value = _rows(inputs.query, grid, 0), inputs.key, inputs.value
-    bias, visible = _bias_and_visible(grid, inputs, sees, 0, 0, bool(grid.edge[0, 0]))
-
-    def none(query: Array, *_: Any) -> Array:
-        return jnp.zeros_like(query[..., :1], bool)
-
-    def spoilt(query: Array, key: Array, value: Array, visible: Array | None) -> Array:
-        of_keys = (is_spoilt(key) | is_spoilt(value))[:, :, None]
-        seen = of_keys if visible is None else of_keys & visible
-        return is_spoilt(query)[..., None] | seen.any(-1, keepdims=True)
-
-    is_nan = lax.cond(
-        are_finite(query, key, value), none, spoilt, *map(lax.stop_gradient, (query, key, value)), visible
-    )
-    logits = jnp.einsum("BKRH,BKSH->BKRS", finite_or_zero(query), finite_or_zero(key))
-    logits = logits if bias is None else logits + bias
-    numerators, denominator, lse = softmax_parts(logits, True if visible is None else visible)
-    out = jnp.einsum("BKRS,BKSV->BKRV", numerators / denominator, finite_or_zero(value))
-    out, lse = jnp.where(is_nan, jnp.nan, out), jnp.where(is_nan[..., 0], jnp.nan, lse)
-    return _by_head(out, grid), _by_head(lse, grid)
-
-
 # --- Derivatives ------------------------------------------------------------------------------------------------------
 
 
@@ -518,8 +489,12 @@ def _transpose(
 
 
 def _by_rows(inputs: Inputs, sees: Sees, is_causal: bool) -> tuple[Array, Array]:
-    """The same in plain JAX, a block of queries at a time: what is differentiated twice."""
-    query, key, value, bias = inputs
+    """The same in plain JAX, a block of queries at a time: what is differentiated twice.
+
+    Of finite numbers: NaN came with the first results, and times a zero cotangent would reach the keys of others.
+    """
+    query, key, value = map(finite_or_zero, inputs[:3])
+    bias = inputs.bias
     mask, query_ids, key_ids = sees
     queries, keys = query.shape[3], key.shape[2]
     # Of causal attention, each part of the queries leaves out the keys after its last one.
