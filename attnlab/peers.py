@@ -21,6 +21,7 @@ import numpy as np
 import attnlab
 from attnlab import data, models, nn, train
 from attnlab.train import step as steps
+from attnlab.train.mesh import placed
 
 Call = Callable[[], Any]
 
@@ -185,7 +186,10 @@ def _agents(length: int) -> Pairs:
 
 
 def _training(length: int) -> Pairs:
-    """Ten training steps in nanoGPT's setting for a CPU, beside an equal model of PyTorch, eager and compiled."""
+    """Ten training steps in nanoGPT's setting for a CPU, beside an equal model of PyTorch, eager and compiled.
+
+    JAX's devices share the batch, as the mesh train.Mesh(data=-1) has a run do it.
+    """
     torch = _torch()
     own = _training_step()
     eager = _torch_step(torch, compiled=False)
@@ -199,9 +203,11 @@ def _training_step() -> Call:
     task = train.LanguageTask(corpus, sequence_length=_TOKENS)
     model = models.LanguageModel(vocabulary=_VOCABULARY, mixers=[nn.SoftmaxAttention], depth=_DEPTH, features=_FEATURES)
     optimizer, key = steps.make_optimizer(train.OptimizerOptions(), 10**6), jax.random.key(0)
-    state = steps.initial_state(model, task, _BATCH, optimizer, key)
-    step = steps.make_step(model, task, optimizer, key)
-    batch = {"tokens": jax.random.randint(key, (_BATCH, _TOKENS + 1), 0, _VOCABULARY)}
+    mesh = train.Mesh(data=-1).build()
+    state = steps.initial_state(model, task, _BATCH, optimizer, key, mesh)
+    step = steps.make_step(model, task, optimizer, key, mesh)
+    tokens = jax.random.randint(key, (_BATCH, _TOKENS + 1), 0, _VOCABULARY)
+    batch = placed({"tokens": tokens}, mesh)
 
     def call() -> None:
         nonlocal state

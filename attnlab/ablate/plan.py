@@ -13,6 +13,7 @@ from attnlab.ablate.matching import Match, closest, cost_of
 from attnlab.ablate.sweep import Ablation
 from attnlab.errors import UserError
 from attnlab.train import Experiment
+from attnlab.train.mesh import without_mesh
 from attnlab.train.step import validation_metrics
 
 # What a run gave, by the run's digest.
@@ -134,7 +135,7 @@ class Plan:
                 "train.Experiment.optimizer = @train.OptimizerOptions()"
             )
         data, code = experiment.task.describe(), cache.code_version(built.modules)
-        digest = cache.digest({"config": built.values, "data": data, "code": code})
+        digest = cache.digest({"config": without_mesh(built.values), "data": data, "code": code})
         name = f"{arm}-seed{seed}" + ("" if rate is None else f"-rate{rate:g}")
         return Run(arm, name, experiment, built, data, code, digest)
 

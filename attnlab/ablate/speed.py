@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from attnlab.ablate.plan import Plan
 from attnlab.ablate.results import Row, arms_of, finished
@@ -20,6 +19,7 @@ from attnlab.errors import parse_json
 from attnlab.train import Experiment
 from attnlab.train.claims import claim
 from attnlab.train.memory import memory
+from attnlab.train.mesh import placed
 from attnlab.train.step import initial_state, make_optimizer, make_step
 from attnlab.train.workdir import replace_text
 
@@ -126,9 +126,10 @@ def _timer(experiment: Experiment) -> Callable[[], float]:
     """Compiles an experiment's step; each call of what this gives then takes some steps, and gives items per second."""
     model, task, batch_size = experiment.model, experiment.task, experiment.batch_size
     optimizer, key = make_optimizer(experiment.optimizer, experiment.steps), jax.random.key(experiment.seed)
-    state = initial_state(model, task, batch_size, optimizer, key)
-    batch = jax.tree.map(jnp.asarray, next(iter(task.batches("train", batch_size, experiment.seed))))
-    step = make_step(model, task, optimizer, key)
+    mesh = experiment.mesh.build()
+    state = initial_state(model, task, batch_size, optimizer, key, mesh)
+    batch = placed(next(iter(task.batches("train", batch_size, experiment.seed))), mesh)
+    step = make_step(model, task, optimizer, key, mesh)
     items = batch_size * task.costs(model)["units"]
 
     def run(steps: int) -> float:

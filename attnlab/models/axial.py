@@ -29,7 +29,7 @@ from attnlab.attention import (
 from attnlab.attention._shared.checks import check_bool, check_dtype, check_float, check_int, check_ints, check_sizes
 from attnlab.nn.layers import LayerNorm, Linear, along, dropout
 from attnlab.nn.parameters import normal, parameter, zeros
-from attnlab.nn.sharding import spec_of, under_auto_axes, varying_as
+from attnlab.nn.sharding import laid, spec_of, under_auto_axes, varying_as
 
 Array = jax.Array
 # Chooses tokens [B] from the logits [B, levels] of a position, whose number in raster order is given.
@@ -435,8 +435,8 @@ def _run(layers: nnx.List, x: Array, *, key: Array | None, remat: bool) -> Array
         block_key = None if key is None else jax.random.fold_in(key, number)
         apply = functools.partial(block.__call__, key=block_key)
         # Not nnx's remat, which cannot run inside the loop over channels; nothing in a block changes as it runs.
-        x = (jax.checkpoint(apply) if remat else apply)(x)
-    return x
+        x = (jax.checkpoint(apply) if remat else apply)(laid(x, "BT.."))
+    return laid(x, "BT..")
 
 
 def _stack_key(key: Array | None, stack: int) -> Array | None:

@@ -12,6 +12,7 @@ from attnlab.attention._shared.checks import check_bool, check_dtype, check_floa
 from attnlab.nn.layers import GatedMLP, RMSNorm, dropout
 from attnlab.nn.mixers.base import Attention, MixerCache, MixerFactory
 from attnlab.nn.parameters import absorb, as_function
+from attnlab.nn.sharding import laid
 from attnlab.nn.signatures import show_shared_options
 
 # Layers are unrolled: each takes its time to trace and to compile.
@@ -114,7 +115,9 @@ class Stack(nnx.Module):
         def apply(block: Block, x: jax.Array, key: jax.Array | None) -> jax.Array:
             return block(x, segment_ids=segment_ids, key=key)
 
+        layout = "BT" + "." * (x.ndim - 2)
         for layer, block in enumerate(self.layers):
+            x = laid(x, layout)
             block_key = None if key is None else jax.random.fold_in(key, layer)
             if self.remat:
                 function, state = as_function(apply, block)
@@ -122,7 +125,7 @@ class Stack(nnx.Module):
                 absorb(block, learned)
             else:
                 x = apply(block, x, block_key)
-        return x
+        return laid(x, layout)
 
     def stack_flops(self, space: tuple[int, ...]) -> int:
         """Floating-point operations of matrix products (2 per multiply-add) in the blocks, forward, for one example."""

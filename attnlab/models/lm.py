@@ -11,7 +11,7 @@ from attnlab.models.blocks import Stack
 from attnlab.nn.layers import document_positions, dropout
 from attnlab.nn.mixers.base import MixerCache
 from attnlab.nn.parameters import normal, parameter
-from attnlab.nn.sharding import spec_of, specs_of, under_auto_axes, varying_as
+from attnlab.nn.sharding import laid, spec_of, specs_of, under_auto_axes, varying_as
 
 # Folded into the dropout key; the layers fold in their number, so that a layer's dropout does not depend on depth.
 _EMBEDDING_DROPOUT = 2**31
@@ -72,18 +72,19 @@ class LanguageModel(Stack):
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """tokens [B, T], positions [B or 1, T] -> [B, T, D]."""
-        x = self.embedding[...][tokens]
+        x = laid(self.embedding[...], "V.")[tokens]
         if self.positions is not None:
             x = x + self.positions[...].at[positions].get(mode="fill", fill_value=jnp.nan)
         return x.astype(self.dtype)
 
     def _logits(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum(
+        logits = jnp.einsum(
             "BTD,VD->BTV",
             self.norm(x),
-            self.embedding[...].astype(self.dtype),
+            laid(self.embedding[...].astype(self.dtype), "V."),
             preferred_element_type=jnp.float32,
         )
+        return laid(logits, "BTV")
 
     def init_cache(self, batch: int, max_length: int) -> list[MixerCache]:
         """An empty cache for decoding up to max_length tokens."""

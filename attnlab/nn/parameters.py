@@ -98,22 +98,30 @@ def _at(values: Parameters, path: tuple[str, ...]) -> Any:
     return functools.reduce(lambda node, name: node[name], path, values)
 
 
-def initialize(model: nnx.Module, key: jax.Array) -> Parameters:
-    """Draws every parameter and buffer of a model from fold_in(key, sha256 of its path)."""
+def initialize(model: nnx.Module, key: jax.Array, shardings: Parameters | None = None) -> Parameters:
+    """Draws every parameter and buffer of a model from fold_in(key, sha256 of its path).
+
+    shardings: where each lies, a jax.sharding.Sharding per value, of which each device draws its part; None is one
+    device. The values are the same.
+    """
 
     def draw(path: tuple[str, ...], variable: nnx.Variable) -> jax.Array:
         digest = hashlib.sha256("/".join(path).encode()).digest()
         path_key = jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
         struct = variable.get_value()
-        return _draw(variable.get_metadata("initializer"), path_key, struct.shape, struct.dtype)
+        sharding = None if shardings is None else _at(shardings, path)
+        return _draw(variable.get_metadata("initializer"), path_key, struct.shape, struct.dtype, sharding)
 
     return _nested((path, draw(path, variable)) for path, variable in _variables(model, nnx.Param, Buffer))
 
 
 # One program per parameter: in one program for all, how XLA fuses its neighbours could change a parameter's last bit.
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _draw(initializer: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return initializer(key, shape, dtype)
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
+def _draw(
+    initializer: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding | None
+) -> jax.Array:
+    value = initializer(key, shape, dtype)
+    return value if sharding is None else jax.lax.with_sharding_constraint(value, sharding)
 
 
 def bind(model: Model, values: Parameters) -> Model:

@@ -1,4 +1,4 @@
-"""Calls of modules under meshes with Explicit axes, and fresh arrays inside jax.shard_map."""
+"""Modules on meshes: where activations lie, calls under Explicit axes, and fresh arrays inside jax.shard_map."""
 
 import functools
 from collections.abc import Callable
@@ -9,9 +9,31 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from attnlab.attention._dispatch.mesh import BATCH_AXES, HEAD_AXES, POSITION_AXES, automatic_axes, dividing
 from attnlab.nn.parameters import absorb, as_function
 
 Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+_AXES = {"B": BATCH_AXES, "T": POSITION_AXES, "N": HEAD_AXES, "V": HEAD_AXES}
+_KNOWN = {name for names in _AXES.values() for name in names}
+
+
+def laid(x: jax.Array, layout: str) -> jax.Array:
+    """x, which XLA is told how to share by the names of the Auto axes of the mesh in context.
+
+    layout: a letter per axis: B data and fsdp, T context, N and V tensor, a dot for what every device has whole. XLA
+    chooses for an axis that the mesh's do not divide, and where no name is known.
+    """
+    sizes = {name: size for name, size in automatic_axes().items() if name in _KNOWN}
+    if not sizes:
+        return x
+
+    def entry(letter: str, size: int) -> Any:
+        return None if letter == "." else dividing(_AXES[letter], sizes, [size]) or PartitionSpec.UNCONSTRAINED
+
+    spec = (entry(letter, size) for letter, size in zip(layout, x.shape, strict=True))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def spec_of(x: Any, axes: int | None = None) -> PartitionSpec:

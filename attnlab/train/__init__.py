@@ -1,6 +1,7 @@
 """Training: tasks, and a loop that continues where it stopped."""
 
 from attnlab.train.loop import Experiment, Result, restore_values, train
+from attnlab.train.mesh import Mesh
 from attnlab.train.step import OptimizerOptions
 from attnlab.train.tasks.base import Task
 from attnlab.train.tasks.images import ImageClassificationTask

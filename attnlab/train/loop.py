@@ -15,7 +15,6 @@ from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
@@ -24,13 +23,16 @@ from attnlab import nn, signals
 from attnlab.attention._shared.checks import check_int, keep, require, shown
 from attnlab.data.batches import MOST_SEED
 from attnlab.train.memory import check_memory
+from attnlab.train.mesh import Mesh, check_batch_size, placed, without_mesh
 from attnlab.train.step import (
     OptimizerOptions,
+    batch_shapes,
     initial_state,
     loss_shapes,
     make_evaluation,
     make_optimizer,
     make_step,
+    state_shapes,
 )
 from attnlab.train.tasks.base import Batch, Illustrated, Task
 from attnlab.train.workdir import Workdir, newest_state, read_result
@@ -53,6 +55,7 @@ class Experiment:
       evaluate_every: steps between evaluations; one more follows the last step.
       evaluation_batches: batches of an evaluation; None takes all of the validation data.
       checkpoint_every: steps between checkpoints; one more follows the last step.
+      mesh: the devices that share the run; one by default.
     """
 
     model: nnx.Module
@@ -65,6 +68,7 @@ class Experiment:
     evaluate_every: int = 100
     evaluation_batches: int | None = 16
     checkpoint_every: int = 100
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nnx.Module):
@@ -73,6 +77,8 @@ class Experiment:
             raise TypeError(f"task: got {shown(self.task)}; need a task, such as train.LanguageTask()")
         if not isinstance(self.optimizer, OptimizerOptions):
             raise TypeError(f"optimizer: got {shown(self.optimizer)}; need train.OptimizerOptions()")
+        if not isinstance(self.mesh, Mesh):
+            raise TypeError(f"mesh: got {shown(self.mesh)}; need train.Mesh()")
         for name in ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"):
             keep(self, **{name: check_int(name, getattr(self, name), least=1, most=2**31 - 1)})
         if self.evaluation_batches is not None:
@@ -81,7 +87,8 @@ class Experiment:
         warmup, steps = self.optimizer.warmup_steps, self.steps
         require(warmup < steps, "warmup_steps", warmup, f"need fewer than steps, so 0 to {steps - 1}")
         _check_implementations(self.model)
-        check_memory(self.model, self.task, self.batch_size)
+        check_batch_size(self.mesh, self.batch_size)
+        check_memory(self.model, self.task, self.batch_size, self.mesh)
         # Traces the model on the task's shapes, so that what does not fit is refused now, not during the run; and so is
         # a mixer of one's own whose costs cannot be told.
         loss_shapes(self.model, self.task, self.batch_size)
@@ -125,7 +132,8 @@ def train(
       experiment: what to train.
       workdir: folder for checkpoints and metrics, and samples.png of a task that draws; a second call continues from
         the last checkpoint there, and one after the end gives the result at once. None keeps nothing.
-      fingerprint: the run's options by name. A workdir that holds a run with other options or data is refused.
+      fingerprint: the run's options by name. A workdir that holds a run with other options or data is refused; on
+        another mesh it is continued.
       config_text: kept as workdir/config.gin.
 
     Raises:
@@ -137,7 +145,8 @@ def train(
     if workdir is None:
         return _run(experiment, None)
     read = {f"data {name}": str(value) for name, value in experiment.task.describe().items()}
-    folder = Workdir(workdir, {**(fingerprint or {}), **read}, config_text)
+    facts = {**without_mesh(fingerprint or {}), **read, "mesh": str(experiment.mesh)}
+    folder = Workdir(workdir, facts, config_text)
     if (finished := read_result(folder.path)) is not None:
         return Result(**finished)
     with folder.owned():
@@ -148,23 +157,25 @@ def train(
 
 def _run(experiment: Experiment, folder: Workdir | None) -> Result:
     model, task, steps = experiment.model, experiment.task, experiment.steps
-    key = jax.random.key(experiment.seed)
+    key, mesh = jax.random.key(experiment.seed), experiment.mesh.build()
     optimizer = make_optimizer(experiment.optimizer, steps)
-    step_function, evaluate_function = make_step(model, task, optimizer, key), make_evaluation(model, task)
+    step_function, evaluate_function = make_step(model, task, optimizer, key, mesh), make_evaluation(model, task, mesh)
     unit, units = (task.costs(model)[name] for name in ("unit", "units"))
 
     batches: grain.DatasetIterator = iter(task.batches("train", experiment.batch_size, experiment.seed))
-    state = initial_state(model, task, experiment.batch_size, optimizer, key)
     history: list[dict[str, Any]] = []
     pending = {"seconds": 0.0, "items": 0.0}  # of the steps since the last row; evaluating and saving are not in them
+    state = None
     if folder is not None:
-        state, history, kept = folder.restore(state, batches)
+        shapes = state_shapes(model, task, experiment.batch_size, optimizer, mesh)
+        state, history, kept = folder.restore(shapes, batches)
         pending |= kept
+    if state is None:
+        state = initial_state(model, task, experiment.batch_size, optimizer, key, mesh)
     start = int(state.step)
 
     compile_start = time.perf_counter()
-    structs = task.inputs(experiment.batch_size)
-    step_function = step_function.lower(state, structs).compile()
+    step_function = step_function.lower(state, batch_shapes(task, experiment.batch_size, mesh)).compile()
     compile_seconds = time.perf_counter() - compile_start
 
     def record(row: dict[str, Any]) -> None:
@@ -180,7 +191,7 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
     with signals.deferred() as signal_came, _bar(start, steps) as progress:
         segment_start, segment_step = time.perf_counter(), start
         for step in range(start + 1, steps + 1):
-            state = step_function(state, _arrays(next(batches)))
+            state = step_function(state, placed(next(batches), mesh))
             progress.update()
 
             last = step == steps
@@ -200,7 +211,7 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
                 record({"step": step, "split": "train", **row, **pending})
                 speed = pending["items"] / pending["seconds"]
                 progress.set_postfix_str(f"loss {row['loss']:.4f}, {speed:,.0f} {unit}s/s")
-                state = state._replace(sums=jax.tree.map(jnp.zeros_like, state.sums))
+                state = state._replace(sums=jax.tree.map(lambda total: total * 0, state.sums))
                 pending = {"seconds": 0.0, "items": 0.0}
             if evaluating:
                 before = time.perf_counter()
@@ -221,6 +232,7 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
     if folder is not None:
         if isinstance(task, Illustrated):
             values, picture = nn.merge(state.parameters, state.buffers), folder.path / "samples.png"
+            values = jax.device_put(values, mesh.devices.flat[0])
             sample_key = jax.random.fold_in(key, _SAMPLES)
             task.illustrate(model, values, picture, key=sample_key, count=64, temperature=1.0)
         folder.finish(history, dataclasses.asdict(result))
@@ -233,8 +245,8 @@ def restore_values(experiment: Experiment, path: Path) -> nn.Parameters:
     Raises UserError: there is none, or it cannot be read.
     """
     model, task, batch_size = experiment.model, experiment.task, experiment.batch_size
-    optimizer, key = make_optimizer(experiment.optimizer, experiment.steps), jax.random.key(experiment.seed)
-    state = newest_state(path, jax.eval_shape(lambda: initial_state(model, task, batch_size, optimizer, key)))
+    optimizer = make_optimizer(experiment.optimizer, experiment.steps)
+    state = newest_state(path, state_shapes(model, task, batch_size, optimizer, Mesh().build()))
     return nn.merge(state.parameters, state.buffers)
 
 
@@ -243,20 +255,16 @@ def evaluate(
 ) -> dict[str, float]:
     """Validation metrics: means over examples, the fillers of the last batch left out."""
     totals: dict[str, float] = {}
-    weight = 0.0
+    weight, mesh = 0.0, experiment.mesh.build()
     for number, batch in enumerate(experiment.task.batches("validation", experiment.batch_size, experiment.seed)):
         if number == experiment.evaluation_batches:
             break
         batch_weight = float(np.sum(batch["weight"]))
-        for name, value in function(values, _arrays(batch)).items():
+        for name, value in function(values, placed(batch, mesh)).items():
             totals[name] = totals.get(name, 0.0) + batch_weight * float(value)
         weight += batch_weight
     means = {name: total / weight for name, total in totals.items()}
     return means | experiment.task.derived(means)
-
-
-def _arrays(batch: Batch) -> Batch:
-    return jax.tree.map(jnp.asarray, batch)
 
 
 def _means(sums: Mapping[str, jax.Array]) -> dict[str, float]:

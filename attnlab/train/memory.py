@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from attnlab import nn
+from attnlab.train.mesh import Mesh
 from attnlab.train.tasks.base import Task
 
 # Parameters, their gradients and two moments of Adam, all float32.
@@ -20,24 +21,29 @@ _BATCHES = 6
 _LOOKED_AT = {"batches": 2**-10, "state": 2**-6}
 
 
-def check_memory(model: nnx.Module, task: Task, batch_size: int) -> None:
+def check_memory(model: nnx.Module, task: Task, batch_size: int, mesh: Mesh) -> None:
     """Raises ValueError where a step needs more memory than there is, by an estimate that is rather too low.
 
-    The estimate is the state, batches of the task's inputs, and, where these two are not small beside the memory, what
-    the backward pass keeps of the forward pass. For the quickstart's model with batches of 400 that last part is 1.5
-    GiB, and 3.1 with a gated delta rule; on a CPU these runs took 1.7 and 3.1 GiB more than one with a batch of 16.
+    It is of one device: its part of the state, which fsdp and tensor share, and of the batch, which data, fsdp and
+    context share. The estimate is the state, batches of the task's inputs, and, where these two are not small beside
+    the memory, what the backward pass keeps of the forward pass. For the quickstart's model with batches of 400 that
+    last part is 1.5 GiB, and 3.1 with a gated delta rule; on a CPU these runs took 1.7 and 3.1 GiB more than one with a
+    batch of 16.
     """
-    there = memory()
+    sizes = mesh.sizes(jax.device_count())
+    of_state, of_batch = sizes["fsdp"] * sizes["tensor"], sizes["data"] * sizes["fsdp"] * sizes["context"]
+    there = memory(math.prod(sizes.values()))
     variables = nnx.state(model, nnx.Any(nnx.Param, nn.Buffer))
-    state = _STATE_BYTES * sum(math.prod(leaf.get_value().shape) for _, leaf in nnx.to_flat_state(variables))
+    parameters = sum(math.prod(leaf.get_value().shape) for _, leaf in nnx.to_flat_state(variables))
+    state = _STATE_BYTES * parameters // of_state
     parts = {"parameters, gradients and moments": state}
     if state > there:
-        numbers = f"a model of {state // _STATE_BYTES:,} parameters, buffers among them,"
+        numbers = f"a model of {parameters:,} parameters, buffers among them,"
         _refuse(_largest_option(model), numbers, parts, there)
-    parts["batches"] = _BATCHES * _size(task.inputs(batch_size))
+    parts["batches"] = _BATCHES * _size(task.inputs(batch_size)) // of_batch
     is_large = state > _LOOKED_AT["state"] * there or parts["batches"] > _LOOKED_AT["batches"] * there
     if is_large and sum(parts.values()) <= there:
-        parts["what the backward pass keeps"] = _kept(model, task, batch_size)
+        parts["what the backward pass keeps"] = _kept(model, task, batch_size) // of_batch
     if sum(parts.values()) > there:
         name, struct = next(iter(task.inputs(batch_size).items()))
         example = f"{name} {list(struct.shape[1:])}"
@@ -46,17 +52,16 @@ def check_memory(model: nnx.Module, task: Task, batch_size: int) -> None:
         _refuse(f"batch_size: got {batch_size}", f"a batch of so many {example}", parts, there)
 
 
-def memory() -> int:
-    """Bytes that a run can have: of the accelerators here, or else of the machine or the container."""
-    devices = jax.local_devices()
-    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
-    if devices[0].platform != "cpu" and all(limits):
-        return sum(limits)
+def memory(devices: int = 1) -> int:
+    """Bytes that each of so many devices can have: an accelerator's, or a share of the machine's or the container's."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()]
+    if jax.default_backend() != "cpu" and all(limits):
+        return min(limits)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         text = Path(file).read_text().strip() if Path(file).is_file() else "max"
         machine = min(machine, int(text)) if text.isdigit() else machine
-    return machine
+    return machine // devices
 
 
 def _kept(model: nnx.Module, task: Task, batch_size: int) -> int:

@@ -1,6 +1,7 @@
 """The training step and what it works on, as pure functions of a model and a task; the loop has files and signals."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from flax import nnx
 
 from attnlab import nn
 from attnlab.attention._shared.checks import check_float, check_int, keep, require
+from attnlab.train.mesh import batch_sharding, state_shardings
 from attnlab.train.tasks.base import Batch, Task
 
 # Folded into the seed's key, one number per purpose; the loop folds in 2 to draw samples.
@@ -83,20 +85,76 @@ def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTrans
     )
 
 
-def initial_state(
-    model: nnx.Module, task: Task, batch_size: int, optimizer: optax.GradientTransformation, key: jax.Array
+def state_shapes(
+    model: nnx.Module,
+    task: Task,
+    batch_size: int,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
 ) -> State:
-    """The state before the first step. model: without values; the seed's key decides them."""
-    values = nn.initialize(model, jax.random.fold_in(key, _INITIAL_VALUES))
+    """Shapes, dtypes and shardings of the state; nothing is computed."""
+
+    def start() -> State:
+        parameters, buffers = nn.split(model, nn.initialize(model, jax.random.key(0)))
+        return _first(model, task, batch_size, optimizer, parameters, buffers)
+
+    shapes = jax.eval_shape(start)
+    return jax.tree.map(_on, shapes, state_shardings(mesh, shapes))
+
+
+def batch_shapes(task: Task, batch_size: int, mesh: jax.sharding.Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a training batch."""
+    return jax.tree.map(lambda shape: _on(shape, batch_sharding(mesh)), task.inputs(batch_size))
+
+
+def _on(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def initial_state(
+    model: nnx.Module,
+    task: Task,
+    batch_size: int,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    mesh: jax.sharding.Mesh,
+) -> State:
+    """The state before the first step. model: without values; the seed's key decides them, whatever the mesh is."""
+    shapes = state_shapes(model, task, batch_size, optimizer, mesh)
+    shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
+    places = nn.merge(shardings.parameters, shardings.buffers)
+    values = nn.initialize(model, jax.random.fold_in(key, _INITIAL_VALUES), places)
     parameters, buffers = nn.split(model, values)
+    start = functools.partial(_first, model, task, batch_size, optimizer)
+    return jax.jit(start, out_shardings=shardings, donate_argnums=(0, 1))(parameters, buffers)
+
+
+def _first(
+    model: nnx.Module,
+    task: Task,
+    batch_size: int,
+    optimizer: optax.GradientTransformation,
+    parameters: nn.Parameters,
+    buffers: nn.Parameters,
+) -> State:
     zeros = {name: jnp.zeros((), jnp.float32) for name in (*loss_shapes(model, task, batch_size)[1], "steps")}
     return State(parameters, buffers, optimizer.init(parameters), jnp.zeros((), jnp.int32), zeros)
 
 
-def make_step(model: nnx.Module, task: Task, optimizer: optax.GradientTransformation, key: jax.Array) -> Any:
+def make_step(
+    model: nnx.Module,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    mesh: jax.sharding.Mesh,
+) -> Any:
     """The jitted training step, (state, batch) -> state. It takes the old state's memory. key: the seed's."""
 
     def step(state: State, batch: Batch) -> State:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.lax.with_sharding_constraint(following(state, batch), state_shardings(mesh, state))
+
+    def following(state: State, batch: Batch) -> State:
         dropout_key = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), state.step)
 
         def loss(parameters: nn.Parameters) -> tuple[jax.Array, tuple[dict[str, jax.Array], nn.Parameters]]:
@@ -112,9 +170,16 @@ def make_step(model: nnx.Module, task: Task, optimizer: optax.GradientTransforma
     return jax.jit(step, donate_argnums=0)
 
 
-def make_evaluation(model: nnx.Module, task: Task) -> Callable[[nn.Parameters, Batch], dict[str, jax.Array]]:
+def make_evaluation(
+    model: nnx.Module, task: Task, mesh: jax.sharding.Mesh
+) -> Callable[[nn.Parameters, Batch], dict[str, jax.Array]]:
     """The jitted evaluation of a batch: all values of the model, batch -> metrics."""
-    return jax.jit(lambda values, batch: _loss(model, task, values, batch, None)[1][0])
+
+    def evaluation(values: nn.Parameters, batch: Batch) -> dict[str, jax.Array]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return _loss(model, task, values, batch, None)[1][0]
+
+    return jax.jit(evaluation)
 
 
 def loss_shapes(model: nnx.Module, task: Task, batch_size: int) -> tuple[Any, dict[str, Any]]:
@@ -128,8 +193,9 @@ def loss_shapes(model: nnx.Module, task: Task, batch_size: int) -> tuple[Any, di
 
 def validation_metrics(model: nnx.Module, task: Task, batch_size: int) -> list[str]:
     """Names of what an evaluation gives; nothing is computed."""
+    inputs = task.inputs(batch_size)
     values = jax.eval_shape(lambda: nn.initialize(model, jax.random.key(0)))
-    evaluation = jax.eval_shape(make_evaluation(model, task), values, task.inputs(batch_size))
+    evaluation = jax.eval_shape(lambda values, batch: _loss(model, task, values, batch, None)[1][0], values, inputs)
     return [*evaluation, *task.derived(dict.fromkeys(evaluation, 1.0))]
 
 

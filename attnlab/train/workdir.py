@@ -96,7 +96,7 @@ class Workdir:
         return {**self._fingerprint, **versions, "version python": python}
 
     def _check_run(self) -> None:
-        """Refuses another run's folder, and warns of other versions than the run was started with."""
+        """Refuses another run's folder, and warns of other versions, or another mesh, than the run was started with."""
         path = self.path / "run.json"
         if not path.exists():
             self._check_lost()
@@ -105,13 +105,13 @@ class Workdir:
         if not isinstance(kept, dict) or not kept:
             raise UserError(f"workdir: {path} does not say what the run is; move it away, or give another --workdir")
         differing = [name for name in sorted(kept.keys() | now.keys()) if kept.get(name) != now.get(name)]
-        versions = [name for name in differing if name.startswith("version ")]
-        others = [name for name in differing if name not in versions]
+        harmless = [name for name in differing if name.startswith("version ") or name == "mesh"]
+        others = [name for name in differing if name not in harmless]
         if others:
             shown = ", ".join(f"{name} {kept.get(name)} there, {now.get(name)} now" for name in others[:3])
             more = f" and {len(others) - 3} more" if len(others) > 3 else ""
             raise UserError(f"workdir: {self.path} holds a run with {shown}{more}; give another --workdir")
-        changed = [name for name in versions if name in kept]
+        changed = [name for name in harmless if name in kept]
         if changed and not (self.path / "result.json").exists():
             shown = ", ".join(f"{name.removeprefix('version ')} {kept[name]}, now {now.get(name)}" for name in changed)
             _warn(f"the run in {self.path} was started with {shown}; its numbers may differ from then on")
@@ -128,16 +128,19 @@ class Workdir:
             raise UserError(f"workdir: {self.path} has lost its run.json and holds another run; give another --workdir")
         _warn(f"{self.path / 'run.json'} is lost; it is written again")
 
-    def restore(self, state: Any, batches: grain.DatasetIterator) -> tuple[Any, list[dict[str, Any]], dict[str, float]]:
+    def restore(self, like: Any, batches: grain.DatasetIterator) -> tuple[Any, list[dict[str, Any]], dict[str, float]]:
         """The newest readable checkpoint's state, the rows up to it, and what `save` was given as `pending`; `batches`
-        is moved to its position. Or the start.
+        is moved to its position. None for a state if there is no checkpoint.
+
+        like: the state's shapes, dtypes and shardings.
 
         Raises UserError: there are checkpoints, and none can be read.
         """
         _delete_partial(self._checkpoints)
+        state: Any = None
         rows: list[dict[str, Any]] = []
         pending: dict[str, float] = {}
-        found = _newest_readable(self._checkpoints, jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+        found = _newest_readable(self._checkpoints, like)
         if found is not None:
             self._newest, state, facts, damaged = found
             for step in damaged:
@@ -269,12 +272,12 @@ def last_step(path: Path) -> int:
 
 
 def newest_state(path: Path, like: Any) -> Any:
-    """The state in the newest readable checkpoint of a run's folder, which is only read. like: its shapes and dtypes.
+    """The state in the newest readable checkpoint of a run's folder, which is only read.
+
+    like: its shapes, dtypes and shardings.
 
     Raises UserError: there is none.
     """
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
     found = _newest_readable(path.absolute() / "checkpoints", like)
     if found is None:
         raise UserError(

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 from mixers import MIXERS
 
 from attnlab import data
 from attnlab.models import LanguageModel
-from attnlab.train import LanguageTask, OptimizerOptions
-from attnlab.train.step import initial_state, make_optimizer, make_step
+from attnlab.train import LanguageTask, Mesh, OptimizerOptions
+from attnlab.train.step import batch_shapes, make_optimizer, make_step, state_shapes
 from kernels_pallas.aot.compile import topology_devices
 
 pytestmark = pytest.mark.skipif(
@@ -31,16 +30,8 @@ def test_train_step_runs_the_kernels_on_every_chip(mixer):
     model = LanguageModel(vocabulary=256, mixers=[MIXERS[mixer]], depth=1, features=128, dtype=jnp.bfloat16)
     task = LanguageTask(text, sequence_length=256)
     optimizer, key = make_optimizer(OptimizerOptions(), 1000), jax.random.key(0)
-    state = jax.eval_shape(lambda: initial_state(model, task, 8, optimizer, key))
-    mesh = jax.sharding.Mesh(np.array(topology_devices("v5p")), ("data",))
-
-    def placed(tree, spec):
-        sharding = NamedSharding(mesh, spec)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-    batch = task.inputs(8)
-    with jax.set_mesh(mesh):
-        step = make_step(model, task, optimizer, key)
-        compiled = step.lower(placed(state, PartitionSpec()), placed(batch, PartitionSpec("data"))).compile()
+    mesh = Mesh(data=-1).build(topology_devices("v5p"))
+    state, batch = state_shapes(model, task, 8, optimizer, mesh), batch_shapes(task, 8, mesh)
+    compiled = make_step(model, task, optimizer, key, mesh).lower(state, batch).compile()
     found = set(re.findall(r"(\w+)/pallas_call", compiled.as_text()))
     assert MIXERS[mixer].kernels <= found

@@ -118,7 +118,8 @@ def test_restored_values_evaluate_as_the_run_did_at_its_end(finished):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     values = restore_values(runs.experiment(), workdir)
     experiment = runs.experiment()
-    metrics = loop.evaluate(experiment, step.make_evaluation(experiment.model, experiment.task), values)
+    evaluation = step.make_evaluation(experiment.model, experiment.task, experiment.mesh.build())
+    metrics = loop.evaluate(experiment, evaluation, values)
     np.testing.assert_allclose(metrics["loss"], result.final["loss"], rtol=1e-5)
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
@@ -177,11 +178,11 @@ def test_without_a_readable_checkpoint_nothing_is_begun_or_moved(tmp_path):
 
 def test_time_and_items_of_the_steps_since_the_last_row_are_continued(tmp_path, monkeypatch):
     """A row every 4 steps, a checkpoint every 6."""
-    arrays, left = loop._arrays, iter(range(9))
-    monkeypatch.setattr(loop, "_arrays", lambda batch: (next(left), arrays(batch))[1])
+    placed, left = loop.placed, iter(range(9))
+    monkeypatch.setattr(loop, "placed", lambda *batch: (next(left), placed(*batch))[1])
     with pytest.raises(StopIteration):
         train(runs.experiment(steps=16, evaluate_every=16), workdir=tmp_path)
-    monkeypatch.setattr(loop, "_arrays", arrays)
+    monkeypatch.setattr(loop, "placed", placed)
     result = train(runs.experiment(steps=16, evaluate_every=16), workdir=tmp_path)
     rows = [row for row in result.history if row["split"] == "train"]
     assert [row["items"] for row in rows] == [4 * 4 * 32] * 4
@@ -364,6 +365,6 @@ def test_evaluation_is_exact_over_a_ragged_last_batch():
     for batch_size in (3, 8):
         experiment = runs.experiment(batch_size=batch_size, steps=5, evaluation_batches=None)
         parameters = nn.initialize(experiment.model, jax.random.key(0))
-        evaluation = step.make_evaluation(experiment.model, experiment.task)
+        evaluation = step.make_evaluation(experiment.model, experiment.task, experiment.mesh.build())
         results.append(loop.evaluate(experiment, evaluation, parameters)["loss"])
     np.testing.assert_allclose(*results, rtol=1e-5)

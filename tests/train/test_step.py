@@ -9,7 +9,7 @@ import pytest
 import runs
 
 from attnlab import data, models, nn
-from attnlab.train import OptimizerOptions, SequenceTask, memory
+from attnlab.train import Mesh, OptimizerOptions, SequenceTask, memory
 from attnlab.train.loop import evaluate
 from attnlab.train.step import make_evaluation, make_optimizer, validation_metrics
 
@@ -27,7 +27,7 @@ def test_weight_decay_is_for_matrices_alone():
 def test_validation_metrics_are_those_that_an_evaluation_gives():
     experiment = runs.experiment()
     values = nn.initialize(experiment.model, jax.random.key(0))
-    given = evaluate(experiment, make_evaluation(experiment.model, experiment.task), values)
+    given = evaluate(experiment, make_evaluation(experiment.model, experiment.task, experiment.mesh.build()), values)
     assert set(validation_metrics(experiment.model, experiment.task, experiment.batch_size)) == set(given)
 
 
@@ -69,19 +69,19 @@ GIBIBYTE = 2**30
     ],
 )
 def test_what_cannot_fit_is_refused_beside_what_is_there(options, batch_size, message, monkeypatch):
-    monkeypatch.setattr(memory, "memory", lambda: GIBIBYTE)
+    monkeypatch.setattr(memory, "memory", lambda devices: GIBIBYTE)
     mixer = functools.partial(nn.SoftmaxAttention, num_heads=2)
     model = models.LanguageModel(**{"vocabulary": 256, "mixers": [mixer], "depth": 1, "features": 8, **options})
     with pytest.raises(ValueError, match=message):
-        memory.check_memory(model, runs.experiment().task, batch_size)
+        memory.check_memory(model, runs.experiment().task, batch_size, Mesh())
 
 
 def test_a_long_sequence_is_named_by_its_length(monkeypatch):
-    monkeypatch.setattr(memory, "memory", lambda: GIBIBYTE)
+    monkeypatch.setattr(memory, "memory", lambda devices: GIBIBYTE)
     model = models.LanguageModel(vocabulary=32, mixers=[nn.SoftmaxAttention], depth=1, features=8)
     task = SequenceTask(data.Copy(length=10**9))
     with pytest.raises(ValueError, match=r"length: got 1000000000; a batch of 2 of inputs \[1000000000\] needs about"):
-        memory.check_memory(model, task, 2)
+        memory.check_memory(model, task, 2, Mesh())
 
 
 def test_the_memory_of_this_machine_is_some():

@@ -41,14 +41,18 @@ def placement() -> Placement:
 
 def unknown_axes() -> list[str]:
     """The mesh's Auto axes of several devices whose names say nothing."""
-    return [] if _given.get() else [name for name in _automatic() if name not in _KNOWN]
+    return [] if _given.get() else [name for name in automatic_axes() if name not in _KNOWN]
 
 
-def _automatic() -> dict[str, int]:
+def automatic_axes() -> dict[str, int]:
     """The sizes above 1 of the Auto axes of the mesh in context. Inside shard_map its own axes are Manual."""
+    return {name: size for name, size in _auto_sizes().items() if size > 1}
+
+
+def _auto_sizes() -> dict[str, int]:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
-    return {name: size for name, size, kind in kinds if kind == AxisType.Auto and size > 1}
+    return {name: size for name, size, kind in kinds if kind == AxisType.Auto}
 
 
 def partitioned(
@@ -73,7 +77,7 @@ def partitioned(
     def run(results: Any, *arguments: Any) -> Any:
         return deferred_call(function, results, *arguments) if defer else function(*arguments)
 
-    sizes = _automatic()
+    sizes = automatic_axes()
     if not sizes:
         return run(results, *arguments)
 
@@ -86,8 +90,8 @@ def partitioned(
 
         return jax.tree.leaves(by_leaf(of_leaf, layouts, (results, *arguments)))
 
-    axes = {"B": _dividing(place.batch, sizes, lengths("B"))}
-    axes["N"] = axes["K"] = _dividing(place.heads, sizes, lengths("NK"))
+    axes = {"B": dividing(place.batch, sizes, lengths("B"))}
+    axes["N"] = axes["K"] = dividing(place.heads, sizes, lengths("NK"))
 
     def spec(layout: str, _: Any) -> PartitionSpec:
         return PartitionSpec(*(axes.get(letter) or None for letter in layout))
@@ -107,12 +111,12 @@ def partitioned(
         own_part,
         in_specs=tuple(by_leaf(spec, *pair) for pair in zip(layouts[1:], arguments)),
         out_specs=by_leaf(spec, layouts[0], results),
-        axis_names=set(sizes),
+        axis_names=set(_auto_sizes()),  # Mosaic asks for all of them, those of one device too
         check_vma=False,
     )(*arguments)
 
 
-def _dividing(names: Sequence[str], sizes: dict[str, int], counts: Sequence[int]) -> tuple[str, ...]:
+def dividing(names: Sequence[str], sizes: dict[str, int], counts: Sequence[int]) -> tuple[str, ...]:
     """Of these mesh axes, those that share all counts alike: as many of the first as divide them."""
     taken: tuple[str, ...] = ()
     for name in names:

@@ -1,0 +1,129 @@
+"""How devices share a run: a mesh of them, and what of the state and of a batch each one holds.
+
+    data      examples; every device has all of the parameters
+    fsdp      examples, and of each parameter a part, which is gathered where it is used (Zhao et al. 2023)
+    tensor    heads, hidden units and the vocabulary (Shoeybi et al. 2019)
+    context   positions
+
+What a run computes does not depend on its mesh, up to the order in which numbers are added.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from attnlab.attention._dispatch.mesh import BATCH_AXES
+from attnlab.attention._shared.checks import check_int, keep, require
+from attnlab.errors import UserError
+
+AXES = ("data", "fsdp", "tensor", "context")
+
+# The end of a parameter's path, and the mesh axis that shares each of its axes. The first that fits counts. An axis
+# that the mesh's does not divide stays whole.
+_PLACES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    ("embedding", ("tensor", "fsdp")),
+    ("(query|key|value|probe)/kernel", ("fsdp", "tensor", None)),
+    ("output/kernel", ("tensor", None, "fsdp")),
+    ("(gate|up)/kernel", ("fsdp", "tensor")),
+    ("down/kernel", ("tensor", "fsdp")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; their product is the number of devices that a run uses.
+
+    Args:
+      data, fsdp, tensor, context: what each shares is said at the top of attnlab/train/mesh.py. One of them may be -1:
+        as many as the rest leaves of the devices that there are.
+
+    On a CPU JAX has one device, or as many as the environment's JAX_NUM_CPU_DEVICES says.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            size = check_int(axis, getattr(self, axis), least=-1)
+            require(size != 0, axis, size, "need at least 1, or -1 for what the rest leaves")
+            keep(self, **{axis: size})
+        filling = [axis for axis in AXES if getattr(self, axis) == -1]
+        require(len(filling) < 2, filling[-1] if filling else "", -1, f"{filling[0] if filling else ''} is -1 already")
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """Devices along each axis, of so many. Raises UserError: there are too few, or -1 does not come out even."""
+        given = {axis: getattr(self, axis) for axis in AXES}
+        named = math.prod(size for size in given.values() if size > 0)
+        if named > devices or (-1 in given.values() and devices % named):
+            hint = "; on a CPU the environment's JAX_NUM_CPU_DEVICES makes more" * (jax.default_backend() == "cpu")
+            raise UserError(f"mesh: got {_shown(given)}, and there are {devices} devices{hint}")
+        return {axis: devices // named if size == -1 else size for axis, size in given.items()}
+
+    def __str__(self) -> str:
+        return _shown(self.sizes(jax.device_count()))
+
+    def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+        """The mesh over the first of these devices (None: JAX's), along whose axes XLA shards by itself."""
+        devices = jax.devices() if devices is None else list(devices)
+        sizes = self.sizes(len(devices))
+        devices = devices[: math.prod(sizes.values())]
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _shown(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "one device"
+
+
+def without_mesh(options: Mapping[str, str]) -> dict[str, str]:
+    """Of a run's options by name those that decide its numbers, up to rounding."""
+    return {
+        name: value
+        for name, value in options.items()
+        if "Mesh" not in re.split("[/.]", name)[:-1] and not name.endswith("Experiment.mesh")
+    }
+
+
+def state_shardings(mesh: jax.sharding.Mesh, state: Any) -> Any:
+    """Where each array of a state lies: a parameter by its path, its gradient's moments beside it, the rest everywhere.
+
+    state: arrays or shape structs.
+    """
+    return jax.tree.map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(mesh, path, leaf.shape)), state)
+
+
+def _spec(mesh: jax.sharding.Mesh, path: tuple[Any, ...], shape: tuple[int, ...]) -> PartitionSpec:
+    named = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
+    for end, axes in _PLACES:
+        if len(axes) == len(shape) and re.search(f"(^|/){end}$", named):
+            break
+    else:
+        longest = max(range(len(shape)), key=shape.__getitem__, default=0)
+        axes = tuple("fsdp" if axis == longest and len(shape) > 1 else None for axis in range(len(shape)))
+    shared = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape))
+    return PartitionSpec(*shared)
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Where the examples of a batch lie."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def placed(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+    """A batch of NumPy arrays, on the devices."""
+    return jax.device_put(batch, batch_sharding(mesh))
+
+
+def check_batch_size(mesh: Mesh, batch_size: int) -> None:
+    """Raises ValueError where devices would have parts of examples."""
+    sizes = mesh.sizes(jax.device_count())
+    parts = math.prod(sizes[axis] for axis in BATCH_AXES)
+    allowed = f"need a multiple of {parts}, the mesh's {' x '.join(BATCH_AXES)}"
+    require(batch_size % parts == 0, "batch_size", batch_size, allowed)
