@@ -53,6 +53,8 @@ def test_every_config_that_comes_along_builds_what_it_is_for(tmp_path):
         if kind == "mixers":
             base, root = (IMAGES, "ImageClassifier") if path in FOR_IMAGES else (BASE, "LanguageModel")
             config.build([base, path], root=root)
+        elif kind == "meshes":
+            config.build([BASE, path], root="Experiment")
         else:
             given = [overrides[path]] if path in overrides else []
             config.build([path], given, root="Ablation" if kind == "sweeps" else "Experiment")
