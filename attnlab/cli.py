@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from attnlab import __version__, signals
 from attnlab.errors import RunError, UserError, missing_package, out_of_memory, own_place
@@ -26,6 +26,11 @@ _PICTURES = (".png", ".svg", ".pdf")
 _MOST_SAMPLES, _MOST_SEED, _MOST_SHOWN = 4096, 2**31 - 1, 2048
 _MOST_PROCESSES = 256
 _MOST_SEQUENCES = 10_000  # of regress, by --seeds
+
+
+def run() -> NoReturn:
+    """The program `attnlab`."""
+    signals.leave(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -378,4 +383,4 @@ def _is_mixer(thing: Any) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

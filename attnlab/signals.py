@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 # Set for a process that ends with its parent, of which its standard input is then a pipe.
@@ -68,7 +68,7 @@ def handled(*, continues: bool = False) -> Iterator[None]:
         yield
     except (SystemExit, KeyboardInterrupt):
         if _received.came is not None:
-            _leave(_received.came)
+            leave(128 + _received.came)
         raise
     finally:
         for number, handler in previous.items():
@@ -176,9 +176,9 @@ def _end(number: int) -> None:
     os._exit(128 + number)
 
 
-def _leave(number: int) -> None:
-    """Ends without taking the interpreter down, in which threads of libraries crash."""
+def leave(status: int) -> NoReturn:
+    """Ends without taking the interpreter down, in which threads of libraries crash, or are waited for without end."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(128 + number)
+    os._exit(status)

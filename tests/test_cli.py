@@ -447,3 +447,14 @@ def test_samples_go_into_a_folder_that_is_made_or_named(tmp_path, capsys):
     for wrong in (out.parent, out / "below a file.txt"):
         assert cli.main(["sample", str(run), "--out", str(wrong)]) == 2
         assert re.fullmatch(r"attnlab: out: cannot write to .* \(.*\); give another\n", capsys.readouterr().err)
+
+
+def test_a_thread_that_a_library_left_behind_is_not_waited_for():
+    """As orbax can leave one after what it could not write."""
+    program = (
+        "import sys, threading; threading.Thread(target=threading.Event().wait).start()\n"
+        "from attnlab import cli; sys.argv = ['attnlab', 'list', '--gin.X=1']; cli.run()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "list reads no config" in done.stderr

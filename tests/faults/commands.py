@@ -130,7 +130,7 @@ def _run(folder, log, arguments, prepare):
         prepare()
     print("begun", file=sys.stderr)
     sys.argv = ["attnlab", *arguments]
-    sys.exit(cli.main())
+    cli.run()
 
 
 def rows(path: Path) -> list[dict]:
