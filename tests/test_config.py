@@ -246,7 +246,9 @@ def test_a_name_of_digits_is_still_a_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("word", ["off", "no", "0", "1", "'false'", "maybe"])
 def test_what_is_neither_true_nor_false_is_refused(word):
-    with pytest.raises(UserError, match=r"remat: got .*; need True or False \(in LanguageModel\)"):
+    with pytest.raises(UserError, match=r"scan_layers: got .*; need True or False \(in LanguageModel\)"):
+        build(f"LanguageModel.scan_layers={word}")
+    with pytest.raises(UserError, match=r"remat: got .*; need True"):
         build(f"LanguageModel.remat={word}")
 
 

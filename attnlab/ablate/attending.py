@@ -113,7 +113,8 @@ def layer_weights(
             block.mixer = recorder
         for _, module in modules:
             if isinstance(module, Stack):
-                module.remat = False  # there is no backward, and what is recomputed leaves no records
+                # There is no backward, and what is recomputed or looped over leaves no records.
+                module.remat = module.scan_layers = False
         experiment.task.loss(model, batch, key=None)
         seen[:] = [(type(recorder.mixer).__name__, recorder.space) for recorder in recorders]
         return [recorder.weights.get_value()[0].astype(jnp.float32) for recorder in recorders]

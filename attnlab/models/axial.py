@@ -26,7 +26,8 @@ from attnlab.attention import (
     dot_product_step,
     init_dot_product_cache,
 )
-from attnlab.attention._shared.checks import check_bool, check_dtype, check_float, check_int, check_ints, check_sizes
+from attnlab.attention._shared.checks import check_dtype, check_float, check_int, check_ints, check_sizes
+from attnlab.models.blocks import check_remat, recomputed
 from attnlab.nn.layers import LayerNorm, Linear, along, dropout
 from attnlab.nn.parameters import normal, parameter, zeros
 from attnlab.nn.sharding import laid, spec_of, under_auto_axes, varying_as
@@ -139,7 +140,7 @@ class AxialDecoder(nnx.Module):
         outer_layers: int,
         inner_layers: int,
         layer: Callable[..., AxialBlock],
-        remat: bool,
+        remat: bool | str,
         dtype: Any,
     ):
         self.size, self.levels, self.features, self.remat, self.dtype = size, levels, features, remat, dtype
@@ -251,7 +252,7 @@ class AxialConditioner(nnx.Module):
         features: int,
         layers: int,
         layer: Callable[..., AxialBlock],
-        remat: bool,
+        remat: bool | str,
         dtype: Any,
     ):
         *size, channels = image_size
@@ -298,7 +299,7 @@ class AxialTransformer(nnx.Module):
       inner_layers: row layers.
       mlp_factor: hidden width of the MLPs, in D.
       dropout_rate: on every residual branch, in training.
-      remat: recompute each block in the backward, to save memory.
+      remat: what the backward recomputes of each block, as in attnlab.models.blocks.Stack.
       dtype: what is computed in; parameters and logits are float32.
     """
 
@@ -314,7 +315,7 @@ class AxialTransformer(nnx.Module):
         inner_layers: int = 2,
         mlp_factor: int = 4,
         dropout_rate: float = 0.0,
-        remat: bool = False,
+        remat: bool | str = False,
         dtype: Any = jnp.float32,
     ):
         height, width, channels = check_ints("image_size", image_size, layout=("height", "width", "channels"))
@@ -329,7 +330,7 @@ class AxialTransformer(nnx.Module):
             allowed = "0, as the only channel has none before it"
             raise ValueError(f"exterior_layers: got {exterior_layers}; need {allowed}")
         dropout_rate = check_float("dropout_rate", dropout_rate, least=0, most=1)
-        remat, dtype = check_bool("remat", remat), check_dtype("dtype", dtype)
+        remat, dtype = check_remat(remat), check_dtype("dtype", dtype)
         self.image_size, self.levels, self.features = (height, width, channels), levels, features
         layer = functools.partial(
             AxialBlock, heads=heads, mlp_hidden=features * mlp_factor, dropout_rate=dropout_rate, dtype=dtype
@@ -430,12 +431,12 @@ def shift(x: Array, *, axis: int) -> Array:
     return jax.lax.slice_in_dim(jnp.pad(x, padding), 0, x.shape[1 + axis], axis=1 + axis)
 
 
-def _run(layers: nnx.List, x: Array, *, key: Array | None, remat: bool) -> Array:
+def _run(layers: nnx.List, x: Array, *, key: Array | None, remat: bool | str) -> Array:
     for number, block in enumerate(layers):
         block_key = None if key is None else jax.random.fold_in(key, number)
         apply = functools.partial(block.__call__, key=block_key)
         # Not nnx's remat, which cannot run inside the loop over channels; nothing in a block changes as it runs.
-        x = (jax.checkpoint(apply) if remat else apply)(laid(x, "BT.."))
+        x = recomputed(apply, remat)(laid(x, "BT.."))
     return laid(x, "BT..")
 
 

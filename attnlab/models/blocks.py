@@ -1,17 +1,17 @@
 """The residual block, and the stack of them that models share, with mixers by layer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab.attention._shared.checks import check_bool, check_dtype, check_float, check_int, shown
-from attnlab.nn.layers import GatedMLP, RMSNorm, dropout
+from attnlab.attention._shared.checks import check_bool, check_dtype, check_float, check_int, require, shown
+from attnlab.nn.layers import PRODUCT, GatedMLP, RMSNorm, dropout
 from attnlab.nn.mixers.base import Attention, MixerCache, MixerFactory
-from attnlab.nn.parameters import absorb, as_function
+from attnlab.nn.parameters import Learned, absorb, as_function
 from attnlab.nn.sharding import laid
 from attnlab.nn.signatures import show_shared_options
 
@@ -48,6 +48,22 @@ class Block(nnx.Module):
         return self.mixer.flops(space) + 6 * math.prod(space) * self.features * self.mlp_hidden
 
 
+def check_remat(remat: Any) -> bool | str:
+    """Raises TypeError or ValueError for what is no choice of what the backward recomputes."""
+    if isinstance(remat, str):
+        require(remat == "products", "remat", shown(remat), "need True, False or 'products'")
+        return remat
+    return check_bool("remat", remat)
+
+
+def recomputed(function: Callable[..., Any], remat: bool | str) -> Callable[..., Any]:
+    """The function, of which the backward recomputes this much, see Stack."""
+    if remat is False:
+        return function
+    policy = jax.checkpoint_policies.save_only_these_names(PRODUCT) if remat == "products" else None
+    return jax.checkpoint(function, policy=policy)
+
+
 def _makes_mixers(factory: Any) -> bool:
     """Whether it may be a mixer's class, or a function that makes one."""
     made = getattr(factory, "func", factory)  # of a partial
@@ -62,7 +78,10 @@ class Stack(nnx.Module):
         hybrid.
       depth, features, mlp_hidden: layers, width D, hidden width of the MLP (default 8/3 D, in multiples of 8).
       dropout_rate: on every residual branch, in training.
-      remat: recompute each block in the backward, to save memory.
+      remat: what the backward recomputes of each block, to save memory: nothing (False), all of it (True), or all but
+        the products with parameters ("products").
+      scan_layers: compile what repeats once, the layers of len(mixers), and run it in a loop: for deep models, which
+        take long to compile. Parameters keep their paths.
       dtype: what is computed in; parameters are float32.
     """
 
@@ -76,7 +95,8 @@ class Stack(nnx.Module):
         features: int = 128,
         mlp_hidden: int | None = None,
         dropout_rate: float = 0.0,
-        remat: bool = False,
+        remat: bool | str = False,
+        scan_layers: bool = False,
         dtype: Any = jnp.float32,
     ):
         if not isinstance(mixers, (list, tuple)) or not all(map(_makes_mixers, mixers)):
@@ -87,7 +107,8 @@ class Stack(nnx.Module):
         features, dtype = check_int("features", features, least=1), check_dtype("dtype", dtype)
         dropout_rate = check_float("dropout_rate", dropout_rate, least=0, most=1)
         self.features, self.dropout_rate, self.dtype = features, dropout_rate, dtype
-        self.remat = check_bool("remat", remat)
+        self.remat, self.scan_layers = check_remat(remat), check_bool("scan_layers", scan_layers)
+        self._period = len(mixers)
         hidden = -(-features * 8 // 24) * 8 if mlp_hidden is None else check_int("mlp_hidden", mlp_hidden, least=1)
         self.layers = nnx.List(
             Block(
@@ -112,20 +133,44 @@ class Stack(nnx.Module):
         key: for dropout; None is evaluation. segment_ids: int [B, T], packed sequences that do not see each other.
         """
 
-        def apply(block: Block, x: jax.Array, key: jax.Array | None) -> jax.Array:
-            return block(x, segment_ids=segment_ids, key=key)
-
         layout = "BT" + "." * (x.ndim - 2)
-        for layer, block in enumerate(self.layers):
-            x = laid(x, layout)
+
+        def apply(block: Block, x: jax.Array, layer: Any) -> jax.Array:
             block_key = None if key is None else jax.random.fold_in(key, layer)
-            if self.remat:
-                function, state = as_function(apply, block)
-                x, learned = jax.checkpoint(function)(state, x, block_key)
-                absorb(block, learned)
+            return block(laid(x, layout), segment_ids=segment_ids, key=block_key)
+
+        turns = len(self.layers) // self._period if self.scan_layers else 0
+        scanned = turns * self._period if turns > 1 else 0
+        if scanned:
+            x = self._scan(apply, x, turns)
+        for layer, block in enumerate(self.layers[scanned:], scanned):
+            if self.remat is False:
+                x = apply(block, x, layer)
             else:
-                x = apply(block, x, block_key)
+                function, state = as_function(apply, block)
+                x, learned = recomputed(function, self.remat)(state, x, layer)
+                absorb(block, learned)
         return laid(x, layout)
+
+    def _scan(self, apply: Callable[[Block, jax.Array, Any], jax.Array], x: jax.Array, turns: int) -> jax.Array:
+        """Applies the first layers, of which each `period` are alike, in a loop over that many turns."""
+        period = self._period
+        functions, states = zip(*(as_function(apply, block) for block in self.layers[: turns * period]))
+        alike = functions[:period]
+
+        def turn(x: jax.Array, of_turn: tuple[Any, jax.Array]) -> tuple[jax.Array, list[Learned]]:
+            states, first = of_turn
+            learned = []
+            for number, (function, state) in enumerate(zip(alike, states)):
+                x, of_block = recomputed(function, self.remat)(state, x, first + number)
+                learned.append(of_block)
+            return x, learned
+
+        stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *states[number::period]) for number in range(period)]
+        x, learned = jax.lax.scan(turn, x, (stacked, period * jnp.arange(turns)))
+        for layer, block in enumerate(self.layers[: turns * period]):
+            absorb(block, {path: values[layer // period] for path, values in learned[layer % period].items()})
+        return x
 
     def stack_flops(self, space: tuple[int, ...]) -> int:
         """Floating-point operations of matrix products (2 per multiply-add) in the blocks, forward, for one example."""

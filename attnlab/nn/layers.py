@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from attnlab.attention._dispatch.deferred import tangent_call
 from attnlab.attention._shared.checks import check_bool, check_dtype, check_float, check_int, check_ints
 from attnlab.nn.parameters import Initializer, normal, ones, parameter, zeros
+
+PRODUCT = "product with a parameter"  # jax.checkpoint's name for what a Linear gives
 
 
 class Linear(nnx.Module):
@@ -38,7 +41,8 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         leading, sizes = x.shape[: x.ndim - len(self.inputs)], (math.prod(self.inputs), math.prod(self.outputs))
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        y = _product(x.reshape(*leading, sizes[0]), kernel.reshape(sizes)).reshape(*leading, *self.outputs)
+        y = checkpoint_name(_product(x.reshape(*leading, sizes[0]), kernel.reshape(sizes)), PRODUCT)
+        y = y.reshape(*leading, *self.outputs)
         return y if self.bias is None else y + along(self.bias[...].astype(self.dtype), y)
 
 

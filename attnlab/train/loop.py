@@ -56,6 +56,8 @@ class Experiment:
       evaluation_batches: batches of an evaluation; None takes all of the validation data.
       checkpoint_every: steps between checkpoints; one more follows the last step.
       mesh: the devices that share the run; one by default.
+      accumulation: parts of a batch whose gradients are taken one after the other and added, which takes the memory of
+        one part. Dropout is drawn by part, and buffers learn from each in turn.
     """
 
     model: nnx.Module
@@ -69,6 +71,7 @@ class Experiment:
     evaluation_batches: int | None = 16
     checkpoint_every: int = 100
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    accumulation: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nnx.Module):
@@ -79,7 +82,7 @@ class Experiment:
             raise TypeError(f"optimizer: got {shown(self.optimizer)}; need train.OptimizerOptions()")
         if not isinstance(self.mesh, Mesh):
             raise TypeError(f"mesh: got {shown(self.mesh)}; need train.Mesh()")
-        for name in ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"):
+        for name in ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every", "accumulation"):
             keep(self, **{name: check_int(name, getattr(self, name), least=1, most=2**31 - 1)})
         if self.evaluation_batches is not None:
             keep(self, evaluation_batches=check_int("evaluation_batches", self.evaluation_batches, least=1))
@@ -87,8 +90,8 @@ class Experiment:
         warmup, steps = self.optimizer.warmup_steps, self.steps
         require(warmup < steps, "warmup_steps", warmup, f"need fewer than steps, so 0 to {steps - 1}")
         _check_implementations(self.model)
-        check_batch_size(self.mesh, self.batch_size)
-        check_memory(self.model, self.task, self.batch_size, self.mesh)
+        check_batch_size(self.mesh, self.batch_size, self.accumulation)
+        check_memory(self.model, self.task, self.batch_size // self.accumulation, self.mesh)
         # Traces the model on the task's shapes, so that what does not fit is refused now, not during the run; and so is
         # a mixer of one's own whose costs cannot be told.
         loss_shapes(self.model, self.task, self.batch_size)
@@ -159,7 +162,8 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
     model, task, steps = experiment.model, experiment.task, experiment.steps
     key, mesh = jax.random.key(experiment.seed), experiment.mesh.build()
     optimizer = make_optimizer(experiment.optimizer, steps)
-    step_function, evaluate_function = make_step(model, task, optimizer, key, mesh), make_evaluation(model, task, mesh)
+    step_function = make_step(model, task, optimizer, key, mesh, experiment.accumulation)
+    evaluate_function = make_evaluation(model, task, mesh)
     unit, units = (task.costs(model)[name] for name in ("unit", "units"))
 
     batches: grain.DatasetIterator = iter(task.batches("train", experiment.batch_size, experiment.seed))

@@ -121,9 +121,10 @@ def placed(batch: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.device_put(batch, batch_sharding(mesh))
 
 
-def check_batch_size(mesh: Mesh, batch_size: int) -> None:
-    """Raises ValueError where devices would have parts of examples."""
+def check_batch_size(mesh: Mesh, batch_size: int, accumulation: int) -> None:
+    """Raises ValueError where devices would have parts of examples, or accumulated parts differ in size."""
     sizes = mesh.sizes(jax.device_count())
-    parts = math.prod(sizes[axis] for axis in BATCH_AXES)
-    allowed = f"need a multiple of {parts}, the mesh's {' x '.join(BATCH_AXES)}"
-    require(batch_size % parts == 0, "batch_size", batch_size, allowed)
+    parts = {**{axis: sizes[axis] for axis in BATCH_AXES}, "accumulation": accumulation}
+    count = math.prod(parts.values())
+    allowed = f"need a multiple of {count}, {' x '.join(f'{name} {n}' for name, n in parts.items() if n > 1)}"
+    require(batch_size % count == 0, "batch_size", batch_size, allowed)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from attnlab import nn
 from attnlab.attention._shared.checks import check_float, check_int, keep, require
@@ -63,6 +64,14 @@ class State(NamedTuple):
     optimizer: optax.OptState
     step: jax.Array
     sums: dict[str, jax.Array]
+
+
+class _Learned(NamedTuple):
+    """Of some examples. buffers: after them."""
+
+    gradients: nn.Parameters
+    metrics: dict[str, jax.Array]
+    buffers: nn.Parameters
 
 
 def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
@@ -147,25 +156,58 @@ def make_step(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     mesh: jax.sharding.Mesh,
+    accumulation: int = 1,
 ) -> Any:
-    """The jitted training step, (state, batch) -> state. It takes the old state's memory. key: the seed's."""
+    """The jitted training step, (state, batch) -> state. It takes the old state's memory.
+
+    key: the seed's. accumulation: parts of the batch whose gradients are taken one after the other, and added.
+    """
+
+    def pinned(tree: Any) -> Any:
+        return jax.lax.with_sharding_constraint(tree, state_shardings(mesh, tree))
 
     def step(state: State, batch: Batch) -> State:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return jax.lax.with_sharding_constraint(following(state, batch), state_shardings(mesh, state))
+            return pinned(following(state, batch))
 
     def following(state: State, batch: Batch) -> State:
         dropout_key = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), state.step)
-
-        def loss(parameters: nn.Parameters) -> tuple[jax.Array, tuple[dict[str, jax.Array], nn.Parameters]]:
-            return _loss(model, task, nn.merge(parameters, state.buffers), batch, dropout_key)
-
-        gradients, (metrics, buffers) = jax.grad(loss, has_aux=True)(state.parameters)
+        learn_all = learn if accumulation == 1 else learn_by_parts
+        gradients, metrics, buffers = learn_all(state.parameters, state.buffers, batch, dropout_key)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         added = {**metrics, "steps": jnp.ones(())}
         sums = {name: value + added.get(name, 0.0) for name, value in state.sums.items()}
         parameters = optax.apply_updates(state.parameters, updates)
         return State(parameters, buffers, optimizer_state, state.step + 1, sums)
+
+    def learn(parameters: nn.Parameters, buffers: nn.Parameters, batch: Batch, dropout_key: jax.Array) -> _Learned:
+        def loss(parameters: nn.Parameters) -> tuple[jax.Array, tuple[dict[str, jax.Array], nn.Parameters]]:
+            return _loss(model, task, nn.merge(parameters, buffers), batch, dropout_key)
+
+        gradients, (metrics, buffers) = jax.grad(loss, has_aux=True)(parameters)
+        return _Learned(gradients, metrics, buffers)
+
+    def learn_by_parts(
+        parameters: nn.Parameters, buffers: nn.Parameters, batch: Batch, dropout_key: jax.Array
+    ) -> _Learned:
+        """Means of gradients and metrics. Each part has examples of every device, so that none is moved."""
+        whole = batch_sharding(mesh).spec
+        of_parts = NamedSharding(mesh, PartitionSpec(None, *whole))
+
+        def split(x: jax.Array) -> jax.Array:
+            parts = jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0)
+            return jax.lax.with_sharding_constraint(parts, of_parts)
+
+        def add(so_far: _Learned, part: tuple[jax.Array, Batch]) -> tuple[_Learned, None]:
+            number, examples = part
+            more = learn(parameters, so_far.buffers, examples, jax.random.fold_in(dropout_key, number))
+            gradients, metrics = jax.tree.map(lambda x, y: x + y / accumulation, so_far[:2], more[:2])
+            return _Learned(pinned(gradients), metrics, more.buffers), None
+
+        parts = jnp.arange(accumulation), jax.tree.map(split, batch)
+        shapes = jax.eval_shape(learn, parameters, buffers, jax.tree.map(lambda x: x[0], parts[1]), dropout_key)
+        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        return jax.lax.scan(add, zeros._replace(buffers=buffers), parts)[0]
 
     return jax.jit(step, donate_argnums=0)
 

@@ -3,9 +3,11 @@
 import functools
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 
 from attnlab import nn
 from attnlab.models import ImageClassifier, LanguageModel, SequenceRegressor, generate
@@ -73,21 +75,80 @@ def test_generation_draws_below_a_number_and_fills_every_position(hybrid):
     assert set(np.unique(out[:, 1:])) == {0, 1, 2}
 
 
-def test_remat_changes_memory_and_no_number(tokens):
-    def loss_and_gradient(remat):
-        model = LanguageModel(vocabulary=17, mixers=HYBRID[1:], depth=1, features=16, dropout_rate=0.3, remat=remat)
-        parameters = nn.initialize(model, jax.random.key(0))
+def learning(tokens, **options):
+    """The gradient of a model in training, compiled, (gradients, (loss, buffers)), and what it takes."""
+    model = LanguageModel(vocabulary=17, features=16, dropout_rate=0.3, **{"mixers": HYBRID[1:], "depth": 1, **options})
+    parameters, buffers = nn.split(model, nn.initialize(model, jax.random.key(0)))
 
-        def loss(parameters):
-            return jnp.mean(nn.bind(model, parameters)(tokens, key=jax.random.key(2)) ** 2)
+    def loss(parameters):
+        bound = nn.bind(model, nn.merge(parameters, buffers))
+        loss = jnp.mean(bound(tokens, key=jax.random.key(2)) ** 2)
+        learned, auxiliary = nn.learned(bound)
+        return loss + auxiliary, (loss, learned)
 
-        return jax.jit(jax.value_and_grad(loss))(parameters)
+    return jax.jit(jax.grad(loss, has_aux=True)).lower(parameters).compile(), parameters
 
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7),
-        loss_and_gradient(True),
-        loss_and_gradient(False),
-    )
+
+def assert_alike(one, other):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), one, other)
+
+
+@pytest.mark.parametrize("remat", slow_but([True], [True, "products"]))
+def test_remat_changes_memory_and_no_number(tokens, remat):
+    (call, parameters), (plain, _) = (learning(tokens, remat=remat) for remat in (remat, False))
+    assert_alike(call(parameters), plain(parameters))
+
+
+def test_remat_of_all_but_products_keeps_more_than_that_of_all(tokens):
+    kept = []
+    for remat in (True, "products", False):
+        model = LanguageModel(vocabulary=17, mixers=[nn.SoftmaxAttention], depth=2, features=16, remat=remat)
+        values = jax.eval_shape(lambda model=model: nn.initialize(model, jax.random.key(0)))
+
+        def backward(values, model=model):
+            return jax.vjp(lambda values: nn.bind(model, values)(tokens), values)[1]
+
+        residuals = jax.eval_shape(backward, values)
+        kept.append(sum(leaf.size for leaf in jax.tree.leaves(residuals)))
+    assert kept == sorted(set(kept))
+
+
+ROUTING = functools.partial(nn.RoutingAttention, clusters=2, window=3)
+
+
+@pytest.mark.parametrize(
+    ("mixers", "depth", "remat"),
+    [
+        ([nn.SoftmaxAttention], 3, False),
+        pytest.param(
+            [nn.SoftmaxAttention, functools.partial(nn.LinearAttention, decay="data")], 5, True, marks=pytest.mark.slow
+        ),
+        pytest.param([ROUTING, nn.SoftmaxAttention], 4, "products", marks=pytest.mark.slow),
+        pytest.param([ROUTING], 1, False, marks=pytest.mark.slow),
+    ],
+)
+def test_layers_in_a_loop_are_what_they_are_in_turn(tokens, mixers, depth, remat):
+    """Gradients, dropout, buffers and what layers add to the loss; layers that fill no turn come after the loop."""
+    options = {"mixers": mixers, "depth": depth, "remat": remat}
+    (call, parameters), (plain, _) = (learning(tokens, scan_layers=scans, **options) for scans in (True, False))
+    assert_alike(call(parameters), plain(parameters))
+
+
+def test_a_deep_model_in_a_loop_is_no_longer_a_program_than_a_shallow_one(tokens):
+    sizes = []
+    for depth in (2, 12):
+        model = LanguageModel(vocabulary=17, mixers=[nn.SoftmaxAttention], depth=depth, features=16, scan_layers=True)
+        values = jax.eval_shape(lambda model=model: nn.initialize(model, jax.random.key(0)))
+        jaxpr = jax.make_jaxpr(lambda values, model=model: nn.bind(model, values)(tokens))(values)
+        sizes.append(sum(equation.primitive.name == "dot_general" for equation in equations(jaxpr.jaxpr)))
+    assert sizes[0] == sizes[1]
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 def test_dropout_is_decided_by_the_key_alone(hybrid, tokens):

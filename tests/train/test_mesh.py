@@ -57,8 +57,10 @@ def test_a_mesh_that_cannot_be_is_refused(options, error, message):
 
 
 def test_a_batch_is_not_cut_within_an_example():
-    with pytest.raises(ValueError, match="batch_size: got 4; need a multiple of 8, the mesh's data x fsdp"):
+    with pytest.raises(ValueError, match="batch_size: got 4; need a multiple of 8, data 2 x fsdp 4"):
         runs.experiment(mesh=Mesh(data=2, fsdp=4))
+    with pytest.raises(ValueError, match="batch_size: got 4; need a multiple of 6, data 2 x accumulation 3"):
+        runs.experiment(mesh=Mesh(data=2), accumulation=3)
 
 
 def language_model(mixer="softmax", **options):
@@ -66,12 +68,12 @@ def language_model(mixer="softmax", **options):
     return LanguageModel(mixers=[MIXERS[mixer]], **{**settings, **options})
 
 
-def start(model, mesh, *, batch_size=8, learning_rate=1e-3):
+def start(model, mesh, *, batch_size=8, learning_rate=1e-3, accumulation=1):
     """(state, step, batches) of a run that is about to begin."""
     task, key = runs.experiment().task, jax.random.key(0)
     optimizer = make_optimizer(OptimizerOptions(learning_rate=learning_rate, warmup_steps=4), 20)
     state = initial_state(model, task, batch_size, optimizer, key, mesh)
-    return state, make_step(model, task, optimizer, key, mesh), iter(task.batches("train", batch_size, 0))
+    return state, make_step(model, task, optimizer, key, mesh, accumulation), iter(task.batches("train", batch_size, 0))
 
 
 @functools.cache
@@ -92,6 +94,20 @@ def test_losses_do_not_depend_on_the_mesh(mixer, name):
     if MIXERS[mixer].is_grid:
         pytest.skip("images alone")
     np.testing.assert_allclose(losses(mixer, MESHES[name]), losses(mixer, Mesh()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", slow_but([Mesh(data=2)], [Mesh(), Mesh(data=2), Mesh(fsdp=2, tensor=4)]), ids=str)
+def test_accumulated_gradients_are_those_of_the_whole_batch(mesh):
+    model, mesh, found = language_model(dropout_rate=0.0), mesh.build(), []
+    for accumulation in (1, 4):
+        state, step, batches = start(model, mesh, accumulation=accumulation)
+        for _ in range(5):
+            state = step(state, placed(next(batches), mesh))
+        found.append(state)
+    np.testing.assert_allclose(found[1].sums["loss"], found[0].sums["loss"], rtol=0, atol=1e-5)
+    assert found[1].sums["steps"] == 5
+    for x, y in zip(*(jax.tree.leaves(state.parameters) for state in found), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MESHES)
