@@ -188,13 +188,14 @@ def _agents(length: int) -> Pairs:
 def _training(length: int) -> Pairs:
     """Ten training steps in nanoGPT's setting for a CPU, beside an equal model of PyTorch, eager and compiled.
 
-    JAX's devices share the batch, as the mesh train.Mesh(data=-1) has a run do it.
+    JAX's devices share the batch, as train.Mesh(data=-1) has them do it; JAX_NUM_CPU_DEVICES says how many there are.
     """
+    what = f"10 training steps, 12 x 64 tokens, {jax.device_count()} device{'s' * (jax.device_count() > 1)}"
     torch = _torch()
     own = _training_step()
     eager = _torch_step(torch, compiled=False)
-    yield "10 training steps, 12 x 64 tokens", "PyTorch, eager", own, eager
-    yield "10 training steps, 12 x 64 tokens", "PyTorch, compiled", own, _torch_step(torch, compiled=True)
+    yield what, "PyTorch, eager", own, eager
+    yield what, "PyTorch, compiled", own, _torch_step(torch, compiled=True)
 
 
 def _training_step() -> Call:
