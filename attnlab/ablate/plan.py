@@ -127,7 +127,10 @@ class Plan:
             overrides.append(f"{match.knob}={match.value}")
         if rate is not None:
             overrides.append(f"OptimizerOptions.learning_rate={rate!r}")
-        built = config.build([self._file, *self._sources[arm]], overrides, root="Experiment")
+        try:
+            built = config.build([self._file, *self._sources[arm]], overrides, root="Experiment")
+        except UserError as error:
+            raise UserError(f"{error} (arm {arm})") from error
         experiment: Experiment = built.value
         if rate is not None and experiment.optimizer.learning_rate != rate:
             raise UserError(

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -116,6 +117,10 @@ def _obtain(run: Run, runs: Path) -> dict[str, Any] | None:
             return _known(run, runs)
     except OwnedError:
         return None
+    except SystemExit as error:
+        if error.code == 128 + signal.SIGTERM:  # by signals.stop
+            raise
+        return _failed(run, runs, RuntimeError(f"it called sys.exit({error.code!r})"))
     except Exception as error:
         return _failed(run, runs, error)
 

@@ -51,6 +51,8 @@ class Workdir:
         self.path = check_path(path).absolute()
         self._fingerprint, self._config_text = dict(fingerprint), config_text
         self._metrics, self._checkpoints = self.path / "metrics.jsonl", self.path / "checkpoints"
+        decides = {name: value for name, value in fingerprint.items() if name != "mesh"}
+        self._run = _digest(decides)
         self._events: EventsWriter | None = None
         self._newest = 0
         try:
@@ -134,7 +136,7 @@ class Workdir:
 
         like: the state's shapes, dtypes and shardings.
 
-        Raises UserError: there are checkpoints, and none can be read.
+        Raises UserError: there are checkpoints, and none can be read, or they are another run's (run.json was lost).
         """
         _delete_partial(self._checkpoints)
         state: Any = None
@@ -143,6 +145,8 @@ class Workdir:
         found = _newest_readable(self._checkpoints, like)
         if found is not None:
             self._newest, state, facts, damaged = found
+            if facts.get("run", self._run) != self._run:
+                raise UserError(f"workdir: {self.path} holds checkpoints of another run; give another --workdir")
             for step in damaged:
                 self._set_aside(step)
             batches.set_state(facts["data"])
@@ -211,6 +215,7 @@ class Workdir:
             "data": batches.get_state(),
             "rows": rows,
             "pending": dict(pending),
+            "run": self._run,
         }
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave({**facts, "digest": _digest(facts)})

@@ -335,6 +335,7 @@ FAILURES = {
     "a damaged file": (UserError("checkpoint: x cannot be read"), "checkpoint: x cannot be read", False),
     "a write": (RunError("checkpoint: x cannot be written"), "checkpoint: x cannot be written", False),
     "without a word": (AssertionError(), "AssertionError: no message", True),
+    "an exit of its own": (SystemExit(3), "RuntimeError: it called sys.exit(3)", True),
 }
 
 

@@ -268,6 +268,15 @@ def test_what_is_kept_without_run_json_is_of_this_config_or_refused(tmp_path, fi
     assert capsys.readouterr().err == f"attnlab: {path / 'run.json'} is lost; it is written again\n"
 
 
+def test_checkpoints_of_other_data_are_refused_without_run_json_too(tmp_path, continued):
+    """The resolved config is then the same."""
+    shutil.copytree(continued[0], tmp_path, dirs_exist_ok=True)
+    for name in ("run.json", "result.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=f"workdir: {tmp_path} holds checkpoints of another run; give another"):
+        train(runs.experiment(), workdir=tmp_path, fingerprint={**runs.FINGERPRINT, "data": "other"})
+
+
 def test_other_versions_than_the_run_was_started_with_are_named(tmp_path, continued, capsys, monkeypatch):
     folder, _ = continued
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
