@@ -17,7 +17,9 @@ known at trace time; the tile attends to its box in one dense step under the mas
 With dilation the tokens are reordered by residue group first, and each group has tiles of its own.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +30,7 @@ from jax import lax
 from attnlab.attention import masks
 from attnlab.attention._cached import attend_to_cache
 from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._dispatch.exchange import Parts, by_device, first_positions, over_positions, with_halo
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import local as kernels
 from attnlab.attention._shared.checks import (
@@ -158,22 +161,84 @@ def windowed_attention(
     assert sinks == 0 or dilation == 1, "no primitive offers sinks with dilation, and the blocked form has none"
     if segment_ids is not None:
         check_segment_ids("segment_ids", segment_ids, (query.shape[0], *space), "[batch, *space]")
-    return dispatch(
+    settings = {"window": windows, "stride": strides, "dilation": dilations, "is_causal": causal, "edge": edge}
+    attend = functools.partial(
+        dispatch,
         primitive,
         IMPLEMENTATIONS,
         implementation,
-        query,
-        key,
-        value,
-        segment_ids,
-        window=windows,
-        stride=strides,
-        dilation=dilations,
-        is_causal=causal,
-        edge=edge,
         sinks=sinks,
         scale=default_scale(scale, query.shape[-1]),
+        **settings,
     )
+    parted = functools.partial(_parted, attend, settings, sinks)
+    layouts = ("B*N.", "B*K.", "B*K.", "B*")
+    return over_positions(attend, parted, layouts, ("B*N.", "B*N"), query, key, value, segment_ids)
+
+
+class _Stretch(NamedTuple):
+    """Of the whole sequence, what the queries of a part need: so many positions before and after the part. is_cut: it
+    begins later than the sequence."""
+
+    before: int
+    after: int
+    is_cut: bool
+
+
+def _parted(
+    attend: Callable[..., tuple[Array, Array]],
+    settings: dict[str, Any],
+    sinks: int,
+    parts: Parts,
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array | None,
+) -> tuple[Array, Array]:
+    """Each device's part: local attention in a stretch around it, which ends where the sequence does or far enough from
+    the part. Queries that are not the part's own are zeros there, and their results are dropped."""
+    dim, size = 1 + parts.axis, query.shape[1 + parts.axis]
+    space = [length * (parts.many if axis == parts.axis else 1) for axis, length in enumerate(query.shape[1:-2])]
+    axis = masks.axis_windows(space, **settings)[parts.axis]
+    group = axis.stride * axis.dilation
+    shown = -(-sinks // group) * group  # the first tokens, which a cut stretch is put behind in whole stride groups
+    stretches = [_stretch(axis, size, number, sinks) for number in range(parts.many)]
+    before, after = max(s.before for s in stretches), max(s.after for s in stretches)
+    fused = key.dtype == value.dtype  # then they travel in one message
+    arrays = [jnp.concatenate([key, value], axis=-1)] if fused else [key, value]
+    arrays += [] if segment_ids is None else [segment_ids]
+    extended = [with_halo(x, before, after, parts, dim) for x in arrays]
+    if any(s.is_cut for s in stretches) and sinks:
+        first = [first_positions(x, shown, parts, dim) for x in arrays]
+    else:
+        first = [x[:, :0] for x in arrays]
+
+    def of_stretch(stretch: _Stretch, query: Array, extended: list[Array], first: list[Array]) -> tuple[Array, Array]:
+        start, end = before - stretch.before, before + size + stretch.after
+        within = [lax.slice_in_dim(x, start, end, axis=dim) for x in extended]
+        put_before = shown if stretch.is_cut and sinks else 0
+        if put_before:
+            within = [jnp.concatenate(pair, axis=dim) for pair in zip(first, within)]
+        own = put_before + stretch.before
+        widths = [(own, stretch.after) if a == dim else (0, 0) for a in range(query.ndim)]
+        key, value = jnp.split(within[0], [key_width], axis=-1) if fused else within[:2]
+        ids = within[-1] if has_ids else None
+        results = attend(jnp.pad(query, widths), key, value, ids)
+        return tuple(lax.slice_in_dim(x, own, own + size, axis=dim) for x in results)  # type: ignore[return-value]
+
+    key_width, has_ids = key.shape[-1], segment_ids is not None
+    return by_device(stretches, of_stretch, parts, query, extended, first)
+
+
+def _stretch(axis: masks.AxisWindow, size: int, number: int, sinks: int) -> _Stretch:
+    """Of part `number`. Windows and stride groups of its queries end where those of the whole sequence do."""
+    first, last = number * size, (number + 1) * size
+    starts, ends = axis.bounds(np.arange(first, last))
+    group = axis.stride * axis.dilation
+    start = min(first, int(starts.min())) // group * group
+    start = 0 if start < sinks else start  # a sink is in the stretch or before it, not both
+    end = min(axis.length, max(last + group - axis.dilation, int(ends.max())))
+    return _Stretch(first - start, end - last, start > 0)
 
 
 def _reference(

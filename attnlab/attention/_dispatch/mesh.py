@@ -5,7 +5,7 @@ XLA places what is plain JAX; but it cannot partition a Pallas kernel, so a kern
 
     data, fsdp      the batch
     tensor          the heads
-    context         the positions; kernels take whole sequences so far, every device of the axis the same
+    context         the positions, of the first space axis (exchange.py)
 
 (custom_partitioning, which would see how arrays really lie, does not compile for a TPU that is only described.)
 """
@@ -25,10 +25,11 @@ _KNOWN = BATCH_AXES + HEAD_AXES + POSITION_AXES
 
 
 class Placement(NamedTuple):
-    """The mesh axes that share the batch, and the heads, as far as their numbers divide."""
+    """The mesh axes that share the batch, the heads, and each of the first space axes, as far as these divide."""
 
     batch: tuple[str, ...]
     heads: tuple[str, ...]
+    positions: tuple[tuple[str, ...], ...]
 
 
 _given: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("attnlab_placement", default=None)
@@ -36,7 +37,7 @@ _given: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("attnl
 
 def placement() -> Placement:
     """As arrays on Explicit axes around this call have it, else by the axes' names."""
-    return _given.get() or Placement(BATCH_AXES, HEAD_AXES)
+    return _given.get() or Placement(BATCH_AXES, HEAD_AXES, (POSITION_AXES,))
 
 
 def unknown_axes() -> list[str]:
@@ -81,20 +82,7 @@ def partitioned(
     if not sizes:
         return run(results, *arguments)
 
-    def by_leaf(function: Callable[[str, Any], Any], layouts: Any, tree: Any) -> Any:
-        return jax.tree.map(lambda layout, x: None if x is None else function(layout, x), layouts, tree)
-
-    def lengths(letters: str) -> list[int]:
-        def of_leaf(layout: str, x: Any) -> list[int]:
-            return [size for letter, size in zip(layout, x.shape) if letter in letters]
-
-        return jax.tree.leaves(by_leaf(of_leaf, layouts, (results, *arguments)))
-
-    axes = {"B": dividing(place.batch, sizes, lengths("B"))}
-    axes["N"] = axes["K"] = dividing(place.heads, sizes, lengths("NK"))
-
-    def spec(layout: str, _: Any) -> PartitionSpec:
-        return PartitionSpec(*(axes.get(letter) or None for letter in layout))
+    axes = _axes(place, sizes, layouts, (results, *arguments))
 
     def part_of(layout: str, x: Any) -> jax.ShapeDtypeStruct:
         parts = (math.prod(sizes[name] for name in axes.get(letter, ())) for letter in layout)
@@ -105,12 +93,50 @@ def partitioned(
         return jax.lax.psum(x, over) if over else x
 
     def own_part(*arguments: Any) -> Any:
-        return by_leaf(total, layouts[0], run(by_leaf(part_of, layouts[0], results), *arguments))
+        return _by_leaf(total, layouts[0], run(_by_leaf(part_of, layouts[0], results), *arguments))
+
+    return _spread(own_part, axes, layouts, arguments)
+
+
+def shared(function: Callable[..., Any], place: Placement, layouts: Any, *arguments: Any) -> Any:
+    """function(*arguments), each device of the mesh in context with its part of batch, heads and positions.
+
+    layouts: as for `partitioned`, and T for the positions. A result has B, N and T wherever its parts differ.
+    """
+    return _spread(function, _axes(place, automatic_axes(), layouts[1:], arguments), layouts, arguments)
+
+
+def _axes(place: Placement, sizes: dict[str, int], layouts: Any, arrays: Any) -> dict[str, tuple[str, ...]]:
+    """The mesh axes of each letter."""
+
+    def lengths(letters: str) -> list[int]:
+        def of_leaf(layout: str, x: Any) -> list[int]:
+            return [size for letter, size in zip(layout, x.shape) if letter in letters]
+
+        return jax.tree.leaves(_by_leaf(of_leaf, layouts, arrays))
+
+    heads = dividing(place.heads, sizes, lengths("NK"))
+    batch = dividing(place.batch, sizes, lengths("B"))
+    return {"B": batch, "N": heads, "K": heads, "T": place.positions[0] if place.positions else ()}
+
+
+def _by_leaf(function: Callable[[str, Any], Any], layouts: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda layout, x: None if x is None else function(layout, x), layouts, tree)
+
+
+def _spread(
+    function: Callable[..., Any], axes: dict[str, tuple[str, ...]], layouts: Any, arguments: tuple[Any, ...]
+) -> Any:
+    def spec(layout: str) -> PartitionSpec:
+        return PartitionSpec(*(axes.get(letter) or None for letter in layout))
+
+    def spec_of(layout: str, _: Any) -> PartitionSpec:
+        return spec(layout)
 
     return jax.shard_map(
-        own_part,
-        in_specs=tuple(by_leaf(spec, *pair) for pair in zip(layouts[1:], arguments)),
-        out_specs=by_leaf(spec, layouts[0], results),
+        function,
+        in_specs=tuple(_by_leaf(spec_of, *pair) for pair in zip(layouts[1:], arguments)),
+        out_specs=jax.tree.map(spec, layouts[0]),
         axis_names=set(_auto_sizes()),  # Mosaic asks for all of them, those of one device too
         check_vma=False,
     )(*arguments)
@@ -143,7 +169,7 @@ def over_explicit_axes(
     entries = {"B": [batch], "*": space, "N": [heads], ".": [None]}
     specs = [PartitionSpec(*(entry for letter in layout for entry in entries[letter])) for layout in layouts]
     specs += [_spec(leaf) for leaf in jax.tree.leaves(like)]
-    token = _given.set(Placement(_names(batch), _names(heads)))
+    token = _given.set(Placement(_names(batch), _names(heads), tuple(map(_names, space))))
     try:
         with jax.sharding.use_abstract_mesh(inside):
             whole = (NamedSharding(inside, PartitionSpec(*[None] * x.ndim)) for x in arrays)

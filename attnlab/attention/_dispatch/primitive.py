@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from attnlab.attention._dispatch.choice import is_recording
+from attnlab.attention._dispatch.exchange import given_positions
 from attnlab.attention._dispatch.mesh import over_explicit_axes
 
 P = ParamSpec("P")
@@ -23,11 +24,13 @@ _CONSTANTS = (bool, int, float, complex, str, np.generic)
 
 
 class _Call(NamedTuple):
-    """What a call is beside its arrays. kinds: the leaves' types, as True == 1 == 1.0, and one of them is no window."""
+    """What a call is beside its arrays. kinds: the leaves' types, as True == 1 == 1.0, and one of them is no window.
+    positions: how they lie, where the caller says so."""
 
     tree: Any
     leaves: tuple[Any, ...]
     kinds: tuple[type, ...]
+    positions: tuple[str, int] | None
 
 
 def primitive(*layouts: str, like: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -62,7 +65,8 @@ def primitive(*layouts: str, like: str = "") -> Callable[[Callable[P, R]], Calla
             leaves, tree = jax.tree.flatten((args, kwargs))
             kinds = tuple(_Array if _is_array(leaf) else type(leaf) for leaf in leaves)
             arrays = [leaf for leaf, kind in zip(leaves, kinds) if kind is _Array]
-            rest = _Call(tree, tuple(None if kind is _Array else leaf for leaf, kind in zip(leaves, kinds)), kinds)
+            constants = tuple(None if kind is _Array else leaf for leaf, kind in zip(leaves, kinds))
+            rest = _Call(tree, constants, kinds, given_positions())
             is_constant = all(kind is _Array or issubclass(kind, _CONSTANTS) for kind in kinds)
             # Choices are recorded while a call is traced; and a kernel that is simulated has effects in their order,
             # which a jit inside another one loses.
