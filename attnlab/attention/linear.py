@@ -23,12 +23,14 @@ stands, loses no digits behind a strong decay, and a segment's first token drops
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._dispatch.exchange import Parts, as_one, moved, over_positions, states_before
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import linear as kernels
 from attnlab.attention._shared.checks import (
@@ -57,7 +59,11 @@ from attnlab.attention._shared.chunks import (
 from attnlab.attention._shared.feature_maps import FeatureMap, apply_feature_map, feature_width, normalizer_epsilon
 from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, spoilt_since
 from attnlab.attention._shared.heads import repeat_key_heads
+from attnlab.attention._shared.passage import dropped, entered, from_state, joined, passage_of, to_state
 from attnlab.attention._shared.recurrence import LinearInputs, LinearOptions, LinearState
+
+# (inputs, options=) -> (out, the state after it), of finite arrays.
+_Attend = Callable[..., tuple[Array, LinearState]]
 
 
 @primitive("B*N.", "BN..", "BN.")
@@ -134,17 +140,25 @@ def linear_attention(
         # Made like query: inside shard_map a scan's carry must vary over the mesh axes that its inputs vary over.
         initial_state = jax.tree.map(lambda leaf: jnp.zeros_like(query, shape=leaf.shape), initial_state)
     initial_state = jax.tree.map(lambda leaf: leaf.astype(dtype), initial_state)
-    inputs = LinearInputs(query, key, value, log_decay, beta, initial_state, segment_ids)
-    out, state = dispatch(
-        "linear_attention",
-        IMPLEMENTATIONS,
-        implementation,
-        _finite(inputs),
-        options=LinearOptions(feature_map, normalize, default_scale(scale, head_dim), is_causal, chunk_size),
+    options = LinearOptions(feature_map, normalize, default_scale(scale, head_dim), is_causal, chunk_size)
+    attend = functools.partial(dispatch, "linear_attention", IMPLEMENTATIONS, implementation)
+    of_decay = None if log_decay is None else {1: "N", 3: "B*N", 4: "B*N."}[log_decay.ndim]
+    of_state = LinearState("BN..", None if initial_state.k_sum is None else "BN.")  # type: ignore[arg-type]
+    out, state = over_positions(
+        functools.partial(_whole, attend, options),
+        functools.partial(_parted if is_causal else _parted_sums, attend, options),
+        ("B*N.", "B*K.", "B*K.", of_decay, "B*N", of_state, "B*"),
+        ("B*N.", of_state),
+        *LinearInputs(query, key, value, log_decay, beta, initial_state, segment_ids),
     )
-    at_tokens, at_end = _spoilt(inputs, is_causal)
-    out, state = spoil(out, at_tokens), jax.tree.map(lambda leaf: spoil(leaf, at_end), state)
     return (out, state) if return_state else out
+
+
+def _whole(attend: _Attend, options: LinearOptions, *arrays: Any) -> tuple[Array, LinearState]:
+    inputs = LinearInputs(*arrays)
+    out, state = attend(_finite(inputs), options=options)
+    at_tokens, at_end = _spoilt(inputs, _state_is_spoilt(inputs.state), options.is_causal)
+    return spoil(out, at_tokens), jax.tree.map(lambda leaf: spoil(leaf, at_end), state)
 
 
 def init_linear_cache(
@@ -297,9 +311,26 @@ def _finite(inputs: LinearInputs) -> LinearInputs:
     return LinearInputs(query, key, value, log_decay, beta, state, segment_ids)
 
 
-def _spoilt(inputs: LinearInputs, is_causal: bool) -> tuple[Array, Array]:
-    """bool [B, T, N] and [B, N]: outputs, and the state after them, that have seen what is not finite."""
-    query, key, value, log_decay, beta, state, segment_ids = inputs
+def _state_is_spoilt(state: LinearState) -> Array:
+    """bool [B, N]"""
+    spoilt = is_spoilt(state.kv.reshape(*state.kv.shape[:2], -1))
+    return spoilt if state.k_sum is None else spoilt | is_spoilt(state.k_sum)
+
+
+def _spoilt(inputs: LinearInputs, before: Array, is_causal: bool) -> tuple[Array, Array]:
+    """bool [B, T, N] and [B, N]: outputs, and the state after them, that have seen what is not finite. before: bool
+    [B, N], of the state before them."""
+    tokens, starts = _marks(inputs)
+    seen = spoilt_since(tokens, starts, before)
+    if not is_causal:
+        ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1), (0, 0)))  # a segment's last token is its first one backwards
+        seen = seen | spoilt_since(tokens[:, ::-1], ends[:, ::-1], jnp.zeros_like(before))[:, ::-1]
+    return seen | is_spoilt(inputs.query), seen[:, -1] if seen.shape[1] else before
+
+
+def _marks(inputs: LinearInputs) -> tuple[Array, Array]:
+    """bool [B, T, N]: tokens that are not finite, and tokens that drop the state before them."""
+    query, key, value, log_decay, beta, _, segment_ids = inputs
     tokens = repeat_key_heads((is_spoilt(key) | is_spoilt(value))[..., None], query.shape[2])[..., 0]
     starts = jnp.zeros_like(tokens)
     if log_decay is not None:
@@ -310,14 +341,88 @@ def _spoilt(inputs: LinearInputs, is_causal: bool) -> tuple[Array, Array]:
         tokens = tokens | ~jnp.isfinite(beta)
     if segment_ids is not None:
         starts = starts | segment_starts(segment_ids)[..., None]
-    before = is_spoilt(state.kv.reshape(*state.kv.shape[:2], -1))
-    if state.k_sum is not None:
-        before = before | is_spoilt(state.k_sum)
-    seen = spoilt_since(tokens, starts, before)
-    if not is_causal:
-        ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1), (0, 0)))  # a segment's last token is its first one backwards
-        seen = seen | spoilt_since(tokens[:, ::-1], ends[:, ::-1], jnp.zeros_like(before))[:, ::-1]
-    return seen | is_spoilt(query), seen[:, -1] if seen.shape[1] else before
+    return tokens, starts
+
+
+# --- Over devices -----------------------------------------------------------------------------------------------------
+
+
+def _parted(attend: _Attend, options: LinearOptions, parts: Parts, *arrays: Any) -> tuple[Array, LinearState]:
+    """Each device's part, from the state that the parts before it leave."""
+    inputs = LinearInputs(*arrays)
+    finite, of_part = _finite(inputs), functools.partial(attend, options=options)
+    _, starts = _marks(inputs)
+    _, at_end = _spoilt(inputs, jnp.zeros_like(starts[:, 0]), options.is_causal)
+    continues = None  # whether the part begins within a segment of the part before
+    if (ids := inputs.segment_ids) is not None:
+        continues = (moved(ids[:, -1], 1, parts) == ids[:, 0]) | (parts.number() == 0)
+    own = entered(passage_of(finite, options, of_part, keeps=~starts.any(1), spoilt=at_end), continues)
+    start = from_state(finite.state, _state_is_spoilt(inputs.state), own)
+    before, after = states_before(joined, start, own, parts)
+    before = dropped(before, continues)
+    out, _ = of_part(finite._replace(state=to_state(before, finite.state)))
+    at_tokens, _ = _spoilt(inputs, before.spoilt > 0, options.is_causal)
+    end = after()
+    state = jax.tree.map(lambda leaf: spoil(leaf, end.spoilt > 0), to_state(end, finite.state))
+    return spoil(out, at_tokens), state
+
+
+class _Sums(NamedTuple):
+    """state: [B, N, F, V], the sum of keys as one more column if there is one. wild: [B, N], how many tokens are not
+    finite."""
+
+    state: Array
+    wild: Array
+
+
+def _parted_sums(attend: _Attend, options: LinearOptions, parts: Parts, *arrays: Any) -> tuple[Array, LinearState]:
+    """Not causal: what other parts have of the part's first segment and of its last one is added to what it has."""
+    inputs = LinearInputs(*arrays)
+    finite, segment_ids = _finite(inputs), inputs.segment_ids
+    dtype, heads = finite.state.kv.dtype, inputs.query.shape[2]
+    query, key = apply_feature_map(options.feature_map, finite.query, finite.key, options.scale, dtype)
+    key, value = (repeat_key_heads(x, heads) for x in (key, finite.value.astype(dtype)))
+    of_state = finite.state.kv
+    if finite.state.k_sum is not None:
+        value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+        of_state = jnp.concatenate([of_state, finite.state.k_sum[..., None]], axis=-1)
+    wild = _marks(inputs)[0].astype(dtype)
+
+    def tokens(where: Array) -> _Sums:
+        """Over the tokens bool [B, T]."""
+        weights = where.astype(dtype)
+        return _Sums(jnp.einsum("BT,BTNF,BTNV->BNFV", weights, key, value), jnp.einsum("BT,BTN->BN", weights, wild))
+
+    def weighed(sums: _Sums, where: Array) -> _Sums:
+        """The sum over the first axis, where bool [P, B]."""
+        return jax.tree.map(lambda x: jnp.einsum("PB,PB...->B...", where.astype(dtype), x), sums)
+
+    ids = jnp.zeros_like(wild[..., 0], jnp.int32) if segment_ids is None else segment_ids
+    in_first, in_last = ids == ids[:, :1], ids == ids[:, -1:]
+    ends = jnp.zeros((parts.many, 2, len(ids)), ids.dtype)
+    if segment_ids is not None:
+        ends = jax.lax.all_gather(jnp.stack([ids[:, 0], ids[:, -1]]), parts.names)
+    firsts, lasts = as_one(lambda x: jax.lax.all_gather(x, parts.names), (tokens(in_first), tokens(in_last)))
+    start = jax.tree.map(lambda x: x[None], _Sums(of_state, _state_is_spoilt(inputs.state).astype(dtype)))
+    number, others = parts.number(), jnp.arange(parts.many)[:, None]
+    before = weighed(lasts, (others < number) & (ends[:, 1] == ids[:, 0]))
+    before = jax.tree.map(jnp.add, before, weighed(start, (ends[0, 0] == ids[:, 0])[None]))
+    after = weighed(firsts, (others > number) & (ends[:, 0] == ids[:, -1]))
+    end = weighed(lasts, ends[:, 1] == ends[-1, 1])
+    end = jax.tree.map(jnp.add, end, weighed(start, (ends[0, 0] == ends[-1, 1])[None]))
+
+    own = LinearInputs(query, key, value, None, None, LinearState(before.state), segment_ids)
+    out, _ = attend(own, options=options._replace(feature_map=None, normalize=False, scale=1.0))
+    out += jnp.einsum("BTNF,BNFV,BT->BTNV", query, after.state, in_last.astype(dtype))
+    if options.normalize:
+        out = out / (out[..., -1:] + normalizer_epsilon(options.feature_map))
+    out = out[..., : inputs.value.shape[-1]].astype(inputs.query.dtype)
+    at_tokens, _ = _spoilt(inputs, before.wild > 0, options.is_causal)
+    at_tokens = at_tokens | (in_last[..., None] & (after.wild > 0)[:, None])
+    width = finite.state.kv.shape[-1]
+    k_sum = None if finite.state.k_sum is None else end.state[..., width]
+    state = LinearState(end.state[..., :width], k_sum)
+    return spoil(out, at_tokens), jax.tree.map(lambda leaf: spoil(leaf, end.wild > 0), state)
 
 
 # --- Reference --------------------------------------------------------------------------------------------------------

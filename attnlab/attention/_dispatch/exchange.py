@@ -16,6 +16,7 @@ import contextlib
 import contextvars
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -151,3 +152,52 @@ def by_device(kinds: Sequence[Any], function: Callable[..., Any], parts: Parts, 
         return branches[0](*arrays)
     table = np.array([different.index(kind) for kind in kinds], np.int32)
     return lax.switch(jnp.asarray(table)[parts.number()], branches, *arrays)
+
+
+# --- Carry ------------------------------------------------------------------------------------------------------------
+
+_MOST_GATHERED = 8  # parts whose passages are gathered at once; more are joined in log2 rounds
+
+
+def states_before(join: Callable[[Any, Any], Any], start: Any, own: Any, parts: Parts) -> tuple[Any, Callable[[], Any]]:
+    """What comes before this part, and a function for what comes after the last one, on every device.
+
+    join(earlier, later): associative, on pytrees of arrays [B, N, ...] of one dtype. start: what comes before the first
+    part. own: this part's. An all-gather of `own`, or log2(parts) + 1 permutes.
+    """
+    number = parts.number()
+
+    def choose(condition: Any, one: Any, other: Any) -> Any:
+        return jax.tree.map(lambda x, y: jnp.where(condition, x, y), one, other)
+
+    if parts.many <= _MOST_GATHERED:
+        every = as_one(lambda x: lax.all_gather(x, parts.names), own)
+        so_far = [start]
+        for part in range(parts.many):
+            so_far.append(join(so_far[-1], jax.tree.map(operator.itemgetter(part), every)))
+        before = jax.tree.map(lambda *xs: lax.dynamic_index_in_dim(jnp.stack(xs), number, keepdims=False), *so_far[:-1])
+        return before, lambda: so_far[-1]
+    own = choose(number == 0, join(start, own), own)
+    before, reach = as_one(functools.partial(moved, by=1, parts=parts), own), 1
+    while reach < parts.many - 1:
+        earlier = as_one(functools.partial(moved, by=reach, parts=parts), before)
+        before = choose(number > reach, join(earlier, before), before)
+        reach *= 2
+    before = choose(number == 0, start, before)
+
+    def after() -> Any:
+        end = choose(number == 0, own, join(before, own))
+        is_last = number == parts.many - 1
+        return as_one(lambda x: lax.psum(jnp.where(is_last, x, 0), parts.names), end)
+
+    return before, after
+
+
+def as_one(function: Callable[[Array], Array], tree: Any) -> Any:
+    """function of all leaves [B, N, ...] as one array, whose result may have axes before these."""
+    leaves, structure = jax.tree.flatten(tree)
+    sizes = [math.prod(x.shape[2:]) for x in leaves]
+    flat = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in leaves], axis=-1)
+    results = jnp.split(function(flat), np.cumsum(sizes)[:-1], axis=-1)
+    shaped = [x.reshape(*x.shape[:-1], *leaf.shape[2:]) for x, leaf in zip(results, leaves)]
+    return jax.tree.unflatten(structure, shaped)
