@@ -7,6 +7,8 @@ The blocked form is _shared/tiled_softmax.py's: tiles of queries and keys with t
 gradient, so that no buffer of T x S is held in either direction.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +18,7 @@ from jax import lax
 from attnlab.attention import masks
 from attnlab.attention._cached import attend_to_cache
 from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._dispatch.exchange import Parts, over_positions, softmax_ring
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import dot_product as kernels
 from attnlab.attention._shared.checks import (
@@ -90,20 +93,66 @@ def dot_product_attention(
         require(fits, name, shape_text(array), f"need [batch|1, heads|1, T|1, S|1] of {list(full)}")
     segments = _segment_pair(segment_ids, batch, queries, keys)
     is_causal, return_lse = check_bool("is_causal", is_causal), check_bool("return_lse", return_lse)
-    out, lse = dispatch(
-        "dot_product_attention",
-        IMPLEMENTATIONS,
-        implementation,
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        segments,
-        is_causal=is_causal,
-        scale=default_scale(scale, query.shape[-1]),
-    )
+    factor = default_scale(scale, query.shape[-1])
+    attend = functools.partial(dispatch, "dot_product_attention", IMPLEMENTATIONS, implementation)
+    whole = functools.partial(attend, is_causal=is_causal, scale=factor)
+    arrays = query, key, value, bias, mask, segments
+    if is_causal and queries != keys:  # parts of queries and of keys begin at other positions
+        out, lse = whole(*arrays)
+    else:
+        parted = functools.partial(_parted, attend, is_causal, factor)
+        over_logits = (_over_logits(x, (batch, heads, queries)) for x in (bias, mask))
+        layouts = ("B*N.", "B*K.", "B*K.", *over_logits, None if segments is None else ("B*", "B*"))
+        out, lse = over_positions(whole, parted, layouts, ("B*N.", "B*N"), *arrays)
     return (out, lse) if return_lse else out
+
+
+def _over_logits(x: Array | None, sizes: tuple[int, int, int]) -> str:
+    """The layout of a bias or mask: an axis of 1 is whole on every device, and so is that of the keys."""
+    shape = sizes if x is None else x.shape
+    return "".join(letter if size == full != 1 else "." for letter, size, full in zip("BN*", shape, sizes)) + "."
+
+
+def _parted(
+    attend: Callable[..., tuple[Array, Array]],
+    is_causal: bool,
+    scale: Any,
+    parts: Parts,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    mask: Array | None,
+    segments: tuple[Array, Array] | None,
+) -> tuple[Array, Array]:
+    """Each device's queries over the keys of all parts, in a ring; causal ones leave out later parts."""
+    query_ids, key_ids = (None, None) if segments is None else segments
+
+    def turn(number: int, own: Any, passed: Any, fixed: Any) -> tuple[Array, Array]:
+        (query, bias, traced_scale), (key, value), ((mask, query_ids), key_ids) = own, passed, fixed
+        first = (parts.number() - number) % parts.many * key.shape[1]
+
+        def columns(x: Array | None) -> Array | None:
+            return x if x is None or x.shape[-1] == 1 else lax.dynamic_slice_in_dim(x, first, key.shape[1], axis=3)
+
+        segments = None if query_ids is None else (query_ids, key_ids)
+        arrays = query, key, value, columns(bias), columns(mask), segments
+
+        def seen(*arrays: Any) -> tuple[Array, Array]:
+            of_logits = scale if traced_scale is None else traced_scale
+            return attend(*arrays, is_causal=is_causal and number == 0, scale=of_logits)
+
+        def unseen(query: Array, key: Array, value: Array, *_: Any) -> tuple[Array, Array]:
+            out, lse = jax.eval_shape(seen, *arrays)
+            return jnp.zeros_like(query, shape=out.shape), jnp.full_like(query, -jnp.inf, lse.dtype, shape=lse.shape)
+
+        if not is_causal or number == 0:
+            return seen(*arrays)
+        return lax.cond(parts.number() >= number, seen, unseen, *arrays)
+
+    own = query, bias, scale if isinstance(scale, jax.Array) else None
+    out, lse = softmax_ring(turn, parts, own, (key, value), ((mask, query_ids), key_ids))
+    return out.astype(query.dtype), lse
 
 
 def _segment_pair(segment_ids: Any, batch: int, queries: int, keys: int) -> tuple[Array, Array] | None:

@@ -201,3 +201,100 @@ def as_one(function: Callable[[Array], Array], tree: Any) -> Any:
     results = jnp.split(function(flat), np.cumsum(sizes)[:-1], axis=-1)
     shaped = [x.reshape(*x.shape[:-1], *leaf.shape[2:]) for x, leaf in zip(results, leaves)]
     return jax.tree.unflatten(structure, shaped)
+
+
+# --- Ring -------------------------------------------------------------------------------------------------------------
+
+# (turn, own, passed, fixed) -> (means under the softmax weights, a pytree of [B, T, N, ...]; lse [B, T, N]) of this
+# device's queries over the keys of the part `turn` before its own. fixed: (what stays, what is passed) of other dtypes.
+Turn = Callable[[int, Any, Any, Any], tuple[Any, Array]]
+
+
+def softmax_ring(turn: Turn, parts: Parts, own: Any, passed: Any, fixed: tuple[Any, Any]) -> tuple[Any, Array]:
+    """The means and lse of `turn` over the keys of all parts: (pytree of [B, T, N, ...], [B, T, N]), float32 or wider.
+
+    own, fixed[0]: pytrees that stay on their device. passed, fixed[1]: those that go to each in turn, [B, S, ...].
+
+    Differentiable in own and passed, in both modes and to any order. Derivatives go over the parts once more, each from
+    the device that has it, so that only arrays of a part's size are kept:
+
+        mean = sum_j w_j mean_j    w_j = exp(lse_j - lse)
+        dlse = sum_j w_j dlse_j    dmean = sum_j (w_j dmean_j + w_j mean_j dlse_j) - mean dlse
+    """
+
+    def at(number: int, own: Any, passed: Any, fixed: tuple[Any, Any]) -> tuple[Any, Array]:
+        came, came_fixed = (_from_before(tree, number, parts) for tree in (passed, fixed[1]))
+        means, lse = turn(number, own, came, (fixed[0], came_fixed))
+        return jax.tree.map(lambda x: x.astype(lse.dtype), means), lse
+
+    @jax.custom_jvp
+    def ring(own: Any, passed: Any, fixed: tuple[Any, Any]) -> tuple[Any, Array]:
+        means, lse = at(0, own, passed, fixed)
+        for number in range(1, parts.many):
+            means, lse = _merged(means, lse, *at(number, own, passed, fixed))
+        return means, lse
+
+    @ring.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        means, lse = ring(*primals)
+        fixed = primals[2]
+        reference = jnp.where(jnp.isfinite(lse), lse, jnp.inf)  # of what sees nothing, or what is not finite
+
+        def change(number: int, arrays: Any, tangents: Any, fixed: Any, reference: Array) -> Any:
+            def weighed(own: Any, passed: Any) -> Any:
+                means, lse = at(number, own, passed, fixed)
+                counts = jnp.isfinite(lse) & jnp.isfinite(reference)
+                weight = jnp.exp(jnp.where(counts, lse - reference, -jnp.inf))
+
+                def product(mean: Array) -> Array:
+                    along = (..., *[None] * (mean.ndim - lse.ndim))
+                    return weight[along] * jnp.where(counts[along], mean, 0)
+
+                return jax.tree.map(product, means), weight
+
+            return jax.jvp(weighed, arrays, tangents)[1]
+
+        total: Any = None
+        for number in range(parts.many):
+            step = jax.checkpoint(functools.partial(change, number))
+            more = step(primals[:2], tangents[:2], fixed, reference)
+            total = more if total is None else jax.tree.map(jnp.add, total, more)
+        of_means, of_lse = total
+
+        def tangent(mean: Array, change: Array) -> Array:
+            along = (..., *[None] * (mean.ndim - lse.ndim))
+            return change - jnp.where(jnp.isfinite(mean), mean, 0) * of_lse[along]
+
+        return (means, lse), (jax.tree.map(tangent, means, of_means), of_lse)
+
+    return ring(own, passed, fixed)
+
+
+def _from_before(tree: Any, by: int, parts: Parts) -> Any:
+    """Arrays [B, S, ...] of the part `by` before this one, or counted on from the last one: a permute per dtype."""
+    if by == 0:
+        return tree
+    pairs = [(source, (source + by) % parts.many) for source in range(parts.many)]
+    leaves, structure = jax.tree.flatten(tree)
+    came = list(leaves)
+    for dtype in {x.dtype for x in leaves}:
+        chosen = [number for number, x in enumerate(leaves) if x.dtype == dtype]
+        sent = as_one(lambda x: lax.ppermute(x, parts.names, pairs), [leaves[number] for number in chosen])
+        for number, x in zip(chosen, sent):
+            came[number] = x
+    return jax.tree.unflatten(structure, came)
+
+
+def _merged(means: Any, lse: Array, more: Any, more_lse: Array) -> tuple[Any, Array]:
+    """Over the keys of both."""
+    largest = jnp.maximum(lse, more_lse)
+    reference = jnp.where(largest == -jnp.inf, 0, largest)
+    weights = jnp.exp(lse - reference), jnp.exp(more_lse - reference)
+    total = weights[0] + weights[1]
+    divisor = jnp.where(total == 0, 1, total)
+
+    def merge(mean: Array, other: Array) -> Array:
+        along = (..., *[None] * (mean.ndim - lse.ndim))
+        return (weights[0][along] * mean + weights[1][along] * other) / divisor[along]
+
+    return jax.tree.map(merge, means, more), jnp.where(total == 0, -jnp.inf, reference + jnp.log(divisor))
