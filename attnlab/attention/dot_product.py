@@ -100,7 +100,7 @@ def dot_product_attention(
     if is_causal and queries != keys:  # parts of queries and of keys begin at other positions
         out, lse = whole(*arrays)
     else:
-        parted = functools.partial(_parted, attend, is_causal, factor)
+        parted = functools.partial(in_ring, attend, is_causal, factor)
         over_logits = (_over_logits(x, (batch, heads, queries)) for x in (bias, mask))
         layouts = ("B*N.", "B*K.", "B*K.", *over_logits, None if segments is None else ("B*", "B*"))
         out, lse = over_positions(whole, parted, layouts, ("B*N.", "B*N"), *arrays)
@@ -113,7 +113,7 @@ def _over_logits(x: Array | None, sizes: tuple[int, int, int]) -> str:
     return "".join(letter if size == full != 1 else "." for letter, size, full in zip("BN*", shape, sizes)) + "."
 
 
-def _parted(
+def in_ring(
     attend: Callable[..., tuple[Array, Array]],
     is_causal: bool,
     scale: Any,
@@ -121,11 +121,14 @@ def _parted(
     query: Array,
     key: Array,
     value: Array,
-    bias: Array | None,
-    mask: Array | None,
-    segments: tuple[Array, Array] | None,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    segments: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array]:
-    """Each device's queries over the keys of all parts, in a ring; causal ones leave out later parts."""
+    """Each device's queries over the keys of all parts, in a ring; causal ones leave out later parts.
+
+    attend: dot_product_attention by parts, (query, key, value, bias, mask, segments, is_causal=, scale=) -> (out, lse).
+    """
     query_ids, key_ids = (None, None) if segments is None else segments
 
     def turn(number: int, own: Any, passed: Any, fixed: Any) -> tuple[Array, Array]:

@@ -19,7 +19,7 @@ With dilation the tokens are reordered by residue group first, and each group ha
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,14 @@ from jax import lax
 from attnlab.attention import masks
 from attnlab.attention._cached import attend_to_cache
 from attnlab.attention._dispatch.choice import Implementations, dispatch
-from attnlab.attention._dispatch.exchange import Parts, by_device, first_positions, over_positions, with_halo
+from attnlab.attention._dispatch.exchange import (
+    Parts,
+    by_device,
+    first_positions,
+    over_positions,
+    whole_space,
+    with_halo,
+)
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import local as kernels
 from attnlab.attention._shared.checks import (
@@ -142,7 +149,7 @@ def windowed_attention(
 ) -> tuple[Array, Array]:
     """Checks the arguments of local and dilated attention and dispatches: (out, lse)."""
     check_query_key_value(query, key, value, space_ranks=(1, 2, 3))
-    space = query.shape[1:-2]
+    space = whole_space(query.shape[1:-2])
     windows, strides, dilations = (
         per_axis(name, given, len(space))
         for name, given in (("window", window), ("stride", stride), ("dilation", dilation))
@@ -160,8 +167,14 @@ def windowed_attention(
     require(sinks == 0 or causal == (True,), "sinks", sinks, "needs one space axis and is_causal=True; else must be 0")
     assert sinks == 0 or dilation == 1, "no primitive offers sinks with dilation, and the blocked form has none"
     if segment_ids is not None:
-        check_segment_ids("segment_ids", segment_ids, (query.shape[0], *space), "[batch, *space]")
-    settings = {"window": windows, "stride": strides, "dilation": dilations, "is_causal": causal, "edge": edge}
+        check_segment_ids("segment_ids", segment_ids, query.shape[:-2], "[batch, *space]")
+    settings: dict[str, Any] = {
+        "window": windows,
+        "stride": strides,
+        "dilation": dilations,
+        "is_causal": causal,
+        "edge": edge,
+    }
     attend = functools.partial(
         dispatch,
         primitive,
@@ -171,7 +184,11 @@ def windowed_attention(
         scale=default_scale(scale, query.shape[-1]),
         **settings,
     )
-    parted = functools.partial(_parted, attend, settings, sinks)
+
+    def parted(parts: Parts, query: Array, key: Array, value: Array, segment_ids: Array | None) -> Any:
+        axis = masks.axis_windows(whole_space(query.shape[1:-2], parts), **settings)[parts.axis]
+        return in_stretches(attend, axis, parts, (query,), (key, value, segment_ids), sinks=sinks)
+
     layouts = ("B*N.", "B*K.", "B*K.", "B*")
     return over_positions(attend, parted, layouts, ("B*N.", "B*N"), query, key, value, segment_ids)
 
@@ -185,49 +202,45 @@ class _Stretch(NamedTuple):
     is_cut: bool
 
 
-def _parted(
-    attend: Callable[..., tuple[Array, Array]],
-    settings: dict[str, Any],
-    sinks: int,
+def in_stretches(
+    attend: Callable[..., Any],
+    axis: masks.AxisWindow,
     parts: Parts,
-    query: Array,
-    key: Array,
-    value: Array,
-    segment_ids: Array | None,
-) -> tuple[Array, Array]:
-    """Each device's part: local attention in a stretch around it, which ends where the sequence does or far enough from
-    the part. Queries that are not the part's own are zeros there, and their results are dropped."""
-    dim, size = 1 + parts.axis, query.shape[1 + parts.axis]
-    space = [length * (parts.many if axis == parts.axis else 1) for axis, length in enumerate(query.shape[1:-2])]
-    axis = masks.axis_windows(space, **settings)[parts.axis]
+    own: Sequence[Array],
+    keys: Sequence[Array | None],
+    *,
+    sinks: int = 0,
+) -> Any:
+    """Each device's part of attend(*own, *keys), which attends within windows of `axis`, of the whole sequence.
+
+    A device attends in a stretch around its part, which ends where the sequence does or far enough from the part. What
+    queries have of their own is ones in the stretch where they are not the part's, and results are dropped there.
+    """
+    dim, size = 1 + parts.axis, own[0].shape[1 + parts.axis]
     group = axis.stride * axis.dilation
-    shown = -(-sinks // group) * group  # the first tokens, which a cut stretch is put behind in whole stride groups
     stretches = [_stretch(axis, size, number, sinks) for number in range(parts.many)]
     before, after = max(s.before for s in stretches), max(s.after for s in stretches)
-    fused = key.dtype == value.dtype  # then they travel in one message
-    arrays = [jnp.concatenate([key, value], axis=-1)] if fused else [key, value]
-    arrays += [] if segment_ids is None else [segment_ids]
-    extended = [with_halo(x, before, after, parts, dim) for x in arrays]
-    if any(s.is_cut for s in stretches) and sinks:
-        first = [first_positions(x, shown, parts, dim) for x in arrays]
-    else:
-        first = [x[:, :0] for x in arrays]
+    # A cut stretch has the sinks before it, in whole stride groups.
+    shown = -(-sinks // group) * group if any(s.is_cut for s in stretches) else 0
+    extended = with_halo(keys, before, after, parts, dim)
+    first = first_positions(keys, shown, parts, dim)
 
-    def of_stretch(stretch: _Stretch, query: Array, extended: list[Array], first: list[Array]) -> tuple[Array, Array]:
+    def of_stretch(stretch: _Stretch, own: Sequence[Array], extended: Any, first: Any) -> Any:
         start, end = before - stretch.before, before + size + stretch.after
-        within = [lax.slice_in_dim(x, start, end, axis=dim) for x in extended]
-        put_before = shown if stretch.is_cut and sinks else 0
+        within = jax.tree.map(lambda x: lax.slice_in_dim(x, start, end, axis=dim), extended)
+        put_before = shown if stretch.is_cut else 0
         if put_before:
-            within = [jnp.concatenate(pair, axis=dim) for pair in zip(first, within)]
-        own = put_before + stretch.before
-        widths = [(own, stretch.after) if a == dim else (0, 0) for a in range(query.ndim)]
-        key, value = jnp.split(within[0], [key_width], axis=-1) if fused else within[:2]
-        ids = within[-1] if has_ids else None
-        results = attend(jnp.pad(query, widths), key, value, ids)
-        return tuple(lax.slice_in_dim(x, own, own + size, axis=dim) for x in results)  # type: ignore[return-value]
+            within = jax.tree.map(lambda *pair: jnp.concatenate(pair, axis=dim), first, within)
+        skipped = put_before + stretch.before
 
-    key_width, has_ids = key.shape[-1], segment_ids is not None
-    return by_device(stretches, of_stretch, parts, query, extended, first)
+        def filled(x: Array) -> Array:
+            widths = [(skipped, stretch.after) if a == dim else (0, 0) for a in range(x.ndim)]
+            return jnp.pad(x, widths, constant_values=1)
+
+        results = attend(*map(filled, own), *within)
+        return jax.tree.map(lambda x: lax.slice_in_dim(x, skipped, skipped + size, axis=dim), results)
+
+    return by_device(stretches, of_stretch, parts, own, extended, first)
 
 
 def _stretch(axis: masks.AxisWindow, size: int, number: int, sinks: int) -> _Stretch:

@@ -18,6 +18,7 @@ e x . k_s to the logits tilts the weights, so that with f(q) = (kbar, vbar)
 and a forward derivative of attention, one pass over the keys, is the product that conjugate gradients take.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnlab.attention import dot_product, local
+from attnlab.attention import dot_product, local, masks
 from attnlab.attention._dispatch.choice import Implementations, dispatch, form_of
 from attnlab.attention._dispatch.deferred import vary_alike
+from attnlab.attention._dispatch.exchange import Parts, any_device, over_positions
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import covariance
 from attnlab.attention._shared.checks import (
@@ -44,7 +46,7 @@ from attnlab.attention._shared.checks import (
     require,
     shape_text,
 )
-from attnlab.attention._shared.finite import finite_or_zero, spoil, spoilt_by_weights, where_spoilt
+from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, spoilt_by_weights, where_spoilt
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax import dense_attention
 from attnlab.attention._shared.softmax_weights import SoftmaxWeights, check_window, dense_weights, weights_of
@@ -108,20 +110,24 @@ def local_linear_attention(
     is_causal, window = check_bool("is_causal", is_causal), check_window(window, length)
     return_residuals = check_bool("return_residuals", return_residuals)
     tolerance, max_iterations = _check_solve(tolerance, max_iterations)
-    out, residuals = dispatch(
-        "local_linear_attention",
-        IMPLEMENTATIONS,
-        implementation,
-        query,
-        key,
-        value,
-        _per_query(ridge, (batch, length, heads), accumulator_dtype(query, key, value)),
-        is_causal=is_causal,
-        window=window,
-        scale=default_scale(scale, head_dim),
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-    )
+    ridge = _per_query(ridge, (batch, length, heads), accumulator_dtype(query, key, value))
+    settings: dict[str, Any] = {"is_causal": is_causal, "window": window, "scale": default_scale(scale, head_dim)}
+    settings |= {"tolerance": tolerance, "max_iterations": max_iterations}
+    attend = functools.partial(dispatch, "local_linear_attention", IMPLEMENTATIONS, implementation, **settings)
+
+    def parted(parts: Parts, query: Array, key: Array, value: Array, ridge: Array) -> Any:
+        if window is None:
+            return _in_ring(parts, query, key, value, ridge, implementation=implementation, **settings)
+        axis = masks.AxisWindow(parts.many * query.shape[1], window, is_causal=is_causal)
+
+        def in_stretch(query: Array, ridge: Array, key: Array, value: Array) -> Any:
+            return attend(query, key, value, ridge)
+
+        return local.in_stretches(in_stretch, axis, parts, (query, ridge), (key, value))
+
+    results = "B*N.", LocalLinearResiduals("B*N.", "B*N.", "B*N", "B*N")  # type: ignore[arg-type]
+    layouts = ("B*N.", "B*K.", "B*K.", "B*N.")
+    out, residuals = over_positions(attend, parted, layouts, results, query, key, value, ridge)
     return (out, residuals) if return_residuals else out
 
 
@@ -194,13 +200,52 @@ def _by_weights(
     scale: Any,
     tolerance: float,
     max_iterations: int,
+    any_device: Callable[[Array], Array] | None = None,
 ) -> tuple[Array, LocalLinearResiduals]:
-    """From the sums under the softmax weights: blocked_weights, or those of kernels."""
+    """From the sums under the softmax weights: blocked_weights, or those of kernels or of a ring.
+
+    any_device: where weights are exchanged, whether a flag is True on any of the devices that exchange them.
+    """
     if isinstance(scale, jax.Array):
         query, scale = vary_alike((query, scale))
     attention = weights(query, key, value, scale=scale, is_causal=is_causal, window=window)
     dtype = accumulator_dtype(query, key, value)
-    return _regress(attention, query.astype(dtype), ridge, tolerance, max_iterations, query.dtype)
+    solve = _solve_with(tolerance, max_iterations, any_device)
+    return _regress(attention, query.astype(dtype), ridge, solve, query.dtype)
+
+
+def ring_weights(parts: Parts, implementation: str | None) -> Callable[..., SoftmaxWeights]:
+    """As blocked_weights, by dot-product attention of this implementation over the keys of all parts."""
+
+    def weights(
+        query: Array, key: Array, value: Array, *, scale: Any, is_causal: bool, window: None = None
+    ) -> SoftmaxWeights:
+        each = functools.partial(dispatch, "dot_product_attention", dot_product.IMPLEMENTATIONS, implementation)
+
+        def attend(query: Array, values: Array) -> Array:
+            return dot_product.in_ring(each, is_causal, 1.0, parts, query, key, values)[0]
+
+        return weights_of(attend, scale * query.astype(accumulator_dtype(query, key)), key, value)
+
+    return weights
+
+
+def _in_ring(
+    parts: Parts, query: Array, key: Array, value: Array, ridge: Array, *, implementation: str | None, **settings: Any
+) -> tuple[Array, LocalLinearResiduals]:
+    """Each device's queries over the keys of all parts, by their finite numbers as in _xla."""
+    weights = ring_weights(parts, implementation)
+    q, k, v = map(finite_or_zero, (query, key, value))
+    out, residuals = _by_weights(weights, q, k, v, ridge, any_device=any_device, **settings)
+    tokens = repeat_key_heads((is_spoilt(key) | is_spoilt(value))[..., None], query.shape[2])[..., 0]
+    of_parts = lax.all_gather(tokens.any(1), parts.names)  # [parts, B, N]
+    counts = jnp.arange(parts.many) < parts.number() if settings["is_causal"] else jnp.ones(parts.many, bool)
+    seen = (of_parts & counts[:, None, None]).any(0)[:, None]
+    if settings["is_causal"]:
+        seen = seen | (jnp.cumsum(tokens, axis=1) > 0)
+    where = seen | is_spoilt(query)
+    solution, tangent = (spoil(x, where) for x in residuals[:2])
+    return spoil(out, where), LocalLinearResiduals(solution, tangent, *residuals[2:])
 
 
 def _xla(query: Array, key: Array, value: Array, ridge: Array, **settings: Any) -> tuple[Array, LocalLinearResiduals]:
@@ -215,29 +260,42 @@ def _xla(query: Array, key: Array, value: Array, ridge: Array, **settings: Any) 
 
 
 def _regress(
-    attention: SoftmaxWeights, query: Array, ridge: Array, tolerance: float, max_iterations: int, out_dtype: Any
+    attention: SoftmaxWeights, query: Array, ridge: Array, solve: Callable[..., Any], out_dtype: Any
 ) -> tuple[Array, LocalLinearResiduals]:
-    """query: in the accumulator's dtype. ridge: [B, T, N, 1]."""
+    """query: in the accumulator's dtype. ridge: [B, T, N, 1]. solve: of _solve_with."""
     query, ridge = vary_alike((query, ridge))
     offset = query - attention.key_mean()
 
     def product(x: Array) -> Array:
         return attention.key_covariance(x) + ridge * x
 
-    def solve(product: Callable[[Array], Array], offset: Array) -> tuple[Array, tuple[Array, Array]]:
-        return _conjugate_gradients(product, offset, tolerance, max_iterations)
-
     solution, (iterations, residual) = lax.custom_linear_solve(product, offset, solve, symmetric=True, has_aux=True)
     out = attention.value_mean() + attention.value_covariance(solution)
     return out.astype(out_dtype), _residuals(solution, offset, iterations, residual)
 
 
+def _solve_with(
+    tolerance: float, max_iterations: int, any_device: Callable[[Array], Array] | None = None
+) -> Callable[..., Any]:
+    return functools.partial(
+        _conjugate_gradients,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        any_device=any_device or (lambda flag: flag),
+    )
+
+
 def _conjugate_gradients(
-    product: Callable[[Array], Array], offset: Array, tolerance: float, max_iterations: int
+    product: Callable[[Array], Array],
+    offset: Array,
+    *,
+    tolerance: float,
+    max_iterations: int,
+    any_device: Callable[[Array], Array],
 ) -> tuple[Array, tuple[Array, Array]]:
     """Solves product(x) = offset [B, T, N, H], a positive definite system for each [B, T, N]; (x, (steps, residual)).
 
-    A row that has converged is left alone; the loop ends when all have.
+    A row that has converged is left alone; the loop ends when all have, on every device that product exchanges with.
     """
 
     def dot(a: Array, b: Array) -> Array:
@@ -250,11 +308,11 @@ def _conjugate_gradients(
         return square > target
 
     def unfinished(carry: Any) -> Array:
-        *_, square, _, number = carry
-        return jnp.any(is_active(square)) & (number < max_iterations)
+        *_, is_anyone_active, number = carry
+        return is_anyone_active & (number < max_iterations)
 
     def step(carry: Any) -> Any:
-        x, rest, direction, square, steps, number = carry
+        x, rest, direction, square, steps, _, number = carry
         active = is_active(square)
         image = product(direction)
         curvature = dot(direction, image)
@@ -265,11 +323,13 @@ def _conjugate_gradients(
         new_square = dot(rest, rest)
         turn = jnp.where(active, new_square / jnp.where(active, square, 1), 0)
         direction = jnp.where(active, rest + turn * direction, direction)
-        return x, rest, direction, new_square, steps + active[..., 0], number + 1
+        goes_on = any_device(jnp.any(is_active(new_square)))
+        return x, rest, direction, new_square, steps + active[..., 0], goes_on, number + 1
 
     steps = jnp.zeros_like(first[..., 0], dtype=jnp.int32)
-    start = (jnp.zeros_like(offset), offset, offset, first, steps, jnp.zeros((), jnp.int32))
-    x, _, _, square, steps, _ = lax.while_loop(unfinished, step, start)
+    begins = any_device(jnp.any(is_active(first)))
+    start = (jnp.zeros_like(offset), offset, offset, first, steps, begins, jnp.zeros((), jnp.int32))
+    x, _, _, square, steps, _, _ = lax.while_loop(unfinished, step, start)
     return x, (steps, jnp.sqrt(square / jnp.where(first > 0, first, 1))[..., 0])
 
 
@@ -351,7 +411,7 @@ def local_linear_step(
     ridge = _per_query(ridge, (query.shape[0], 1, query.shape[2]), wide.dtype)
     tolerance, max_iterations = _check_solve(tolerance, max_iterations)
     cache, attention, fits = append(cache, default_scale(scale, query.shape[-1]) * wide, key, value, window)
-    out, _ = _regress(attention, wide, ridge, tolerance, max_iterations, query.dtype)
+    out, _ = _regress(attention, wide, ridge, _solve_with(tolerance, max_iterations), query.dtype)
     return jnp.where(fits, out, jnp.nan), cache
 
 

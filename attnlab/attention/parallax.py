@@ -15,7 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnlab.attention import local, masks
 from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._dispatch.exchange import Parts, over_positions
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import covariance
 from attnlab.attention._shared.checks import (
@@ -32,7 +34,7 @@ from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, s
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax_weights import SoftmaxWeights, check_window, dense_weights
 from attnlab.attention.dot_product import DotProductCache
-from attnlab.attention.local_linear import append, blocked_weights
+from attnlab.attention.local_linear import append, blocked_weights, ring_weights
 
 Array = jax.Array
 
@@ -70,18 +72,25 @@ def parallax_attention(
     check_query_key_value(query, key, value)
     _check_probe(probe, query)
     is_causal, window = check_bool("is_causal", is_causal), check_window(window, query.shape[1])
-    return dispatch(
-        "parallax_attention",
-        IMPLEMENTATIONS,
-        implementation,
-        query,
-        key,
-        value,
-        probe,
-        is_causal=is_causal,
-        window=window,
-        scale=default_scale(scale, query.shape[-1]),
-    )
+    settings: dict[str, Any] = {
+        "is_causal": is_causal,
+        "window": window,
+        "scale": default_scale(scale, query.shape[-1]),
+    }
+    attend = functools.partial(dispatch, "parallax_attention", IMPLEMENTATIONS, implementation, **settings)
+
+    def parted(parts: Parts, query: Array, key: Array, value: Array, probe: Array) -> Array:
+        if window is None:
+            return _by_weights(ring_weights(parts, implementation), query, key, value, probe, **settings)
+        axis = masks.AxisWindow(parts.many * query.shape[1], window, is_causal=is_causal)
+
+        def in_stretch(query: Array, probe: Array, key: Array, value: Array) -> Array:
+            return attend(query, key, value, probe)
+
+        return local.in_stretches(in_stretch, axis, parts, (query, probe), (key, value))
+
+    layouts = ("B*N.", "B*K.", "B*K.", "B*N.")
+    return over_positions(attend, parted, layouts, "B*N.", query, key, value, probe)
 
 
 def _check_probe(probe: Array, query: Array) -> None:
@@ -114,7 +123,7 @@ def _by_weights(
     window: int | None,
     scale: Any,
 ) -> Array:
-    """From the sums under the softmax weights: blocked_weights, or those of kernels."""
+    """From the sums under the softmax weights: blocked_weights, or those of kernels or of a ring."""
     attention = weights(query, key, value, scale=scale, is_causal=is_causal, window=window)
     probe = probe.astype(accumulator_dtype(query, key))
     return (attention.value_mean() - attention.value_covariance(probe)).astype(query.dtype)

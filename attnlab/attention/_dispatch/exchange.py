@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 
 from attnlab.attention._dispatch.mesh import automatic_axes, dividing, placement, shared
 
@@ -103,10 +104,40 @@ def over_positions(
     return whole(*arrays)
 
 
+def whole_space(space: Sequence[int], parts: Parts | None = None) -> tuple[int, ...]:
+    """The lengths of the space axes of the whole, of which `space` is a part: of these parts, or of those that
+    `positions_over` names."""
+    given = _given.get()
+    if parts is not None:
+        many, axis = parts.many, parts.axis
+    elif given is not None:
+        many, axis = lax.axis_size(given[0]), given[1]
+    else:
+        return tuple(space)
+    return tuple(length * many if number == axis else length for number, length in enumerate(space))
+
+
 def _spelled(layouts: Any, rank: int, axis: int) -> Any:
     """With a letter per space axis: T for the one that is shared."""
     letters = "".join("T" if number == axis else "." for number in range(rank))
     return jax.tree.map(lambda layout: layout.replace("*", letters), layouts)
+
+
+def as_one(function: Callable[[Array], Array], tree: Any, axes: int = 2) -> Any:
+    """function of arrays as one message per dtype, which they make along what follows their first axes.
+
+    function: may put axes in front of the first ones, and change their lengths.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    results = list(leaves)
+    for dtype in dict.fromkeys(x.dtype for x in leaves):
+        chosen = [number for number, x in enumerate(leaves) if x.dtype == dtype]
+        shapes = [leaves[number].shape[axes:] for number in chosen]
+        flat = [leaves[number].reshape(*leaves[number].shape[:axes], -1) for number in chosen]
+        cuts = np.cumsum([x.shape[-1] for x in flat])[:-1]
+        for number, shape, x in zip(chosen, shapes, jnp.split(function(jnp.concatenate(flat, -1)), cuts, axis=-1)):
+            results[number] = x.reshape(*x.shape[:-1], *shape)
+    return jax.tree.unflatten(structure, results)
 
 
 # --- Halo -------------------------------------------------------------------------------------------------------------
@@ -118,27 +149,37 @@ def moved(x: Array, by: int, parts: Parts) -> Array:
     return lax.ppermute(x, parts.names, pairs)
 
 
-def with_halo(x: Array, before: int, after: int, parts: Parts, axis: int) -> Array:
-    """x with so many positions of the parts before and after this one along an axis; zeros past the ends.
+def with_halo(tree: Any, before: int, after: int, parts: Parts, axis: int) -> Any:
+    """Arrays with so many positions of the parts before and after this one along an axis; zeros past the ends.
 
-    A permute per part that it reaches into.
+    A permute per part that it reaches into, and per dtype.
     """
-    size = x.shape[axis]
-    earlier = [
-        moved(lax.slice_in_dim(x, size - min(before - hop * size, size), size, axis=axis), hop + 1, parts)
-        for hop in range(-(-before // size))
-    ]
-    later = [
-        moved(lax.slice_in_dim(x, 0, min(after - hop * size, size), axis=axis), -hop - 1, parts)
-        for hop in range(-(-after // size))
-    ]
-    return jnp.concatenate([*earlier[::-1], x, *later], axis=axis) if earlier or later else x
+
+    def extended(x: Array) -> Array:
+        size = x.shape[axis]
+        earlier = [
+            moved(lax.slice_in_dim(x, size - min(before - hop * size, size), size, axis=axis), hop + 1, parts)
+            for hop in range(-(-before // size))
+        ]
+        later = [
+            moved(lax.slice_in_dim(x, 0, min(after - hop * size, size), axis=axis), -hop - 1, parts)
+            for hop in range(-(-after // size))
+        ]
+        return jnp.concatenate([*earlier[::-1], x, *later], axis=axis) if earlier or later else x
+
+    return as_one(extended, tree, axis + 1)
 
 
-def first_positions(x: Array, length: int, parts: Parts, axis: int) -> Array:
+def first_positions(tree: Any, length: int, parts: Parts, axis: int) -> Any:
     """The first positions of the whole sequence, on every device: an all-gather of so many of each part."""
-    own = lax.slice_in_dim(x, 0, min(length, x.shape[axis]), axis=axis)
-    return lax.slice_in_dim(lax.all_gather(own, parts.names, axis=axis, tiled=True), 0, length, axis=axis)
+
+    def gathered(x: Array) -> Array:
+        own = lax.slice_in_dim(x, 0, min(length, x.shape[axis]), axis=axis)
+        return lax.slice_in_dim(lax.all_gather(own, parts.names, axis=axis, tiled=True), 0, length, axis=axis)
+
+    if length == 0:
+        return jax.tree.map(lambda x: lax.slice_in_dim(x, 0, 0, axis=axis), tree)
+    return as_one(gathered, tree, axis + 1)
 
 
 def by_device(kinds: Sequence[Any], function: Callable[..., Any], parts: Parts, *arrays: Any) -> Any:
@@ -191,16 +232,6 @@ def states_before(join: Callable[[Any, Any], Any], start: Any, own: Any, parts: 
         return as_one(lambda x: lax.psum(jnp.where(is_last, x, 0), parts.names), end)
 
     return before, after
-
-
-def as_one(function: Callable[[Array], Array], tree: Any) -> Any:
-    """function of all leaves [B, N, ...] as one array, whose result may have axes before these."""
-    leaves, structure = jax.tree.flatten(tree)
-    sizes = [math.prod(x.shape[2:]) for x in leaves]
-    flat = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in leaves], axis=-1)
-    results = jnp.split(function(flat), np.cumsum(sizes)[:-1], axis=-1)
-    shaped = [x.reshape(*x.shape[:-1], *leaf.shape[2:]) for x, leaf in zip(results, leaves)]
-    return jax.tree.unflatten(structure, shaped)
 
 
 # --- Ring -------------------------------------------------------------------------------------------------------------
@@ -270,19 +301,20 @@ def softmax_ring(turn: Turn, parts: Parts, own: Any, passed: Any, fixed: tuple[A
     return ring(own, passed, fixed)
 
 
+def any_device(flag: Array) -> Array:
+    """Whether a flag is True on any device that runs this program: loops that exchange have to end alike on all."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = [name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Manual]
+    varying = jax.typeof(flag).manual_axis_type.varying  # of nothing where shard_map does not keep count
+    return lax.pmax(flag.astype(jnp.int32), tuple(sorted(varying)) or tuple(manual)) > 0
+
+
 def _from_before(tree: Any, by: int, parts: Parts) -> Any:
     """Arrays [B, S, ...] of the part `by` before this one, or counted on from the last one: a permute per dtype."""
     if by == 0:
         return tree
     pairs = [(source, (source + by) % parts.many) for source in range(parts.many)]
-    leaves, structure = jax.tree.flatten(tree)
-    came = list(leaves)
-    for dtype in {x.dtype for x in leaves}:
-        chosen = [number for number, x in enumerate(leaves) if x.dtype == dtype]
-        sent = as_one(lambda x: lax.ppermute(x, parts.names, pairs), [leaves[number] for number in chosen])
-        for number, x in zip(chosen, sent):
-            came[number] = x
-    return jax.tree.unflatten(structure, came)
+    return as_one(lambda x: lax.ppermute(x, parts.names, pairs), tree)
 
 
 def _merged(means: Any, lse: Array, more: Any, more_lse: Array) -> tuple[Any, Array]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention import masks
+from attnlab.attention._dispatch.exchange import whole_space
 from attnlab.attention._shared.checks import check_int, require
 from attnlab.attention._shared.softmax import scaled_for_logits, softmax_parts
 
@@ -55,6 +56,6 @@ def check_window(window: Any, length: int) -> int | None:
     """The window as an int from 1 to the length, or None."""
     if window is None:
         return None
-    window = check_int("window", window, least=1)
+    window, (length,) = check_int("window", window, least=1), whole_space((length,))
     require(window <= length, "window", window, f"need 1 to the length, {length}")
     return window
