@@ -2,6 +2,7 @@
 
 from attnlab.attention import masks
 from attnlab.attention._dispatch.choice import Choice, explain
+from attnlab.attention._dispatch.exchange import positions_over
 from attnlab.attention.agent import agent_attention, agent_bias, pool_agents
 from attnlab.attention.axial import axial_attention
 from attnlab.attention.causal_agent import AgentState, agent_step, causal_agent_attention, init_agent_cache

@@ -60,7 +60,16 @@ def positions_over(name: str, *, space_axis: int = 0) -> Iterator[None]:
     Args:
       name: the mesh axis.
       space_axis: which of the query's space axes it shares.
+
+    Raises ValueError: it is no axis of the jax.shard_map around the block.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Manual]
+    if name not in manual:
+        allowed = f"need one of {', '.join(manual)}" if manual else "no jax.shard_map is around it"
+        raise ValueError(f"positions_over: got {name!r}; {allowed}")
+    if isinstance(space_axis, bool) or not isinstance(space_axis, int) or not 0 <= space_axis < 3:
+        raise ValueError(f"space_axis: got {space_axis!r}; need 0, 1 or 2")
     token = _given.set((name, space_axis))
     try:
         yield
@@ -87,6 +96,9 @@ def over_positions(
     """
     if (given := _given.get()) is not None:
         name, axis = given
+        rank = arrays[0].ndim - 3
+        if axis >= rank:
+            raise ValueError(f"space_axis: got {axis} in positions_over; the query has {rank} space axes")
         token = _given.set(None)  # what it is made of are calls of their own
         try:
             return parted(Parts((name,), lax.axis_size(name), axis), *arrays)
