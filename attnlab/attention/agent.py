@@ -9,18 +9,22 @@ and adds a 3x3 depthwise convolution of v, which is not part of this module. Pap
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from attnlab.attention import dot_product
 from attnlab.attention._dispatch.choice import Implementations, dispatch, form_of
+from attnlab.attention._dispatch.exchange import Parts, as_one, over_positions
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import agent as kernels
+from attnlab.attention._kernels.agent import Merge
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
     check_array,
@@ -32,6 +36,7 @@ from attnlab.attention._shared.checks import (
     require,
     shape_text,
 )
+from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil
 
 Array = jax.Array
 
@@ -74,30 +79,87 @@ def agent_attention(
     """
     check_query_key_value(query, key, value, space_ranks=(1, 2, 3), same_space=False)
     agents = batched_agents(agents, query)
-    flat_query, flat_key, flat_value = (einops.rearrange(x, "B ... N H -> B (...) N H") for x in (query, key, value))
-    batch, queries, heads, head_dim = flat_query.shape
-    count, keys = agents.shape[1], flat_key.shape[1]
+    (batch, *space, heads, head_dim), key_space = query.shape, key.shape[1:-2]
+    count, queries, keys = agents.shape[1], math.prod(space), math.prod(key_space)
     gather_bias = _check_bias("gather_bias", gather_bias, (batch, heads, count, keys), "[batch|1, heads|1, m|1, S|1]")
     broadcast_bias = _check_bias(
         "broadcast_bias", broadcast_bias, (batch, heads, queries, count), "[batch|1, heads|1, T|1, m|1]"
     )
     if key_mask is not None:
         check_key_mask(key_mask, key.shape[:-2], "[batch, *space] of key")
-        key_mask = key_mask.reshape(batch, 1, 1, keys)
-    out = dispatch(
-        "agent_attention",
-        IMPLEMENTATIONS,
-        implementation,
-        flat_query,
-        flat_key,
-        flat_value,
-        agents,
-        gather_bias,
-        broadcast_bias,
-        key_mask,
-        scale=default_scale(scale, head_dim),
+    attend = functools.partial(
+        dispatch, "agent_attention", IMPLEMENTATIONS, implementation, scale=default_scale(scale, head_dim)
     )
+    return over_positions(
+        functools.partial(_of_grids, functools.partial(attend, merge=None)),
+        functools.partial(_parted, attend),
+        ("B*N.", "B+K.", "B+K.", "B.N.", _bias_layout(gather_bias, ".+"), _bias_layout(broadcast_bias, "+."), "B+"),
+        "B*N.",
+        query,
+        key,
+        value,
+        agents,
+        _on_grid(gather_bias, 3, key_space),
+        _on_grid(broadcast_bias, 2, space),
+        key_mask,
+    )
+
+
+def _parted(attend: Callable[..., Array], parts: Parts, *arrays: Any) -> Array:
+    """Each device's part of the queries, from what agents have gathered of all keys."""
+    return _of_grids(functools.partial(attend, merge=functools.partial(_merged, parts)), *arrays)
+
+
+def _merged(parts: Parts, gathered: Array, lse: Array) -> tuple[Array, Array]:
+    """What agents have gathered of the keys of all devices, and its lse, from those of each device's keys."""
+    spoilt = is_spoilt(gathered) | jnp.isnan(lse)  # some key that they see
+    lse = jnp.where(spoilt, -jnp.inf, lse)
+    largest = lax.pmax(lax.stop_gradient(lse), parts.names)
+    largest = jnp.where(largest == -jnp.inf, 0, largest)
+    share = jnp.exp(lse - largest)
+    sums = (share[..., None] * finite_or_zero(gathered), share, spoilt.astype(share.dtype))
+    of_values, total, spoilt_devices = as_one(lambda x: lax.psum(x, parts.names), sums)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    lse = jnp.where(empty, -jnp.inf, largest + jnp.log(total))
+    gathered = (of_values / total[..., None]).astype(gathered.dtype)
+    return spoil(gathered, spoilt_devices > 0), spoil(lse, spoilt_devices > 0)
+
+
+def _of_grids(
+    attend: Callable[..., Array],
+    query: Array,
+    key: Array,
+    value: Array,
+    agents: Array,
+    gather_bias: Array | None,
+    broadcast_bias: Array | None,
+    key_mask: Array | None,
+) -> Array:
+    """attend, whose arrays have one axis of positions, of arrays with any number of space axes."""
+    if gather_bias is not None:
+        gather_bias = einops.rearrange(gather_bias, "B N m ... -> B N m (...)")
+    if broadcast_bias is not None:
+        broadcast_bias = einops.rearrange(broadcast_bias, "B N ... m -> B N (...) m")
+    if key_mask is not None:
+        key_mask = einops.rearrange(key_mask, "B ... -> B 1 1 (...)")
+    flat = (einops.rearrange(x, "B ... N H -> B (...) N H") for x in (query, key, value))
+    out = attend(*flat, agents, gather_bias, broadcast_bias, key_mask)
     return out.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _on_grid(bias: Array | None, axis: int, space: Sequence[int]) -> Array | None:
+    """A bias whose axis of positions is made the space axes, each of length 1 where it is."""
+    if bias is None:
+        return None
+    space = space if bias.shape[axis] != 1 else (1,) * len(space)
+    return bias.reshape(*bias.shape[:axis], *space, *bias.shape[axis + 1 :])
+
+
+def _bias_layout(bias: Array | None, rest: str) -> str | None:
+    if bias is None:
+        return None
+    return ("." if bias.shape[0] == 1 else "B") + ("." if bias.shape[1] == 1 else "N") + rest
 
 
 def _two_steps(
@@ -111,11 +173,14 @@ def _two_steps(
     key_mask: Array | None,
     *,
     scale: Any,
+    merge: Merge | None,
 ) -> Array:
     """By two calls of one of dot_product_attention's forms."""
     # What the agents gather has their dtype.
     agents = agents.astype(accumulator_dtype(query, key, value, agents))
     gathered, lse = attend(agents, key, value, gather_bias, key_mask, None, is_causal=False, scale=scale)
+    if merge is not None:
+        gathered, lse = merge(gathered, lse)
     sees_a_key = einops.rearrange(lse != -jnp.inf, "B m N -> B N 1 m")  # NaN, too, is of a key
     out, _ = attend(query, agents, gathered, broadcast_bias, sees_a_key, None, is_causal=False, scale=scale)
     return out
@@ -150,9 +215,24 @@ def pool_agents(query: Array, grid: tuple[int, int]) -> Array:
         raise TypeError(f"grid: got {grid!r}; need two ints, (p, r)")
     require(len(grid) == 2, "grid", grid, "need two ints of at least 1, (p, r)")
     dtype, bins = accumulator_dtype(query), [check_int("grid", count, least=1, of=grid) for count in grid]
-    rows, columns = (jnp.asarray(_bin_means(length, n), dtype) for length, n in zip(query.shape[1:3], bins))
-    pooled = jnp.einsum("pY,rX,BYXNH->BprNH", rows, columns, query.astype(dtype))
-    return einops.rearrange(pooled, "B p r N H -> B (p r) N H").astype(query.dtype)
+
+    def pool(query: Array, weights: list[Array]) -> Array:
+        pooled = jnp.einsum("pY,rX,BYXNH->BprNH", *weights, query.astype(dtype))
+        return einops.rearrange(pooled, "B p r N H -> B (p r) N H")
+
+    def whole(query: Array) -> Array:
+        weights = [jnp.asarray(_bin_means(length, n), dtype) for length, n in zip(query.shape[1:3], bins)]
+        return pool(query, weights).astype(query.dtype)
+
+    def parted(parts: Parts, query: Array) -> Array:
+        own = query.shape[1 + parts.axis]
+        lengths = (n * (parts.many if axis == parts.axis else 1) for axis, n in enumerate(query.shape[1:3]))
+        weights = [jnp.asarray(_bin_means(*pair), dtype) for pair in zip(lengths, bins)]
+        of_part = lax.dynamic_slice_in_dim(weights[parts.axis], parts.number() * own, own, axis=1)
+        weights[parts.axis] = of_part
+        return lax.psum(pool(query, weights), parts.names).astype(query.dtype)
+
+    return over_positions(whole, parted, ("B*N.",), "B.N.", query)
 
 
 def _bin_means(length: int, bins: int) -> np.ndarray:

@@ -92,7 +92,9 @@ def over_positions(
     """whole(*arrays), or where devices share the positions, parted(parts, *arrays) on the part of each.
 
     layouts: of the arrays, pytrees of their structure with a string per array: B its batch, * the space axes, N its
-      heads, K its key heads, dots for other axes. The first array is the query. results: of what is returned.
+      heads, K its key heads, dots for other axes; + for space axes of other lengths than the query's: where the devices
+      do not divide the one that is shared, each has all of it. The first array is the query. results: of what is
+      returned.
     """
     if (given := _given.get()) is not None:
         name, axis = given
@@ -111,7 +113,8 @@ def over_positions(
         if names:
             parts = Parts(names, math.prod(sizes[name] for name in names), axis)
             place = place._replace(positions=(names,))
-            spelled = _spelled((results, *layouts), len(space), axis)
+            own = (_of_own_lengths(layout, x, parts) for layout, x in zip(layouts, arrays))
+            spelled = _spelled((results, *own), len(space), axis)
             return shared(functools.partial(parted, parts), place, spelled, *arrays)
     return whole(*arrays)
 
@@ -127,6 +130,16 @@ def whole_space(space: Sequence[int], parts: Parts | None = None) -> tuple[int, 
     else:
         return tuple(space)
     return tuple(length * many if number == axis else length for number, length in enumerate(space))
+
+
+def _of_own_lengths(layout: Any, x: Any, parts: Parts) -> Any:
+    """A layout with * for +, or dots where each device has all."""
+    if not isinstance(layout, str) or "+" not in layout or x is None:
+        return layout
+    start, rank = layout.index("+"), x.ndim - len(layout) + 1
+    length = x.shape[start + parts.axis]
+    is_shared = not jax.export.is_symbolic_dim(length) and length % parts.many == 0
+    return layout.replace("+", "*" if is_shared else rank * ".")
 
 
 def _spelled(layouts: Any, rank: int, axis: int) -> Any:

@@ -12,6 +12,8 @@ from attnlab.attention._dispatch.choice import Kernel
 from attnlab.attention._kernels import dot_product
 
 Array = jax.Array
+# (what agents have gathered [B, m, N, V], its lse [B, m, N]), of the keys of a device -> those of the keys of all.
+Merge = Callable[[Array, Array], tuple[Array, Array]]
 _DOT_PRODUCT = dot_product.KERNELS["pallas_tpu"]
 
 
@@ -30,17 +32,18 @@ def kernels(blocked: Callable[..., Any]) -> dict[str, Kernel]:
         key_mask: Array | None,
         *,
         scale: Any,
+        merge: Merge | None,
     ) -> Array:
         agents = agents.astype(query.dtype)
         gathers, reads = None, None
         if key_mask is not None:
-            hidden = (~key_mask[:, 0, 0]).astype(jnp.int32)  # [B, S]
-            gathers = (jnp.zeros(agents.shape[:2], jnp.int32), hidden)
-            reads = (
-                jnp.zeros(query.shape[:2], jnp.int32),
-                jnp.broadcast_to(hidden.min(1, keepdims=True), agents.shape[:2]),
-            )
-        gathered, _ = attend(agents, key, value, None, None, gathers, is_causal=False, scale=scale)
+            gathers = (jnp.zeros(agents.shape[:2], jnp.int32), (~key_mask[:, 0, 0]).astype(jnp.int32))
+        gathered, lse = attend(agents, key, value, None, None, gathers, is_causal=False, scale=scale)
+        if merge is not None:
+            gathered, lse = merge(gathered, lse)
+        if key_mask is not None:
+            is_empty = lse[..., 0] == -jnp.inf  # of an agent, in every head alike
+            reads = (jnp.zeros(query.shape[:2], jnp.int32), is_empty.astype(jnp.int32))
         out, _ = attend(query, agents, gathered, None, None, reads, is_causal=False, scale=scale)
         return out
 
@@ -57,6 +60,7 @@ def _refusal(
     key_mask: Array | None,
     *,
     scale: Any,
+    merge: Merge | None,
 ) -> str | None:
     for name, given in (("gather_bias", gather_bias), ("broadcast_bias", broadcast_bias)):
         if given is not None:
