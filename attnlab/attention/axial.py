@@ -6,12 +6,16 @@ A layer along every axis in turn lets each position reach every other at a cost 
 length in place of n^2. Paper: Axial Attention in Multidimensional Transformers (Ho et al. 2019).
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from attnlab.attention._dispatch.exchange import Parts, over_positions, own_positions, whole_positions
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._shared.checks import check_bool, check_int, check_query_key_value, require, shape_text
 from attnlab.attention.dot_product import dot_product_attention
@@ -59,19 +63,67 @@ def axial_attention(
     require(-rank <= axis < rank, "axis", axis, f"query {shape_text(query)} has space axes {-rank} to {rank - 1}")
     array_axis = axis % rank + 1
 
+    attend = functools.partial(
+        dot_product_attention, is_causal=is_causal, scale=scale, return_lse=True, implementation=implementation
+    )
+    results = ("B*N.", "B*N") if return_lse else ("B*N.",)
+    whole, parted = (functools.partial(form, attend, array_axis, len(results)) for form in (_whole, _parted))
+    out, *lse = over_positions(whole, parted, ("B*N.", "B*K.", "B*K."), results, query, key, value)
+    return (out, *lse) if return_lse else out
+
+
+# (query [B, L, N, H], key, value) -> (out [B, L, N, V], lse [B, L, N])
+_Attend = Callable[[Array, Array, Array], tuple[Array, Array]]
+
+
+def _whole(attend: _Attend, axis: int, count: int, query: Array, key: Array, value: Array) -> tuple[Array, ...]:
+    """The first `count` of (out, lse) along an axis of the arrays."""
+
     def along(x: Array) -> Array:
         """[B, *space, N, H] -> [B x other axes, L, N, H]."""
-        x = jnp.moveaxis(x, array_axis, -3)
+        x = jnp.moveaxis(x, axis, -3)
         return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
 
-    out, lse = dot_product_attention(
-        *(along(x) for x in (query, key, value)),
-        is_causal=is_causal,
-        scale=scale,
-        return_lse=True,
-        implementation=implementation,
-    )
-    others = jnp.moveaxis(query, array_axis, -3).shape[:-3]
-    out = jnp.moveaxis(out.reshape(*others, *out.shape[1:]), -3, array_axis)
-    lse = jnp.moveaxis(lse.reshape(*others, *lse.shape[1:]), -2, array_axis)
-    return (out, lse) if return_lse else out
+    out, lse = attend(along(query), along(key), along(value))
+    others = jnp.moveaxis(query, axis, -3).shape[:-3]
+    out = jnp.moveaxis(out.reshape(*others, *out.shape[1:]), -3, axis)
+    lse = jnp.moveaxis(lse.reshape(*others, *lse.shape[1:]), -2, axis)
+    return (out, lse)[:count]
+
+
+def _parted(
+    attend: _Attend, axis: int, count: int, parts: Parts, query: Array, key: Array, value: Array
+) -> tuple[Array, ...]:
+    """Along the axis that is shared, each device attends in whole lines, of its share of other axes and key heads."""
+    if axis != parts.axis + 1:
+        return _whole(attend, axis, count, query, key, value)
+    heads, key_heads = query.shape[-2], key.shape[-2]
+    *others, own, _, _ = jnp.moveaxis(query, axis, -3).shape
+    lines = math.prod(others) * key_heads
+
+    def along(x: Array) -> Array:
+        """[B, *space, N, H] -> [B x other axes x key heads, own part of L, (N / K) H]."""
+        x = jnp.moveaxis(x, axis, -3)
+        x = jnp.moveaxis(x.reshape(*others, own, key_heads, -1), -2, -3)
+        return x.reshape(lines, own, x.shape[-1])
+
+    def back(x: Array) -> Array:
+        """[share of lines, L, N / K, V] -> [B, *space, N, V]."""
+        x = own_positions(x.reshape(*x.shape[:2], -1), lines, parts)
+        x = jnp.moveaxis(x.reshape(*others, key_heads, own, -1), -3, -2)
+        return jnp.moveaxis(x.reshape(*others, own, heads, -1), -3, axis)
+
+    arrays = [along(x) for x in (query, key, value)]
+    if len({x.dtype for x in arrays}) == 1:  # then they travel in one message
+        widths = np.cumsum([x.shape[-1] for x in arrays])
+        arrays = jnp.split(whole_positions(jnp.concatenate(arrays, axis=-1), parts), widths[:-1], axis=-1)
+    else:
+        arrays = [whole_positions(x, parts) for x in arrays]
+    per_head = (query.shape[-1], key.shape[-1], value.shape[-1])
+    out, lse = attend(*(x.reshape(*x.shape[:2], -1, width) for x, width in zip(arrays, per_head)))
+    if count == 1:
+        return (back(out),)
+    if out.dtype != lse.dtype:
+        return back(out), back(lse[..., None])[..., 0]
+    both = back(jnp.concatenate([out, lse[..., None]], axis=-1))
+    return both[..., :-1], both[..., -1]

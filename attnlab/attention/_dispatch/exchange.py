@@ -242,7 +242,9 @@ def states_before(join: Callable[[Any, Any], Any], start: Any, own: Any, parts: 
         for part in range(parts.many):
             so_far.append(join(so_far[-1], jax.tree.map(operator.itemgetter(part), every)))
         before = jax.tree.map(lambda *xs: lax.dynamic_index_in_dim(jnp.stack(xs), number, keepdims=False), *so_far[:-1])
-        return before, lambda: so_far[-1]
+        # All devices have the end already; where shard_map checks that they do, a sum shows it.
+        is_checked = bool(jax.typeof(number).manual_axis_type.varying)
+        return before, lambda: _of_last_part(so_far[-1], parts) if is_checked else so_far[-1]
     own = choose(number == 0, join(start, own), own)
     before, reach = as_one(functools.partial(moved, by=1, parts=parts), own), 1
     while reach < parts.many - 1:
@@ -253,10 +255,15 @@ def states_before(join: Callable[[Any, Any], Any], start: Any, own: Any, parts: 
 
     def after() -> Any:
         end = choose(number == 0, own, join(before, own))
-        is_last = number == parts.many - 1
-        return as_one(lambda x: lax.psum(jnp.where(is_last, x, 0), parts.names), end)
+        return _of_last_part(end, parts)
 
     return before, after
+
+
+def _of_last_part(tree: Any, parts: Parts) -> Any:
+    """What the last part has, on every device."""
+    is_last = parts.number() == parts.many - 1
+    return as_one(lambda x: lax.psum(jnp.where(is_last, x, 0), parts.names), tree)
 
 
 # --- Ring -------------------------------------------------------------------------------------------------------------
@@ -355,3 +362,18 @@ def _merged(means: Any, lse: Array, more: Any, more_lse: Array) -> tuple[Any, Ar
         return (weights[0][along] * mean + weights[1][along] * other) / divisor[along]
 
     return jax.tree.map(merge, means, more), jnp.where(total == 0, -jnp.inf, reference + jnp.log(divisor))
+
+
+# --- Re-shard ---------------------------------------------------------------------------------------------------------
+
+
+def whole_positions(x: Array, parts: Parts) -> Array:
+    """[U, part of T, C] -> [ceil(U / parts), T, C]: all positions of a share of U independent sequences, those past
+    the last one zeros. An all-to-all."""
+    padded = jnp.pad(x, ((0, -x.shape[0] % parts.many), (0, 0), (0, 0)))
+    return lax.all_to_all(padded, parts.names, split_axis=0, concat_axis=1, tiled=True)
+
+
+def own_positions(x: Array, count: int, parts: Parts) -> Array:
+    """[ceil(U / parts), T, C] -> [U, part of T, C], with U = count: what `whole_positions` did, undone."""
+    return lax.all_to_all(x, parts.names, split_axis=1, concat_axis=0, tiled=True)[:count]
