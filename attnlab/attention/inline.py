@@ -14,8 +14,10 @@ from typing import Any
 import einops
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._dispatch.exchange import Parts, as_one, over_positions
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
@@ -52,14 +54,18 @@ def inline_attention(
     """
     check_query_key_value(query, key, value, space_ranks=(1, 2, 3), same_space=False)
     require(0 not in key.shape[1:-2], "key", shape_text(key), "need at least one key")
-    out = dispatch(
-        "inline_attention",
-        IMPLEMENTATIONS,
-        implementation,
-        *(einops.rearrange(x, "B ... N H -> B (...) N H") for x in (query, key, value)),
-        scale=default_scale(scale, query.shape[-1]),
-    )
-    return out.reshape(*query.shape[:-1], value.shape[-1])
+    factor = default_scale(scale, query.shape[-1])
+
+    def attend(forms: Implementations, query: Array, key: Array, value: Array) -> Array:
+        flat = (einops.rearrange(x, "B ... N H -> B (...) N H") for x in (query, key, value))
+        out = dispatch("inline_attention", forms, implementation, *flat, scale=factor)
+        return out.reshape(*query.shape[:-1], value.shape[-1])
+
+    def parted(parts: Parts, *arrays: Array) -> Array:
+        return attend(dict.fromkeys(IMPLEMENTATIONS, functools.partial(_over_parts, parts)), *arrays)
+
+    whole = functools.partial(attend, IMPLEMENTATIONS)
+    return over_positions(whole, parted, ("B*N.", "B+K.", "B+K."), "B*N.", query, key, value)
 
 
 def _reference(query: Array, key: Array, value: Array, *, scale: Any) -> Array:
@@ -72,14 +78,32 @@ def _reference(query: Array, key: Array, value: Array, *, scale: Any) -> Array:
 
 def _xla(query: Array, key: Array, value: Array, *, scale: Any) -> Array:
     dtype = accumulator_dtype(query, key, value)
-    batch, length, heads, head_dim = query.shape
     k, v = key.astype(dtype), value.astype(dtype)
-    # Query heads that share a key head are a group, G.
-    q = scale * query.astype(dtype).reshape(batch, length, k.shape[2], -1, head_dim)
     # Centred before the product: k^T v of keys with a large common part would lose their differences.
     product = jnp.einsum("BSKH,BSKV->BKHV", k - jnp.mean(k, axis=1, keepdims=True), v) / k.shape[1]
-    out = jnp.einsum("BTKGH,BKHV->BTKGV", q, product) + jnp.mean(v, axis=1)[:, None, :, None]
+    return _read(query, product, jnp.mean(v, axis=1), scale)
+
+
+def _read(query: Array, product: Array, mean_value: Array, scale: Any) -> Array:
+    """The output from the keys' means: of centred k^T v, [B, K, H, V], and of v, [B, K, V]."""
+    batch, length, heads, head_dim = query.shape
+    # Query heads that share a key head are a group, G.
+    q = scale * query.astype(product.dtype).reshape(batch, length, product.shape[1], -1, head_dim)
+    out = jnp.einsum("BTKGH,BKHV->BTKGV", q, product) + mean_value[:, None, :, None]
     return out.reshape(batch, length, heads, -1).astype(query.dtype)
+
+
+def _over_parts(parts: Parts, query: Array, key: Array, value: Array, *, scale: Any) -> Array:
+    """Each device's part of the queries, from sums over the keys of all. The same where all devices have all keys."""
+    dtype, count = accumulator_dtype(query, key, value), parts.many * key.shape[1]
+    total = functools.partial(lax.psum, axis_name=parts.names)
+    spoilt = (is_spoilt(key) | is_spoilt(value)).any(1)
+    finite, k, v = (finite_or_zero(query), *(finite_or_zero(x).astype(dtype) for x in (key, value)))
+    centred = k - total(jnp.sum(k, axis=1, keepdims=True)) / count
+    sums = jnp.einsum("BSKH,BSKV->BKHV", centred, v), jnp.sum(v, axis=1), spoilt.astype(dtype)
+    product, values, spoilt_parts = as_one(total, sums)
+    out = _read(finite, product / count, values / count, scale)
+    return _spoil(out, query, spoilt_parts > 0)
 
 
 def _spoiling(form: Callable[..., Array]) -> Callable[..., Array]:
@@ -88,10 +112,15 @@ def _spoiling(form: Callable[..., Array]) -> Callable[..., Array]:
     @functools.wraps(form)
     def call(query: Array, key: Array, value: Array, *, scale: Any) -> Array:
         out = form(*map(finite_or_zero, (query, key, value)), scale=scale)
-        heads = (is_spoilt(key) | is_spoilt(value)).any(1, keepdims=True)[..., None]
-        return spoil(out, repeat_key_heads(heads, query.shape[2])[..., 0] | is_spoilt(query))
+        return _spoil(out, query, (is_spoilt(key) | is_spoilt(value)).any(1))
 
     return call
+
+
+def _spoil(out: Array, query: Array, key_heads: Array) -> Array:
+    """out, NaN where the query is not finite or its key head, bool [B, K], is not."""
+    heads = repeat_key_heads(key_heads[:, None, :, None], query.shape[2])[..., 0]
+    return spoil(out, heads | is_spoilt(query))
 
 
 IMPLEMENTATIONS: Implementations = {"reference": _spoiling(_reference), "xla": _spoiling(_xla)}
