@@ -12,6 +12,7 @@ Paper: Agent Attention (Han et al. 2023), whose published form is agent.py's; th
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import einops
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._dispatch.choice import Implementations, Kernel, dispatch
+from attnlab.attention._dispatch.exchange import Parts, over_positions, states_before
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import linear as kernels
 from attnlab.attention._shared.checks import (
@@ -57,6 +59,10 @@ class AgentState(NamedTuple):
     largest: Array
     denominator: Array
     numerator: Array
+
+
+# (query, key, value, agents, state) -> (out, the state after the tokens), of finite tokens.
+_Attend = Callable[..., tuple[Array, AgentState]]
 
 
 @primitive("B*N.", "BN.", "BN.", "BN..")
@@ -104,21 +110,84 @@ def causal_agent_attention(
             init_agent_cache(batch, heads, agents.shape[1], value.shape[-1]),
         )
     _check_state("initial_state", initial_state, query, value, agents)
-    out, state = dispatch(
-        "causal_agent_attention",
-        IMPLEMENTATIONS,
-        implementation,
-        *map(finite_or_zero, (query, key, value)),
+    factor = default_scale(scale, head_dim)
+    attend = functools.partial(
+        dispatch, "causal_agent_attention", IMPLEMENTATIONS, implementation, scale=factor, chunk_size=chunk_size
+    )
+    of_state = AgentState("BN.", "BN.", "BN..")  # type: ignore[arg-type]
+    out, state = over_positions(
+        functools.partial(_whole, attend),
+        functools.partial(_parted, attend, factor),
+        ("B*N.", "B*K.", "B*K.", "B.N.", of_state),
+        ("B*N.", of_state),
+        query,
+        key,
+        value,
         agents.astype(dtype),
         jax.tree.map(lambda leaf: leaf.astype(dtype), initial_state),
-        scale=default_scale(scale, head_dim),
-        chunk_size=chunk_size,
     )
-    tokens = repeat_key_heads((is_spoilt(key) | is_spoilt(value))[..., None], heads)[..., 0]
+    return (out, state) if return_state else out
+
+
+def _whole(
+    attend: _Attend, query: Array, key: Array, value: Array, agents: Array, state: AgentState
+) -> tuple[Array, AgentState]:
+    tokens = _spoilt_tokens(query, key, value)
+    out, state = attend(*map(finite_or_zero, (query, key, value)), agents, state)
     nothing = jnp.zeros_like(tokens)
     seen = spoilt_since(tokens, nothing, nothing[:, 0])
-    out, state = spoil(out, seen | is_spoilt(query)), jax.tree.map(lambda leaf: spoil(leaf, seen[:, -1]), state)
-    return (out, state) if return_state else out
+    return spoil(out, seen | is_spoilt(query)), jax.tree.map(lambda leaf: spoil(leaf, seen[:, -1]), state)
+
+
+def _spoilt_tokens(query: Array, key: Array, value: Array) -> Array:
+    """bool [B, T, N]"""
+    return repeat_key_heads((is_spoilt(key) | is_spoilt(value))[..., None], query.shape[2])[..., 0]
+
+
+class _Before(NamedTuple):
+    """What the tokens before a part leave. spoilt: [B, N], 1 where one of them is not finite, else 0."""
+
+    state: AgentState
+    spoilt: Array
+
+
+def _parted(
+    attend: _Attend, scale: Any, parts: Parts, query: Array, key: Array, value: Array, agents: Array, state: AgentState
+) -> tuple[Array, AgentState]:
+    """Each device's part, from the state that the parts before it leave."""
+    tokens = _spoilt_tokens(query, key, value)
+    query_is_spoilt = is_spoilt(query)
+    query, key, value = map(finite_or_zero, (query, key, value))
+    own = _Before(_state_of(key, value, agents, scale), tokens.any(1).astype(agents.dtype))
+    start = _Before(state, jnp.zeros_like(own.spoilt))
+    before, after = states_before(_joined, start, own, parts)
+    out, _ = attend(query, key, value, agents, before.state)
+    seen = spoilt_since(tokens, jnp.zeros_like(tokens), before.spoilt > 0)
+    end = after()
+    return spoil(out, seen | query_is_spoilt), jax.tree.map(lambda leaf: spoil(leaf, end.spoilt > 0), end.state)
+
+
+def _joined(earlier: _Before, later: _Before) -> _Before:
+    """Of two stretches of tokens, one after the other."""
+    units = [jax.lax.stop_gradient(stretch.state.largest) for stretch in (earlier, later)]
+    largest = jnp.maximum(*units)
+    kept, added = (jnp.exp(unit - jnp.where(largest == -jnp.inf, 0, largest)) for unit in units)
+    state = AgentState(
+        largest,
+        kept * earlier.state.denominator + added * later.state.denominator,
+        kept[..., None] * earlier.state.numerator + added[..., None] * later.state.numerator,
+    )
+    return _Before(state, jnp.maximum(earlier.spoilt, later.spoilt))
+
+
+def _state_of(key: Array, value: Array, agents: Array, scale: Any) -> AgentState:
+    """The state after these tokens, of none before them."""
+    logits = _logits(key, agents, scale)
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=1))
+    added = jnp.exp(logits - largest[:, None])
+    values = repeat_key_heads(value.astype(agents.dtype), agents.shape[2])
+    numerator = jnp.einsum("BTNm,BTNV->BNmV", added, values, preferred_element_type=agents.dtype)
+    return AgentState(largest, jnp.sum(added, axis=1), numerator)
 
 
 def init_agent_cache(
@@ -187,12 +256,18 @@ def _reference(
 def _logits_and_shares(query: Array, key: Array, agents: Array, scale: Any) -> tuple[Array, Array]:
     """Of agents over keys, the logits, and of queries over agents, the softmax weights: [B, T, N, m] both."""
     dtype = agents.dtype
+    scaled, read = scaled_for_logits(query, agents, scale, dtype)
+    shares, total, _ = softmax_parts(jnp.einsum("BTNH,BmNH->BTNm", scaled, read, preferred_element_type=dtype))
+    return _logits(key, agents, scale), shares / total
+
+
+def _logits(key: Array, agents: Array, scale: Any) -> Array:
+    """Of agents over keys, [B, T, N, m]."""
+    dtype = agents.dtype
     scaled, keys = scaled_for_logits(agents, key, scale, dtype)
     by_group = einops.rearrange(scaled, "B m (K G) H -> B m K G H", K=key.shape[2])
     logits = jnp.einsum("BTKH,BmKGH->BTKGm", keys, by_group, preferred_element_type=dtype)
-    scaled, agents = scaled_for_logits(query, agents, scale, dtype)
-    shares, total, _ = softmax_parts(jnp.einsum("BTNH,BmNH->BTNm", scaled, agents, preferred_element_type=dtype))
-    return einops.rearrange(logits, "B T K G m -> B T (K G) m"), shares / total
+    return einops.rearrange(logits, "B T K G m -> B T (K G) m")
 
 
 def _xla(
