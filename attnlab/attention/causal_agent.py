@@ -44,7 +44,9 @@ from attnlab.attention.linear import LinearState, linear_attention
 
 Array = jax.Array
 
-_FAR = 60.0  # Logits of a chunk further than this above its unit are not summed in it: exp(60) is 1e26.
+# Logits of a chunk further than this above its unit are not summed in it. Gradients divide by the square of a sum of
+# such, which float32 has of any chunk.
+_FAR = 30.0
 _NOTHING = -1e30  # The log of a sum of no tokens: finite, so that its differences and their gradients are.
 
 

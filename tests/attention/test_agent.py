@@ -404,6 +404,21 @@ def test_blocked_gradients_equal_the_reference_where_logits_jump(scale, assert_c
         assert_close(gradients("xla"), gradients("reference"), 1e-9)
 
 
+@pytest.mark.slow
+def test_blocked_gradients_lose_nothing_in_float32_where_logits_differ_widely(assert_close):
+    """A chunk sums exponentials up to e^_FAR, and its gradients divide by the square of that."""
+    query, key, value, agents = arrays(64, agents=3)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(form):
+        def loss(*inputs):
+            return jnp.sum(jnp.sin(causal(*inputs, chunk_size=16, implementation=form)[0]))
+
+        return jax.grad(loss, (0, 1, 2, 3))(query, 100 * key, value, agents)
+
+    assert_close(gradients("xla"), gradients("reference"), 1e-3)
+
+
 # --- Wrong calls ------------------------------------------------------------------------------------------------------
 
 
