@@ -1,0 +1,290 @@
+"""Agent, causal agent, InLine and axial attention whose positions devices share, beside one device."""
+
+import collections
+import functools
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from marks import slow_but
+
+from attnlab import (
+    AgentState,
+    agent_attention,
+    axial_attention,
+    causal_agent_attention,
+    inline_attention,
+    pool_agents,
+)
+from attnlab.attention._dispatch import exchange
+
+SHARED, WHOLE = P(None, "context"), P()
+COUNTED = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng((seed, *shape)).standard_normal(shape, np.float32)
+
+
+def qkv(*space, heads=4, key_heads=2, keys=None, batch=2, spoilt=False):
+    """spoilt: a key and a query are not finite."""
+    keys = keys or space
+    arrays = {
+        "query": normal(batch, *space, heads, 8, seed=1),
+        "key": normal(batch, *keys, key_heads, 8, seed=2),
+        "value": normal(batch, *keys, key_heads, 6, seed=3),
+    }
+    if spoilt:
+        arrays["key"][1, keys[0] // 2, ..., 1, 3] = np.nan
+        arrays["query"][0, 3, ..., 2, 0] = np.inf
+    return arrays
+
+
+class Case(NamedTuple):
+    """exchanged: the collectives of the forward, of 8 devices. specs: of arrays that are not shared on axis 1."""
+
+    call: Any
+    arrays: dict[str, Any]
+    exchanged: dict[str, int]
+    specs: dict[str, P] = {}  # noqa: RUF012
+    results: Any = SHARED
+
+
+SUMS, SUMS_OF_POOLED = {"all-reduce": 2}, {"all-reduce": 3}
+GATHERED, SWAPPED = {"all-gather": 1}, {"all-to-all": 2}
+agents = {"agents": normal(3, 4, 8)}
+given = {"agents": WHOLE}
+biases = {"gather_bias": normal(2, 4, 3, 64), "broadcast_bias": normal(4, 64, 3)}
+of_biases = {"gather_bias": P(None, None, None, "context"), "broadcast_bias": P(None, "context")}
+flat_biases = {"gather_bias": normal(4, 3, 96), "broadcast_bias": normal(1, 1, 1, 3)}
+hidden = np.zeros((2, 64), bool)
+hidden[0, :3] = True  # of the second sequence no key is seen
+causal = functools.partial(causal_agent_attention, chunk_size=8)
+causal_state = functools.partial(causal, return_state=True)
+with_state = (SHARED, AgentState(WHOLE, WHOLE, WHOLE))
+state = AgentState(normal(2, 4, 3), 1 + normal(2, 4, 3) ** 2, normal(2, 4, 3, 6))
+both = (SHARED, SHARED)
+
+
+def pooled(query, key, value):
+    return agent_attention(query, key, value, pool_agents(query, (3, 4)))
+
+
+CASES = {
+    "agent": Case(agent_attention, qkv(64) | agents, SUMS, given),
+    "agent, reference": Case(
+        functools.partial(agent_attention, implementation="reference"), qkv(64) | agents, SUMS, given
+    ),
+    "agent, agents of each sequence": Case(agent_attention, qkv(64) | {"agents": normal(2, 3, 4, 8)}, SUMS, given),
+    "agent, keys hidden": Case(agent_attention, qkv(64) | agents | {"key_mask": hidden}, SUMS, given),
+    "agent, biases": Case(agent_attention, qkv(64) | agents | biases, SUMS, given | of_biases),
+    "agent, image": Case(
+        agent_attention,
+        qkv(16, 6) | agents | flat_biases,
+        SUMS,
+        given | {"gather_bias": P(None, None, "context"), "broadcast_bias": WHOLE},
+    ),
+    "agent, other keys": Case(agent_attention, qkv(64, keys=(32,)) | agents, SUMS, given),
+    "agent, not finite": Case(agent_attention, qkv(64, spoilt=True) | agents, SUMS, given),
+    "agent, pooled": Case(pooled, qkv(16, 6), SUMS_OF_POOLED),
+    "causal agent": Case(causal, qkv(64) | agents, GATHERED, given),
+    "causal agent, state": Case(
+        causal_state,
+        qkv(64, key_heads=4) | agents | {"initial_state": state},
+        GATHERED,
+        given | {"initial_state": WHOLE},
+        with_state,
+    ),
+    "causal agent, reference": Case(
+        functools.partial(causal_state, implementation="reference"), qkv(64) | agents, GATHERED, given, with_state
+    ),
+    "causal agent, huge logits": Case(
+        functools.partial(causal_state, scale=30.0), qkv(64) | agents, GATHERED, given, with_state
+    ),
+    "causal agent, not finite": Case(causal_state, qkv(64, spoilt=True) | agents, GATHERED, given, with_state),
+    "inline": Case(inline_attention, qkv(64), SUMS),
+    "inline, reference": Case(functools.partial(inline_attention, implementation="reference"), qkv(64), SUMS),
+    "inline, image": Case(inline_attention, qkv(16, 6), SUMS),
+    "inline, other keys": Case(inline_attention, qkv(64, keys=(32,)), SUMS),
+    "inline, not finite": Case(inline_attention, qkv(64, spoilt=True), SUMS),
+    "axial": Case(
+        functools.partial(axial_attention, axis=0, is_causal=True, return_lse=True), qkv(16, 3), SWAPPED, results=both
+    ),
+    "axial, reference": Case(
+        functools.partial(axial_attention, axis=0, implementation="reference"), qkv(16, 8), SWAPPED
+    ),
+    "axial, sequence": Case(functools.partial(axial_attention, axis=0), qkv(64), SWAPPED),
+    "axial, 3 axes": Case(functools.partial(axial_attention, axis=-3), qkv(8, 3, 2, batch=1), SWAPPED),
+    "axial, another axis": Case(functools.partial(axial_attention, axis=1, return_lse=True), qkv(16, 3), {}, {}, both),
+    "axial, not finite": Case(
+        functools.partial(axial_attention, axis=0, is_causal=True), qkv(16, 3, spoilt=True), SWAPPED
+    ),
+}
+_UNEVEN = {  # keys that eight devices do not divide are whole on each
+    "agent": Case(agent_attention, qkv(64, keys=(30,)) | agents, SUMS, given | {"key": WHOLE, "value": WHOLE}),
+    "inline": Case(inline_attention, qkv(64, keys=(30,)), SUMS, {"key": WHOLE, "value": WHOLE}),
+}
+_QUICK = {"agent, keys hidden", "causal agent", "inline", "axial"}
+
+
+def with_gradients(call):
+    """arrays -> (results, gradients of a weighted sum of what is finite in them)."""
+
+    def loss(floating, arrays):
+        results = call(**arrays | floating)
+        weighted = (
+            jnp.sum(jnp.where(jnp.isfinite(x), x, 0) * normal(*x.shape, seed=9)) for x in jax.tree.leaves(results)
+        )
+        return sum(weighted), results
+
+    def run(arrays):
+        floating = {name: x for name, x in arrays.items() if jax.tree.leaves(x)[0].dtype == np.float32}
+        gradients, results = jax.grad(loss, has_aux=True)(floating, arrays)
+        return results, gradients
+
+    return run
+
+
+@functools.cache
+def of_one_device(name):
+    case = CASES[name]
+    return jax.jit(with_gradients(case.call))(case.arrays)
+
+
+def mesh_of(count, kind=AxisType.Auto):
+    return jax.make_mesh((count,), ("context",), axis_types=(kind,), devices=jax.devices()[:count])
+
+
+def specs_of(case):
+    return {name: case.specs.get(name, SHARED) for name in case.arrays}
+
+
+def placed(case, mesh):
+    specs = specs_of(case)
+    return {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in case.arrays.items()}
+
+
+def mapped(case, mesh, check_vma):
+    """The call as another project's jax.shard_map has it."""
+
+    def own_part(arrays):
+        with exchange.positions_over("context"):
+            return case.call(**arrays)
+
+    own = jax.shard_map(own_part, mesh=mesh, in_specs=(specs_of(case),), out_specs=case.results, check_vma=check_vma)
+    return lambda **arrays: own(arrays)
+
+
+def collectives(call, arrays):
+    text = jax.jit(lambda arrays: call(**arrays)).lower(arrays).compile().as_text()
+    return dict(collections.Counter(re.findall(COUNTED, text)))
+
+
+def assert_alike(got, want):
+    """To 2e-5 of the largest number, and not finite alike."""
+
+    def alike(x, y):
+        size = max(1, np.abs(y, where=np.isfinite(y), out=np.zeros_like(y)).max())
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * size)
+
+    jax.tree.map(alike, got, jax.tree.map(np.asarray, want))
+
+
+@pytest.mark.parametrize("name", slow_but(_QUICK, CASES))
+def test_equals_one_device_by_these_exchanges(name):
+    case, mesh = CASES[name], mesh_of(8)
+    arrays = placed(case, mesh)
+    with jax.set_mesh(mesh):
+        got = jax.jit(with_gradients(case.call))(arrays)
+        assert collectives(case.call, arrays) == case.exchanged
+    assert_alike(got, of_one_device(name))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_device_on_explicit_axes(name, count):
+    case, mesh = CASES[name], mesh_of(count, AxisType.Explicit)
+    arrays = placed(case, mesh)
+    with jax.set_mesh(mesh):
+        got = jax.jit(with_gradients(case.call))(arrays)
+        assert collectives(case.call, arrays) == case.exchanged
+    assert_alike(got, of_one_device(name))
+
+
+@pytest.mark.parametrize("check_vma", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_but(["causal agent, state"], CASES))
+def test_equals_one_device_in_shard_map(name, count, check_vma):
+    case, mesh = CASES[name], mesh_of(count)
+    arrays = placed(case, mesh)
+    call = mapped(case, mesh, check_vma)
+    got = jax.jit(with_gradients(call))(arrays)
+    assert_alike(got, of_one_device(name))
+    # A sum shows shard_map that what is returned of the last part is the same on every device.
+    shown = {"all-reduce": 1} if check_vma and case.results is with_state else {}
+    assert collectives(call, arrays) == case.exchanged | shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _UNEVEN)
+def test_keys_that_the_devices_do_not_divide_are_whole(name):
+    case, mesh = _UNEVEN[name], mesh_of(8)
+    with jax.set_mesh(mesh):
+        got = jax.jit(with_gradients(case.call))(placed(case, mesh))
+        assert collectives(case.call, placed(case, mesh)) == case.exchanged
+    assert_alike(got, jax.jit(with_gradients(case.call))(case.arrays))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["agent, agents of each sequence", "causal agent, state", "inline", "axial"])
+def test_batch_and_heads_may_be_shared_too(name):
+    case = CASES[name]
+    kinds = (AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 2, 2), ("data", "tensor", "context"), axis_types=kinds)
+    with jax.set_mesh(mesh):
+        got = jax.jit(with_gradients(case.call))(placed(case, mesh))
+        assert collectives(case.call, placed(case, mesh)) == case.exchanged
+    assert_alike(got, of_one_device(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_states_of_many_parts_go_from_device_to_device(spoilt, monkeypatch):
+    """By log2 of the devices + 1 permutes, as where there are too many for one all-gather."""
+    monkeypatch.setattr(exchange, "_MOST_GATHERED", 1)
+    mesh = mesh_of(8)
+    arrays = qkv(72, spoilt=spoilt) | agents | {"initial_state": state}  # of its own length: nothing is traced yet
+    case = CASES["causal agent, state"]._replace(arrays=arrays)
+    with jax.set_mesh(mesh):
+        got = jax.jit(with_gradients(case.call))(placed(case, mesh))
+        assert collectives(causal, placed(case, mesh)) == {"collective-permute": 4}
+    assert_alike(got, jax.jit(with_gradients(case.call))(arrays))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("call", "arrays"),
+    [
+        (agent_attention, qkv(4096) | agents),
+        (causal, qkv(4096) | agents),
+        (inline_attention, qkv(4096)),
+        (functools.partial(axial_attention, axis=0), qkv(64, 64)),
+    ],
+)
+def test_memory_per_device_falls_with_their_number(call, arrays):
+    case = Case(call, arrays, {}, given)
+
+    def temporary(count):
+        mesh = mesh_of(count)
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(with_gradients(call)).lower(placed(case, mesh)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(8) < temporary(1) / 5
