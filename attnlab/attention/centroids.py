@@ -149,14 +149,13 @@ def layer_norm(x: Array) -> Array:
     return centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + 1e-6)
 
 
-def commitment(tokens: Array, cluster: Array, state: RoutingState, key_mask: Array | None) -> Array:
-    """Mean squared distance of tokens [B, T, N, H] and their centroids, over real tokens and channels."""
+def squared_distance(tokens: Array, cluster: Array, state: RoutingState, key_mask: Array | None) -> Array:
+    """[N]: of tokens [B, T, N, H] and their centroids, summed over real tokens and channels."""
     heads = jnp.arange(tokens.shape[2])
     square = (tokens - state.centroids[heads, cluster]) ** 2
-    if key_mask is None:
-        return jnp.mean(square)
-    weight = jnp.broadcast_to(key_mask[:, :, None, None], square.shape)
-    return jnp.sum(jnp.where(weight, square, 0)) / jnp.maximum(jnp.sum(weight), 1)
+    if key_mask is not None:
+        square = jnp.where(key_mask[:, :, None, None], square, 0)
+    return jnp.sum(square, axis=(0, 1, 3))
 
 
 def statistics_of(tokens: Array, cluster: Array, state: RoutingState, key_mask: Array | None) -> RoutingStatistics:

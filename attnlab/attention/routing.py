@@ -29,8 +29,11 @@ from typing import Any, Literal, NamedTuple
 import einops
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._dispatch.exchange import Parts, as_one, over_positions, swapped, whole_space
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import routing as kernels
 from attnlab.attention._shared.checks import (
@@ -57,8 +60,8 @@ from attnlab.attention.centroids import (
     RoutingStatistics,
     check_normalize,
     check_state,
-    commitment,
     layer_norm,
+    squared_distance,
     statistics_of,
     unit,
 )
@@ -133,67 +136,160 @@ def routing_attention(
     """
     check_query_key_value(query, key, value)
     batch, length, heads, head_dim = query.shape
+    (whole_length,) = whole_space([length])
     check_state("state", state, heads, head_dim)
     require(membership in ("strict", "global"), "membership", repr(membership), 'need "strict" or "global"')
     check_normalize(normalize)
     is_causal, share_qk = check_bool("is_causal", is_causal), check_bool("share_qk", share_qk)
     window = check_int("window", window, least=1)
-    require(window <= length, "window", window, f"need 1 to the length, {length}")
+    require(window <= whole_length, "window", window, f"need 1 to the length, {whole_length}")
     if share_qk:
         check_array("key", key, query.shape, "query's shape, as share_qk=True")
     if key_mask is not None:
         check_key_mask(key_mask, (batch, length), "[batch, length]")
 
-    if key_mask is not None:
-        query, key, value = (jnp.where(key_mask[..., None, None], x, 0) for x in (query, key, value))
-    spoilt = is_spoilt(query)
-    of_keys = spoilt[..., None] if share_qk else repeat_key_heads(is_spoilt(key)[..., None], heads)
-    of_keys = of_keys | repeat_key_heads(is_spoilt(value)[..., None], heads)
-    query, key, value = map(finite_or_zero, (query, key, value))
+    def whole(
+        query: Array, key: Array, value: Array, state: RoutingState, key_mask: Array | None
+    ) -> tuple[Array, _Sums, Array, Array, Array]:
+        if key_mask is not None:
+            query, key, value = (jnp.where(key_mask[..., None, None], x, 0) for x in (query, key, value))
+        heads, operands = query.shape[2], query.dtype
+        spoilt = is_spoilt(query)
+        of_keys = spoilt[..., None] if share_qk else repeat_key_heads(is_spoilt(key)[..., None], heads)
+        of_keys = of_keys | repeat_key_heads(is_spoilt(value)[..., None], heads)
+        query, key, value = map(finite_or_zero, (query, key, value))
 
-    dtype = accumulator_dtype(query, key, value)
-    state = jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf.astype(dtype), state))
-    query_tokens, key_tokens, query_heads, key_heads = _normalized(query, key, normalize, share_qk)
-    similarity_q = jnp.einsum("BTNH,NcH->BTNc", jax.lax.stop_gradient(query_tokens), state.centroids)
-    similarity_k = similarity_q
-    if not share_qk:
-        similarity_k = jnp.einsum("BTNH,NcH->BTNc", jax.lax.stop_gradient(key_tokens), state.centroids)
-    cluster_q, cluster_k = (jnp.argmax(x, axis=-1).astype(jnp.int32) for x in (similarity_q, similarity_k))
-    parts = [(query_tokens, cluster_q)] if share_qk else [(query_tokens, cluster_q), (key_tokens, cluster_k)]
-    losses = [commitment(tokens, cluster, state, key_mask) for tokens, cluster in parts]
-    weight = 1.0 / len(parts) if normalize == "unit" else 2.0 / len(parts)
-    statistics = [statistics_of(tokens, cluster, state, key_mask) for tokens, cluster in parts]
+        dtype = accumulator_dtype(query, key, value)
+        state = jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf.astype(dtype), state))
+        query_tokens, key_tokens, query_heads, key_heads = _normalized(query, key, normalize, share_qk)
+        similarity_q = jnp.einsum("BTNH,NcH->BTNc", jax.lax.stop_gradient(query_tokens), state.centroids)
+        similarity_k = similarity_q
+        if not share_qk:
+            similarity_k = jnp.einsum("BTNH,NcH->BTNc", jax.lax.stop_gradient(key_tokens), state.centroids)
+        cluster_q, cluster_k = (jnp.argmax(x, axis=-1).astype(jnp.int32) for x in (similarity_q, similarity_k))
+        routed = [(query_tokens, cluster_q)] if share_qk else [(query_tokens, cluster_q), (key_tokens, cluster_k)]
+        out, taken = dispatch(
+            "routing_attention",
+            IMPLEMENTATIONS,
+            implementation,
+            query_heads,
+            key_heads,
+            repeat_key_heads(value, heads).astype(dtype),
+            (similarity_q, similarity_k),
+            (cluster_q, cluster_k),
+            key_mask,
+            of_keys,
+            num_clusters=state.centroids.shape[1],
+            window=window,
+            is_causal=is_causal,
+            membership=membership,
+            self_is_last=share_qk and normalize == "unit",
+            share_qk=share_qk,
+            epsilon=_COUNT_EPSILON[normalize],
+            scale=_scale(scale, normalize, head_dim),
+            operands=operands,
+        )
+        sums = [_sums(tokens, cluster, state, key_mask) for tokens, cluster in routed]
+        added = jax.tree.map(lambda *leaves: functools.reduce(jnp.add, leaves)[None], *sums)
+        return spoil(out, spoilt).astype(operands), added, cluster_q, cluster_k, taken
 
-    out, taken = dispatch(
-        "routing_attention",
-        IMPLEMENTATIONS,
-        implementation,
-        query_heads,
-        key_heads,
-        repeat_key_heads(value, heads).astype(dtype),
-        (similarity_q, similarity_k),
-        (cluster_q, cluster_k),
+    out, sums, cluster_q, cluster_k, taken = over_positions(
+        whole,
+        functools.partial(_parted, whole, share_qk),
+        ("B*N.", "B*K.", "B*K.", RoutingState("N..", "N.", "N.."), "B*"),
+        ("B*N.", _Sums("BN", "BN", RoutingStatistics("BN.", "BN..")), "B*N", "B*N", "B*N"),
+        query,
+        key,
+        value,
+        state,
         key_mask,
-        of_keys,
-        num_clusters=state.centroids.shape[1],
-        window=window,
-        is_causal=is_causal,
-        membership=membership,
-        self_is_last=share_qk and normalize == "unit",
-        share_qk=share_qk,
-        epsilon=_COUNT_EPSILON[normalize],
-        scale=_scale(scale, normalize, head_dim),
-        operands=query.dtype,
     )
-    out = spoil(out, spoilt)
-    aux = RoutingAux(
-        weight * functools.reduce(jnp.add, losses),
-        jax.tree.map(lambda *leaves: functools.reduce(jnp.add, leaves), *statistics),
-        cluster_q,
-        cluster_k,
-        taken,
-    )
-    return out.astype(query.dtype), aux
+    sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+    # "layer" adds the means of queries and of keys, "unit" takes the mean over both; the sums are over both.
+    loss = jnp.sum(sums.squares) / (head_dim * jnp.maximum(jnp.sum(sums.tokens), 1))
+    loss = 2 * loss if normalize == "layer" else loss
+    return out, RoutingAux(loss, sums.statistics, cluster_q, cluster_k, taken)
+
+
+class _Sums(NamedTuple):
+    """Over tokens of queries and, unless they are shared, of keys, by head.
+
+    tokens: [N], how many are real. squares: [N], of the distances to their centroids. statistics: for update_routing.
+    """
+
+    tokens: Array
+    squares: Array
+    statistics: RoutingStatistics
+
+
+def _sums(tokens: Array, cluster: Array, state: RoutingState, key_mask: Array | None) -> _Sums:
+    squares = squared_distance(tokens, cluster, state, key_mask)
+    real = cluster.shape[0] * cluster.shape[1] if key_mask is None else jnp.sum(key_mask, dtype=squares.dtype)
+    return _Sums(jnp.zeros_like(squares) + real, squares, statistics_of(tokens, cluster, state, key_mask))
+
+
+# --- Over devices -----------------------------------------------------------------------------------------------------
+
+
+def _parted(
+    whole: Callable[..., tuple[Array, _Sums, Array, Array, Array]],
+    share_qk: bool,
+    parts: Parts,
+    query: Array,
+    key: Array,
+    value: Array,
+    state: RoutingState,
+    key_mask: Array | None,
+) -> tuple[Array, _Sums, Array, Array, Array]:
+    """Each device routes whole sequences of its share of the heads, which it gets for its part of all and gives back.
+
+    What is shared are groups of query heads with the key head that they read. Where the devices do not divide their
+    number, groups of zeros fill it up, and what is computed of these is dropped: work falls to that of one head at best.
+    """
+    heads, groups = query.shape[2], _groups(query.shape[2], key.shape[2], parts.many)
+    share, size = -(-groups // parts.many), heads // groups
+
+    def filled(x: Array, axis: int, count: int) -> Array:
+        return jnp.pad(x, [(0, count - length if a == axis else 0) for a, length in enumerate(x.shape)])
+
+    def sent(*arrays: Array) -> list[Array]:
+        """Of [B, part, groups, ...] those of this device, [B, T, share, ...], in one message if of one dtype."""
+        if len({x.dtype for x in arrays}) > 1:
+            return [sent(x)[0] for x in arrays]
+        message = filled(jnp.concatenate(arrays, axis=-1), 2, share * parts.many)
+        ends = np.cumsum([x.shape[-1] for x in arrays])[:-1]
+        return jnp.split(swapped(message, parts, whole=1, split=2), ends, axis=-1)
+
+    def returned(x: Array) -> Array:
+        """Of this device's heads [B, T, ...] its part of all, [B, part, N, ...]."""
+        return swapped(x, parts, whole=2, split=1)[:, :, :heads]
+
+    def of_all(x: Array) -> Array:
+        """Of this device's heads [1, ...] -> [1, N, ...], on every device."""
+        every = jnp.zeros_like(x, shape=(1, own * parts.many, *x.shape[2:]))
+        every = lax.dynamic_update_slice_in_dim(every, x, first, axis=1)
+        return lax.psum(every, parts.names)[:, :heads]
+
+    own = share * size
+    first = own * parts.number()
+    key_of, value_of = (repeat_key_heads(x, groups) for x in (key, value))
+    query_of = query.reshape(*query.shape[:2], groups, -1)
+    query_of, *keys, value_of = sent(query_of, value_of) if share_qk else sent(query_of, key_of, value_of)
+    query_of = query_of.reshape(*query_of.shape[:2], own, query.shape[3])
+    key_of = query_of.astype(key.dtype) if share_qk else keys[0]
+    state = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(filled(x, 0, own * parts.many), first, own, axis=0), state)
+    if key_mask is not None:
+        key_mask = lax.all_gather(key_mask, parts.names, axis=1, tiled=True)
+    out, sums, *numbers = whole(query_of, key_of, value_of, state, key_mask)
+    numbers = returned(jnp.stack(numbers, axis=-1))
+    return returned(out), as_one(of_all, sums), numbers[..., 0], numbers[..., 1], numbers[..., 2]
+
+
+def _groups(heads: int, key_heads: int, parts: int) -> int:
+    """Into how many groups with a key head each to cut the heads, so that devices have few: as many as key heads, or
+    more where these are then repeated."""
+    counts = [count for count in range(key_heads, heads + 1, key_heads) if heads % count == 0]
+    return min(counts, key=lambda count: (-(-count // parts) * (heads // count), count))
 
 
 def _normalized(query: Array, key: Array, normalize: str, share_qk: bool) -> tuple[Array, Array, Array, Array]:

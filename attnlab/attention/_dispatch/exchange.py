@@ -377,3 +377,11 @@ def whole_positions(x: Array, parts: Parts) -> Array:
 def own_positions(x: Array, count: int, parts: Parts) -> Array:
     """[ceil(U / parts), T, C] -> [U, part of T, C], with U = count: what `whole_positions` did, undone."""
     return lax.all_to_all(x, parts.names, split_axis=1, concat_axis=0, tiled=True)[:count]
+
+
+def swapped(x: Array, parts: Parts, *, whole: int, split: int) -> Array:
+    """x, of which each device has a part along axis `whole`, with that axis whole and of axis `split` a part.
+
+    An all-to-all; the number of parts divides the axis that is split.
+    """
+    return lax.all_to_all(x, parts.names, split_axis=split, concat_axis=whole, tiled=True)
