@@ -193,11 +193,13 @@ def routing_attention(
         added = jax.tree.map(lambda *leaves: functools.reduce(jnp.add, leaves)[None], *sums)
         return spoil(out, spoilt).astype(operands), added, cluster_q, cluster_k, taken
 
+    of_state = RoutingState("N..", "N.", "N..")  # type: ignore[arg-type]
+    of_sums = _Sums("BN", "BN", RoutingStatistics("BN.", "BN.."))  # type: ignore[arg-type]
     out, sums, cluster_q, cluster_k, taken = over_positions(
         whole,
         functools.partial(_parted, whole, share_qk),
-        ("B*N.", "B*K.", "B*K.", RoutingState("N..", "N.", "N.."), "B*"),
-        ("B*N.", _Sums("BN", "BN", RoutingStatistics("BN.", "BN..")), "B*N", "B*N", "B*N"),
+        ("B*N.", "B*K.", "B*K.", of_state, "B*"),
+        ("B*N.", of_sums, "B*N", "B*N", "B*N"),
         query,
         key,
         value,
@@ -244,7 +246,7 @@ def _parted(
     """Each device routes whole sequences of its share of the heads, which it gets for its part of all and gives back.
 
     What is shared are groups of query heads with the key head that they read. Where the devices do not divide their
-    number, groups of zeros fill it up, and what is computed of these is dropped: work falls to that of one head at best.
+    number, groups of zeros fill it up, and what is computed of these is dropped: a device has one head at least.
     """
     heads, groups = query.shape[2], _groups(query.shape[2], key.shape[2], parts.many)
     share, size = -(-groups // parts.many), heads // groups
@@ -280,9 +282,9 @@ def _parted(
     state = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(filled(x, 0, own * parts.many), first, own, axis=0), state)
     if key_mask is not None:
         key_mask = lax.all_gather(key_mask, parts.names, axis=1, tiled=True)
-    out, sums, *numbers = whole(query_of, key_of, value_of, state, key_mask)
-    numbers = returned(jnp.stack(numbers, axis=-1))
-    return returned(out), as_one(of_all, sums), numbers[..., 0], numbers[..., 1], numbers[..., 2]
+    out, sums, *integers = whole(query_of, key_of, value_of, state, key_mask)
+    cluster_q, cluster_k, taken = jnp.unstack(returned(jnp.stack(integers, axis=-1)), axis=-1)
+    return returned(out), as_one(of_all, sums), cluster_q, cluster_k, taken
 
 
 def _groups(heads: int, key_heads: int, parts: int) -> int:

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from attnlab.attention._dispatch.deferred import tangent_call
+from attnlab.attention._dispatch.exchange import Parts, over_positions, with_halo
 from attnlab.attention._shared.checks import check_bool, check_dtype, check_float, check_int, check_ints
 from attnlab.nn.parameters import Initializer, normal, ones, parameter, zeros
 
@@ -191,13 +192,46 @@ def depthwise_convolution(
       kernel: [*widths, channels], or [B, *widths, channels] for one per example. The centre of a width w is w div 2.
       is_causal: the centre is the last offset, so that a token takes itself and earlier ones; one space axis.
       segment_ids: int [B, T]; tokens of other segments count as zeros. One space axis.
+
+    Where devices share the positions, each takes of the ones beside it as many as the kernel reaches.
     """
+    rank, per_example = x.ndim - 2, kernel.ndim == x.ndim
+    convolved = functools.partial(_convolved, is_causal=is_causal)
+    of_kernel = ("B" if per_example else "") + "." * rank + "N"
+    # Channels are convolved as heads are attended with: each on its own.
+    channels = over_positions(
+        functools.partial(convolved, None),
+        convolved,
+        ("B*N.", of_kernel, "B*"),
+        "B*N.",
+        x[..., None],
+        kernel,
+        segment_ids,
+    )
+    return channels[..., 0]
+
+
+def _convolved(
+    parts: Parts | None, channels: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None, *, is_causal: bool
+) -> jax.Array:
+    """depthwise_convolution of channels [B, *space, channels, 1]. parts: where these are each device's part."""
+    x = channels[..., 0]
     space, rank = x.shape[1:-1], x.ndim - 2
     widths = kernel.shape[-1 - rank : -1]
-    before = [width - 1 if is_causal else width // 2 for width in widths]
-    padding = [(0, 0), *((left, width - 1 - left) for left, width in zip(before, widths)), (0, 0)]
-    padded = jnp.pad(x, padding)
-    ids = None if segment_ids is None else jnp.pad(segment_ids, padding[:2], constant_values=-1)
+    centres = [width - 1 if is_causal else width // 2 for width in widths]
+    padding = [(centre, width - 1 - centre) for centre, width in zip(centres, widths)]
+
+    def extended(x: jax.Array, padding: list[tuple[int, int]], fill: int) -> jax.Array:
+        """[B, *space, ...] with so much around it, of other parts or of what there is around the space."""
+        if parts is not None:
+            (before, after), others = padding[parts.axis], (parts.many - 1) * space[parts.axis]
+            x = with_halo(x, min(before, others), min(after, others), parts, 1 + parts.axis)
+            rest = max(before - others, 0), max(after - others, 0)
+            padding = [rest if axis == parts.axis else sides for axis, sides in enumerate(padding)]
+        return jnp.pad(x, [(0, 0), *padding, *((0, 0),) * (x.ndim - 1 - rank)], constant_values=fill)
+
+    padded = extended(x, padding, 0)
+    ids = None if segment_ids is None else extended(segment_ids, padding, -1)
     out = jnp.zeros_like(x)
     for offset in np.ndindex(*widths):
         window = tuple(slice(start, start + length) for start, length in zip(offset, space))
@@ -207,7 +241,7 @@ def depthwise_convolution(
         if ids is not None and segment_ids is not None:
             shifted = jnp.where((ids[:, window[0]] == segment_ids)[..., None], shifted, 0)
         out = out + tap * shifted
-    return out
+    return out[..., None]
 
 
 _MOST_TAPS = 1024
@@ -238,7 +272,9 @@ class DepthwiseConvolution(nnx.Module):
                 f"convolution: got widths {self.widths} for {x.ndim - 2} space axes; need a width for each"
             )
         kernel = self.kernel[...].astype(self.dtype)
-        y = depthwise_convolution(x, kernel, is_causal=self.is_causal, segment_ids=segment_ids)
+        return self._biased(depthwise_convolution(x, kernel, is_causal=self.is_causal, segment_ids=segment_ids))
+
+    def _biased(self, y: jax.Array) -> jax.Array:
         return y if self.bias is None else y + along(self.bias[...].astype(self.dtype), y)
 
     def init_cache(self, batch: int) -> jax.Array:
@@ -248,4 +284,5 @@ class DepthwiseConvolution(nnx.Module):
     def step(self, cache: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The next token x [B, 1, features] -> (y, cache)."""
         inputs = jnp.concatenate([cache, x.astype(cache.dtype)], axis=1)
-        return self(inputs)[:, -1:], inputs[:, 1:]
+        kernel = self.kernel[...].astype(self.dtype)
+        return self._biased(jnp.sum(kernel[None] * inputs, axis=1, keepdims=True)), inputs[:, 1:]

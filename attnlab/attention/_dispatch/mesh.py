@@ -127,8 +127,12 @@ def _by_leaf(function: Callable[[str, Any], Any], layouts: Any, tree: Any) -> An
 def _spread(
     function: Callable[..., Any], axes: dict[str, tuple[str, ...]], layouts: Any, arguments: tuple[Any, ...]
 ) -> Any:
+    # Cotangents are summed over the axes that their spec does not name: those of one device need not be.
+    single = tuple(name for name, size in _auto_sizes().items() if size == 1)
+
     def spec(layout: str) -> PartitionSpec:
-        return PartitionSpec(*(axes.get(letter) or None for letter in layout))
+        named = [axes.get(letter, ()) for letter in layout]
+        return PartitionSpec(*(names + single * (axis == 0) or None for axis, names in enumerate(named)))
 
     def spec_of(layout: str, _: Any) -> PartitionSpec:
         return spec(layout)
