@@ -16,6 +16,7 @@ from attnlab.attention._dispatch.deferred import tangent_call
 from attnlab.attention._dispatch.exchange import Parts, over_positions, with_halo
 from attnlab.attention._shared.checks import check_bool, check_dtype, check_float, check_int, check_ints
 from attnlab.nn.parameters import Initializer, normal, ones, parameter, zeros
+from attnlab.nn.sharding import laid
 
 PRODUCT = "product with a parameter"  # jax.checkpoint's name for what a Linear gives
 
@@ -168,18 +169,19 @@ def grid_positions(space: tuple[int, ...]) -> jax.Array:
 
 def document_numbers(segment_ids: jax.Array) -> jax.Array:
     """Documents, runs of equal ids, counted from 1 in each row: int [B, T] -> int32 [B, T]."""
-    return jnp.cumsum(_begins(segment_ids), axis=1, dtype=jnp.int32)
+    return laid(jnp.cumsum(_begins(segment_ids), axis=1, dtype=jnp.int32), "B.")
 
 
 def document_positions(segment_ids: jax.Array) -> jax.Array:
     """Each token's distance from the first one of its document, a run of equal ids: int [B, T] -> int32 [B, T]."""
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None], segment_ids.shape)
-    return index - jax.lax.cummax(jnp.where(_begins(segment_ids), index, 0), axis=1)
+    return laid(index - jax.lax.cummax(jnp.where(_begins(segment_ids), index, 0), axis=1), "B.")
 
 
 def _begins(segment_ids: jax.Array) -> jax.Array:
+    """bool [B, T]; like all that is counted along the positions, whole on every device that shares these."""
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), changes], axis=1)
+    return laid(jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), changes], axis=1), "B.")
 
 
 def depthwise_convolution(
