@@ -13,7 +13,9 @@ import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from attnlab.attention._dispatch.exchange import given_positions
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
@@ -81,20 +83,30 @@ def fit_routing(
     iterations = check_int("iterations", iterations, least=1)
     check_normalize(normalize)
     dtype = accumulator_dtype(tokens)
-    normalized = jax.lax.stop_gradient(unit(tokens) if normalize == "unit" else layer_norm(tokens.astype(dtype)))
-    flat = einops.rearrange(normalized, "B T N H -> N (B T) H").astype(dtype)
-    clusters = state.centroids.shape[1]
-    seeds = flat[:, jnp.arange(clusters) * flat.shape[1] // clusters]
+    normalized = unit(tokens) if normalize == "unit" else layer_norm(tokens.astype(dtype))
+    normalized = lax.stop_gradient(normalized).astype(dtype)
+    clusters, over = state.centroids.shape[1], given_positions()
 
-    def iterate(centroids: Array, _: None) -> tuple[Array, RoutingStatistics]:
-        cluster = jnp.argmax(jnp.einsum("NTH,NcH->NTc", flat, centroids), axis=-1)
-        statistics = _sums(flat, cluster, clusters)
-        means = statistics.sums / jnp.maximum(statistics.counts, 1)[..., None]
+    def total(x: Array) -> Array:
+        """The sum over devices, where these have parts of the positions."""
+        return x if over is None else lax.psum(x, over[0])
+
+    # Batch and positions stay axes apart, and sums are products: XLA then adds up parts of either.
+    def iterate(centroids: Array, _: None) -> tuple[Array, Array]:
+        cluster = jnp.argmax(jnp.einsum("BTNH,NcH->BTNc", normalized, centroids), axis=-1)
+        members = jax.nn.one_hot(cluster, clusters, dtype=dtype)
+        counts = total(jnp.sum(members, axis=(0, 1)))
+        means = total(jnp.einsum("BTNc,BTNH->NcH", members, normalized)) / jnp.maximum(counts, 1)[..., None]
         means = unit(means) if normalize == "unit" else means
-        return jnp.where(statistics.counts[..., None] > 0, means, centroids), statistics
+        return jnp.where(counts[..., None] > 0, means, centroids), counts
 
-    centroids, statistics = jax.lax.scan(iterate, seeds, None, length=iterations)
-    count = jnp.maximum(statistics.counts[-1], 1)
+    number, parts = (0, 1) if over is None else (lax.axis_index(over[0]), lax.axis_size(over[0]))
+    batch, length = tokens.shape[0], tokens.shape[1] * parts
+    at = jnp.arange(clusters) * (batch * length) // clusters
+    row, part, position = at // length, at % length // tokens.shape[1], at % tokens.shape[1]
+    seeds = total(jnp.where((part == number)[:, None, None], normalized[row, position], 0))
+    centroids, counts = lax.scan(iterate, jnp.moveaxis(seeds, 0, 1), None, length=iterations)
+    count = jnp.maximum(counts[-1], 1)
     return RoutingState(centroids, count, centroids * count[..., None])
 
 
@@ -112,7 +124,8 @@ def update_routing(
         mu = sums / ((counts + 1e-5) / (sum counts + c 1e-5) sum counts), c the number of centroids.
     rule "unit" (lucidrains'): mu = decay mu + (1 - decay) sums / |sums|, not renormalised; a centroid without a token
       stays what it was.
-    axis_name: mapped axes (shard_map, pmap, vmap) over which the statistics are added up first.
+    axis_name: mapped axes (shard_map, pmap, vmap) over which the statistics are added up first: of the batch alone, as
+      over positions that devices share (positions_over) they are sums already.
     """
     require(rule in ("ema", "unit"), "rule", repr(rule), 'need "ema" or "unit"')
     check_state("state", state, None, None)
@@ -123,7 +136,7 @@ def update_routing(
     check_array("stats.counts", stats.counts, state.counts.shape, "[heads, clusters]")
     check_array("stats.sums", stats.sums, state.sums.shape, "[heads, clusters, head_dim]")
     if axis_name is not None:
-        stats = jax.lax.psum(stats, axis_name)
+        stats = lax.psum(stats, axis_name)
     if rule == "unit":
         moved = decay * state.centroids + (1 - decay) * unit(stats.sums)
         return state._replace(centroids=jnp.where(stats.counts[..., None] > 0, moved, state.centroids))
@@ -138,7 +151,7 @@ def unit(x: Array) -> Array:
     """x / |x| over the last axis, and 0 for 0, with finite gradients."""
     wide = x.astype(accumulator_dtype(x))
     # Divided by the largest first, so that squares neither overflow nor vanish.
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(wide), axis=-1, keepdims=True))
+    largest = lax.stop_gradient(jnp.max(jnp.abs(wide), axis=-1, keepdims=True))
     wide = wide / jnp.where(largest > 0, largest, 1)
     square = jnp.sum(wide * wide, axis=-1, keepdims=True)
     return wide / jnp.sqrt(jnp.where(square > 0, square, 1))
@@ -146,7 +159,7 @@ def unit(x: Array) -> Array:
 
 def layer_norm(x: Array) -> Array:
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + 1e-6)
+    return centred * lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + 1e-6)
 
 
 def squared_distance(tokens: Array, cluster: Array, state: RoutingState, key_mask: Array | None) -> Array:
@@ -160,7 +173,7 @@ def squared_distance(tokens: Array, cluster: Array, state: RoutingState, key_mas
 
 def statistics_of(tokens: Array, cluster: Array, state: RoutingState, key_mask: Array | None) -> RoutingStatistics:
     clusters = state.centroids.shape[1]
-    tokens = einops.rearrange(jax.lax.stop_gradient(tokens), "B T N H -> N (B T) H")
+    tokens = einops.rearrange(lax.stop_gradient(tokens), "B T N H -> N (B T) H")
     if key_mask is not None:  # padding goes to a cluster of its own, which _sums drops
         cluster = jnp.where(key_mask[..., None], cluster, clusters)
     return _sums(tokens, einops.rearrange(cluster, "B T N -> N (B T)"), clusters)

@@ -108,15 +108,13 @@ class RoutingAttention(Attention):
                 "would learn from a device's own tokens: train under jax.jit with a sharded batch, or call "
                 "attnlab.update_routing(..., axis_name=...)"
             )
-        group = self.num_heads // self.num_key_heads
-        both = jnp.concatenate([flat(query), jnp.repeat(flat(key), group, axis=2)], axis=1)
-        tokens = jax.lax.stop_gradient(both[:, :, self.local_heads :])
-        state = jax.lax.cond(
-            self.batches[...] == 0,
-            lambda state: attention.fit_routing(tokens, state, normalize=self.normalize),
-            lambda state: state,
-            self._state(),
-        )
+
+        def fitted(state: attention.RoutingState) -> attention.RoutingState:
+            keys = jnp.repeat(flat(key), self.num_heads // self.num_key_heads, axis=2)
+            both = jnp.concatenate([flat(query), keys], axis=1)[:, :, self.local_heads :]
+            return attention.fit_routing(jax.lax.stop_gradient(both), state, normalize=self.normalize)
+
+        state = jax.lax.cond(self.batches[...] == 0, fitted, lambda state: state, self._state())
         out, aux = self._attend(query, key, value, state)
         rule: Literal["ema", "unit"] = "ema" if self.normalize == "layer" else "unit"
         state = attention.update_routing(state, aux.statistics, decay=self.decay, rule=rule)
