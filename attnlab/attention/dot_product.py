@@ -18,7 +18,7 @@ from jax import lax
 from attnlab.attention import masks
 from attnlab.attention._cached import attend_to_cache
 from attnlab.attention._dispatch.choice import Implementations, dispatch
-from attnlab.attention._dispatch.exchange import Parts, over_positions, softmax_ring
+from attnlab.attention._dispatch.exchange import Parts, given_positions, over_positions, softmax_ring
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import dot_product as kernels
 from attnlab.attention._shared.checks import (
@@ -100,9 +100,15 @@ def dot_product_attention(
     if is_causal and queries != keys:  # parts of queries and of keys begin at other positions
         out, lse = whole(*arrays)
     else:
-        parted = functools.partial(in_ring, attend, is_causal, factor)
+        are_given_parts = given_positions() is not None
+
+        def parted(parts: Parts, *arrays: Any) -> tuple[Array, Array]:
+            if arrays[1].shape[1] == keys and not are_given_parts:  # keys that the devices do not divide are whole
+                return whole(*arrays)
+            return in_ring(attend, is_causal, factor, parts, *arrays)
+
         over_logits = (_over_logits(x, (batch, heads, queries)) for x in (bias, mask))
-        layouts = ("B*N.", "B*K.", "B*K.", *over_logits, None if segments is None else ("B*", "B*"))
+        layouts = ("B*N.", "B+K.", "B+K.", *over_logits, None if segments is None else ("B*", "B+"))
         out, lse = over_positions(whole, parted, layouts, ("B*N.", "B*N"), *arrays)
     return (out, lse) if return_lse else out
 

@@ -88,7 +88,10 @@ def losses(mixer, mesh):
     return np.diff(sums)
 
 
-@pytest.mark.parametrize("name", MESHES)
+_ALL_AXES = "data 2 x tensor 2 x context 2"
+
+
+@pytest.mark.parametrize("name", slow_but({_ALL_AXES}, MESHES))
 @pytest.mark.parametrize("mixer", slow_but({"softmax"}, MIXERS))
 def test_losses_do_not_depend_on_the_mesh(mixer, name):
     if MIXERS[mixer].is_grid:
@@ -110,7 +113,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(mesh):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", slow_but({_ALL_AXES}, MESHES))
 def test_initial_values_are_those_of_one_device_bit_for_bit(name):
     model, key = language_model("parallax"), jax.random.key(3)
     task, optimizer = runs.experiment().task, make_optimizer(OptimizerOptions(), 1000)
@@ -174,7 +177,8 @@ def experiment(mesh):
     return runs.experiment(batch_size=8, mesh=mesh)
 
 
-def test_a_run_goes_on_over_another_mesh(tmp_path, capfd, monkeypatch):
+@pytest.mark.slow
+def test_a_run_continues_over_another_mesh(tmp_path, capfd, monkeypatch):
     """To rounding; and its folder says once that the numbers may differ."""
     whole = train(experiment(Mesh()), workdir=tmp_path / "whole")
     placing, left = train.__globals__["placed"], iter(range(20))

@@ -113,7 +113,7 @@ def over_positions(
         if names:
             parts = Parts(names, math.prod(sizes[name] for name in names), axis)
             place = place._replace(positions=(names,))
-            own = (_of_own_lengths(layout, x, parts) for layout, x in zip(layouts, arrays))
+            own = jax.tree.map(functools.partial(_of_own_lengths, parts), tuple(layouts), arrays)
             spelled = _spelled((results, *own), len(space), axis)
             return shared(functools.partial(parted, parts), place, spelled, *arrays)
     return whole(*arrays)
@@ -132,9 +132,9 @@ def whole_space(space: Sequence[int], parts: Parts | None = None) -> tuple[int, 
     return tuple(length * many if number == axis else length for number, length in enumerate(space))
 
 
-def _of_own_lengths(layout: Any, x: Any, parts: Parts) -> Any:
+def _of_own_lengths(parts: Parts, layout: str, x: Any) -> str:
     """A layout with * for +, or dots where each device has all."""
-    if not isinstance(layout, str) or "+" not in layout or x is None:
+    if "+" not in layout or x is None:
         return layout
     start, rank = layout.index("+"), x.ndim - len(layout) + 1
     length = x.shape[start + parts.axis]

@@ -1,4 +1,4 @@
-"""Agent, causal agent, InLine and axial attention whose positions devices share, beside one device."""
+"""Attention whose positions devices share, beside one device: values, gradients, and what the devices exchange."""
 
 import collections
 import functools
@@ -15,11 +15,19 @@ from marks import slow_but
 
 from attnlab import (
     AgentState,
+    LinearState,
     agent_attention,
     axial_attention,
     causal_agent_attention,
+    dilated_attention,
+    dot_product_attention,
     inline_attention,
+    linear_attention,
+    local_attention,
+    local_linear_attention,
+    parallax_attention,
     pool_agents,
+    positions_over,
 )
 from attnlab.attention._dispatch import exchange
 
@@ -75,7 +83,108 @@ def pooled(query, key, value):
     return agent_attention(query, key, value, pool_agents(query, (3, 4)))
 
 
+def unit(arrays):
+    """Keys and queries of unit length, as delta rules and regressions like them."""
+    return arrays | {
+        name: arrays[name] / np.linalg.norm(arrays[name], axis=-1, keepdims=True) for name in ("query", "key")
+    }
+
+
+def of_tokens(**more):
+    return unit(qkv(64)) | more
+
+
+segments = np.sort(np.random.default_rng(4).integers(0, 5, (2, 64)), axis=1).astype(np.int32)
+ids = {"segment_ids": segments}
+decay, per_channel = (-0.1 * np.abs(normal(2, 64, 4, *width, seed=5)) for width in ((), (8,)))
+gate = {"beta": np.random.default_rng(6).uniform(size=(2, 64, 4)).astype(np.float32)}
+kv = LinearState(normal(2, 4, 8, 6), normal(2, 4, 8))
+with_linear_state = (SHARED, LinearState(WHOLE, WHOLE))
+with_kv = (SHARED, LinearState(WHOLE))
+HALO, BOTH_SIDES, RING = {"collective-permute": 1}, {"collective-permute": 2}, {"collective-permute": 7}
+ids_too = {"collective-permute": 1, "all-gather": 1}
+
+
+def local(**options):
+    return functools.partial(local_attention, **options)
+
+
+def linear(**options):
+    return functools.partial(linear_attention, chunk_size=8, **options)
+
+
+def regress(**options):
+    return functools.partial(local_linear_attention, ridge=1.0, **options)
+
+
 CASES = {
+    "local": Case(local(window=8, is_causal=True, return_lse=True), qkv(64), HALO, results=both),
+    "local, window over parts": Case(local(window=20, is_causal=True), qkv(64), {"collective-permute": 3}),
+    "local, both sides": Case(local(window=7, return_lse=True), qkv(64), BOTH_SIDES, results=both),
+    "local, cut off": Case(local(window=8, edge="clip"), qkv(64), BOTH_SIDES),
+    "local, strides": Case(local(window=7, stride=3), qkv(64), BOTH_SIDES),
+    "local, reference": Case(local(window=7, implementation="reference"), qkv(64), BOTH_SIDES),
+    "local, segments": Case(local(window=8, is_causal=True), qkv(64) | ids, BOTH_SIDES),
+    "local, sinks": Case(local(window=6, is_causal=True, sinks=3), qkv(64), HALO | GATHERED),
+    "local, many sinks": Case(local(window=6, is_causal=True, sinks=12, stride=2), qkv(64), HALO | GATHERED),
+    "local, image": Case(local(window=(3, 5), return_lse=True), qkv(16, 6), BOTH_SIDES, results=both),
+    "local, video": Case(local(window=3, is_causal=(True, False, False)), qkv(8, 4, 3, batch=1), BOTH_SIDES),
+    "local, not finite": Case(local(window=8, is_causal=True), qkv(64, spoilt=True), HALO),
+    "dilated": Case(functools.partial(dilated_attention, window=3, dilation=4), qkv(64), BOTH_SIDES),
+    "dilated, over parts": Case(
+        functools.partial(dilated_attention, window=3, dilation=5, is_causal=True), qkv(64), {"collective-permute": 2}
+    ),
+    "linear": Case(linear(return_state=True), of_tokens(), GATHERED, results=with_kv),
+    "linear, normalized": Case(
+        linear(feature_map="elu", normalize=True, return_state=True),
+        of_tokens(initial_state=kv, **ids),
+        ids_too,
+        {"initial_state": LinearState(WHOLE, WHOLE)},
+        with_linear_state,
+    ),
+    "linear, taylor2": Case(linear(feature_map="taylor2", normalize=True), of_tokens(), GATHERED),
+    "linear, decay": Case(linear(), of_tokens(log_decay=decay), GATHERED),
+    "linear, decay per head": Case(linear(), of_tokens(log_decay=decay[0, 0]), GATHERED, {"log_decay": WHOLE}),
+    "linear, decay per channel": Case(linear(), of_tokens(log_decay=per_channel, **ids), ids_too),
+    "linear, delta": Case(linear(), of_tokens(**gate), GATHERED),
+    "linear, gated delta": Case(
+        linear(return_state=True), of_tokens(log_decay=decay, **gate, **ids), ids_too, {}, with_kv
+    ),
+    "linear, not finite": Case(linear(), unit(qkv(64)) | {"key": qkv(64, spoilt=True)["key"]} | ids, ids_too),
+    "linear, not causal": Case(linear(is_causal=False), of_tokens(), GATHERED),
+    "linear, not causal, segments": Case(
+        linear(is_causal=False, feature_map="elu", normalize=True, return_state=True),
+        of_tokens(initial_state=kv, **ids),
+        {"all-gather": 2},
+        {"initial_state": LinearState(WHOLE, WHOLE)},
+        with_linear_state,
+    ),
+    "dot product": Case(
+        functools.partial(dot_product_attention, is_causal=True, return_lse=True), qkv(64), RING, results=both
+    ),
+    "dot product, reference": Case(functools.partial(dot_product_attention, implementation="reference"), qkv(64), RING),
+    "dot product, segments": Case(
+        functools.partial(dot_product_attention, is_causal=True), qkv(64) | ids, {"collective-permute": 14}
+    ),
+    "dot product, bias and mask": Case(
+        functools.partial(dot_product_attention, return_lse=True),
+        qkv(64) | {"bias": normal(1, 4, 64, 64), "mask": normal(2, 1, 64, 64) < 1},
+        RING,
+        {"bias": P(None, None, "context"), "mask": P(None, None, "context")},
+        both,
+    ),
+    "dot product, other keys": Case(dot_product_attention, qkv(64, keys=(32,)), RING),
+    "dot product, not finite": Case(
+        functools.partial(dot_product_attention, is_causal=True), qkv(64, spoilt=True), RING
+    ),
+    "parallax": Case(
+        parallax_attention, unit(qkv(64)) | {"probe": 0.3 * normal(2, 64, 4, 8)}, {"collective-permute": 14}
+    ),
+    "parallax, window": Case(
+        functools.partial(parallax_attention, window=9), unit(qkv(64)) | {"probe": 0.3 * normal(2, 64, 4, 8)}, HALO
+    ),
+    "local linear": Case(regress(), unit(qkv(64)), {"collective-permute": 42, "all-reduce": 2, "all-gather": 1}),
+    "local linear, window": Case(regress(window=9), unit(qkv(64)), HALO),
     "agent": Case(agent_attention, qkv(64) | agents, SUMS, given),
     "agent, reference": Case(
         functools.partial(agent_attention, implementation="reference"), qkv(64) | agents, SUMS, given
@@ -129,7 +238,7 @@ _UNEVEN = {  # keys that eight devices do not divide are whole on each
     "agent": Case(agent_attention, qkv(64, keys=(30,)) | agents, SUMS, given | {"key": WHOLE, "value": WHOLE}),
     "inline": Case(inline_attention, qkv(64, keys=(30,)), SUMS, {"key": WHOLE, "value": WHOLE}),
 }
-_QUICK = {"agent, keys hidden", "causal agent", "inline", "axial"}
+_QUICK = {"local", "linear, gated delta", "dot product", "agent, keys hidden", "causal agent", "inline", "axial"}
 
 
 def with_gradients(call):
@@ -173,7 +282,7 @@ def mapped(case, mesh, check_vma):
     """The call as another project's jax.shard_map has it."""
 
     def own_part(arrays):
-        with exchange.positions_over("context"):
+        with positions_over("context"):
             return case.call(**arrays)
 
     own = jax.shard_map(own_part, mesh=mesh, in_specs=(specs_of(case),), out_specs=case.results, check_vma=check_vma)
