@@ -253,7 +253,7 @@ def test_memory_of_routing_falls_with_the_number_of_devices():
             lowered = jax.jit(lambda arrays: call(**arrays)).lower(placed(mesh, arrays, positions_of(arrays)))
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary(8) < 0.2 * temporary(1)
+    assert temporary(8) < 0.3 * temporary(2)  # which exchange alike; one device does not
 
 
 def test_a_block_gathers_no_activations(assert_close):
