@@ -245,7 +245,7 @@ def test_what_is_not_finite_reaches_who_sees_it_and_nobody_else(name):
 
 @pytest.mark.slow
 def test_memory_of_routing_falls_with_the_number_of_devices():
-    call, arrays = routing(is_causal=True), routed(length=512)
+    call, arrays = routing(is_causal=True), routed(length=4096)
 
     def temporary(count):
         mesh = over(count)
