@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from marks import slow_but
 
 import attnlab
 from attnlab import nn, train
@@ -16,7 +17,6 @@ from attnlab.attention._dispatch.exchange import positions_over
 from attnlab.attention.centroids import RoutingState
 from attnlab.models import LanguageModel
 from attnlab.nn.layers import depthwise_convolution
-from tests.marks import slow_but
 
 RNG = np.random.default_rng(0)
 WHOLE = PartitionSpec()
