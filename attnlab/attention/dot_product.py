@@ -18,7 +18,13 @@ from jax import lax
 from attnlab.attention import masks
 from attnlab.attention._cached import attend_to_cache
 from attnlab.attention._dispatch.choice import Implementations, dispatch
-from attnlab.attention._dispatch.exchange import Parts, given_positions, over_positions, softmax_ring
+from attnlab.attention._dispatch.exchange import (
+    Parts,
+    given_positions,
+    over_positions,
+    softmax_ring,
+    whole_space,
+)
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import dot_product as kernels
 from attnlab.attention._shared.checks import (
@@ -88,7 +94,7 @@ def dot_product_attention(
         if not jnp.issubdtype(array.dtype, kind):
             hint = "a bool mask (True = attend)" if name == "mask" else "a floating bias; give a bool array as mask="
             raise TypeError(f"{name}: got dtype {array.dtype}; need {hint}")
-        full = (batch, heads, queries, keys)
+        full = (batch, heads, queries, *whole_space((keys,)))  # all keys, also where devices share positions
         fits = all(got in (1, want) for got, want in zip(array.shape, full, strict=True))
         require(fits, name, shape_text(array), f"need [batch|1, heads|1, T|1, S|1] of {list(full)}")
     segments = _segment_pair(segment_ids, batch, queries, keys)

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._dispatch.choice import Implementations, dispatch
-from attnlab.attention._dispatch.exchange import Parts, as_one, moved, over_positions, states_before
+from attnlab.attention._dispatch.exchange import Parts, alike, as_one, moved, over_positions, states_before
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import linear as kernels
 from attnlab.attention._shared.checks import (
@@ -409,7 +409,7 @@ def _parted_sums(attend: _Attend, options: LinearOptions, parts: Parts, *arrays:
     before = jax.tree.map(jnp.add, before, weighed(start, (ends[0, 0] == ids[:, 0])[None]))
     after = weighed(firsts, (others > number) & (ends[:, 0] == ids[:, -1]))
     end = weighed(lasts, ends[:, 1] == ends[-1, 1])
-    end = jax.tree.map(jnp.add, end, weighed(start, (ends[0, 0] == ends[-1, 1])[None]))
+    end = alike(jax.tree.map(jnp.add, end, weighed(start, (ends[0, 0] == ends[-1, 1])[None])), parts)
 
     own = LinearInputs(query, key, value, None, None, LinearState(before.state), segment_ids)
     out, _ = attend(own, options=options._replace(feature_map=None, normalize=False, scale=1.0))

@@ -242,9 +242,7 @@ def states_before(join: Callable[[Any, Any], Any], start: Any, own: Any, parts: 
         for part in range(parts.many):
             so_far.append(join(so_far[-1], jax.tree.map(operator.itemgetter(part), every)))
         before = jax.tree.map(lambda *xs: lax.dynamic_index_in_dim(jnp.stack(xs), number, keepdims=False), *so_far[:-1])
-        # All devices have the end already; where shard_map checks that they do, a sum shows it.
-        is_checked = bool(jax.typeof(number).manual_axis_type.varying)
-        return before, lambda: _of_last_part(so_far[-1], parts) if is_checked else so_far[-1]
+        return before, lambda: alike(so_far[-1], parts)
     own = choose(number == 0, join(start, own), own)
     before, reach = as_one(functools.partial(moved, by=1, parts=parts), own), 1
     while reach < parts.many - 1:
@@ -258,6 +256,12 @@ def states_before(join: Callable[[Any, Any], Any], start: Any, own: Any, parts: 
         return _of_last_part(end, parts)
 
     return before, after
+
+
+def alike(tree: Any, parts: Parts) -> Any:
+    """What all devices have alike already, arrays [B, N, ...]; where shard_map checks that they do, a sum shows it."""
+    is_checked = bool(jax.typeof(parts.number()).manual_axis_type.varying)
+    return _of_last_part(tree, parts) if is_checked else tree
 
 
 def _of_last_part(tree: Any, parts: Parts) -> Any:
