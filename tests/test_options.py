@@ -60,6 +60,7 @@ CONSTRUCTORS: dict[Any, dict[str, Any]] = {
     data.Needle: {},
     data.LinearRegressions: {},
     data.photo_crops: {"size": 128},
+    train.Mesh: {},
     train.OptimizerOptions: {},
     experiment: {},
     train.LanguageTask: {"corpus": CORPUS, "sequence_length": 8},
@@ -102,7 +103,7 @@ def wrong(annotation: Any) -> list[Any]:
     if others or (int in admitted and tuple in admitted):
         # An int or a tuple of ints, say: what is wrong for both.
         values = [True, 2.5, math.nan, "x y", object(), {}, (1, "b"), (1.5, 2)]
-        values = [value for value in values if not (isinstance(value, str) and str in admitted)]
+        values = [value for value in values if not (type(value) in (str, bool) and type(value) in admitted)]
     if types.NoneType not in admitted:
         values.append(None)
     return values

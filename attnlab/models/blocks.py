@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from attnlab.attention._shared.checks import check_bool, check_dtype, check_float, check_int, require, shown
@@ -50,10 +51,13 @@ class Block(nnx.Module):
 
 def check_remat(remat: Any) -> bool | str:
     """Raises TypeError or ValueError for what is no choice of what the backward recomputes."""
+    allowed = "need True, False or 'products'"
     if isinstance(remat, str):
-        require(remat == "products", "remat", shown(remat), "need True, False or 'products'")
+        require(remat == "products", "remat", shown(remat), allowed)
         return remat
-    return check_bool("remat", remat)
+    if not isinstance(remat, (bool, np.bool_)):
+        raise TypeError(f"remat: got {shown(remat)}; {allowed}")
+    return bool(remat)
 
 
 def recomputed(function: Callable[..., Any], remat: bool | str) -> Callable[..., Any]:

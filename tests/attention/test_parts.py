@@ -238,7 +238,7 @@ _UNEVEN = {  # keys that eight devices do not divide are whole on each
     "agent": Case(agent_attention, qkv(64, keys=(30,)) | agents, SUMS, given | {"key": WHOLE, "value": WHOLE}),
     "inline": Case(inline_attention, qkv(64, keys=(30,)), SUMS, {"key": WHOLE, "value": WHOLE}),
 }
-_QUICK = {"local", "linear, gated delta", "dot product", "agent, keys hidden", "causal agent", "inline", "axial"}
+_QUICK = {"local", "linear, gated delta", "dot product", "agent, keys hidden", "axial"}
 
 
 def with_gradients(call):
