@@ -13,9 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from attnlab.attention._dispatch.exchange import Parts, over_positions, own_positions, whole_positions
+from attnlab.attention._dispatch.exchange import Parts, as_one, over_positions, own_positions, whole_positions
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._shared.checks import check_bool, check_int, check_query_key_value, require, shape_text
 from attnlab.attention.dot_product import dot_product_attention
@@ -113,12 +112,7 @@ def _parted(
         x = jnp.moveaxis(x.reshape(*others, key_heads, own, -1), -3, -2)
         return jnp.moveaxis(x.reshape(*others, own, heads, -1), -3, axis)
 
-    arrays = [along(x) for x in (query, key, value)]
-    if len({x.dtype for x in arrays}) == 1:  # then they travel in one message
-        widths = np.cumsum([x.shape[-1] for x in arrays])
-        arrays = jnp.split(whole_positions(jnp.concatenate(arrays, axis=-1), parts), widths[:-1], axis=-1)
-    else:
-        arrays = [whole_positions(x, parts) for x in arrays]
+    arrays = as_one(functools.partial(whole_positions, parts=parts), [along(x) for x in (query, key, value)])
     per_head = (query.shape[-1], key.shape[-1], value.shape[-1])
     out, lse = attend(*(x.reshape(*x.shape[:2], -1, width) for x, width in zip(arrays, per_head)))
     if count == 1:

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from attnlab.attention._dispatch.mesh import BATCH_AXES, HEAD_AXES, POSITION_AXES, automatic_axes, dividing
+from attnlab.attention._dispatch.mesh import BATCH_AXES, HEAD_AXES, MESH_AXES, POSITION_AXES, automatic_axes, dividing
 from attnlab.nn.parameters import absorb, as_function
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 _AXES = {"B": BATCH_AXES, "T": POSITION_AXES, "N": HEAD_AXES, "V": HEAD_AXES}
-_KNOWN = {name for names in _AXES.values() for name in names}
 
 
 def laid(x: jax.Array, layout: str) -> jax.Array:
@@ -25,7 +24,7 @@ def laid(x: jax.Array, layout: str) -> jax.Array:
     layout: a letter per axis: B data and fsdp, T context, N and V tensor, a dot for what every device has whole. XLA
     chooses for an axis that the mesh's do not divide, and where no name is known.
     """
-    sizes = {name: size for name, size in automatic_axes().items() if name in _KNOWN}
+    sizes = {name: size for name, size in automatic_axes().items() if name in MESH_AXES}
     if not sizes:
         return x
 

@@ -17,11 +17,9 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from attnlab.attention._dispatch.mesh import BATCH_AXES
+from attnlab.attention._dispatch.mesh import BATCH_AXES, MESH_AXES
 from attnlab.attention._shared.checks import check_int, keep, require
 from attnlab.errors import UserError
-
-AXES = ("data", "fsdp", "tensor", "context")
 
 # The end of a parameter's path, and the mesh axis that shares each of its axes. The first that fits counts. An axis
 # that the mesh's does not divide stays whole.
@@ -51,16 +49,16 @@ class Mesh:
     context: int = 1
 
     def __post_init__(self) -> None:
-        for axis in AXES:
+        for axis in MESH_AXES:
             size = check_int(axis, getattr(self, axis), least=-1)
             require(size != 0, axis, size, "need at least 1, or -1 for what the rest leaves")
             keep(self, **{axis: size})
-        filling = [axis for axis in AXES if getattr(self, axis) == -1]
+        filling = [axis for axis in MESH_AXES if getattr(self, axis) == -1]
         require(len(filling) < 2, filling[-1] if filling else "", -1, f"{filling[0] if filling else ''} is -1 already")
 
     def sizes(self, devices: int) -> dict[str, int]:
         """Devices along each axis, of so many. Raises UserError: there are too few, or -1 does not come out even."""
-        given = {axis: getattr(self, axis) for axis in AXES}
+        given = {axis: getattr(self, axis) for axis in MESH_AXES}
         named = math.prod(size for size in given.values() if size > 0)
         if named > devices or (-1 in given.values() and devices % named):
             hint = "; on a CPU the environment's JAX_NUM_CPU_DEVICES makes more" * (jax.default_backend() == "cpu")
@@ -75,7 +73,9 @@ class Mesh:
         devices = jax.devices() if devices is None else list(devices)
         sizes = self.sizes(len(devices))
         devices = devices[: math.prod(sizes.values())]
-        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        return jax.make_mesh(
+            tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+        )
 
 
 def _shown(sizes: Mapping[str, int]) -> str:

@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType
 
 from attnlab.attention._dispatch.mesh import automatic_axes, dividing, placement, shared
 
@@ -63,8 +62,7 @@ def positions_over(name: str, *, space_axis: int = 0) -> Iterator[None]:
 
     Raises ValueError: it is no axis of the jax.shard_map around the block.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    manual = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Manual]
+    manual = jax.sharding.get_abstract_mesh().manual_axes
     if name not in manual:
         allowed = f"need one of {', '.join(manual)}" if manual else "no jax.shard_map is around it"
         raise ValueError(f"positions_over: got {name!r}; {allowed}")
@@ -314,8 +312,7 @@ def softmax_ring(turn: Turn, parts: Parts, own: Any, passed: Any, fixed: tuple[A
                 weight = jnp.exp(jnp.where(counts, lse - reference, -jnp.inf))
 
                 def product(mean: Array) -> Array:
-                    along = (..., *[None] * (mean.ndim - lse.ndim))
-                    return weight[along] * jnp.where(counts[along], mean, 0)
+                    return _along(weight, mean) * jnp.where(_along(counts, mean), mean, 0)
 
                 return jax.tree.map(product, means), weight
 
@@ -329,20 +326,23 @@ def softmax_ring(turn: Turn, parts: Parts, own: Any, passed: Any, fixed: tuple[A
         of_means, of_lse = total
 
         def tangent(mean: Array, change: Array) -> Array:
-            along = (..., *[None] * (mean.ndim - lse.ndim))
-            return change - jnp.where(jnp.isfinite(mean), mean, 0) * of_lse[along]
+            return change - jnp.where(jnp.isfinite(mean), mean, 0) * _along(of_lse, mean)
 
         return (means, lse), (jax.tree.map(tangent, means, of_means), of_lse)
 
     return ring(own, passed, fixed)
 
 
+def _along(x: Array, mean: Array) -> Array:
+    """[B, T, N] with axes of 1 for those that a mean has besides."""
+    return x[(..., *[None] * (mean.ndim - x.ndim))]
+
+
 def any_device(flag: Array) -> Array:
     """Whether a flag is True on any device that runs this program: loops that exchange have to end alike on all."""
-    mesh = jax.sharding.get_abstract_mesh()
-    manual = [name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Manual]
+    manual = jax.sharding.get_abstract_mesh().manual_axes
     varying = jax.typeof(flag).manual_axis_type.varying  # of nothing where shard_map does not keep count
-    return lax.pmax(flag.astype(jnp.int32), tuple(sorted(varying)) or tuple(manual)) > 0
+    return lax.pmax(flag.astype(jnp.int32), tuple(sorted(varying)) or manual) > 0
 
 
 def _from_before(tree: Any, by: int, parts: Parts) -> Any:
@@ -362,8 +362,8 @@ def _merged(means: Any, lse: Array, more: Any, more_lse: Array) -> tuple[Any, Ar
     divisor = jnp.where(total == 0, 1, total)
 
     def merge(mean: Array, other: Array) -> Array:
-        along = (..., *[None] * (mean.ndim - lse.ndim))
-        return (weights[0][along] * mean + weights[1][along] * other) / divisor[along]
+        one, two = (_along(weight, mean) for weight in weights)
+        return (one * mean + two * other) / _along(divisor, mean)
 
     return jax.tree.map(merge, means, more), jnp.where(total == 0, -jnp.inf, reference + jnp.log(divisor))
 

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from attnlab.attention._dispatch.deferred import deferred_call
 
 BATCH_AXES, HEAD_AXES, POSITION_AXES = ("data", "fsdp"), ("tensor",), ("context",)
-_KNOWN = BATCH_AXES + HEAD_AXES + POSITION_AXES
+MESH_AXES = BATCH_AXES + HEAD_AXES + POSITION_AXES
 
 
 class Placement(NamedTuple):
@@ -42,7 +42,7 @@ def placement() -> Placement:
 
 def unknown_axes() -> list[str]:
     """The mesh's Auto axes of several devices whose names say nothing."""
-    return [] if _given.get() else [name for name in automatic_axes() if name not in _KNOWN]
+    return [] if _given.get() else [name for name in automatic_axes() if name not in MESH_AXES]
 
 
 def automatic_axes() -> dict[str, int]:
