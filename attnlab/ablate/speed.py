@@ -129,7 +129,7 @@ def _timer(experiment: Experiment) -> Callable[[], float]:
     mesh = experiment.mesh.build()
     state = initial_state(model, task, batch_size, optimizer, key, mesh)
     batch = placed(next(iter(task.batches("train", batch_size, experiment.seed))), mesh)
-    step = make_step(model, task, optimizer, key, mesh, experiment.accumulation)
+    step = make_step(model, task, optimizer, key, mesh, experiment.accumulation, experiment.gradient_dtype)
     items = batch_size * task.costs(model)["units"]
 
     def run(steps: int) -> float:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from attnlab.attention._shared.checks import check_float, check_int, check_segment_ids, require, shape_text
 from attnlab.models.blocks import Stack
-from attnlab.nn.layers import document_positions, dropout
+from attnlab.nn.layers import document_positions, dropout, product
 from attnlab.nn.mixers.base import MixerCache
 from attnlab.nn.parameters import normal, parameter
 from attnlab.nn.sharding import laid, spec_of, specs_of, under_auto_axes, varying_as
@@ -78,13 +78,7 @@ class LanguageModel(Stack):
         return x.astype(self.dtype)
 
     def _logits(self, x: jax.Array) -> jax.Array:
-        logits = jnp.einsum(
-            "BTD,VD->BTV",
-            self.norm(x),
-            laid(self.embedding[...].astype(self.dtype), "V."),
-            preferred_element_type=jnp.float32,
-        )
-        return laid(logits, "BTV")
+        return laid(product(self.norm(x), self.embedding[...].T, jnp.float32, ".V"), "BTV")
 
     def init_cache(self, batch: int, max_length: int) -> list[MixerCache]:
         """An empty cache for decoding up to max_length tokens."""

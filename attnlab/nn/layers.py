@@ -1,7 +1,10 @@
 """The few layers around a mixer. Parameters are float32; `dtype` is what is computed in."""
 
+import contextlib
+import contextvars
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -42,39 +45,69 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         leading, sizes = x.shape[: x.ndim - len(self.inputs)], (math.prod(self.inputs), math.prod(self.outputs))
-        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        y = checkpoint_name(_product(x.reshape(*leading, sizes[0]), kernel.reshape(sizes)), PRODUCT)
+        x = x.astype(self.dtype).reshape(*leading, sizes[0])
+        y = checkpoint_name(product(x, self.kernel[...].reshape(sizes), self.dtype), PRODUCT)
         y = y.reshape(*leading, *self.outputs)
         return y if self.bias is None else y + along(self.bias[...].astype(self.dtype), y)
 
 
-@jax.custom_jvp
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [*leading, inputs], kernel [inputs, outputs] -> [*leading, outputs].
+_gradient_dtype: contextvars.ContextVar[jnp.dtype | None] = contextvars.ContextVar(
+    "attnlab_gradient_dtype", default=None
+)
+
+
+@contextlib.contextmanager
+def gradients_in(dtype: Any) -> Iterator[None]:
+    """What is differentiated meanwhile has the gradients of its matrices summed in this dtype; None is the matrix's.
+
+    Devices that share examples or positions each sum over their own, and exchange this dtype to add these up.
+    """
+    token = _gradient_dtype.set(None if dtype is None else jnp.dtype(dtype))
+    try:
+        yield
+    finally:
+        _gradient_dtype.reset(token)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def product(x: jax.Array, kernel: jax.Array, dtype: Any, layout: str | None = None) -> jax.Array:
+    """x [*leading, inputs], kernel [inputs, outputs], taken in x's dtype -> [*leading, outputs] of this dtype.
+
+    layout: how the kernel lies where it is used, as `laid` takes it; None leaves it to XLA.
 
     The kernel's gradient is a product over the tokens, for which XLA on a CPU writes one factor anew, transposed. By
     JAX's own rule that is dy; here it is the narrower of x and dy, and x only once for all kernels that read it.
     """
-    return x @ kernel
+    kernel = kernel.astype(x.dtype)  # before it is gathered
+    kernel = kernel if layout is None else laid(kernel, layout)
+    return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
 
-@functools.partial(_product.defjvp, symbolic_zeros=True)
-def _(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+@functools.partial(product.defjvp, symbolic_zeros=True)
+def _(
+    dtype: Any, layout: str | None, primals: tuple[Any, Any], tangents: tuple[Any, Any]
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = primals
     x_tangent, kernel_tangent = (None if isinstance(t, SymbolicZero) else t for t in tangents)
-    y = _product(x, kernel)
+    y = product(x, kernel, dtype, layout)
+    narrow = _gradient_dtype.get()  # now: the transpose is traced where it is lowered
+    factors = x.dtype if narrow is None or narrow.itemsize >= x.dtype.itemsize else narrow
+    sums = jnp.promote_types(factors, kernel.dtype if narrow is None else narrow)
+
+    def change(x: jax.Array, kernel_tangent: jax.Array) -> jax.Array:
+        return product(x, kernel_tangent, dtype, layout)
 
     def transpose(x: jax.Array, y_cotangent: jax.Array) -> jax.Array:
-        tokens = tuple(range(x.ndim - 1))
-        if x.shape[-1] > y_cotangent.shape[-1]:
-            return jnp.tensordot(y_cotangent, x, axes=(tokens, tokens)).T
-        return jnp.tensordot(x, y_cotangent, axes=(tokens, tokens))
+        x, y_cotangent, tokens = x.astype(factors), y_cotangent.astype(factors), tuple(range(x.ndim - 1))
+        over_tokens = functools.partial(jnp.tensordot, axes=(tokens, tokens), preferred_element_type=sums)
+        wider = x.shape[-1] > y_cotangent.shape[-1]
+        return (over_tokens(y_cotangent, x).T if wider else over_tokens(x, y_cotangent)).astype(kernel.dtype)
 
     changes = []
     if x_tangent is not None:
-        changes.append(x_tangent @ kernel)
+        changes.append(change(x_tangent, kernel))
     if kernel_tangent is not None:
-        changes.append(tangent_call(jnp.matmul, transpose, y, x, kernel_tangent))
+        changes.append(tangent_call(change, transpose, y, x, kernel_tangent))
     return y, sum(changes[1:], changes[0])
 
 

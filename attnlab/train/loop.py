@@ -20,7 +20,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from attnlab import nn, signals
-from attnlab.attention._shared.checks import check_int, keep, require, shown
+from attnlab.attention._shared.checks import check_dtype, check_int, keep, require, shown
 from attnlab.data.batches import MOST_SEED
 from attnlab.train.memory import check_memory
 from attnlab.train.mesh import Mesh, check_batch_size, placed, without_mesh
@@ -58,6 +58,8 @@ class Experiment:
       mesh: the devices that share the run; one by default.
       accumulation: parts of a batch whose gradients are taken one after the other and added, which takes the memory of
         one part. Dropout is drawn by part, and buffers learn from each in turn.
+      gradient_dtype: in which devices add up the gradients of matrices, such as "bfloat16", which halves what they
+        exchange; None is float32, as the parameters are. Those of vectors, and of looked up embeddings, stay float32.
     """
 
     model: nnx.Module
@@ -72,6 +74,7 @@ class Experiment:
     checkpoint_every: int = 100
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     accumulation: int = 1
+    gradient_dtype: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nnx.Module):
@@ -86,6 +89,8 @@ class Experiment:
             keep(self, **{name: check_int(name, getattr(self, name), least=1, most=2**31 - 1)})
         if self.evaluation_batches is not None:
             keep(self, evaluation_batches=check_int("evaluation_batches", self.evaluation_batches, least=1))
+        if self.gradient_dtype is not None:
+            keep(self, gradient_dtype=check_dtype("gradient_dtype", self.gradient_dtype))
         keep(self, seed=check_int("seed", self.seed, least=0, most=MOST_SEED))
         warmup, steps = self.optimizer.warmup_steps, self.steps
         require(warmup < steps, "warmup_steps", warmup, f"need fewer than steps, so 0 to {steps - 1}")
@@ -162,7 +167,7 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
     model, task, steps = experiment.model, experiment.task, experiment.steps
     key, mesh = jax.random.key(experiment.seed), experiment.mesh.build()
     optimizer = make_optimizer(experiment.optimizer, steps)
-    step_function = make_step(model, task, optimizer, key, mesh, experiment.accumulation)
+    step_function = make_step(model, task, optimizer, key, mesh, experiment.accumulation, experiment.gradient_dtype)
     evaluate_function = make_evaluation(model, task, mesh)
     unit, units = (task.costs(model)[name] for name in ("unit", "units"))
 

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from attnlab import nn
 from attnlab.attention._shared.checks import check_float, check_int, keep, require
+from attnlab.nn.layers import gradients_in
 from attnlab.train.mesh import batch_sharding, state_shardings
 from attnlab.train.tasks.base import Batch, Task
 
@@ -157,10 +158,12 @@ def make_step(
     key: jax.Array,
     mesh: jax.sharding.Mesh,
     accumulation: int = 1,
+    gradient_dtype: Any = None,
 ) -> Any:
     """The jitted training step, (state, batch) -> state. It takes the old state's memory.
 
     key: the seed's. accumulation: parts of the batch whose gradients are taken one after the other, and added.
+    gradient_dtype: in which devices add them up, see `nn.layers.gradients_in`.
     """
 
     def pinned(tree: Any) -> Any:
@@ -184,7 +187,8 @@ def make_step(
         def loss(parameters: nn.Parameters) -> tuple[jax.Array, tuple[dict[str, jax.Array], nn.Parameters]]:
             return _loss(model, task, nn.merge(parameters, buffers), batch, dropout_key)
 
-        gradients, (metrics, buffers) = jax.grad(loss, has_aux=True)(parameters)
+        with gradients_in(gradient_dtype):
+            gradients, (metrics, buffers) = jax.grad(loss, has_aux=True)(parameters)
         return _Learned(gradients, metrics, buffers)
 
     def learn_by_parts(

@@ -39,6 +39,18 @@ def test_a_linear_layer_has_the_derivatives_of_its_product(inputs, outputs):
         )
 
 
+def test_gradients_of_a_bfloat16_layer_are_sums_in_float32():
+    layer = nn.Linear(8, 8, dtype=jnp.bfloat16)
+    kernel = nn.initialize(layer, jax.random.key(0))["kernel"]
+    x = jax.random.normal(jax.random.key(1), (50, 8), jnp.bfloat16)
+
+    def loss(kernel):
+        return nn.bind(layer, {"kernel": kernel})(x).astype(jnp.float32).sum()
+
+    exact = np.broadcast_to(np.asarray(x, np.float64).sum(0)[:, None], (8, 8))
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(kernel), exact, rtol=1e-6)
+
+
 def test_rotary_scores_depend_on_distance_alone():
     query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 2, 16))
 
