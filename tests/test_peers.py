@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+import pytest
+
 from attnlab import peers
 
 
@@ -13,6 +15,7 @@ def test_calls_take_turns():
     assert len(times) == 2
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_missing_leaves_the_others(tmp_path, monkeypatch, capsys):
     there = importlib.import_module
 

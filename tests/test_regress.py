@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from marks import slow_but
 
 from attnlab import cli, regress
 
@@ -17,7 +18,7 @@ def test_values_are_a_linear_map_of_keys_that_changes_by_segment(keys):
     assert np.abs(key @ fitted - value).max() > 0.1
 
 
-@pytest.mark.parametrize("keys", regress.KEYS)
+@pytest.mark.parametrize("keys", slow_but({"clustered"}, regress.KEYS))
 def test_local_linear_is_below_softmax_at_the_same_bandwidth(keys):
     found = regress.summary(regress.errors(keys, seeds=range(6), length=256))
     for ours, softmax in zip(found["local-linear"], found["softmax"], strict=True):

@@ -112,6 +112,7 @@ def test_a_run_leaves_maps_and_a_continuation_in_its_folder(trained):
     assert (folder / "attending.json").stat().st_size < 10_000
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_decode_has_maps_and_a_reason_for_no_text(tmp_path):
     experiment = language(mixers=[functools.partial(nn.LocalAttention, window=4, stride=2)], depth=1)
     train(experiment, workdir=tmp_path)
@@ -127,6 +128,7 @@ def test_what_is_there_is_not_made_again(trained):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_an_image_has_maps_from_its_middle(tmp_path):
     train(images(), workdir=tmp_path)
     attending.attend(images(), tmp_path)

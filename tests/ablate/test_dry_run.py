@@ -45,6 +45,7 @@ def test_states_and_the_time_that_is_left(tmp_path):
     assert total.endswith("384 of 1,024 tokens, 6 s of training one after the other")
 
 
+@pytest.mark.slow
 def test_rates_before_and_after_their_search(tmp_path):
     file = tiny_sweep.write(tmp_path, "ablate.Ablation.learning_rates = [1e-3, 1e-2, 10.0]")
     rows, total = cells(dry_run(file, [], tmp_path / "out" / "runs"))

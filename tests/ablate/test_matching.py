@@ -113,6 +113,7 @@ def test_a_knob_that_does_nothing_and_a_cost_that_is_not_there(tmp_path):
         Plan(images, ["Ablation.match=state_size", "Ablation.knobs=WINDOW"])
 
 
+@pytest.mark.slow
 def test_the_report_gives_how_far_off(pretended, tmp_path):
     file = tiny_sweep.write(
         tmp_path, "ablate.Ablation.match = 'parameters'", "ablate.Ablation.knobs = 'LanguageModel.mlp_hidden'"

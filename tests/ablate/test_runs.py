@@ -270,6 +270,7 @@ def test_a_rate_is_chosen_for_each_arm_and_no_run_is_trained_twice(pretended, tm
     assert "Warning" not in text
 
 
+@pytest.mark.slow
 def test_a_rate_at_the_edge_is_warned_of_and_higher_may_be_better(pretended, tmp_path):
     rows = run(tmp_path, "ablate.Ablation.learning_rates = [1e-3, 3e-3]", ONE_SEED)
     assert {row["learning_rate"] for row in rows} == {0.003}
@@ -301,6 +302,7 @@ def test_one_rate_is_not_searched(pretended, tmp_path):
     assert not (tmp_path / "out" / "search.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_an_arm_whose_every_rate_fails_is_reported(pretended, tmp_path):
     rows = run(tmp_path, "ablate.Ablation.learning_rates = [20.0, 10.0]", ONE_SEED)
     assert {(row["learning_rate"], row["status"]) for row in rows} == {(10.0, "failed")}

@@ -245,6 +245,7 @@ def test_bfloat16_in_and_out_with_sums_in_float32(name, form, assert_close):
 
 
 @pytest.mark.parametrize("name", slow_but(["causal"], MECHANISMS))
+@pytest.mark.slow
 def test_agents_without_batch_are_those_of_every_batch(name):
     *tokens, agents = arrays()
     run = jax.jit(MECHANISMS[name])

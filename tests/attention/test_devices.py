@@ -32,10 +32,9 @@ for name in sys.argv[1:]:
 """
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name", ["linear, gated delta rule", pytest.param("linear, delta rule", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("name", ["linear, gated delta rule", "linear, delta rule"])
 def test_delta_rules_return_where_their_batch_is_sharded(name, count):
     """LAPACK's triangular solve never did, with jax 0.10.2: it waits for a thread of the pool that it runs in. The
     size of that pool depends on how many devices a process has, so each runs in a process of its own."""

@@ -198,6 +198,7 @@ def test_float32_is_within_1e_4_of_a_dense_solve_in_float64(ridge):
     assert np.all((residuals.residual <= 1e-6) | (residuals.iterations == 32))
 
 
+@pytest.mark.slow
 def test_each_query_stops_on_its_own_and_a_larger_ridge_stops_sooner():
     inputs = arrays(60)
     few, many = (attend(*inputs, ridge=ridge, return_residuals=True)[1].iterations for ridge in (10.0, 0.1))

@@ -175,7 +175,7 @@ def over(count, kind=AxisType.Auto):
     return jax.make_mesh((count,), ("context",), axis_types=(kind,), devices=jax.devices()[:count])
 
 
-QUICK = ["routing, masked", "convolution, causal, segments"]
+QUICK = ["routing, not causal", "convolution, causal, segments"]
 
 
 @every_case(slow_but(QUICK, CASES))
@@ -256,6 +256,7 @@ def test_memory_of_routing_falls_with_the_number_of_devices():
     assert temporary(8) < 0.3 * temporary(2)  # which exchange alike; one device does not
 
 
+@pytest.mark.slow
 def test_a_block_gathers_no_activations(assert_close):
     """Its three convolutions take halos, of tokens and of documents, and linear attention what parts leave."""
     mixer = functools.partial(nn.LinearAttention, num_heads=2, convolution=4, decay="data", rotary=True)

@@ -337,6 +337,7 @@ def test_padding_is_never_selected_and_never_counted(form, membership):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_statistics_of_microbatches_add_up_also_over_devices():
     query, key, value, state = arrays(batch=4)
     whole = route(query, key, value, state, window=6)[1].statistics

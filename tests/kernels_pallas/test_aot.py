@@ -61,6 +61,7 @@ def test_decoding_in_a_scan_takes_the_kernels(tpu):
     assert "linear_step" in compiled
 
 
+@pytest.mark.slow
 def test_vmap_and_x64_compile():
     batched = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in (QUERY, KEY, KEY)]
     assert KERNEL in compile_for_tpu(jax.vmap(loss), *batched, tpu="v5e").as_text()

@@ -148,6 +148,7 @@ def test_gradients_equal_the_reference_s(case, interpreted):
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.slow
 def test_gradients_are_the_same_bits_again_and_unread_tiles_may_be_nan(interpreted):
     starts, ends = np.zeros(384, int), np.zeros(384, int)
     starts[130:140], ends[130:140] = 256, 300

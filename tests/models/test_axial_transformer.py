@@ -220,6 +220,7 @@ def test_recomputing_changes_no_gradient():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), gradient(False), gradient(True))
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_and_samples_with_float32_logits():
     model, values = build(SIZES["colour"], dtype=jnp.bfloat16)
     images = jax.jit(lambda: sample(nn.bind(model, values), count=2, key=jax.random.key(0)))()

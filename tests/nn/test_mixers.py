@@ -241,6 +241,7 @@ def test_a_window_longer_than_the_axis_is_cut_to_it():
     np.testing.assert_allclose(out, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_routing_does_not_learn_from_a_part_of_the_batch_alone():
     model = nn.RoutingAttention(16, is_causal=True, num_heads=2, clusters=2, window=4)
     values = nn.initialize(model, jax.random.key(0))
@@ -390,6 +391,7 @@ def test_a_mixer_of_ones_own_that_cannot_decode_says_what_it_has_not(mixer, reas
             call()
 
 
+@pytest.mark.slow
 def test_a_mixer_on_explicit_axes_lies_as_its_input_does_and_learns():
     """What jax.make_mesh gives by default; models are tried in tests/models."""
     mixer, values = MIXERS["routing"](FEATURES), causal("routing")[1]

@@ -75,6 +75,7 @@ def test_the_same_experiment_gives_the_same_numbers(uninterrupted):
     assert without_times(train(runs.experiment()).history) == without_times(uninterrupted.history)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_others(uninterrupted):
     assert without_times(train(runs.experiment(seed=1)).history) != without_times(uninterrupted.history)
 
@@ -176,6 +177,7 @@ def test_without_a_readable_checkpoint_nothing_is_begun_or_moved(tmp_path):
     assert changed <= {"config.gin"}, "which says the same"
 
 
+@pytest.mark.slow
 def test_time_and_items_of_the_steps_since_the_last_row_are_continued(tmp_path, monkeypatch):
     """A row every 4 steps, a checkpoint every 6."""
     placed, left = loop.placed, iter(range(9))

@@ -198,6 +198,7 @@ def test_a_run_continues_over_another_mesh(tmp_path, capfd, monkeypatch):
         np.testing.assert_allclose(one["loss"], other["loss"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_models_of_images_take_a_mesh():
     """Rows of the image over context."""
     model = AxialTransformer(image_size=(8, 4, 3), levels=4, features=16)
