@@ -280,6 +280,8 @@ def softmax_ring(turn: Turn, parts: Parts, own: Any, passed: Any, fixed: tuple[A
 
     own, fixed[0]: pytrees that stay on their device. passed, fixed[1]: those that go to each in turn, [B, S, ...].
 
+    A part is attended to once the one before is, so that the memory of one serves all; what is sent waits for neither.
+
     Differentiable in own and passed, in both modes and to any order. Derivatives go over the parts once more, each from
     the device that has it, so that only arrays of a part's size are kept:
 
@@ -296,6 +298,7 @@ def softmax_ring(turn: Turn, parts: Parts, own: Any, passed: Any, fixed: tuple[A
     def ring(own: Any, passed: Any, fixed: tuple[Any, Any]) -> tuple[Any, Array]:
         means, lse = at(0, own, passed, fixed)
         for number in range(1, parts.many):
+            own, means, lse = lax.optimization_barrier((own, means, lse))
             means, lse = _merged(means, lse, *at(number, own, passed, fixed))
         return means, lse
 
@@ -319,9 +322,12 @@ def softmax_ring(turn: Turn, parts: Parts, own: Any, passed: Any, fixed: tuple[A
             return jax.jvp(weighed, arrays, tangents)[1]
 
         total: Any = None
+        of_own, of_passed, _ = tangents
         for number in range(parts.many):
+            if total is not None:
+                of_own, total = lax.optimization_barrier((of_own, total))
             step = jax.checkpoint(functools.partial(change, number))
-            more = step(primals[:2], tangents[:2], fixed, reference)
+            more = step(primals[:2], (of_own, of_passed), fixed, reference)
             total = more if total is None else jax.tree.map(jnp.add, total, more)
         of_means, of_lse = total
 
