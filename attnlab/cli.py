@@ -1,4 +1,4 @@
-"""The command line: `attnlab train | sample | ablate | report | show | bench | regress | list`."""
+"""The command line: `attnlab train | sample | ablate | report | show | bench | regress | tokenize | list`."""
 
 import argparse
 import io
@@ -188,6 +188,17 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     )
     regress.set_defaults(run=_regress, reads_config=False, name="regress")
 
+    tokenize = commands.add_parser(
+        "tokenize",
+        help="turn a text into shards of tokens, which data.token_shards reads",
+        description="Learn a byte-level BPE of a text, and write the text as tokens into ArrayRecord files.",
+    )
+    tokenize.add_argument("texts", nargs="+", type=_path, metavar="TEXT", help="a UTF-8 file, or a folder of them")
+    tokenize.add_argument("--out", type=_path, required=True, metavar="FOLDER", help="a new folder for the shards")
+    tokenize.add_argument("--vocabulary", type=int, default=32768, help="tokens to learn (default 32768)")
+    tokenize.add_argument("--tokenizer", type=_path, metavar="FILE", help="use this tokenizer.json, and learn none")
+    tokenize.set_defaults(run=_tokenize, reads_config=False, name="tokenize")
+
     listing = commands.add_parser(
         "list", help="list mixers, tasks and configs", description="List mixers, tasks and the configs that come along."
     )
@@ -355,6 +366,19 @@ def _regress(command: argparse.Namespace, overrides: list[str]) -> int:
         command.workdir, seeds=range(command.seeds), command=f"attnlab regress --seeds {command.seeds}"
     )
     print(f"{shown}\n\n{command.workdir / 'regression.png'}")
+    return 0
+
+
+def _tokenize(command: argparse.Namespace, overrides: list[str]) -> int:
+    from attnlab import data
+
+    if command.vocabulary < 257:
+        raise UserError(f"vocabulary: got {command.vocabulary}; need at least 257, all bytes and the end of a text")
+    facts = data.write_token_shards(
+        command.texts, command.out, vocabulary=command.vocabulary, tokenizer=command.tokenizer
+    )
+    parts = ", ".join(f"{facts[part]['tokens']:,} for {part}" for part in ("train", "validation"))
+    print(f"{parts}; vocabulary {facts['vocabulary']:,}\n{command.out}")
     return 0
 
 

@@ -22,4 +22,5 @@ from attnlab.data.sequences import (
     SequenceSource,
     sequence_batches,
 )
+from attnlab.data.shards import token_shards, write_token_shards
 from attnlab.data.text import Corpus, characters, embedded_text, text_batches, text_files, words
