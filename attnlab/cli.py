@@ -20,11 +20,16 @@ A command given again with the same --workdir continues where it stopped.
 """
 
 
+_HOSTS = """\
+Start the same command on each, with a --workdir that all see. The config's Mesh has to take all of their devices.
+"""
+_HEARTBEAT = "without a sign of life from a process after which the others end"
 _TRUST = "run the code of modules that the run's config imports; without it, only attnlab's own is run"
 _PICTURES = (".png", ".svg", ".pdf")
 # Of a sample: what is drawn at once; of a seed: as in training; of a picture: weights of all pairs are computed whole.
 _MOST_SAMPLES, _MOST_SEED, _MOST_SHOWN = 4096, 2**31 - 1, 2048
 _MOST_PROCESSES = 256
+_DEFAULT_HEARTBEAT, _MOST_HEARTBEAT, _MOST_HOSTS = 100, 86400, 2**16
 _MOST_SEQUENCES = 10_000  # of regress, by --seeds
 
 
@@ -48,13 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             if overrides and not command.reads_config:
                 raise UserError(f"{command.name} reads no config, so it takes no --gin.{overrides[0]}")
-            return command.run(command, overrides)
+            status = command.run(command, overrides)
         except Exception as error:
             line, status = _explained(error)
             if line is None:
                 raise
-            print(f"attnlab: {line}", file=sys.stderr)
-            return status
+            print(f"attnlab: {line}", file=sys.stderr, flush=True)
+            if not isinstance(error, (UserError, FloatingPointError)):  # which all processes of a run meet
+                return status
+        except (SystemExit, KeyboardInterrupt):  # of a signal, on which all processes of a run have agreed
+            command.leave()
+            raise
+        command.leave()
+        return status
 
 
 def _explained(error: Exception) -> tuple[str | None, int]:
@@ -65,6 +76,11 @@ def _explained(error: Exception) -> tuple[str | None, int]:
         return missing_package(error.name), 2
     if isinstance(error, (RunError, FloatingPointError)):
         return str(error), 1
+    if (jax := sys.modules.get("jax")) and jax.distributed.is_initialized():
+        from attnlab.train.hosts import lost_process
+
+        if reason := lost_process(error):
+            return f"another process of the run has ended or is not reached ({reason}); start all of them again", 1
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails once more at its end
         return "nobody reads the output", 1
@@ -94,12 +110,18 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"attnlab {__version__}")
-    parser.set_defaults(run=None)
+    parser.set_defaults(run=None, leave=lambda: None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     train = commands.add_parser("train", help="train one model", description="Train one model as the configs specify.")
     train.add_argument("configs", nargs="+", metavar="CONFIG", help="a .gin file; later files win over earlier ones")
     train.add_argument("--workdir", type=_path, help="folder for checkpoints and metrics (default runs/train/NAME)")
+    hosts = train.add_argument_group("several processes, of one or more hosts", description=_HOSTS)
+    hosts.add_argument("--distributed", action="store_true", help="as the cluster's environment says: TPU pods, SLURM")
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="where the first process is to listen")
+    hosts.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    hosts.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    hosts.add_argument("--heartbeat", type=int, metavar="SECONDS", help=f"{_HEARTBEAT} (default {_DEFAULT_HEARTBEAT})")
     train.set_defaults(run=_train, reads_config=True)
 
     sample = commands.add_parser(
@@ -207,9 +229,14 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
 
 
 def _train(command: argparse.Namespace, overrides: list[str]) -> int:
+    is_distributed = _is_distributed(command)
     from attnlab import config
-    from attnlab.train import train
+    from attnlab.train import hosts, train
 
+    if is_distributed:
+        heartbeat = _DEFAULT_HEARTBEAT if command.heartbeat is None else command.heartbeat
+        hosts.join(command.coordinator, command.processes, command.process, heartbeat)
+        command.leave = hosts.leave
     if any(thing.__name__ == "Ablation" for thing, _ in config.named(command.configs, overrides)):
         raise UserError(f"train: {' '.join(command.configs)} is a sweep of several runs; `attnlab ablate` runs it")
     built = config.build(command.configs, overrides, root="Experiment")
@@ -217,9 +244,35 @@ def _train(command: argparse.Namespace, overrides: list[str]) -> int:
     name = "-".join(Path(source).stem for source in command.configs)
     workdir = command.workdir or Path("runs") / "train" / name
     result = train(built.value, workdir=workdir, fingerprint=built.values, config_text=built.text)
+    if not hosts.is_first():
+        return 0
     final = ", ".join(f"{name} {value:.4f}" for name, value in result.final.items())
     print(f"validation: {final}\n{workdir / 'metrics.jsonl'}")
     return 0
+
+
+def _is_distributed(command: argparse.Namespace) -> bool:
+    """Whether this is one of several processes. Raises UserError where the options do not say which."""
+    named = {name: getattr(command, name) for name in ("coordinator", "processes", "process")}
+    given = [name for name, value in named.items() if value is not None]
+    if command.distributed and given:
+        raise UserError(f"{given[0]}: got {named[given[0]]} with --distributed, which takes it from the environment")
+    if given and len(given) < len(named):
+        missing = next(name for name in named if name not in given)
+        raise UserError(f"{missing}: need it with --{given[0]}: --coordinator, --processes and --process go together")
+    if command.heartbeat is not None and not (given or command.distributed):
+        raise UserError(f"heartbeat: got {command.heartbeat} for a single process; need --distributed or --coordinator")
+    if command.heartbeat is not None and not 1 <= command.heartbeat <= _MOST_HEARTBEAT:
+        raise UserError(f"heartbeat: got {command.heartbeat}; need 1 to {_MOST_HEARTBEAT} seconds")
+    if given:
+        host, _, port = command.coordinator.rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+            raise UserError(f"coordinator: got {command.coordinator!r}; need HOST:PORT")
+        if not 1 <= command.processes <= _MOST_HOSTS:
+            raise UserError(f"processes: got {command.processes}; need 1 to {_MOST_HOSTS}")
+        if not 0 <= command.process < command.processes:
+            raise UserError(f"process: got {command.process}; need 0 to {command.processes - 1}")
+    return bool(given) or command.distributed
 
 
 def _sample(command: argparse.Namespace, overrides: list[str]) -> int:

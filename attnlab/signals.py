@@ -123,7 +123,11 @@ def deferred() -> Iterator[Callable[[], int | None]]:
 
 
 def stop(number: int) -> None:
-    """Raises what ends the process as the signal asks: KeyboardInterrupt or SystemExit(143)."""
+    """Raises what ends the process as the signal asks, which may have come to another process of the run:
+    KeyboardInterrupt or SystemExit(143).
+    """
+    if _received.is_handled and _received.came is None:
+        _received.came = number
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)

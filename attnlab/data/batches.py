@@ -6,7 +6,7 @@ import inspect
 import math
 import numbers
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,11 +24,15 @@ MOST_SEED = 2**31 - 1  # of training; what validates is drawn from the next one
 _EXAMPLES = 2**62  # of training, in all epochs: grain counts them in 64 bits
 
 
-def check_batches(split: str, batch_size: int, seed: int) -> None:
+def check_batches(split: str, batch_size: int, seed: int, rows: Sequence[int] | None) -> None:
     """Checks what all functions that make batches take."""
     check_choice("split", split, ("train", "validation"))
     check_int("batch_size", batch_size, least=1)
     check_int("seed", seed, least=0, most=MOST_SEED)
+    if rows is not None and not (isinstance(rows, Sequence) and len(rows)):
+        raise TypeError(f"rows: got {shown(rows)}; need a sequence of ints, or None for all")
+    for row in rows or ():
+        check_int("rows", row, least=0, most=batch_size - 1)
 
 
 def read_once(read: Callable[..., Data]) -> Callable[..., Data]:
@@ -58,23 +62,45 @@ def content(function: str, file: Path, *, unpacks: bool = False) -> bytes:
         raise UserError(f"{function}: cannot read {file}: {error}") from error
 
 
-def endless(source: Any, batch_size: int, seed: int) -> grain.IterDataset:
+def endless(source: Any, batch_size: int, seed: int, rows: Sequence[int] | None = None) -> grain.IterDataset:
     """Batches for training, without end: each epoch in an order of its own that the seed decides."""
     epochs = _EXAMPLES // len(source)
-    return prefetched(grain.MapDataset.source(source).shuffle(seed=seed).repeat(epochs).batch(batch_size))
+    return batched(grain.MapDataset.source(source).shuffle(seed=seed).repeat(epochs), batch_size, rows)
 
 
-def one_pass(source: Any, batch_size: int) -> grain.IterDataset:
+def one_pass(source: Any, batch_size: int, rows: Sequence[int] | None = None) -> grain.IterDataset:
     """Batches of one pass in the source's order, all of one shape.
 
     Every batch has "weight", float32 [batch]: 1 for an example, 0 for the copies that fill the last batch up.
     """
-    return prefetched(grain.MapDataset.source(_Filled(source, batch_size)).batch(batch_size))
+    return batched(grain.MapDataset.source(_Filled(source, batch_size)), batch_size, rows)
 
 
-def prefetched(batches: grain.MapDataset) -> grain.IterDataset:
-    """The batches in order, some drawn ahead by a thread."""
-    return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+def batched(examples: grain.MapDataset, batch_size: int, rows: Sequence[int] | None = None) -> grain.IterDataset:
+    """The examples in batches, some drawn ahead by a thread.
+
+    rows: of each batch only these, ascending, so that several processes draw a batch together; None draws all of them.
+    """
+    if rows is not None:
+        examples, batch_size = _Rows(examples, batch_size, rows), len(rows)
+    return examples.batch(batch_size).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+
+
+class _Rows(grain.MapDataset):
+    """Of every `batch_size` examples those at `rows`."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+        super().__init__(parent)
+        self._batch_size, self._rows = batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, place = divmod(index, len(self._rows))
+        return self._parent[batch * self._batch_size + self._rows[place]]
 
 
 class _Filled(grain.sources.RandomAccessDataSource):

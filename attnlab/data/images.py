@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import math
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -223,16 +224,22 @@ class _Pixels(grain.sources.RandomAccessDataSource):
 
 
 def image_batches(
-    images: LabelledImages, split: str, *, batch_size: int, seed: int, with_labels: bool = True
+    images: LabelledImages,
+    split: str,
+    *,
+    batch_size: int,
+    seed: int,
+    with_labels: bool = True,
+    rows: Sequence[int] | None = None,
 ) -> grain.IterDataset:
-    """{"image": float32 [batch, Y, X, channels] in [0, 1], "label": int32 [batch]}; splits as in text_batches.
+    """{"image": float32 [batch, Y, X, channels] in [0, 1], "label": int32 [batch]}; splits and rows as in text_batches.
 
     Without labels {"pixels": int32 [batch, Y, X, channels] below images.levels}, of the same images in the same order.
     """
-    check_batches(split, batch_size, seed)
+    check_batches(split, batch_size, seed, rows)
     if split == "train":
         pixels, labels = images.train_images, images.train_labels
     else:
         pixels, labels = images.validation_images, images.validation_labels
     source = _Examples(pixels, labels, images.levels) if with_labels else _Pixels(pixels)
-    return endless(source, batch_size, seed) if split == "train" else one_pass(source, batch_size)
+    return endless(source, batch_size, seed, rows) if split == "train" else one_pass(source, batch_size, rows)

@@ -7,13 +7,14 @@ for, so that training never sees one twice and nothing is stored.
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 import grain
 import numpy as np
 
 from attnlab.attention._shared.checks import check_float, check_int, check_ints, keep, require, shown
-from attnlab.data.batches import MOST_SEED, check_batches, one_pass, prefetched
+from attnlab.data.batches import MOST_SEED, batched, check_batches, one_pass
 
 IGNORED = -1
 # Validation is the same for all seeds of training. Seeds of training count up from 0 and do not reach it.
@@ -47,14 +48,23 @@ class SequenceSource(ExampleSource, Protocol):
 
 
 def sequence_batches(
-    source: ExampleSource, split: str, *, batch_size: int, seed: int, validation_examples: int
+    source: ExampleSource,
+    split: str,
+    *,
+    batch_size: int,
+    seed: int,
+    validation_examples: int,
+    rows: Sequence[int] | None = None,
 ) -> grain.IterDataset:
-    """Batches of examples: "train" without end, never an example twice; "validation" one pass over its own."""
-    check_batches(split, batch_size, seed)
+    """Batches of examples: "train" without end, never an example twice; "validation" one pass over its own.
+
+    rows: as in text_batches.
+    """
+    check_batches(split, batch_size, seed, rows)
     if split == "train":
-        return prefetched(grain.MapDataset.source(_Drawn(source, seed, _ENDLESS)).batch(batch_size))
+        return batched(grain.MapDataset.source(_Drawn(source, seed, _ENDLESS)), batch_size, rows)
     examples = check_int("validation_examples", validation_examples, least=1, most=_ENDLESS)
-    return one_pass(_Drawn(source, _VALIDATION_SEED, examples), batch_size)
+    return one_pass(_Drawn(source, _VALIDATION_SEED, examples), batch_size, rows)
 
 
 class _Drawn(grain.sources.RandomAccessDataSource):

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,15 +195,24 @@ def check_length(corpus: Corpus, sequence_length: int) -> int:
     return length
 
 
-def text_batches(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int, seed: int) -> grain.IterDataset:
+def text_batches(
+    corpus: Corpus,
+    split: str,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    rows: Sequence[int] | None = None,
+) -> grain.IterDataset:
     """{"tokens": int32 [batch, sequence_length + 1]}, inputs and, shifted by one, targets.
 
     "train": endless; windows that start anywhere in the text, shuffled by seed. "validation": one pass over windows
     side by side, so that no token is predicted twice, in the order of the text; see one_pass for its weights.
+    rows: of each batch only these, ascending, for a process that draws a part of it; None draws all of them.
     """
-    check_batches(split, batch_size, seed)
+    check_batches(split, batch_size, seed, rows)
     check_length(corpus, sequence_length)
     text = corpus.train if split == "train" else corpus.validation
     if split == "train":
-        return endless(_Windows(text, sequence_length, 1), batch_size, seed)
-    return one_pass(_Windows(text, sequence_length, sequence_length), batch_size)
+        return endless(_Windows(text, sequence_length, 1), batch_size, seed, rows)
+    return one_pass(_Windows(text, sequence_length, sequence_length), batch_size, rows)

@@ -15,15 +15,16 @@ from typing import Any
 
 import grain
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
 from attnlab import nn, signals
 from attnlab.attention._shared.checks import check_dtype, check_int, keep, require, shown
 from attnlab.data.batches import MOST_SEED
+from attnlab.train.hosts import is_first, make_agreement, meet
 from attnlab.train.memory import check_memory
-from attnlab.train.mesh import Mesh, check_batch_size, placed, without_mesh
+from attnlab.train.mesh import Mesh, check_batch_size, check_processes, own_rows, placed, without_mesh
 from attnlab.train.step import (
     OptimizerOptions,
     batch_shapes,
@@ -35,7 +36,7 @@ from attnlab.train.step import (
     state_shapes,
 )
 from attnlab.train.tasks.base import Batch, Illustrated, Task
-from attnlab.train.workdir import Workdir, newest_state, read_result
+from attnlab.train.workdir import Workdir, newest_state
 
 # Folded into the seed's key to draw samples; the step folds in smaller numbers.
 _SAMPLES = 2
@@ -95,6 +96,7 @@ class Experiment:
         warmup, steps = self.optimizer.warmup_steps, self.steps
         require(warmup < steps, "warmup_steps", warmup, f"need fewer than steps, so 0 to {steps - 1}")
         _check_implementations(self.model)
+        check_processes(self.mesh)
         check_batch_size(self.mesh, self.batch_size, self.accumulation)
         check_memory(self.model, self.task, self.batch_size // self.accumulation, self.mesh)
         # Traces the model on the task's shapes, so that what does not fit is refused now, not during the run; and so is
@@ -134,7 +136,7 @@ def train(
     fingerprint: Mapping[str, str] | None = None,
     config_text: str = "",
 ) -> Result:
-    """Trains a model, or continues its training.
+    """Trains a model, or continues its training. Of several processes (jax.distributed) each calls it alike.
 
     Args:
       experiment: what to train.
@@ -155,10 +157,10 @@ def train(
     read = {f"data {name}": str(value) for name, value in experiment.task.describe().items()}
     facts = {**without_mesh(fingerprint or {}), **read, "mesh": str(experiment.mesh)}
     folder = Workdir(workdir, facts, config_text)
-    if (finished := read_result(folder.path)) is not None:
+    if (finished := folder.result()) is not None:
         return Result(**finished)
     with folder.owned():
-        if (finished := read_result(folder.path)) is not None:  # by its owner until now
+        if (finished := folder.result()) is not None:  # by its owner until now
             return Result(**finished)
         return _run(experiment, folder)
 
@@ -171,7 +173,7 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
     evaluate_function = make_evaluation(model, task, mesh)
     unit, units = (task.costs(model)[name] for name in ("unit", "units"))
 
-    batches: grain.DatasetIterator = iter(task.batches("train", experiment.batch_size, experiment.seed))
+    batches: grain.DatasetIterator = iter(_batches(experiment, "train", mesh))
     history: list[dict[str, Any]] = []
     pending = {"seconds": 0.0, "items": 0.0}  # of the steps since the last row; evaluating and saving are not in them
     state = None
@@ -186,6 +188,7 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
     compile_start = time.perf_counter()
     step_function = step_function.lower(state, batch_shapes(task, experiment.batch_size, mesh)).compile()
     compile_seconds = time.perf_counter() - compile_start
+    meet()
 
     def record(row: dict[str, Any]) -> None:
         history.append(row)
@@ -197,6 +200,7 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
             where = "" if folder is None else f"; {folder.kept()}"
             raise FloatingPointError(f"{name} is {loss} at step {step}{where}")
 
+    agreement = make_agreement(mesh)
     with signals.deferred() as signal_came, _bar(start, steps) as progress:
         segment_start, segment_step = time.perf_counter(), start
         for step in range(start + 1, steps + 1):
@@ -207,7 +211,9 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
             evaluating = last or step % experiment.evaluate_every == 0
             saving = last or step % experiment.checkpoint_every == 0
             logging = last or step % experiment.log_every == 0
-            if not (logging or evaluating or saving or signal_came()):
+            waiting = logging or evaluating or saving
+            stopping = agreement(signal_came() or 0, now=waiting)
+            if not (waiting or stopping):
                 continue
 
             jax.block_until_ready(state)
@@ -228,10 +234,11 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
                 refuse_diverged("validation loss", metrics["loss"], step)
                 record({"step": step, "split": "validation", **metrics, "seconds": time.perf_counter() - before})
                 _print(progress, f"step {step} of {steps}: validation loss {metrics['loss']:.4f}")
-            stopping = signal_came()  # evaluating took its time
-            if folder is not None and (saving or stopping is not None):
+            if evaluating and not stopping:  # which took its time
+                stopping = agreement(signal_came() or 0, now=True)
+            if folder is not None and (saving or stopping):
                 folder.save(step, state, batches, history, pending)
-            if stopping is not None:
+            if stopping:
                 kept_here = "nothing was kept" if folder is None else f"step {step} is kept in {folder.path}"
                 signals.announce(stopping, f"; {kept_here}, and the same command continues")
                 signals.stop(stopping)
@@ -240,12 +247,26 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
     result = _result(history, compile_seconds)
     if folder is not None:
         if isinstance(task, Illustrated):
-            values, picture = nn.merge(state.parameters, state.buffers), folder.path / "samples.png"
-            values = jax.device_put(values, mesh.devices.flat[0])
-            sample_key = jax.random.fold_in(key, _SAMPLES)
-            task.illustrate(model, values, picture, key=sample_key, count=64, temperature=1.0)
+            _illustrate(task, model, nn.merge(state.parameters, state.buffers), mesh, folder.path, key)
         folder.finish(history, dataclasses.asdict(result))
     return result
+
+
+def _batches(experiment: Experiment, split: str, mesh: jax.sharding.Mesh) -> grain.IterDataset:
+    """Of each batch what this process's devices hold."""
+    rows = own_rows(mesh, experiment.batch_size)
+    some = () if rows is None else (rows,)
+    return experiment.task.batches(split, experiment.batch_size, experiment.seed, *some)
+
+
+def _illustrate(
+    task: Illustrated, model: nnx.Module, values: nn.Parameters, mesh: jax.sharding.Mesh, folder: Path, key: jax.Array
+) -> None:
+    whole = jax.device_put(values, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    if is_first():
+        here = jax.tree.map(lambda value: value.addressable_data(0), whole)
+        key = jax.random.fold_in(key, _SAMPLES)
+        task.illustrate(model, here, folder / "samples.png", key=key, count=64, temperature=1.0)
 
 
 def restore_values(experiment: Experiment, path: Path) -> nn.Parameters:
@@ -265,11 +286,12 @@ def evaluate(
     """Validation metrics: means over examples, the fillers of the last batch left out."""
     totals: dict[str, float] = {}
     weight, mesh = 0.0, experiment.mesh.build()
-    for number, batch in enumerate(experiment.task.batches("validation", experiment.batch_size, experiment.seed)):
+    for number, own in enumerate(_batches(experiment, "validation", mesh)):
         if number == experiment.evaluation_batches:
             break
-        batch_weight = float(np.sum(batch["weight"]))
-        for name, value in function(values, placed(batch, mesh)).items():
+        batch = placed(own, mesh)
+        batch_weight = float(jnp.sum(batch["weight"]))
+        for name, value in function(values, batch).items():
             totals[name] = totals.get(name, 0.0) + batch_weight * float(value)
         weight += batch_weight
     means = {name: total / weight for name, total in totals.items()}
@@ -295,11 +317,13 @@ def _result(history: list[dict[str, Any]], compile_seconds: float) -> Result:
 
 def _bar(start: int, steps: int) -> tqdm:
     """A progress bar on a terminal; nothing elsewhere, where `_print` prints lines."""
-    hidden = not sys.stderr.isatty()
+    hidden = not (is_first() and sys.stderr.isatty())
     return tqdm(total=steps, initial=start, unit="step", disable=hidden, dynamic_ncols=True, leave=False)
 
 
 def _print(progress: tqdm, line: str) -> None:
+    if not is_first():
+        return
     if progress.disable:
         print(line, file=sys.stderr, flush=True)
     else:

@@ -32,7 +32,7 @@ def check_memory(model: nnx.Module, task: Task, batch_size: int, mesh: Mesh) -> 
     """
     sizes = mesh.sizes(jax.device_count())
     of_state, of_batch = sizes["fsdp"] * sizes["tensor"], sizes["data"] * sizes["fsdp"] * sizes["context"]
-    there = memory(math.prod(sizes.values()))
+    there = memory(math.prod(sizes.values()) // jax.process_count())
     variables = nnx.state(model, nnx.Any(nnx.Param, nn.Buffer))
     parameters = sum(math.prod(leaf.get_value().shape) for _, leaf in nnx.to_flat_state(variables))
     state = _STATE_BYTES * parameters // of_state

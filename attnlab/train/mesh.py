@@ -116,9 +116,25 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def own_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[int] | None:
+    """Which examples of a batch this process's devices hold, ascending; None where there is no other process."""
+    if jax.process_count() == 1:
+        return None
+    parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for part in parts if part for row in range(*part[0].indices(batch_size))})
+
+
 def placed(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-    """A batch of NumPy arrays, on the devices."""
-    return jax.device_put(batch, batch_sharding(mesh))
+    """A batch of NumPy arrays, on the devices; of several processes each gives its `own_rows`."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
+
+
+def check_processes(mesh: Mesh) -> None:
+    """Raises UserError where one of several processes would have no device in the mesh."""
+    processes, devices = jax.process_count(), jax.device_count()
+    if processes > 1 and math.prod(mesh.sizes(devices).values()) != devices:
+        where = f"{devices} devices in {processes} processes"
+        raise UserError(f"mesh: got {mesh}, and there are {where}; need all of them, as of experiments/meshes/data.gin")
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, accumulation: int) -> None:

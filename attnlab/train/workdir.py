@@ -3,6 +3,8 @@
 A checkpoint holds the state, a sum over the bits of each of its arrays, and all else that the run continues from: the
 position in the data, the rows of metrics, and what the next row has of time and items. One that cannot be read, or
 whose sums differ, is moved to damaged/, and the one before it is used.
+
+Of several processes the first does all of this, and each writes and reads its shards of the checkpoints.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ import os
 import platform
 import re
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -33,6 +36,7 @@ from tensorboardX.summary import scalar
 
 from attnlab.errors import OwnedError, RunError, UserError, parse_json
 from attnlab.train.claims import claim, holder, is_fading
+from attnlab.train.hosts import by_first, first_failure, is_first, lost_process
 from attnlab.train.integrity import examine
 
 _KEPT_CHECKPOINTS = 2
@@ -55,33 +59,32 @@ class Workdir:
         self._run = _digest(decides)
         self._events: EventsWriter | None = None
         self._newest = 0
+        by_first(self._open)
+
+    def _open(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_run()
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise _unwritable(self.path, error) from error
+
+    def result(self) -> dict[str, Any] | None:
+        """As read_result gives it."""
+        return by_first(functools.partial(read_result, self.path))
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
         """Makes the run this process's until the end of the block, and what fails there for want of room one line.
 
-        Raises OwnedError: it is another's.
+        Raises:
+          OwnedError: it is another's.
+          UserError: the folder cannot be written, or another process of the run does not see it.
         """
         with contextlib.ExitStack() as stack:
-            try:
-                while not stack.enter_context(claim(self.path, "owner")):
-                    if not is_fading(self.path, "owner"):
-                        owner = holder(self.path, "owner")
-                        raise OwnedError(f"workdir: {self.path} is in use by {owner}; wait for it, or give another")
-                    time.sleep(1)
-                if not (self.path / "run.json").exists():
-                    replace_text(self.path / "run.json", json.dumps(self._facts(), indent=2, sort_keys=True))
-                replace_text(self.path / "config.gin", self._config_text)
-                self._checkpoints.mkdir(exist_ok=True)
-                if not os.access(self._checkpoints, os.W_OK | os.X_OK):
-                    raise PermissionError(13, "not writable", str(self._checkpoints))
-            except OSError as error:
-                raise _unwritable(self.path, error) from error
+            by_first(functools.partial(self._take, stack))
+            missing = None if self._checkpoints.is_dir() else f"process {jax.process_index()} on {socket.gethostname()}"
+            if (missing := first_failure(missing)) is not None:
+                raise UserError(f"workdir: {self.path} is not there for {missing}; give a folder that all hosts share")
             try:
                 yield
             except OSError as error:
@@ -91,6 +94,22 @@ class Workdir:
                 if self._events is not None:
                     with contextlib.suppress(OSError):
                         self._events.close()
+
+    def _take(self, stack: contextlib.ExitStack) -> None:
+        try:
+            while not stack.enter_context(claim(self.path, "owner")):
+                if not is_fading(self.path, "owner"):
+                    owner = holder(self.path, "owner")
+                    raise OwnedError(f"workdir: {self.path} is in use by {owner}; wait for it, or give another")
+                time.sleep(1)
+            if not (self.path / "run.json").exists():
+                replace_text(self.path / "run.json", json.dumps(self._facts(), indent=2, sort_keys=True))
+            replace_text(self.path / "config.gin", self._config_text)
+            self._checkpoints.mkdir(exist_ok=True)
+            if not os.access(self._checkpoints, os.W_OK | os.X_OK):
+                raise PermissionError(13, "not writable", str(self._checkpoints))
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
     def _facts(self) -> dict[str, str]:
         versions = {f"version {name}": importlib.metadata.version(name) for name in _PACKAGES}
@@ -138,25 +157,29 @@ class Workdir:
 
         Raises UserError: there are checkpoints, and none can be read, or they are another run's (run.json was lost).
         """
-        _delete_partial(self._checkpoints)
+        by_first(functools.partial(_delete_partial, self._checkpoints))
         state: Any = None
         rows: list[dict[str, Any]] = []
         pending: dict[str, float] = {}
+        damaged: list[int] = []
         found = _newest_readable(self._checkpoints, like)
         if found is not None:
             self._newest, state, facts, damaged = found
             if facts.get("run", self._run) != self._run:
                 raise UserError(f"workdir: {self.path} holds checkpoints of another run; give another --workdir")
-            for step in damaged:
-                self._set_aside(step)
             batches.set_state(facts["data"])
             rows, pending = facts["rows"], facts["pending"]
+        by_first(functools.partial(self._restore_files, damaged, rows))
+        return state, rows, pending
+
+    def _restore_files(self, damaged: list[int], rows: list[dict[str, Any]]) -> None:
+        for step in damaged:
+            self._set_aside(step)
         self._restore_rows(rows)
         (self.path / "tensorboard").mkdir(exist_ok=True)
         self._events = EventsWriter(str(self.path / "tensorboard" / "events"), filename_suffix=f".{os.getpid()}")
         start = Event(step=self._newest + 1, session_log=SessionLog(status=SessionLog.START))  # hides later rows
         self._write_event(start)
-        return state, rows, pending
 
     def _set_aside(self, step: int) -> None:
         folder = self.path / "damaged"
@@ -176,6 +199,8 @@ class Workdir:
             replace_text(self._metrics, text)
 
     def write_row(self, row: Mapping[str, Any]) -> None:
+        if not is_first():
+            return
         with self._metrics.open("a") as file:
             file.write(_lines([row]))
         for name, value in row.items():
@@ -223,11 +248,14 @@ class Workdir:
         try:
             _checkpointer().save(self._checkpoints / str(step), args=arguments)
         except Exception as error:
-            _delete_partial(self._checkpoints)
+            if lost_process(error):
+                raise
+            if is_first():
+                _delete_partial(self._checkpoints)
             where = self._checkpoints / str(step)
             raise RunError(f"checkpoint: {where} cannot be written ({_reason(error)}); {self.kept()}") from error
         self._newest = step
-        for old in _steps(self._checkpoints)[_KEPT_CHECKPOINTS:]:
+        for old in _steps(self._checkpoints)[_KEPT_CHECKPOINTS:] if is_first() else ():
             shutil.rmtree(self._checkpoints / str(old), ignore_errors=True)
 
     def kept(self) -> str:
@@ -237,6 +265,8 @@ class Workdir:
         return f"the last checkpoint is step {self._newest} in {self.path}"
 
     def finish(self, rows: list[dict[str, Any]], result: Mapping[str, Any]) -> None:
+        if not is_first():
+            return
         if not self._metrics.exists() or self._metrics.read_bytes() != _lines(rows).encode():
             replace_text(self._metrics, _lines(rows))
         replace_text(self.path / "result.json", json.dumps(result))
@@ -297,7 +327,10 @@ def _newest_readable(folder: Path, like: Any) -> tuple[int, Any, dict[str, Any],
     Those that cannot be read are named. Raises UserError: there are only such.
     """
     damaged: dict[int, str] = {}
-    for step in _steps(folder):
+    for step in by_first(functools.partial(_steps, folder)):
+        state: Any = None
+        facts: dict[str, Any] = {}
+        failure: str | None = None
         try:
             state, facts = _read_checkpoint(folder / str(step), like)
         except (MemoryError, jax.errors.JaxRuntimeError):
@@ -305,7 +338,10 @@ def _newest_readable(folder: Path, like: Any) -> tuple[int, Any, dict[str, Any],
         except Exception as error:
             if isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, NotADirectoryError)):
                 raise
-            damaged[step] = _reason(error)
+            failure = _reason(error)
+        failure = first_failure(failure) or _differing(state, facts)
+        if failure:
+            damaged[step] = failure
             continue
         for newer, reason in damaged.items():
             _warn(f"checkpoint: {folder / str(newer)} cannot be read ({reason}); step {step} is used")
@@ -320,18 +356,24 @@ def _newest_readable(folder: Path, like: Any) -> tuple[int, Any, dict[str, Any],
 
 
 def _read_checkpoint(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
-    """Raises any exception at all if something about it is damaged."""
+    """This process's shards of the state, and the facts. Raises any exception at all if something is damaged."""
     arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like), facts=ocp.args.JsonRestore())
-    restored = _checkpointer().restore(path, args=arguments)
+    # Not by a Checkpointer, which would wait for processes that could not read theirs.
+    restored = _handler().restore(path, args=arguments)
     state, facts = restored["state"], restored["facts"]
     digest = facts.pop("digest")
     if digest != _digest(facts):
         raise ValueError("facts differ from their digest")
-    sums = {name: one.sum for name, one in examine(state).items()}
-    if sums != facts["sums"]:
-        wrong = [name for name, number in sums.items() if facts["sums"].get(name) != number]
-        raise ValueError(f"the sum of {wrong[0].lstrip('.')} differs" if wrong else "arrays are missing")
     return state, facts
+
+
+def _differing(state: Any, facts: Mapping[str, Any]) -> str | None:
+    """What of a state has not the sums that were kept."""
+    sums = {name: one.sum for name, one in examine(state).items()}
+    if sums == facts["sums"]:
+        return None
+    wrong = [name for name, number in sums.items() if facts["sums"].get(name) != number]
+    return f"the sum of {wrong[0].lstrip('.')} differs" if wrong else "arrays are missing"
 
 
 def _delete_partial(folder: Path) -> None:
@@ -352,8 +394,12 @@ def _steps(folder: Path) -> list[int]:
 
 def _checkpointer() -> ocp.Checkpointer:
     """Writes before it returns, so that what fails is raised here and nothing is waited for in the end."""
+    return ocp.Checkpointer(_handler())
+
+
+def _handler() -> ocp.CompositeCheckpointHandler:
     _quieten_orbax()
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    return ocp.CompositeCheckpointHandler()
 
 
 def _digest(facts: Mapping[str, Any]) -> str:
@@ -402,7 +448,8 @@ def _quieten_orbax() -> None:
 
 
 def _warn(line: str) -> None:
-    print(f"attnlab: {line}", file=sys.stderr, flush=True)
+    if is_first():
+        print(f"attnlab: {line}", file=sys.stderr, flush=True)
 
 
 def check_path(path: Path) -> Path:

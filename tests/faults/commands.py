@@ -4,9 +4,12 @@ and starting it takes a second, not ten."""
 import contextlib
 import ctypes
 import json
+import functools
 import multiprocessing
 import os
+import re
 import resource
+import socket
 import sys
 import time
 from pathlib import Path
@@ -55,7 +58,17 @@ _context.set_forkserver_preload(
 
 def write_configs(folder: Path) -> None:
     (folder / "train.gin").write_text(TRAIN)
+    (folder / "hosts.gin").write_text(HOSTS)
     (folder / "sweep.gin").write_text(SWEEP)
+
+
+HOSTS = """
+from __gin__ import dynamic_registration
+from attnlab import train
+include 'train.gin'
+train.Experiment.mesh = @train.Mesh()
+train.Mesh.fsdp = -1
+"""
 
 
 class Command:
@@ -131,6 +144,41 @@ def _run(folder, log, arguments, prepare):
     print("begun", file=sys.stderr)
     sys.argv = ["attnlab", *arguments]
     cli.run()
+
+
+def devices(count: int, keep: bool = False) -> None:
+    """Of a CPU. keep: what is compiled."""
+    import jax
+
+    os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+    jax.config.update("jax_num_cpu_devices", count)
+    if keep:
+        keep_compiled()
+
+
+class Pair:
+    """The command in two processes of two devices, begun."""
+
+    def __init__(self, folder: Path, *arguments: str, keep: bool = False):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        shared = ("--coordinator", address, "--processes", "2", "--heartbeat", "10")
+        prepare = functools.partial(devices, 2, keep)
+        self.both = [
+            Command(folder, *arguments, *shared, "--process", str(number), prepare=prepare) for number in range(2)
+        ]
+
+    def is_running(self) -> bool:
+        return any(command.is_running() for command in self.both)
+
+    def wait(self, seconds: float = 300) -> tuple[int, ...]:
+        return tuple(command.wait(seconds) for command in self.both)
+
+    def check(self, status: int, *words: str) -> None:
+        """Both ended as Command.check has it."""
+        for command in self.both:
+            command.check(status, *words)
 
 
 def rows(path: Path) -> list[dict]:

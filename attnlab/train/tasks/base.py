@@ -1,5 +1,6 @@
 """What tasks share: what the training loop asks of one, and what several compute alike."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,8 +21,11 @@ TASK_DRAWS = 2**31
 class Task(Protocol):
     """What the training loop asks of a task."""
 
-    def batches(self, split: str, batch_size: int, seed: int) -> grain.IterDataset:
-        """Batches of "train" (endless, ordered by the seed) or "validation" (one pass, always the same)."""
+    def batches(self, split: str, batch_size: int, seed: int, rows: Sequence[int] | None = None) -> grain.IterDataset:
+        """Batches of "train" (endless, ordered by the seed) or "validation" (one pass, always the same).
+
+        rows: of each batch only these examples, ascending, which the devices of a process hold; None is all of them.
+        """
 
     def loss(self, model: Any, batch: Batch, *, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss and the metrics (means over the batch, "loss" among them). key: for dropout; None is evaluation."""

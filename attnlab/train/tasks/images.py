@@ -1,6 +1,7 @@
 """Classes of images."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -35,8 +36,8 @@ class ImageClassificationTask:
         if not 0 <= self.shift < side:
             raise ValueError(f"shift: got {self.shift}; need 0 to {side - 1} for images of {side} pixels")
 
-    def batches(self, split: str, batch_size: int, seed: int) -> grain.IterDataset:
-        return data.image_batches(self.images, split, batch_size=batch_size, seed=seed)
+    def batches(self, split: str, batch_size: int, seed: int, rows: Sequence[int] | None = None) -> grain.IterDataset:
+        return data.image_batches(self.images, split, batch_size=batch_size, seed=seed, rows=rows)
 
     def loss(
         self, model: ImageClassifier, batch: Batch, *, key: jax.Array | None

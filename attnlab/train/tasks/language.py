@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -42,9 +43,9 @@ class LanguageTask:
         if self.probe_future and self.sequence_length < 4:
             raise ValueError(f"probe_future: got True with sequence_length {self.sequence_length}; needs at least 4")
 
-    def batches(self, split: str, batch_size: int, seed: int) -> grain.IterDataset:
+    def batches(self, split: str, batch_size: int, seed: int, rows: Sequence[int] | None = None) -> grain.IterDataset:
         return data.text_batches(
-            self.corpus, split, sequence_length=self.sequence_length, batch_size=batch_size, seed=seed
+            self.corpus, split, sequence_length=self.sequence_length, batch_size=batch_size, seed=seed, rows=rows
         )
 
     def loss(

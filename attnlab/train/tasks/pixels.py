@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ class _PixelTask:
         if not isinstance(self.images, data.LabelledImages):
             raise TypeError(f"images: got {shown(self.images)}; need images, such as data.digits()")
 
-    def batches(self, split: str, batch_size: int, seed: int) -> grain.IterDataset:
-        return data.image_batches(self.images, split, batch_size=batch_size, seed=seed, with_labels=False)
+    def batches(self, split: str, batch_size: int, seed: int, rows: Sequence[int] | None = None) -> grain.IterDataset:
+        return data.image_batches(self.images, split, batch_size=batch_size, seed=seed, with_labels=False, rows=rows)
 
     def derived(self, metrics: dict[str, float]) -> dict[str, float]:
         return {"bits_per_dim": metrics["loss"] / math.log(2)}

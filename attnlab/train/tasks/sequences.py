@@ -1,6 +1,7 @@
 """Sequences that are drawn as they are asked for: tokens to recall, and regression in context."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -32,9 +33,14 @@ class _DrawnTask:
         if not hasattr(self.source, "draw") or isinstance(self.source, type):
             raise TypeError(f"source: got {shown(self.source)}; need a source of sequences, such as data.Copy()")
 
-    def batches(self, split: str, batch_size: int, seed: int) -> grain.IterDataset:
+    def batches(self, split: str, batch_size: int, seed: int, rows: Sequence[int] | None = None) -> grain.IterDataset:
         return data.sequence_batches(
-            self.source, split, batch_size=batch_size, seed=seed, validation_examples=self.validation_examples
+            self.source,
+            split,
+            batch_size=batch_size,
+            seed=seed,
+            validation_examples=self.validation_examples,
+            rows=rows,
         )
 
     def derived(self, metrics: dict[str, float]) -> dict[str, float]:

@@ -1,0 +1,174 @@
+"""Two processes of two devices on this machine: they train one run, stop together, and continue as if nothing had
+happened, whichever of them is killed."""
+
+import functools
+import json
+import random
+import shutil
+import signal
+import time
+
+import commands
+import jax
+import numpy as np
+import pytest
+from test_kills import moment
+
+from attnlab import config
+from attnlab.train import restore_values
+
+RUN = ("train", "hosts.gin", "--workdir", "run")
+NUMBERS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+def wait_for_checkpoint(pair, path):
+    while not any(name.isdecimal() for name in commands.checkpoints(path)):
+        assert pair.is_running(), [command.printed for command in pair.both]
+        time.sleep(0.002)
+
+
+def parameters(path):
+    built = config.build([str(path / "config.gin")], ["Mesh.fsdp=1"], root="Experiment")
+    return restore_values(built.value, path)
+
+
+def assert_close_runs(path, other, within):
+    for x, y in zip(commands.rows(path), commands.rows(other), strict=True):
+        assert x.keys() == y.keys()
+        for name, value in x.items():
+            assert value == (y[name] if isinstance(value, str) else pytest.approx(y[name], rel=0, abs=within)), name
+    for x, y in zip(*(jax.tree.leaves(parameters(folder)) for folder in (path, other)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=within)
+
+
+def test_a_signal_to_one_saves_on_both_and_one_process_of_four_devices_continues(folder, untouched):
+    pair = commands.Pair(folder, *RUN, keep=True)
+    wait_for_checkpoint(pair, folder / "run")
+    pair.both[1].send(signal.SIGTERM)
+    pair.check(143, "terminated; step ", " is kept in ")
+    shards = sorted((folder / "run" / "checkpoints").glob("*/state/ocdbt.process_*/d/*"))
+    assert {path.parts[-3] for path in shards} == {"ocdbt.process_0", "ocdbt.process_1"}
+    prepare = functools.partial(commands.devices, 4)
+    commands.run(folder, *RUN, prepare=prepare).check(0)
+    assert_close_runs(folder / "run", untouched / "train", 1e-6)
+
+
+def test_what_the_first_refuses_ends_both_with_a_line(folder):
+    (folder / "run").mkdir()
+    (folder / "run" / "run.json").write_text('{"a": "1"}')
+    commands.Pair(folder, *RUN).check(2, "run holds a run with a 1 there, None now", "; give another --workdir")
+
+
+@pytest.fixture(scope="module")
+def untouched_pair(untouched):
+    """A folder with a run `pair` of two processes that nothing happened to."""
+    pair = commands.Pair(untouched, "train", "hosts.gin", "--workdir", "pair", keep=True)
+    assert pair.wait() == (0, 0)
+    first, other = (command.printed for command in pair.both)
+    assert "validation: " in first
+    assert "validation" not in other
+    return untouched / "pair"
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_device_does(untouched, untouched_pair):
+    assert_close_runs(untouched_pair, untouched / "train", 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [2, 4])
+def test_the_number_of_processes_may_change(folder, untouched_pair, first):
+    """Two of two devices, then one of four; and one of four, then two of two."""
+    prepare = functools.partial(commands.devices, 4)
+    if first == 2:
+        pair = commands.Pair(folder, *RUN)
+        wait_for_checkpoint(pair, folder / "run")
+        pair.both[0].send(signal.SIGINT)
+        assert pair.wait() == (130, 130)
+        commands.run(folder, *RUN, prepare=prepare).check(0)
+    else:
+        command = commands.Command(folder, *RUN, prepare=prepare)
+        while not any(name.isdecimal() for name in commands.checkpoints(folder / "run")):
+            time.sleep(0.002)
+        command.send(signal.SIGTERM)
+        command.check(143)
+        assert commands.Pair(folder, *RUN).wait() == (0, 0)
+    assert_close_runs(folder / "run", untouched_pair, 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_kills_of_one_or_both(folder, untouched_pair, seed):
+    """At random moments, checkpoint writes included; what is started again ends bit for bit as if nothing had been."""
+    generator, hit = random.Random(400 + seed), []
+
+    def compare():
+        commands.assert_equal_runs(folder / "run", untouched_pair)
+        assert not (folder / "run" / "damaged").exists()
+
+    while len(hit) < 10:
+        pair = commands.Pair(folder, *RUN)
+        kind = moment(generator, pair, folder)
+        victims = generator.choice([(0,), (1,), (0, 1)])
+        number = generator.choice(list(NUMBERS))
+        was_running = all(command.is_running() for command in pair.both)
+        for victim in victims:
+            pair.both[victim].send(number)
+        statuses = ended(pair)
+        printed = [command.printed for command in pair.both]
+        assert not any(word in text for text in printed for word in ("Traceback", "Segmentation")), printed
+        if statuses == (0, 0):
+            compare()
+            shutil.rmtree(folder / "run")
+        elif was_running:
+            assert all(statuses), (statuses, printed)
+            assert statuses[victims[0]] in (NUMBERS[number], 0), (statuses, printed)
+            hit.append((kind, number.name, victims, statuses))
+    assert commands.Pair(folder, *RUN).wait() == (0, 0)
+    compare()
+    print(*hit, sep="\n")
+
+
+def ended(pair):
+    """Both statuses. As what restarts a job does, ends a process that waits for one that ended before they had met."""
+    while all(command.is_running() for command in pair.both):
+        time.sleep(0.05)
+    end = time.monotonic() + 45
+    while pair.is_running() and time.monotonic() < end:
+        time.sleep(0.05)
+    for command in pair.both:
+        if command.is_running():
+            assert "Gloo" not in command.printed, f"a lost process is not noticed:\n{command.printed}"
+            command.send(signal.SIGKILL)
+    return pair.wait()
+
+
+@pytest.mark.slow
+def test_a_damaged_shard_of_one_process_is_named_and_both_take_the_checkpoint_before(folder, untouched_pair):
+    shutil.copytree(untouched_pair, folder / "run")
+    (folder / "run" / "result.json").unlink()
+    shards = (folder / "run" / "checkpoints" / "20" / "state" / "ocdbt.process_1" / "d").iterdir()
+    largest = max(shards, key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    pair = commands.Pair(folder, *RUN)
+    assert pair.wait() == (0, 0), [command.printed for command in pair.both]
+    assert [command.lines != [] for command in pair.both] == [True, False]
+    assert "checkpoints/20 cannot be read (" in pair.both[0].printed
+    assert [path.name for path in (folder / "run" / "damaged").iterdir()] == ["20"]
+    commands.assert_equal_runs(folder / "run", untouched_pair)
+
+
+@pytest.mark.slow
+def test_a_second_pair_is_refused_while_the_first_trains(folder, untouched_pair):
+    first = commands.Pair(folder, *RUN)
+    wait_for_checkpoint(first, folder / "run")
+    for command in first.both:
+        command.send(signal.SIGSTOP)
+    commands.Pair(folder, *RUN).check(2, "run is in use by process ", "; wait for it")
+    for command in first.both:
+        command.send(signal.SIGCONT)
+    assert first.wait() == (0, 0), [command.printed for command in first.both]
+    assert json.loads((folder / "run" / "result.json").read_text())["final"]["loss"]
+    commands.assert_equal_runs(folder / "run", untouched_pair)
