@@ -129,22 +129,24 @@ def first_failure(failure: str | None) -> str | None:
 
 
 def make_agreement(mesh: jax.sharding.Mesh) -> Callable[..., int]:
-    """A function (number, now) that gives the largest number that any process gave, to all of them the same.
+    """A function (number, step, now) that gives the largest number that any process gave, to all of them the same.
 
-    Every process calls it at every step. With `now` this call's numbers count; else, so that the devices need not be
-    waited for, those of _DELAY calls before, if there were any.
+    Every process calls it after every step, whose number on the devices is `step`. With `now` this call's numbers
+    count; else, so that the devices need not be waited for, those of _DELAY calls before, if there were any.
     """
     if jax.process_count() == 1:
-        return lambda number, *, now: number
+        return lambda number, step, *, now: number
     everywhere, apart = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    largest = jax.jit(jnp.max, out_shardings=everywhere)
+    largest = jax.jit(lambda numbers, step: jnp.max(numbers), out_shardings=everywhere, keep_unused=True)
+    # CPUs of several processes block for ever where two programs with collectives overlap.
+    delay = 0 if jax.default_backend() == "cpu" else _DELAY
     computed: collections.deque[jax.Array] = collections.deque()
 
-    def agreement(number: int, *, now: bool) -> int:
+    def agreement(number: int, step: jax.Array, *, now: bool) -> int:
         own = np.full(mesh.local_mesh.size, number, np.int32)
-        computed.append(largest(jax.make_array_from_process_local_data(apart, own, (mesh.size,))))
+        computed.append(largest(jax.make_array_from_process_local_data(apart, own, (mesh.size,)), step))
         found = 0
-        while len(computed) > (0 if now else _DELAY):
+        while len(computed) > (0 if now else delay):
             found = max(found, int(computed.popleft()))
         return found
 

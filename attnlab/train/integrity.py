@@ -19,8 +19,12 @@ def examine(tree: Any) -> dict[str, Examined]:
 
     The sum, modulo 2**32, is of words mixed one-to-one with their index (the finaliser of MurmurHash3).
     """
-    found = {jax.tree_util.keystr(path): _examine(array) for path, array in jax.tree.leaves_with_path(tree)}
-    return {path: Examined(int(one[0]), bool(one[1]), bool(one[2])) for path, one in jax.device_get(found).items()}
+    found = {}
+    for path, array in jax.tree.leaves_with_path(tree):
+        # One after the other: CPUs of several processes block for ever where two programs with collectives overlap.
+        total, is_finite, has_nan = jax.device_get(_examine(array))
+        found[jax.tree_util.keystr(path)] = Examined(int(total), bool(is_finite), bool(has_nan))
+    return found
 
 
 @jax.jit  # one program per shape and dtype, of which a model has few

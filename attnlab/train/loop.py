@@ -212,7 +212,7 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
             saving = last or step % experiment.checkpoint_every == 0
             logging = last or step % experiment.log_every == 0
             waiting = logging or evaluating or saving
-            stopping = agreement(signal_came() or 0, now=waiting)
+            stopping = agreement(signal_came() or 0, state.step, now=waiting)
             if not (waiting or stopping):
                 continue
 
@@ -235,7 +235,7 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
                 record({"step": step, "split": "validation", **metrics, "seconds": time.perf_counter() - before})
                 _print(progress, f"step {step} of {steps}: validation loss {metrics['loss']:.4f}")
             if evaluating and not stopping:  # which took its time
-                stopping = agreement(signal_came() or 0, now=True)
+                stopping = agreement(signal_came() or 0, state.step, now=True)
             if folder is not None and (saving or stopping):
                 folder.save(step, state, batches, history, pending)
             if stopping:
@@ -262,7 +262,8 @@ def _batches(experiment: Experiment, split: str, mesh: jax.sharding.Mesh) -> gra
 def _illustrate(
     task: Illustrated, model: nnx.Module, values: nn.Parameters, mesh: jax.sharding.Mesh, folder: Path, key: jax.Array
 ) -> None:
-    whole = jax.device_put(values, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    whole = jax.jit(lambda values: values, out_shardings=everywhere)(values)
     if is_first():
         here = jax.tree.map(lambda value: value.addressable_data(0), whole)
         key = jax.random.fold_in(key, _SAMPLES)
