@@ -48,7 +48,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None, he
         )
     except ValueError as error:
         raise UserError(
-            f"distributed: no cluster says who takes part ({error}); give --coordinator, --processes and --process"
+            f"distributed: no cluster's environment is here ({str(error).rstrip('.')}); give --coordinator, --processes "
+            "and --process"
         ) from error
     except jax.errors.JaxRuntimeError as error:
         raise RunError(f"distributed: the other processes are not reached ({_first_line(error)})") from error
