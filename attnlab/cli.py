@@ -81,6 +81,8 @@ def _explained(error: Exception) -> tuple[str | None, int]:
 
         if reason := lost_process(error):
             return f"another process of the run has ended or is not reached ({reason}); start all of them again", 1
+    if type(error).__module__.startswith(("gcsfs", "google.")):
+        return f"Google Cloud Storage: {' '.join(str(error).split())[:300]}", 1
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails once more at its end
         return "nobody reads the output", 1
@@ -94,10 +96,17 @@ def _explained(error: Exception) -> tuple[str | None, int]:
 
 
 def _path(text: str) -> Path:
-    """A path from the command line. What is empty, as of a variable that is not set, would be the current folder."""
+    """A path of this machine."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"got {text}; need a path of this machine (train --workdir takes gs://...)")
+    return Path(_folder(text))
+
+
+def _folder(text: str) -> str:
+    """What is empty, as of a variable that is not set, would be the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("got an empty path")
-    return Path(text)
+    return text
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace, list[str]]:
@@ -115,7 +124,9 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
 
     train = commands.add_parser("train", help="train one model", description="Train one model as the configs specify.")
     train.add_argument("configs", nargs="+", metavar="CONFIG", help="a .gin file; later files win over earlier ones")
-    train.add_argument("--workdir", type=_path, help="folder for checkpoints and metrics (default runs/train/NAME)")
+    train.add_argument(
+        "--workdir", type=_folder, help="folder, or gs://..., for checkpoints and metrics (default runs/train/NAME)"
+    )
     hosts = train.add_argument_group("several processes, of one or more hosts", description=_HOSTS)
     hosts.add_argument("--distributed", action="store_true", help="as the cluster's environment says: TPU pods, SLURM")
     hosts.add_argument("--coordinator", metavar="HOST:PORT", help="where the first process is to listen")
@@ -231,8 +242,10 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
 def _train(command: argparse.Namespace, overrides: list[str]) -> int:
     is_distributed = _is_distributed(command)
     from attnlab import config
-    from attnlab.train import hosts, train
+    from attnlab.train import hosts, store, train
 
+    name = "-".join(Path(source).stem for source in command.configs)
+    workdir = store.find(command.workdir or f"runs/train/{name}")
     if is_distributed:
         heartbeat = _DEFAULT_HEARTBEAT if command.heartbeat is None else command.heartbeat
         hosts.join(command.coordinator, command.processes, command.process, heartbeat)
@@ -241,8 +254,6 @@ def _train(command: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"train: {' '.join(command.configs)} is a sweep of several runs; `attnlab ablate` runs it")
     built = config.build(command.configs, overrides, root="Experiment")
     config.check_read(overrides, built)
-    name = "-".join(Path(source).stem for source in command.configs)
-    workdir = command.workdir or Path("runs") / "train" / name
     result = train(built.value, workdir=workdir, fingerprint=built.values, config_text=built.text)
     if not hosts.is_first():
         return 0

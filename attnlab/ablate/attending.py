@@ -16,7 +16,8 @@ from attnlab.ablate.results import mean_of_known, printable
 from attnlab.errors import parse_json
 from attnlab.models.blocks import Block, Stack
 from attnlab.train import Experiment, LanguageTask, restore_values
-from attnlab.train.workdir import last_step, replace_text
+from attnlab.train.store import replace_text
+from attnlab.train.workdir import last_step
 
 # Weights of every layer are computed whole, [heads, positions, positions]: no longer examples than this.
 _MOST_POSITIONS = 512

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from attnlab.errors import is_installed, parse_json
-from attnlab.train.workdir import read_result, replace_text
+from attnlab.train.store import replace_text
+from attnlab.train.workdir import read_result
 
 _OURS = ("attnlab", "kernels_pallas")
 

@@ -29,7 +29,8 @@ from attnlab.errors import OwnedError, RunError, UserError, parse_json
 from attnlab.train import Experiment, train
 from attnlab.train.claims import claim, forget
 from attnlab.train.step import loss_shapes
-from attnlab.train.workdir import check_path, replace_text
+from attnlab.train.store import replace_text
+from attnlab.train.workdir import check_path
 
 _LOOK_AGAIN_AFTER = 1.0  # seconds, while other processes train what is left
 

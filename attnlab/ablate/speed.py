@@ -21,7 +21,7 @@ from attnlab.train.claims import claim
 from attnlab.train.memory import memory
 from attnlab.train.mesh import placed
 from attnlab.train.step import initial_state, make_optimizer, make_step
-from attnlab.train.workdir import replace_text
+from attnlab.train.store import replace_text
 
 ROUNDS = 9
 # Seconds that one arm is timed for in a round, at least (one step may take longer).

@@ -5,6 +5,9 @@ create NAME.2, and so on: the highest number counts. So nothing is ever taken by
 
 On one machine a holder is gone when its process is, whatever any clock says. That of another machine is gone when it
 was not seen to renew its claim for long enough, by the clock of the process that looks, which nobody sets.
+
+In an object store (a folder that is an epath.Path) only one process can create an object, too; a claim is renewed by
+writing it again.
 """
 
 import contextlib
@@ -12,7 +15,6 @@ import json
 import os
 import socket
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -27,7 +29,7 @@ STALE_AFTER = 120.0  # seconds without renewal after which the holder counts as 
 # Seconds for which a claim that looks stale by the folder's clock is watched: that clock may have been set.
 WATCHED_FOR = 2 * RENEWED_EVERY
 
-_watched: dict[Path, tuple[int, float]] = {}  # time of renewal, and when that was first seen, by time.monotonic
+_watched: dict[Path, tuple[float, float]] = {}  # time of renewal, and when that was first seen, by time.monotonic
 
 
 @contextlib.contextmanager
@@ -91,7 +93,7 @@ def _take(folder: Path, name: str) -> Path | None:
     path = folder / f"{name}.{newest + 1}"
     holder = {"machine": _machine(), "host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
     try:
-        with path.open("x") as file:
+        with _created(path) as file:
             try:
                 json.dump({**holder, "token": uuid.uuid4().hex}, file)
                 file.flush()
@@ -104,6 +106,15 @@ def _take(folder: Path, name: str) -> Path | None:
         path.unlink(missing_ok=True)
         return None
     return path
+
+
+def _created(path: Path) -> Any:
+    """A file to write to, which must not be there; in an object store FileExistsError comes when it is closed."""
+    if isinstance(path, Path):
+        return path.open("x")
+    import fsspec
+
+    return fsspec.open(str(path), "x")
 
 
 def _files(folder: Path, name: str) -> list[Path]:
@@ -133,8 +144,7 @@ def _facts(text: str) -> dict[str, Any]:
 
 def _is_abandoned(path: Path) -> bool:
     try:
-        with path.open(errors="replace") as file:  # opening asks a network's file system for the true time of renewal
-            renewed, text = os.fstat(file.fileno()).st_mtime_ns, file.read()
+        renewed, text = _renewed(path)
     except FileNotFoundError:  # released just now; the next attempt sees it
         return False
     facts = _facts(text)
@@ -148,11 +158,23 @@ def _is_abandoned(path: Path) -> bool:
     return now - since > STALE_AFTER or (now - since > WATCHED_FOR and _looks_stale(path))
 
 
+def _renewed(path: Path) -> tuple[float, str]:
+    """When, by the folder's clock, and the text. Opening asks a network's file system for the true time."""
+    if not isinstance(path, Path):
+        return path.stat().mtime, path.read_text()
+    with path.open(errors="replace") as file:
+        return os.fstat(file.fileno()).st_mtime, file.read()
+
+
 def _looks_stale(path: Path) -> bool:
     """By the folder's own clock, as hosts' clocks differ. One from the future is as odd as an old one: a clock was
     set back since."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix="clock-") as probe:
-        return abs(os.stat(probe.name).st_mtime - path.stat().st_mtime) > STALE_AFTER
+    probe = path.with_name(f"clock-{uuid.uuid4().hex}")
+    try:
+        probe.write_text("now")
+        return abs(_renewed(probe)[0] - _renewed(path)[0]) > STALE_AFTER
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _machine() -> str:
@@ -194,7 +216,10 @@ def _renew(path: Path, released: threading.Event) -> None:
     folder, name, number = path.parent, path.stem, int(path.suffix[1:])
     while not released.wait(RENEWED_EVERY):
         try:
-            os.utime(path)
+            if isinstance(path, Path):
+                os.utime(path)
+            else:
+                path.write_text(path.read_text())
             lost = _newest(folder, name) > number and not released.wait(0.1) and _newest(folder, name) > number
         except FileNotFoundError:
             lost = True

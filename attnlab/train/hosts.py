@@ -47,9 +47,9 @@ def join(coordinator: str | None, processes: int | None, process: int | None, he
             shutdown_timeout_seconds=heartbeat,
         )
     except ValueError as error:
+        reason = str(error).rstrip(".")
         raise UserError(
-            f"distributed: no cluster's environment is here ({str(error).rstrip('.')}); give --coordinator, --processes "
-            "and --process"
+            f"distributed: no cluster's environment is here ({reason}); give --coordinator, --processes and --process"
         ) from error
     except jax.errors.JaxRuntimeError as error:
         raise RunError(f"distributed: the other processes are not reached ({_first_line(error)})") from error

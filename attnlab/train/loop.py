@@ -22,6 +22,7 @@ from tqdm import tqdm
 from attnlab import nn, signals
 from attnlab.attention._shared.checks import check_dtype, check_int, keep, require, shown
 from attnlab.data.batches import MOST_SEED
+from attnlab.train import store
 from attnlab.train.hosts import is_first, make_agreement, meet
 from attnlab.train.memory import check_memory
 from attnlab.train.mesh import Mesh, check_batch_size, check_processes, own_rows, placed, without_mesh
@@ -141,7 +142,8 @@ def train(
     Args:
       experiment: what to train.
       workdir: folder for checkpoints and metrics, and samples.png of a task that draws; a second call continues from
-        the last checkpoint there, and one after the end gives the result at once. None keeps nothing.
+        the last checkpoint there, and one after the end gives the result at once. None keeps nothing. Also a folder in
+        an object store, as attnlab.train.store.find gives it of gs://...
       fingerprint: the run's options by name. A workdir that holds a run with other options or data is refused; on
         another mesh it is continued.
       config_text: kept as workdir/config.gin.
@@ -238,6 +240,8 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
                 stopping = agreement(signal_came() or 0, state.step, now=True)
             if folder is not None and (saving or stopping):
                 folder.save(step, state, batches, history, pending)
+            if last and not stopping:  # nor did saving, and no process is to end alone
+                stopping = agreement(signal_came() or 0, state.step, now=True)
             if stopping:
                 kept_here = "nothing was kept" if folder is None else f"step {step} is kept in {folder.path}"
                 signals.announce(stopping, f"; {kept_here}, and the same command continues")
@@ -265,9 +269,10 @@ def _illustrate(
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     whole = jax.jit(lambda values: values, out_shardings=everywhere)(values)
     if is_first():
-        here = jax.tree.map(lambda value: value.addressable_data(0), whole)
+        values = jax.tree.map(lambda value: value.addressable_data(0), whole)
         key = jax.random.fold_in(key, _SAMPLES)
-        task.illustrate(model, here, folder / "samples.png", key=key, count=64, temperature=1.0)
+        with store.here(folder / "samples.png") as picture:
+            task.illustrate(model, values, picture, key=key, count=64, temperature=1.0)
 
 
 def restore_values(experiment: Experiment, path: Path) -> nn.Parameters:

@@ -4,7 +4,8 @@ A checkpoint holds the state, a sum over the bits of each of its arrays, and all
 position in the data, the rows of metrics, and what the next row has of time and items. One that cannot be read, or
 whose sums differ, is moved to damaged/, and the one before it is used.
 
-Of several processes the first does all of this, and each writes and reads its shards of the checkpoints.
+In an object store metrics.jsonl and TensorBoard's events are written whole each time they grow, the events with the
+checkpoints. Of several processes the first does all of this, and each writes and reads its shards of the checkpoints.
 """
 
 import contextlib
@@ -17,9 +18,9 @@ import logging
 import os
 import platform
 import re
-import shutil
 import socket
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -38,6 +39,7 @@ from attnlab.errors import OwnedError, RunError, UserError, parse_json
 from attnlab.train.claims import claim, holder, is_fading
 from attnlab.train.hosts import by_first, first_failure, is_first, lost_process
 from attnlab.train.integrity import examine
+from attnlab.train.store import delete_folder, is_remote, replace_text
 
 _KEPT_CHECKPOINTS = 2
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy")
@@ -52,12 +54,14 @@ class Workdir:
     """
 
     def __init__(self, path: Path, fingerprint: Mapping[str, str], config_text: str):
-        self.path = check_path(path).absolute()
+        self.path = check_path(path) if is_remote(path) else check_path(path).absolute()
         self._fingerprint, self._config_text = dict(fingerprint), config_text
         self._metrics, self._checkpoints = self.path / "metrics.jsonl", self.path / "checkpoints"
         decides = {name: value for name, value in fingerprint.items() if name != "mesh"}
         self._run = _digest(decides)
         self._events: EventsWriter | None = None
+        self._local_events: Path | None = None  # where they are written if not where they are kept
+        self._rows = ""
         self._newest = 0
         by_first(self._open)
 
@@ -82,8 +86,9 @@ class Workdir:
         """
         with contextlib.ExitStack() as stack:
             by_first(functools.partial(self._take, stack))
-            missing = None if self._checkpoints.is_dir() else f"process {jax.process_index()} on {socket.gethostname()}"
-            if (missing := first_failure(missing)) is not None:
+            is_seen = (self.path / "run.json").exists()
+            missing = first_failure(None if is_seen else f"process {jax.process_index()} on {socket.gethostname()}")
+            if missing is not None:
                 raise UserError(f"workdir: {self.path} is not there for {missing}; give a folder that all hosts share")
             try:
                 yield
@@ -94,6 +99,9 @@ class Workdir:
                 if self._events is not None:
                     with contextlib.suppress(OSError):
                         self._events.close()
+                        self._keep_events()
+                if self._local_events is not None:
+                    delete_folder(self._local_events)
 
     def _take(self, stack: contextlib.ExitStack) -> None:
         try:
@@ -105,6 +113,8 @@ class Workdir:
             if not (self.path / "run.json").exists():
                 replace_text(self.path / "run.json", json.dumps(self._facts(), indent=2, sort_keys=True))
             replace_text(self.path / "config.gin", self._config_text)
+            if is_remote(self._checkpoints):
+                return
             self._checkpoints.mkdir(exist_ok=True)
             if not os.access(self._checkpoints, os.W_OK | os.X_OK):
                 raise PermissionError(13, "not writable", str(self._checkpoints))
@@ -176,8 +186,11 @@ class Workdir:
         for step in damaged:
             self._set_aside(step)
         self._restore_rows(rows)
-        (self.path / "tensorboard").mkdir(exist_ok=True)
-        self._events = EventsWriter(str(self.path / "tensorboard" / "events"), filename_suffix=f".{os.getpid()}")
+        folder = self.path / "tensorboard"
+        if is_remote(folder):
+            folder = self._local_events = Path(tempfile.mkdtemp(prefix="attnlab-events-"))
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
         start = Event(step=self._newest + 1, session_log=SessionLog(status=SessionLog.START))  # hides later rows
         self._write_event(start)
 
@@ -197,12 +210,17 @@ class Workdir:
             _warn(f"{self._metrics} had lost rows, which are written again from the checkpoint")
         if there != text.encode():
             replace_text(self._metrics, text)
+        self._rows = text
 
     def write_row(self, row: Mapping[str, Any]) -> None:
         if not is_first():
             return
-        with self._metrics.open("a") as file:
-            file.write(_lines([row]))
+        self._rows += _lines([row])
+        if is_remote(self._metrics):
+            replace_text(self._metrics, self._rows)
+        else:
+            with self._metrics.open("a") as file:
+                file.write(_lines([row]))
         for name, value in row.items():
             if name not in ("step", "split"):
                 self._write_event(Event(step=row["step"], summary=scalar(f"{row['split']}/{name}", value)))
@@ -213,6 +231,10 @@ class Workdir:
         event.wall_time = time.time()
         self._events.write_event(event)
         self._events.flush()
+
+    def _keep_events(self) -> None:
+        for written in self._local_events.iterdir() if self._local_events else ():
+            (self.path / "tensorboard" / written.name).write_bytes(written.read_bytes())
 
     def save(
         self,
@@ -255,8 +277,10 @@ class Workdir:
             where = self._checkpoints / str(step)
             raise RunError(f"checkpoint: {where} cannot be written ({_reason(error)}); {self.kept()}") from error
         self._newest = step
-        for old in _steps(self._checkpoints)[_KEPT_CHECKPOINTS:] if is_first() else ():
-            shutil.rmtree(self._checkpoints / str(old), ignore_errors=True)
+        if is_first():
+            self._keep_events()
+            for old in _steps(self._checkpoints)[_KEPT_CHECKPOINTS:]:
+                delete_folder(self._checkpoints / str(old))
 
     def kept(self) -> str:
         """What there is to continue from, for people."""
@@ -379,17 +403,24 @@ def _differing(state: Any, facts: Mapping[str, Any]) -> str | None:
 def _delete_partial(folder: Path) -> None:
     """Deletes what was begun, to which threads of a writer that failed may still add."""
     for _ in range(10):
-        partial = list(folder.glob("*.orbax-checkpoint-tmp*"))
+        partial = [path for path in folder.glob("*") if path.name.isdecimal() and not _is_committed(path)]
+        partial += folder.glob("*.orbax-checkpoint-tmp*")
         if not partial:
             return
         for path in partial:
-            shutil.rmtree(path, ignore_errors=True)
+            delete_folder(path)
         time.sleep(0.05)
 
 
 def _steps(folder: Path) -> list[int]:
     """Of the checkpoints in a folder, from the newest."""
-    return sorted((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), reverse=True)
+    found = (int(path.name) for path in folder.glob("*") if path.name.isdecimal() and _is_committed(path))
+    return sorted(found, reverse=True)
+
+
+def _is_committed(path: Path) -> bool:
+    """A checkpoint gets its name when it is whole; in an object store, which cannot rename, this file is its last."""
+    return not is_remote(path) or (path / "commit_success.txt").exists()
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -471,15 +502,3 @@ def _read_json(path: Path) -> Any:
         return parse_json(path.read_bytes())
     except ValueError as error:
         raise UserError(f"workdir: {path} is not JSON ({error}); move it away, or give another --workdir") from error
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file in one step, so that it is never half there. Several processes may write one."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        partial.write_text(text)
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise

@@ -3,8 +3,8 @@ and starting it takes a second, not ten."""
 
 import contextlib
 import ctypes
-import json
 import functools
+import json
 import multiprocessing
 import os
 import re
@@ -12,7 +12,9 @@ import resource
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 TRAIN = """
 from __gin__ import dynamic_registration
@@ -146,10 +148,11 @@ def _run(folder, log, arguments, prepare):
     cli.run()
 
 
-def devices(count: int, keep: bool = False) -> None:
+def devices(count: int, keep: bool = False, environment: Mapping[str, str] | None = None) -> None:
     """Of a CPU. keep: what is compiled."""
     import jax
 
+    os.environ.update(environment or {})
     os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
     jax.config.update("jax_num_cpu_devices", count)
     if keep:
@@ -159,12 +162,12 @@ def devices(count: int, keep: bool = False) -> None:
 class Pair:
     """The command in two processes of two devices, begun."""
 
-    def __init__(self, folder: Path, *arguments: str, keep: bool = False):
+    def __init__(self, folder: Path, *arguments: str, **options: Any):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         shared = ("--coordinator", address, "--processes", "2", "--heartbeat", "10")
-        prepare = functools.partial(devices, 2, keep)
+        prepare = functools.partial(devices, 2, **options)
         self.both = [
             Command(folder, *arguments, *shared, "--process", str(number), prepare=prepare) for number in range(2)
         ]

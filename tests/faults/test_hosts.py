@@ -56,7 +56,7 @@ def test_a_signal_to_one_saves_on_both_and_one_process_of_four_devices_continues
 def test_what_the_first_refuses_ends_both_with_a_line(folder):
     (folder / "run").mkdir()
     (folder / "run" / "run.json").write_text('{"a": "1"}')
-    commands.Pair(folder, *RUN).check(2, "run holds a run with Experiment.accumulation None there, 1 now, ", "; give another")
+    commands.Pair(folder, *RUN).check(2, "run holds a run with Experiment.accumulation None there, 1 now, ", "; give ")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,174 @@
+"""Runs in an object store, whose server is a fake in this process: as in a folder, killed and continued too."""
+
+import functools
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+
+import commands
+import fake_gcs
+import pytest
+
+from attnlab import cli
+from attnlab.train import claims, store
+
+RUN = ("train", "train.gin", "--workdir", "gs://bucket/runs/run")
+
+
+@pytest.fixture(scope="module")
+def server():
+    pytest.importorskip("gcsfs")
+    with pytest.MonkeyPatch.context() as patched:
+        started = fake_gcs.Store()
+        for name, value in started.environment.items():
+            patched.setenv(name, value)
+        yield started
+
+
+@pytest.fixture
+def bucket(server):
+    """The server's objects, none yet."""
+    server.objects.clear()
+    return server.objects
+
+
+@pytest.fixture
+def run_folder(bucket):
+    return store.find("gs://bucket/runs/run")
+
+
+def arrive(environment):
+    os.environ.update(environment)
+
+
+def copied(objects, path):
+    """The run's folder, with what the bucket holds of it."""
+    for name, (data, *_) in list(objects.items()):
+        file = path / name.removeprefix("runs/run/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+    return path
+
+
+def leave_claim(folder, **facts):
+    holder = {"machine": claims._machine(), "host": "h", "pid": os.getpid(), "started": None, **facts}
+    (folder / "owner.1").write_text(json.dumps(holder))
+
+
+def test_a_claim_has_one_owner(run_folder, bucket):
+    with claims.claim(run_folder, "owner") as first, claims.claim(run_folder, "owner") as second:
+        assert (first, second) == (True, False)
+        assert claims.holder(run_folder, "owner").startswith(f"process {os.getpid()} on ")
+    assert not bucket
+
+
+def test_only_one_creates_an_object(run_folder):
+    with claims._created(run_folder / "owner.1") as file:
+        file.write("first")
+    with pytest.raises(FileExistsError), claims._created(run_folder / "owner.1") as file:
+        file.write("second")
+    assert (run_folder / "owner.1").read_text() == "first"
+
+
+def test_a_claim_of_a_dead_process_here_is_taken_over_at_once(run_folder):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    leave_claim(run_folder, pid=process.pid)
+    with claims.claim(run_folder, "owner") as ours:
+        assert ours
+        assert (run_folder / "owner.2").exists()
+
+
+def test_a_stale_claim_of_another_machine_is_watched_and_then_taken_over(run_folder, bucket, monkeypatch):
+    monkeypatch.setattr(claims, "WATCHED_FOR", 0.2)
+    leave_claim(run_folder, machine="another")
+    with claims.claim(run_folder, "owner") as ours:
+        assert not ours
+    assert not claims.is_fading(run_folder, "owner")
+    data, generation, written = bucket["runs/run/owner.1"]
+    bucket["runs/run/owner.1"] = data, generation, written - 2 * claims.STALE_AFTER
+    assert claims.is_fading(run_folder, "owner")
+    with claims.claim(run_folder, "owner") as ours:
+        assert not ours
+    time.sleep(0.3)
+    with claims.claim(run_folder, "owner") as ours:
+        assert ours
+
+
+def test_a_claim_is_renewed(run_folder, bucket, monkeypatch):
+    monkeypatch.setattr(claims, "RENEWED_EVERY", 0.01)
+    with claims.claim(run_folder, "owner"):
+        before, deadline = bucket["runs/run/owner.1"][1], time.monotonic() + 10
+        while bucket["runs/run/owner.1"][1] == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train", "train.gin", "--workdir", "s3://bucket/run"), "workdir: got s3://bucket/run; need a folder, or gs:"),
+        (("train", "train.gin", "--workdir", "gs://"), "workdir: got gs://; need a folder, or gs://BUCKET/..."),
+        (("report", "gs://bucket/run"), "got gs://bucket/run; need a path of this machine"),
+    ],
+)
+def test_another_kind_of_place_is_refused(arguments, words, capsys):
+    try:
+        status = cli.main(arguments)
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_is_that_of_a_folder(folder, untouched, server, bucket, tmp_path):
+    prepare = functools.partial(arrive, server.environment)
+    command = commands.run(folder, *RUN, prepare=prepare)
+    command.check(0)
+    assert "gs://bucket/runs/run/metrics.jsonl" in command.printed
+    path = copied(bucket, tmp_path / "copied")
+    commands.assert_equal_runs(path, untouched / "train")
+    assert sorted(file.name for file in path.iterdir()) == sorted(file.name for file in (untouched / "train").iterdir())
+    assert sorted(step.name for step in (path / "checkpoints").iterdir()) == ["16", "20"]
+    before = dict(bucket)
+    commands.run(folder, *RUN, prepare=prepare).check(0)
+    assert bucket == before
+
+
+@pytest.mark.slow
+def test_kills(folder, untouched, server, bucket, tmp_path):
+    generator, hit = random.Random(500), 0
+    prepare = functools.partial(arrive, server.environment)
+    while hit < 12:
+        command = commands.Command(folder, *RUN, prepare=prepare)
+        kind = generator.choice(["starting", "checkpoint", "anywhere"])
+        seen = set(bucket)
+        while (
+            kind == "checkpoint"
+            and command.is_running()
+            and not any("/checkpoints/" in name for name in set(bucket) - seen)
+        ):
+            time.sleep(0.002)
+        time.sleep(generator.uniform(0, {"starting": 1.5, "checkpoint": 0.3, "anywhere": 8}[kind]))
+        number = generator.choice([signal.SIGKILL, signal.SIGTERM])
+        command.send(number)
+        status = command.wait()
+        assert "Traceback" not in command.printed, command.printed
+        hit += status != 0
+        if status == 0:
+            commands.assert_equal_runs(copied(bucket, tmp_path / str(time.monotonic_ns())), untouched / "train")
+            bucket.clear()
+    commands.run(folder, *RUN, prepare=prepare).check(0)
+    commands.assert_equal_runs(copied(bucket, tmp_path / "last"), untouched / "train")
+    assert not any("damaged" in name or "owner" in name or "clock" in name for name in bucket)
+
+
+@pytest.mark.slow
+def test_two_processes_train_in_a_store(folder, server, bucket):
+    pair = commands.Pair(folder, "train", "hosts.gin", *RUN[2:], environment=server.environment)
+    assert pair.wait() == (0, 0), [command.printed for command in pair.both]
+    assert any("ocdbt.process_1/d/" in name for name in bucket)
