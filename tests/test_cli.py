@@ -209,6 +209,25 @@ MISTAKES = {
     "unwritable cache": (folder_in_the_way, "cannot write to"),
     "no processes": (lambda path: ["ablate", SWEEP, "--processes", "0"], "processes: got 0; need at least 1"),
     "another run's workdir": (other_run, "holds a run with"),
+    "another kind of store": (
+        lambda path: ["train", LM, "--workdir", "s3://bucket/run"],
+        "workdir: got s3://bucket/run; need a folder, or gs://BUCKET/...",
+    ),
+    "no bucket": (lambda path: ["train", LM, "--workdir", "gs://"], "workdir: got gs://; need a folder, or gs://B"),
+    **{
+        f"processes: {options}": (lambda path, options=options: ["train", LM, *options.split()], message)
+        for options, message in {
+            "--coordinator h:1 --processes 2": "process: need it with --coordinator",
+            "--process 1": "coordinator: need it with --process",
+            "--distributed --process 1": "process: got 1 with --distributed",
+            "--coordinator h --processes 2 --process 0": "coordinator: got 'h'; need HOST:PORT",
+            "--coordinator h:99999 --processes 2 --process 0": "coordinator: got 'h:99999'; need HOST:PORT",
+            "--coordinator h:1 --processes 0 --process 0": "processes: got 0; need 1 to 65536",
+            "--coordinator h:1 --processes 2 --process 2": "process: got 2; need 0 to 1",
+            "--heartbeat 5": "heartbeat: got 5 for a single process",
+            "--distributed --heartbeat 0": "heartbeat: got 0; need 1 to 86400 seconds",
+        }.items()
+    },
     "no sweep": (lambda path: ["ablate", LM], "configures no Ablation"),
     "a mixer's name": (lambda path: ["show", "local"], "did you mean 'experiments/mixers/local.gin'?"),
     "a folder": (a_folder, "is a folder; give a .gin file"),
@@ -284,6 +303,12 @@ def test_an_empty_path_is_not_the_current_folder(arguments, capsys):
     with pytest.raises(SystemExit):
         cli.main(arguments)
     assert "got an empty path" in capsys.readouterr().err
+
+
+def test_an_object_store_is_for_train_alone(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["report", "gs://bucket/run"])
+    assert "got gs://bucket/run; need a path of this machine" in capsys.readouterr().err
 
 
 def test_an_unknown_flag_is_refused(capsys):

@@ -1,5 +1,6 @@
 """Data: splits share nothing, batches depend on (source, batch size, seed) alone, one pass sees every example once."""
 
+import functools
 import gzip
 import subprocess
 import sys
@@ -75,6 +76,30 @@ def test_training_batches_are_decided_by_the_seed(folder):
     assert any(np.any(a["tokens"] != b["tokens"]) for a, b in zip(one, other))
     assert one[0]["tokens"].shape == (4, 17)
     assert one[0]["tokens"].dtype == np.int32
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("rows", [(0, 1, 2), (3, 4, 5), (1,), (0, 4)])
+def test_rows_are_those_of_the_whole_batches_also_after_a_restart(split, rows):
+    """For text, images and drawn sequences, whose sources are shuffled, or not, and filled up."""
+    corpus = data.Corpus("letters", np.arange(200, dtype=np.uint8), np.arange(70, dtype=np.uint8))
+    images, source = data.digits(), data.Copy()
+    options = {"batch_size": 6, "seed": 3}
+    for batches in (
+        functools.partial(data.text_batches, corpus, split, sequence_length=4, **options),
+        functools.partial(data.image_batches, images, split, **options),
+        functools.partial(data.sequence_batches, source, split, validation_examples=40, **options),
+    ):
+        whole, part = first(batches(), 5), iter(batches(rows=rows))
+        head, state = first(part, 2), part.get_state()
+        part = iter(batches(rows=rows))
+        part.set_state(state)
+        for one, other in zip([*head, *first(part, 3)], whole, strict=False):
+            for name, values in other.items():
+                np.testing.assert_array_equal(one[name], values[list(rows)])
+        position = iter(batches())
+        first(position, 2)
+        assert position.get_state() == state, "the same for any rows"
 
 
 def test_every_epoch_has_an_order_of_its_own():
@@ -291,6 +316,11 @@ def test_a_broken_archive_of_images_is_named(tmp_path, content):
         ({"seed": -1}, "seed: got -1; need 0 to 2147483647"),
         ({"seed": 2**31}, "seed: got 2147483648; need 0 to 2147483647"),
         ({"seed": True}, "seed: got True; need an int"),
+        ({"rows": [0, 2]}, "rows: got 2; need 0 to 1"),
+        ({"rows": [-1]}, "rows: got -1; need 0 to 1"),
+        ({"rows": []}, r"rows: got \[\]; need a sequence of ints, or None for all"),
+        ({"rows": 1}, "rows: got 1; need a sequence of ints"),
+        ({"rows": "0"}, "rows: got '0'; need an int"),
     ],
 )
 def test_wrong_calls_for_batches_are_named(options, message):

@@ -59,6 +59,12 @@ def test_what_the_first_refuses_ends_both_with_a_line(folder):
     commands.Pair(folder, *RUN).check(2, "run holds a run with Experiment.accumulation None there, 1 now, ", "; give ")
 
 
+def test_without_a_cluster_it_is_a_line(folder):
+    commands.run(folder, *RUN, "--distributed").check(
+        2, "distributed: no cluster's environment is here", "--coordinator"
+    )
+
+
 @pytest.fixture(scope="module")
 def untouched_pair(untouched):
     """A folder with a run `pair` of two processes that nothing happened to."""
