@@ -21,6 +21,7 @@ from attnlab.errors import OwnedError, RunError, UserError
 
 _LONGEST = 7 * 86400  # seconds that the first process may take for something, such as waiting for another run's end
 _DELAY = 2  # steps that the devices may be behind the host
+_KINDS = {kind.__name__: kind for kind in (OwnedError, UserError)}
 _barriers = itertools.count()
 
 
@@ -89,13 +90,12 @@ def by_first(action: Callable[[], Any]) -> Any:
             answer = {"result": action()}
         except Exception as error:
             failure = error
-            kinds = [kind.__name__ for kind in (OwnedError, UserError, RunError) if isinstance(error, kind)]
-            answer = {"error": str(error), "kind": (kinds or ["RunError"])[0]}
+            answer = {"error": str(error), "kind": type(error).__name__}
     answer = _told(answer)
     if failure is not None:
         raise failure
     if "error" in answer:
-        raise {"OwnedError": OwnedError, "UserError": UserError, "RunError": RunError}[answer["kind"]](answer["error"])
+        raise _KINDS.get(answer["kind"], RunError)(answer["error"])
     return answer["result"]
 
 

@@ -253,6 +253,7 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
         if isinstance(task, Illustrated):
             _illustrate(task, model, nn.merge(state.parameters, state.buffers), mesh, folder.path, key)
         folder.finish(history, dataclasses.asdict(result))
+        meet()  # the first process, which draws and writes
     return result
 
 

@@ -159,14 +159,17 @@ def devices(count: int, keep: bool = False, environment: Mapping[str, str] | Non
         keep_compiled()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Pair:
     """The command in two processes of two devices, begun."""
 
     def __init__(self, folder: Path, *arguments: str, **options: Any):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        shared = ("--coordinator", address, "--processes", "2", "--heartbeat", "10")
+        shared = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--heartbeat", "10")
         prepare = functools.partial(devices, 2, **options)
         self.both = [
             Command(folder, *arguments, *shared, "--process", str(number), prepare=prepare) for number in range(2)

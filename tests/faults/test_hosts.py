@@ -3,9 +3,12 @@ happened, whichever of them is killed."""
 
 import functools
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import commands
@@ -179,3 +182,31 @@ def test_a_second_pair_is_refused_while_the_first_trains(folder, untouched_pair)
     assert first.wait() == (0, 0), [command.printed for command in first.both]
     assert json.loads((folder / "run" / "result.json").read_text())["final"]["loss"]
     commands.assert_equal_runs(folder / "run", untouched_pair)
+
+
+ROWS = """
+import sys
+import jax, numpy
+from jax.experimental import multihost_utils
+from attnlab.attention._dispatch.mesh import MESH_AXES
+from attnlab.train import hosts
+from attnlab.train.mesh import own_rows, placed
+
+hosts.join(sys.argv[1], 2, int(sys.argv[2]), 10)
+batch = numpy.arange(24).reshape(8, 3)
+for order in ([0, 1, 2, 3], [0, 2, 1, 3], [3, 0, 2, 1]):
+    for shape in ((4, 1, 1, 1), (2, 2, 1, 1), (2, 1, 1, 2), (1, 1, 2, 2)):
+        mesh = jax.sharding.Mesh(numpy.array(jax.devices())[order].reshape(shape), MESH_AXES)
+        found = placed({"x": batch[own_rows(mesh, 8)]}, mesh)["x"]
+        numpy.testing.assert_array_equal(multihost_utils.process_allgather(found, tiled=True), batch)
+hosts.leave()
+"""
+
+
+@pytest.mark.slow
+def test_rows_are_those_of_a_process_s_devices_in_any_order_of_them():
+    """On a pod the devices of a host are not side by side along the mesh."""
+    command = [sys.executable, "-c", ROWS, f"127.0.0.1:{commands.free_port()}"]
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "2"}
+    both = [subprocess.Popen([*command, str(number)], env=environment) for number in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
