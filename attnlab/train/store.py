@@ -61,6 +61,15 @@ def delete_folder(path: Path) -> None:
         cast(Any, path).rmtree()
 
 
+def move_folder(path: Path, target: Path) -> None:
+    if not is_remote(path):
+        path.rename(target)
+        return
+    import fsspec
+
+    fsspec.filesystem("gcs").mv(str(path), str(target), recursive=True)
+
+
 @contextlib.contextmanager
 def here(path: Path) -> Iterator[Path]:
     """A path of this machine for a file that is written in the block, which lies at `path` after it."""

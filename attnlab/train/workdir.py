@@ -39,7 +39,7 @@ from attnlab.errors import OwnedError, RunError, UserError, parse_json
 from attnlab.train.claims import claim, holder, is_fading
 from attnlab.train.hosts import by_first, first_failure, is_first, lost_process
 from attnlab.train.integrity import examine
-from attnlab.train.store import delete_folder, is_remote, replace_text
+from attnlab.train.store import delete_folder, is_remote, move_folder, replace_text
 
 _KEPT_CHECKPOINTS = 2
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy")
@@ -200,7 +200,7 @@ class Workdir:
         aside = folder / str(step)
         while aside.exists():
             aside = folder / f"{step}-{uuid.uuid4().hex[:8]}"
-        (self._checkpoints / str(step)).rename(aside)
+        move_folder(self._checkpoints / str(step), aside)
 
     def _restore_rows(self, rows: list[dict[str, Any]]) -> None:
         """Cuts metrics.jsonl back to the checkpoint's rows, or writes them again."""

@@ -122,6 +122,23 @@ def test_a_run_is_that_of_a_folder(folder, untouched, server, bucket, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(folder, untouched, server, bucket, tmp_path):
+    prepare = functools.partial(arrive, server.environment)
+    commands.run(folder, *RUN, prepare=prepare).check(0)
+    del bucket["runs/run/result.json"]
+    arrays = [name for name in bucket if "/20/state/" in name and "/d/" in name]
+    largest = max(arrays, key=lambda name: len(bucket[name][0]))
+    data = bytearray(bucket[largest][0])
+    data[len(data) // 2] ^= 1
+    server.write(largest, bytes(data))
+    command = commands.run(folder, *RUN, prepare=prepare)
+    command.check(0, "gs://bucket/runs/run/checkpoints/20 cannot be read (", "step 16 is used")
+    path = copied(bucket, tmp_path / "copied")
+    assert [step.name for step in (path / "damaged").iterdir()] == ["20"]
+    commands.assert_equal_runs(path, untouched / "train")
+
+
+@pytest.mark.slow
 def test_kills(folder, untouched, server, bucket, tmp_path):
     generator, hit = random.Random(500), 0
     prepare = functools.partial(arrive, server.environment)
