@@ -154,16 +154,18 @@ def ended(pair):
 
 
 @pytest.mark.slow
-def test_a_damaged_shard_of_one_process_is_named_and_both_take_the_checkpoint_before(folder, untouched_pair):
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_a_damaged_checkpoint_is_named_once_and_both_take_the_one_before(folder, untouched_pair, place):
+    """Also where one of them alone reads the byte."""
     shutil.copytree(untouched_pair, folder / "run")
     (folder / "run" / "result.json").unlink()
-    for shard in (folder / "run" / "checkpoints" / "20" / "state" / "ocdbt.process_1" / "d").iterdir():
-        data = bytearray(shard.read_bytes())
-        data[::16] = bytes(byte ^ 1 for byte in data[::16])  # not all of it is read
-        shard.write_bytes(data)
+    (arrays,) = (folder / "run" / "checkpoints" / "20" / "state" / "d").iterdir()
+    data = bytearray(arrays.read_bytes())
+    data[int(place * len(data))] ^= 1
+    arrays.write_bytes(data)
     pair = commands.Pair(folder, *RUN)
     assert pair.wait() == (0, 0), [command.printed for command in pair.both]
-    assert [command.lines != [] for command in pair.both] == [True, False]
+    assert [len(command.lines) for command in pair.both] == [1, 0]
     assert "checkpoints/20 cannot be read (" in pair.both[0].printed
     assert [path.name for path in (folder / "run" / "damaged").iterdir()] == ["20"]
     commands.assert_equal_runs(folder / "run", untouched_pair)
