@@ -1,4 +1,4 @@
-"""The command line: `attnlab train | sample | ablate | report | show | bench | regress | tokenize | list`."""
+"""The command line: `attnlab train | sample | ablate | report | compile | show | bench | regress | tokenize | list`."""
 
 import argparse
 import io
@@ -178,6 +178,18 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     )
     report.add_argument("workdir", type=_path, metavar="WORKDIR", help="the folder of an ablation")
     report.set_defaults(run=_report, reads_config=False, name="report")
+
+    compile_ = commands.add_parser(
+        "compile",
+        help="compile a run for a TPU pod that is not there",
+        description="Compile the training step for the TPUs of a topology: memory, FLOPs, traffic, and a roofline.",
+    )
+    compile_.add_argument("configs", nargs="+", metavar="CONFIG", help="as for train; or a sweep, all of its arms")
+    compile_.add_argument(
+        "--topology", required=True, metavar="NAME", help="v5p:4x4x8, v5e:16x16, v6e:16x16, tpu7x:4x4x8 and the like"
+    )
+    compile_.add_argument("--workdir", type=_path, help="folder for a sweep's rows (default runs/compile/NAME)")
+    compile_.set_defaults(run=_compile, reads_config=True)
 
     show = commands.add_parser(
         "show",
@@ -372,6 +384,33 @@ def _report(command: argparse.Namespace, overrides: list[str]) -> int:
 
     print(f"report: {write_report(read_rows(command.workdir), command.workdir).resolve()}")
     return 0
+
+
+def _compile(command: argparse.Namespace, overrides: list[str]) -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs: an accelerator that is here stays free
+    from attnlab import config
+    from attnlab.ablate import compile_arms
+    from attnlab.train.compile import compile_step, described_devices
+    from attnlab.train.mesh import described
+
+    if any(thing.__name__ == "Ablation" for thing, _ in config.named(command.configs, overrides)):
+        if len(command.configs) > 1:
+            raise UserError(f"compile: {' '.join(command.configs)} are a sweep and more; give the sweep alone")
+        [sweep] = command.configs
+        workdir = command.workdir or Path("runs") / "compile" / Path(sweep).stem
+        rows = compile_arms(sweep, overrides, command.topology, workdir)
+        print(workdir / "compiled.md")
+        return 0 if all(row["fits"] for row in rows) else 1
+    if command.workdir is not None:
+        raise UserError(f"workdir: got {command.workdir}; only a sweep's rows are kept")
+    devices = described_devices(command.topology)
+    with described(devices):
+        built = config.build(command.configs, overrides, root="Experiment")
+    config.check_read(overrides, built)
+    print(f"compiling for {len(devices)} devices, which takes minutes", file=sys.stderr)
+    step = compile_step(built.value, command.topology, devices)
+    print(step)
+    return 0 if step.fits else 1
 
 
 def _show(command: argparse.Namespace, overrides: list[str]) -> int:

@@ -1,5 +1,6 @@
 """Controlled ablations: arms that share all they can, statistics paired by seed, and a report."""
 
+from attnlab.ablate.compiled import compile_arms
 from attnlab.ablate.dry_run import dry_run
 from attnlab.ablate.report import write_report
 from attnlab.ablate.runs import read_rows, run_ablation

@@ -23,4 +23,4 @@ from attnlab.data.sequences import (
     sequence_batches,
 )
 from attnlab.data.shards import token_shards, write_token_shards
-from attnlab.data.text import Corpus, characters, embedded_text, text_batches, text_files, words
+from attnlab.data.text import Corpus, characters, embedded_text, random_tokens, text_batches, text_files, words

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from attnlab.attention._shared.checks import check_choice, check_int, check_text, keep, require, shape_text, shown
-from attnlab.data.batches import check_batches, content, endless, one_pass, read_once
+from attnlab.data.batches import MOST_SEED, check_batches, content, endless, one_pass, read_once
 from attnlab.errors import UserError
 
 # Left out of the embedded text: what is not part of every installation, generated tables, and packages installed later.
@@ -23,7 +23,8 @@ class Corpus:
     """Text as tokens, in two parts that share none.
 
     name: where it is from. train, validation: integers [tokens] below `vocabulary`. unit: what a token is, "byte",
-    "character" or "word"; documents of bytes end with a zero. symbols: what each token stands for; none for bytes.
+    "character", "word", or "token" where it stands for nothing; documents of bytes end with a zero. symbols: what each
+    token stands for; none for bytes.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Corpus:
 
     def __post_init__(self) -> None:
         check_text("name", self.name)
-        check_choice("unit", self.unit, ("byte", "character", "word"))
+        check_choice("unit", self.unit, ("byte", "character", "word", "token"))
         keep(self, vocabulary=check_int("vocabulary", self.vocabulary, least=1))
         if not isinstance(self.symbols, tuple) or not all(isinstance(symbol, str) for symbol in self.symbols):
             raise TypeError(f"symbols: got {shown(self.symbols)}; need a tuple of strings")
@@ -52,6 +53,8 @@ class Corpus:
         """Text of integer tokens [length]; bytes that are no UTF-8, and numbers outside the vocabulary, give U+FFFD."""
         if self.unit == "byte":
             return bytes(np.where(tokens < 256, tokens, 255).astype(np.uint8)).decode(errors="replace")
+        if self.unit == "token":
+            return " ".join(map(str, tokens.tolist()))
         known = (self.symbols[token] if token < len(self.symbols) else "\ufffd" for token in tokens)
         return "".join(known) if self.unit == "character" else " ".join(known).replace("<eos>", "\n")
 
@@ -145,6 +148,18 @@ def words(path: str, held_out: str = "valid") -> Corpus:
     unknown = numbers["<unk>"]
     train, validation = (np.array([numbers.get(word, unknown) for word in text], np.int32) for text in texts)
     return _checked(Corpus(folder.name, train, validation, "word", len(numbers), tuple(numbers)), folder)
+
+
+def random_tokens(vocabulary: int = 32768, count: int = 2**20, seed: int = 0) -> Corpus:
+    """Tokens drawn at random, each as likely as the others, the last tenth for validation: there is nothing to learn.
+
+    They stand in for data of a vocabulary, to compile a run or to time it.
+    """
+    vocabulary, count = check_int("vocabulary", vocabulary, least=1, most=2**31 - 1), check_int("count", count, least=20)
+    seed = check_int("seed", seed, least=0, most=MOST_SEED)
+    tokens = np.random.default_rng(seed).integers(vocabulary, size=count, dtype=np.int32)
+    cut = count * 9 // 10
+    return Corpus(f"random tokens of {vocabulary:,}", tokens[:cut], tokens[cut:], "token", vocabulary)
 
 
 def _decoded(function: str, held: bytes, file: Path) -> str:

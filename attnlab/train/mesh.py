@@ -8,13 +8,16 @@
 What a run computes does not depend on its mesh, up to the order in which numbers are added.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from attnlab.attention._dispatch.mesh import BATCH_AXES, MESH_AXES
@@ -30,6 +33,28 @@ _PLACES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("(gate|up)/kernel", ("fsdp", "tensor")),
     ("down/kernel", ("tensor", "fsdp")),
 )
+
+_described: contextvars.ContextVar[tuple[jax.Device, ...]] = contextvars.ContextVar("attnlab_described", default=())
+
+
+@contextlib.contextmanager
+def described(devices: Sequence[jax.Device]) -> Iterator[None]:
+    """In the block, runs are built for these devices, which are only described, in place of those that are there."""
+    token = _described.set(tuple(devices))
+    try:
+        yield
+    finally:
+        _described.reset(token)
+
+
+def is_described() -> bool:
+    """Whether the devices of runs are only described: nothing can run on them."""
+    return bool(_described.get())
+
+
+def devices_of_runs() -> Sequence[jax.Device]:
+    """The devices that runs are built for."""
+    return _described.get() or jax.devices()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,21 +86,23 @@ class Mesh:
         given = {axis: getattr(self, axis) for axis in MESH_AXES}
         named = math.prod(size for size in given.values() if size > 0)
         if named > devices or (-1 in given.values() and devices % named):
-            hint = "; on a CPU the environment's JAX_NUM_CPU_DEVICES makes more" * (jax.default_backend() == "cpu")
+            is_cpu = devices_of_runs()[0].platform == "cpu"
+            hint = "; on a CPU the environment's JAX_NUM_CPU_DEVICES makes more" * is_cpu
             raise UserError(f"mesh: got {_shown(given)}, and there are {devices} devices{hint}")
         return {axis: devices // named if size == -1 else size for axis, size in given.items()}
 
     def __str__(self) -> str:
-        return _shown(self.sizes(jax.device_count()))
+        return _shown(self.sizes(len(devices_of_runs())))
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-        """The mesh over the first of these devices (None: JAX's), along whose axes XLA shards by itself."""
-        devices = jax.devices() if devices is None else list(devices)
+        """The mesh over the first of these devices (None: those of runs), along whose axes XLA shards by itself."""
+        devices = devices_of_runs() if devices is None else devices
         sizes = self.sizes(len(devices))
-        devices = devices[: math.prod(sizes.values())]
-        return jax.make_mesh(
-            tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+        # Unlike jax.make_mesh, two of our axes may share one of a TPU's torus.
+        laid_out = mesh_utils.create_device_mesh(
+            tuple(sizes.values()), list(devices[: math.prod(sizes.values())]), allow_split_physical_axes=True
         )
+        return jax.sharding.Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _shown(sizes: Mapping[str, int]) -> str:
@@ -139,7 +166,7 @@ def check_processes(mesh: Mesh) -> None:
 
 def check_batch_size(mesh: Mesh, batch_size: int, accumulation: int) -> None:
     """Raises ValueError where devices would have parts of examples, or accumulated parts differ in size."""
-    sizes = mesh.sizes(jax.device_count())
+    sizes = mesh.sizes(len(devices_of_runs()))
     parts = {**{axis: sizes[axis] for axis in BATCH_AXES}, "accumulation": accumulation}
     count = math.prod(parts.values())
     allowed = f"need a multiple of {count}, {' x '.join(f'{name} {n}' for name, n in parts.items() if n > 1)}"

@@ -17,11 +17,14 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "
 
 @functools.cache
 def topology_devices(tpu: str) -> tuple[Any, ...]:
-    """Devices to compile for, of a TPU generation in TOPOLOGIES. They run nothing."""
+    """Devices to compile for. They run nothing.
+
+    tpu: a topology, "v5p:4x4x8", or a generation in TOPOLOGIES for its smallest one.
+    """
     # libtpu reads both when it loads: ask no metadata server, and share the machine with other such processes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return tuple(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[tpu]).devices)
+    return tuple(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES.get(tpu, tpu)).devices)
 
 
 def compile_for_tpu(function: Callable[..., Any], *args: Any, tpu: str) -> jax.stages.Compiled:

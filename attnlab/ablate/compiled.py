@@ -1,0 +1,135 @@
+"""The arms of a sweep compiled for devices that are not there: rows that are kept as they come, and a table of them."""
+
+import dataclasses
+import json
+import multiprocessing
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import attnlab.ablate.cache as cache
+from attnlab import config, signals
+from attnlab.ablate.plan import Plan
+from attnlab.errors import UserError, parse_json
+from attnlab.train.compile import CompiledStep, compile_step, described_devices
+from attnlab.train.mesh import described
+from attnlab.train.workdir import check_path, replace_text
+
+
+def compile_arms(
+    file: str, overrides: Sequence[str], topology: str, workdir: Path, *, report: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """Compiles every arm of a sweep, each in a process of its own, and writes workdir/compiled.jsonl and compiled.md.
+
+    A row that is there already, of the same config, code, topology and libtpu, is not compiled again, so that the same
+    command continues; rows of other sweeps and topologies stay.
+
+    Args:
+      file, overrides: as in run_ablation. topology: as in described_devices. workdir: takes the rows.
+      report: takes lines for the user.
+
+    Returns:
+      the arms' rows: {"arm", "digest", "error" or "", and the fields of a CompiledStep}.
+    """
+    with described(described_devices(topology)):
+        plan = Plan(file, overrides)
+    try:
+        check_path(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"workdir: cannot write to {error.filename} ({error.strerror}); give another") from error
+    kept = {row["digest"]: row for row in _read(workdir / "compiled.jsonl")}
+    rows = []
+    for number, arm in enumerate(plan.arms, 1):
+        run = plan.run(arm, plan.ablation.seeds[0], plan.rates[0])
+        facts = {"run": run.digest, "mesh": run.experiment.mesh, "topology": topology}
+        digest = cache.digest({**facts, "libtpu": metadata.version("libtpu")})
+        if digest not in kept:
+            report(f"[{number}/{len(plan.arms)}] {arm}: compiling for {topology}")
+            kept[digest] = {"arm": arm, "digest": digest, "error": "", **_compiled_apart(run.built.text, topology)}
+            replace_text(workdir / "compiled.jsonl", "".join(json.dumps(row) + "\n" for row in kept.values()))
+        rows.append({**kept[digest], "arm": arm})
+        report(f"[{number}/{len(plan.arms)}] {arm}: {_summary(rows[-1])}")
+    replace_text(workdir / "compiled.md", table(list(kept.values())) + "\n")
+    return rows
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [parse_json(line) for line in path.read_text().splitlines()]
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UserError(f"workdir: {path} is not JSON lines ({error}); give another folder") from error
+
+
+def _compiled_apart(text: str, topology: str) -> dict[str, Any]:
+    """The row of a resolved config, compiled in a process that then gives its memory back."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_compile, args=(sender, text, topology), daemon=True)
+    process.start()
+    sender.close()
+    with signals.with_helpers(process.terminate, process.join):
+        try:
+            row = receiver.recv()
+        except EOFError:
+            process.join()
+            row = {"error": f"the process that compiled it ended with {process.exitcode}"}
+        process.join()
+    return row
+
+
+def _compile(sender: Connection, text: str, topology: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent, who ends us
+    devices = described_devices(topology)
+    try:
+        with described(devices):
+            experiment = config.build([text], root="Experiment").value
+        row = dataclasses.asdict(compile_step(experiment, topology, devices))
+    except Exception as error:  # of this arm alone
+        row = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    sender.send(row)
+
+
+def step_of(row: Mapping[str, Any]) -> CompiledStep:
+    """What a row without an error holds."""
+    return CompiledStep(**{field.name: row[field.name] for field in dataclasses.fields(CompiledStep)})
+
+
+def _summary(row: Mapping[str, Any]) -> str:
+    if row["error"]:
+        return row["error"]
+    step = step_of(row)
+    if step.memory is None:
+        return f"does not fit: {step.refusal}"
+    used = sum(step.memory.values()) / 2**30
+    verdict = "" if step.fits else ", which does not fit"
+    return f"{used:.2f} of {step.hbm / 2**30:.2f} GiB{verdict}; {step.cpu_seconds:.0f} CPU seconds"
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown, a line per row."""
+    head = ["arm", "topology", "mesh", "parameters", "tokens a step", "GiB of HBM", "FLOPs", "of the model", "HBM, GB"]
+    head += ["sent, GB", "compute, ms", "HBM, ms", "interconnect, ms", "kernels", "CPU s"]
+    lines = [head, ["---"] * 3 + ["---:"] * 10 + ["---", "---:"]]
+    for row in rows:
+        if row["error"]:
+            lines.append([row["arm"], row["error"], *[""] * (len(head) - 2)])
+            continue
+        step = step_of(row)
+        mesh = " x ".join(f"{axis} {size}" for axis, size in step.mesh.items() if size > 1) or "one device"
+        cells = [row["arm"], step.topology, mesh, f"{step.parameters / 1e6:,.0f} M"]
+        cells.append(f"{step.batch_size} x {step.units:,}")
+        if step.memory is None:
+            cells += ["does not fit", *[""] * 8, f"{step.cpu_seconds:.0f}"]
+        else:
+            used = f"{sum(step.memory.values()) / 2**30:.2f} of {step.hbm / 2**30:.2f}"
+            cells += [used, f"{step.flops:.3g}", f"{step.model_flops:.3g}", f"{step.hbm_bytes / 1e9:,.0f}"]
+            cells.append(f"{sum(each['bytes'] for each in step.collectives) / 1e9:,.1f}")
+            cells += [f"{1e3 * step.seconds[name]:,.0f}" for name in ("compute", "HBM", "interconnect")]
+            cells += [", ".join(step.kernels) or "none", f"{step.cpu_seconds:.0f}"]
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
