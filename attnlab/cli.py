@@ -398,9 +398,9 @@ def _compile(command: argparse.Namespace, overrides: list[str]) -> int:
             raise UserError(f"compile: {' '.join(command.configs)} are a sweep and more; give the sweep alone")
         [sweep] = command.configs
         workdir = command.workdir or Path("runs") / "compile" / Path(sweep).stem
-        rows = compile_arms(sweep, overrides, command.topology, workdir)
+        fit = compile_arms(sweep, overrides, command.topology, workdir)
         print(workdir / "compiled.md")
-        return 0 if all(row["fits"] for row in rows) else 1
+        return 0 if fit else 1
     if command.workdir is not None:
         raise UserError(f"workdir: got {command.workdir}; only a sweep's rows are kept")
     devices = described_devices(command.topology)

@@ -90,7 +90,7 @@ TRAIN = {
     "a kernel for another machine": (
         [LM],
         ["SoftmaxAttention.implementation='pallas_tpu'"],
-        "implementation: got 'pallas_tpu'; this machine has a cpu",
+        "implementation: got 'pallas_tpu'; the devices are cpus",
     ),
     "numbers of eight bits": ([LM], ["LanguageModel.dtype='float8_e4m3fn'"], "dtype: got 'float8_e4m3fn'; need a"),
     "numbers of 64 bits": ([LM], ["LanguageModel.dtype='float64'"], "dtype: got 'float64'; needs jax_enable_x64"),

@@ -21,8 +21,9 @@ from attnlab.train.workdir import check_path, replace_text
 
 def compile_arms(
     file: str, overrides: Sequence[str], topology: str, workdir: Path, *, report: Callable[[str], None] = print
-) -> list[dict[str, Any]]:
+) -> bool:
     """Compiles every arm of a sweep, each in a process of its own, and writes workdir/compiled.jsonl and compiled.md.
+    Returns whether all of them fit.
 
     A row that is there already, of the same config, code, topology and libtpu, is not compiled again, so that the same
     command continues; rows of other sweeps and topologies stay.
@@ -30,9 +31,6 @@ def compile_arms(
     Args:
       file, overrides: as in run_ablation. topology: as in described_devices. workdir: takes the rows.
       report: takes lines for the user.
-
-    Returns:
-      the arms' rows: {"arm", "digest", "error" or "", and the fields of a CompiledStep}.
     """
     with described(described_devices(topology)):
         plan = Plan(file, overrides)
@@ -44,16 +42,17 @@ def compile_arms(
     rows = []
     for number, arm in enumerate(plan.arms, 1):
         run = plan.run(arm, plan.ablation.seeds[0], plan.rates[0])
-        facts = {"run": run.digest, "mesh": run.experiment.mesh, "topology": topology}
+        facts = {"run": run.digest, "mesh": dataclasses.asdict(run.experiment.mesh), "topology": topology}
         digest = cache.digest({**facts, "libtpu": metadata.version("libtpu")})
         if digest not in kept:
             report(f"[{number}/{len(plan.arms)}] {arm}: compiling for {topology}")
+            # Of a row that failed there is no more than its error; of the others, the fields of a CompiledStep.
             kept[digest] = {"arm": arm, "digest": digest, "error": "", **_compiled_apart(run.built.text, topology)}
             replace_text(workdir / "compiled.jsonl", "".join(json.dumps(row) + "\n" for row in kept.values()))
         rows.append({**kept[digest], "arm": arm})
         report(f"[{number}/{len(plan.arms)}] {arm}: {_summary(rows[-1])}")
     replace_text(workdir / "compiled.md", table(list(kept.values())) + "\n")
-    return rows
+    return all(not row["error"] and step_of(row).fits for row in rows)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

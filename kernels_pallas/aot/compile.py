@@ -14,6 +14,16 @@ from jax.experimental import topologies
 # The smallest topology of each TPU generation that libtpu describes.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
+# What libtpu reads when it loads: ask no metadata server, share the machine with other such processes, and say nothing
+# of the hardware that it does not find.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
 
 @functools.cache
 def topology_devices(tpu: str) -> tuple[Any, ...]:
@@ -21,9 +31,8 @@ def topology_devices(tpu: str) -> tuple[Any, ...]:
 
     tpu: a topology, "v5p:4x4x8", or a generation in TOPOLOGIES for its smallest one.
     """
-    # libtpu reads both when it loads: ask no metadata server, and share the machine with other such processes.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     return tuple(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES.get(tpu, tpu)).devices)
 
 

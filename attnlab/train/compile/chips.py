@@ -1,6 +1,7 @@
 """What a chip of each TPU generation has, and the devices of a topology that is not there."""
 
 import importlib.util
+import math
 import re
 from typing import NamedTuple
 
@@ -13,23 +14,27 @@ _GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """Of one of JAX's devices. hbm: bytes that libtpu leaves to a program. flops, bandwidth: per second, peak, of
-    bfloat16 products and of HBM. link: bytes per second that one of its links sends, of `links`."""
+    """Of one of JAX's devices.
+
+    hbm: bytes that libtpu leaves to a program. flops, bandwidth: per second, peak, of bfloat16 products and of HBM.
+    link: bytes per second that one of its links sends, of `links`. pod: the most chips.
+    """
 
     hbm: float
     flops: float
     bandwidth: float
     link: float
     links: int
+    pod: int
 
 
 # docs.cloud.google.com/tpu/docs/v5e, v5p, v6e and tpu7x, which give the interconnect of a chip in both directions
 # together; hbm is what libtpu 0.0.42 says is available when a program needs more. A chip of tpu7x is two devices.
 CHIPS = {
-    "v5e": Chip(15.75 * _GIB, 197e12, 819e9, 400e9 / 2 / 4, 4),
-    "v5p": Chip(95.74 * _GIB, 459e12, 2765e9, 1200e9 / 2 / 6, 6),
-    "v6e": Chip(31.25 * _GIB, 918e12, 1638e9, 800e9 / 2 / 4, 4),
-    "tpu7x": Chip(94.75 * _GIB, 2307e12 / 2, 7380e9 / 2, 1200e9 / 2 / 6 / 2, 6),
+    "v5e": Chip(15.75 * _GIB, 197e12, 819e9, 400e9 / 2 / 4, 4, 256),
+    "v5p": Chip(95.74 * _GIB, 459e12, 2765e9, 1200e9 / 2 / 6, 6, 8960),
+    "v6e": Chip(31.25 * _GIB, 918e12, 1638e9, 800e9 / 2 / 4, 4, 256),
+    "tpu7x": Chip(94.75 * _GIB, 2307e12 / 2, 7380e9 / 2, 1200e9 / 2 / 6 / 2, 6, 9216),
 }
 
 
@@ -41,7 +46,9 @@ def described_devices(topology: str) -> tuple[jax.Device, ...]:
     generation, colon, sizes = topology.partition(":")
     axes = TOPOLOGIES.get(generation, "").count("x", len(generation)) + 1
     if generation not in CHIPS or (colon and not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{axes - 1}}}", sizes)):
-        raise UserError(f"topology: got {topology!r}; need one such as {', '.join(sorted(TOPOLOGIES.values()))}")
+        raise UserError(f"topology: got {topology!r}; need one such as {', '.join(TOPOLOGIES.values())}")
+    if (chips := math.prod(map(int, sizes.split("x"))) if sizes else 1) > (most := CHIPS[generation].pod):
+        raise UserError(f"topology: got {topology!r}, which has {chips} chips; a pod has at most {most}")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(missing_package("libtpu").replace("experiments", "experiments,tpu-aot"))
     try:

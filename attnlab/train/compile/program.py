@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,15 +42,15 @@ class Traffic:
     """
 
     times: Counter[Collective] = dataclasses.field(default_factory=Counter)
-    sent: Counter[Collective] = dataclasses.field(default_factory=Counter)
+    sent: Any = dataclasses.field(default_factory=Counter)  # of floats
     hbm: float = 0.0
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)
     unknown_loops: int = 0
 
     def add(self, other: "Traffic", times: int) -> None:
-        for mine, theirs in ((self.times, other.times), (self.sent, other.sent), (self.kernels, other.kernels)):
-            for name, count in theirs.items():
-                mine[name] += times * count
+        pairs: Any = ((self.times, other.times), (self.sent, other.sent), (self.kernels, other.kernels))
+        for counts, more in pairs:
+            counts.update({name: times * count for name, count in more.items()})
         self.hbm += times * other.hbm
         self.unknown_loops += other.unknown_loops
 
@@ -73,7 +73,9 @@ _Computation = dict[str, _Instruction]  # by name, in order; the last one is the
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-~]+) \(.*\) -> .*\{")
 _LINE = re.compile(r"\s*(?:ROOT )?%?([\w.\-~]+) = (.*?) ([a-z][\w\-]*)\(([^)]*)\)(.*)")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{[^{}]*?(?:S\((\d+)\))?\})?")
-_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation|branch_computations)=(\{[^}]*\}|%?[\w.\-~]+)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|true_computation|false_computation|branch_computations)=(\{[^}]*\}|%?[\w.\-~]+)"
+)
 
 
 class _Program:
@@ -106,7 +108,7 @@ class _Program:
             if instruction.kind == "while":
                 trips = self._trips(instruction, inside)
                 total.unknown_loops += trips is None
-                total.add(self.traffic(_attribute(instruction, "body")), trips or 1)
+                total.add(self.traffic(_attribute(instruction, "body")), 1 if trips is None else trips)
             elif instruction.kind == "conditional":
                 total.add(max(map(self.traffic, called), key=lambda branch: branch.hbm), 1)
             elif instruction.kind in ("call", "async-start"):
@@ -263,10 +265,7 @@ def _read(parameter: _Instruction, inside: _Computation, whole: int) -> float:
 
 def _written(root: _Instruction, inside: _Computation, shape: str) -> float:
     """Bytes that a fusion writes: of an array that it changes in place, what it changes."""
-    if root.kind == "tuple":
-        parts = [inside[operand] for operand in root.operands]
-    else:
-        parts = [root]
+    parts = [inside[operand] for operand in root.operands] if root.kind == "tuple" else [root]
     arrays = list(_arrays(shape))
     if len(arrays) != len(parts):
         return _in_hbm(shape)
@@ -342,4 +341,3 @@ def _kernel(instruction: _Instruction) -> str | None:
         return None
     named = re.search(r"(\w+)/pallas_call", instruction.rest)
     return named[1] if named else instruction.name.partition(".")[0]
-

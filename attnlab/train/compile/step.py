@@ -18,7 +18,7 @@ from attnlab.train.compile.program import traffic
 from attnlab.train.loop import Experiment
 from attnlab.train.step import batch_shapes, make_optimizer, make_step, state_shapes
 
-_MIB, _GIB = 2**20, 2**30
+_GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +115,8 @@ def compile_step(experiment: Experiment, topology: str, devices: tuple[jax.Devic
     model, task, batch_size = experiment.model, experiment.task, experiment.batch_size
     mesh = experiment.mesh.build(devices)
     if mesh.size != len(devices):
-        allowed = f"need all {len(devices)} devices of {topology}; -1 for an axis fills"
-        raise UserError(f"mesh: got {experiment.mesh}; {allowed}")
+        allowed = f"need all {len(devices)} of {topology}; an axis of -1 takes what the rest leaves"
+        raise UserError(f"mesh: got {mesh.size} devices; {allowed}")
     chip, costs = CHIPS[topology.partition(":")[0]], task.costs(model)
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
     step = make_step(model, task, optimizer, jax.random.key(experiment.seed), mesh, experiment.accumulation)
@@ -173,6 +173,6 @@ def _seconds(mesh: jax.sharding.Mesh, chip: Chip, collective: Mapping[str, Any])
     if not along:
         return 0.0
     group = mesh.devices[tuple(slice(None) if number in along else 0 for number in range(mesh.devices.ndim))]
-    places: Any = np.array([device.coords for device in group.flat])  # type: ignore[attr-defined]
+    places: Any = np.array([device.coords for device in group.flat])
     torus_axes = sum(len(set(numbers)) > 1 for numbers in places.T.tolist())
     return collective["bytes"] / (chip.link * min(chip.links, 2 * max(torus_axes, 1)))
