@@ -2,12 +2,14 @@
 
 import math
 import sys
+import types
 
 import numpy as np
 import pytest
 
 from attnlab import config, models, nn
 from attnlab.errors import UserError
+from attnlab.train.mesh import described
 
 BASE = "experiments/lm/quickstart.gin"
 LOCAL = "experiments/mixers/local.gin"
@@ -55,6 +57,9 @@ def test_every_config_that_comes_along_builds_what_it_is_for(tmp_path):
             config.build([base, path], root=root)
         elif kind == "meshes":
             config.build([BASE, path], root="Experiment")
+        elif kind == "pods":
+            with described([types.SimpleNamespace(platform="tpu")] * 128):
+                config.build([path], root="Experiment")
         else:
             given = [overrides[path]] if path in overrides else []
             config.build([path], given, root="Ablation" if kind == "sweeps" else "Experiment")

@@ -60,6 +60,7 @@ CONSTRUCTORS: dict[Any, dict[str, Any]] = {
     data.Needle: {},
     data.LinearRegressions: {},
     data.photo_crops: {"size": 128},
+    data.random_tokens: {"count": 100},
     train.Mesh: {},
     train.OptimizerOptions: {},
     experiment: {},

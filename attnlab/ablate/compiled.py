@@ -42,7 +42,8 @@ def compile_arms(
     rows = []
     for number, arm in enumerate(plan.arms, 1):
         run = plan.run(arm, plan.ablation.seeds[0], plan.rates[0])
-        facts = {"run": run.digest, "mesh": dataclasses.asdict(run.experiment.mesh), "topology": topology}
+        code = cache.code_version((*run.built.modules, compile_step.__module__))
+        facts = {"values": run.built.values, "data": run.data, "code": code, "topology": topology}
         digest = cache.digest({**facts, "libtpu": metadata.version("libtpu")})
         if digest not in kept:
             report(f"[{number}/{len(plan.arms)}] {arm}: compiling for {topology}")

@@ -60,6 +60,15 @@ def test_embedded_text_is_megabytes_of_python_and_the_same_in_another_process():
     assert other.strip() == str(corpus.describe())
 
 
+def test_random_tokens_are_those_of_the_seed_and_stand_for_nothing():
+    corpus = data.random_tokens(50, 1000, seed=1)
+    assert (len(corpus.train), len(corpus.validation), corpus.vocabulary) == (900, 100, 50)
+    assert set(corpus.train.tolist()) == set(range(50))
+    np.testing.assert_array_equal(data.random_tokens(50, 1000, seed=1).train, corpus.train)
+    assert not np.array_equal(data.random_tokens(50, 1000).train, corpus.train)
+    assert corpus.decode(np.array([3, 49])) == "3 49"
+
+
 def first(batches, count):
     return [batch for _, batch in zip(range(count), batches)]
 

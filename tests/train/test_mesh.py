@@ -1,7 +1,9 @@
 """Runs on meshes of the eight devices that tests have: the same numbers, each device with its part."""
 
 import functools
+import importlib.util
 import json
+import types
 
 import jax
 import numpy as np
@@ -14,8 +16,9 @@ from attnlab import nn
 from attnlab.errors import UserError
 from attnlab.models import AxialTransformer, LanguageModel
 from attnlab.train import Mesh, OptimizerOptions, train
-from attnlab.train.mesh import placed
+from attnlab.train.mesh import described, placed
 from attnlab.train.step import initial_state, make_optimizer, make_step, state_shapes
+from kernels_pallas.aot.compile import topology_devices
 
 MESHES = {
     "data 8": Mesh(data=8),
@@ -54,6 +57,22 @@ def test_one_axis_takes_what_the_rest_leaves(mesh, sizes):
 def test_a_mesh_that_cannot_be_is_refused(options, error, message):
     with pytest.raises(error, match=message):
         Mesh(**options).sizes(8)
+
+
+def test_runs_are_built_for_devices_that_are_described():
+    mesh = Mesh(fsdp=-1, context=4)
+    with described([types.SimpleNamespace(platform="tpu")] * 64):
+        assert str(mesh) == "fsdp 16 x context 4"
+        with pytest.raises(UserError, match=r"there are 64 devices$"):
+            str(Mesh(data=128))
+    assert str(mesh) == "fsdp 2 x context 4"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="describing a TPU needs libtpu")
+def test_axes_of_a_mesh_may_share_one_of_a_torus():
+    mesh = Mesh(data=2, fsdp=8, context=8).build(topology_devices("v5p:4x4x8"))
+    parts = mesh.devices.reshape(16, 8)
+    assert all(len({tuple(device.coords[:2]) for device in part}) == 1 for part in parts)  # a context along one axis
 
 
 def test_a_batch_is_not_cut_within_an_example():

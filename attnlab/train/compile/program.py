@@ -232,6 +232,9 @@ class _Program:
             return 2 * _sliced(instruction, around)
         if kind == "copy-start":  # the result is (destination, source, flag)
             return _in_hbm(operands[0].shape) + _in_hbm(instruction.shape.split("}, ")[0] + "}")
+        if kind == "slice-start":  # ((source), destination, flag)
+            made = instruction.shape.partition("), ")[2]
+            return _bytes(made) + _in_hbm(made)
         if kind.endswith("-start"):  # the result holds the operands too
             return _in_hbm(instruction.shape)
         return sum(_in_hbm(operand.shape) for operand in operands) + _in_hbm(instruction.shape)
@@ -270,11 +273,11 @@ def _written(root: _Instruction, inside: _Computation, shape: str) -> float:
     if len(arrays) != len(parts):
         return _in_hbm(shape)
     total = 0.0
-    for part, (size, is_in_hbm) in zip(parts, arrays):
+    for part, (size, memory) in zip(parts, arrays):
         while part.kind == "bitcast":
             part = inside[part.operands[0]]
         changed = _SLICED.get(part.kind)
-        if is_in_hbm:
+        if not memory:
             total += size if changed is None else min(size, _bytes(inside[part.operands[changed]].shape))
     return total
 
@@ -282,20 +285,19 @@ def _written(root: _Instruction, inside: _Computation, shape: str) -> float:
 # --- Text -------------------------------------------------------------------------------------------------------------
 
 
-def _arrays(shape: str) -> Iterator[tuple[int, bool]]:
-    """Bytes of a shape's arrays, and whether each lies in HBM, which is memory 0; flags of semaphores are left out."""
+def _arrays(shape: str) -> Iterator[tuple[int, str]]:
+    """Bytes of a shape's arrays, and the memory in which each lies: HBM has no number, VMEM 1; others hold flags."""
     for dtype, sizes, memory in _ARRAY.findall(shape):
         bits = _BITS.get(dtype) or (int(width[0]) if (width := re.findall(r"\d+", dtype)) else 0)
-        if memory in ("", "1"):
-            yield -(-math.prod(_numbers(sizes)) * bits // 8), not memory
+        yield -(-math.prod(_numbers(sizes)) * bits // 8), memory
 
 
 def _bytes(shape: str) -> int:
-    return sum(size for size, _ in _arrays(shape))
+    return sum(size for size, memory in _arrays(shape) if memory in ("", "1"))
 
 
 def _in_hbm(shape: str) -> int:
-    return sum(size for size, is_in_hbm in _arrays(shape) if is_in_hbm)
+    return sum(size for size, memory in _arrays(shape) if not memory)
 
 
 def _numbers(text: str) -> list[int]:
