@@ -15,7 +15,7 @@ from attnlab import config, signals
 from attnlab.ablate.plan import Plan
 from attnlab.errors import UserError, parse_json
 from attnlab.train.compile import CompiledStep, compile_step, described_devices
-from attnlab.train.mesh import described
+from attnlab.train.mesh import described, shown_sizes
 from attnlab.train.workdir import check_path, replace_text
 
 
@@ -25,8 +25,8 @@ def compile_arms(
     """Compiles every arm of a sweep, each in a process of its own, and writes workdir/compiled.jsonl and compiled.md.
     Returns whether all of them fit.
 
-    A row that is there already, of the same config, code, topology and libtpu, is not compiled again, so that the same
-    command continues; rows of other sweeps and topologies stay.
+    A row that is there already, of the same config, code and libtpu, is not compiled again, so that the same command
+    continues; one with an error is. Rows of other sweeps and topologies stay.
 
     Args:
       file, overrides: as in run_ablation. topology: as in described_devices. workdir: takes the rows.
@@ -38,22 +38,23 @@ def compile_arms(
         check_path(workdir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"workdir: cannot write to {error.filename} ({error.strerror}); give another") from error
-    kept = {row["digest"]: row for row in _read(workdir / "compiled.jsonl")}
-    rows = []
+    kept = {(row["sweep"], row["arm"], row["topology"]): row for row in _read(workdir / "compiled.jsonl")}
+    all_fit = True
     for number, arm in enumerate(plan.arms, 1):
         run = plan.run(arm, plan.ablation.seeds[0], plan.rates[0])
         code = cache.code_version((*run.built.modules, compile_step.__module__))
-        facts = {"values": run.built.values, "data": run.data, "code": code, "topology": topology}
-        digest = cache.digest({**facts, "libtpu": metadata.version("libtpu")})
-        if digest not in kept:
+        facts = {"values": run.built.values, "data": run.data, "code": code, "libtpu": metadata.version("libtpu")}
+        names = {"sweep": Path(file).stem, "arm": arm, "topology": topology}
+        row, digest = kept.get(tuple(names.values())), cache.digest(facts)
+        if row is None or row["digest"] != digest or row["error"]:
             report(f"[{number}/{len(plan.arms)}] {arm}: compiling for {topology}")
-            # Of a row that failed there is no more than its error; of the others, the fields of a CompiledStep.
-            kept[digest] = {"arm": arm, "digest": digest, "error": "", **_compiled_apart(run.built.text, topology)}
+            row = {**names, "digest": digest, "error": "", **_compiled_apart(run.built.text, topology)}
+            kept[tuple(names.values())] = row
             replace_text(workdir / "compiled.jsonl", "".join(json.dumps(row) + "\n" for row in kept.values()))
-        rows.append({**kept[digest], "arm": arm})
-        report(f"[{number}/{len(plan.arms)}] {arm}: {_summary(rows[-1])}")
-    replace_text(workdir / "compiled.md", table(list(kept.values())) + "\n")
-    return all(not row["error"] and step_of(row).fits for row in rows)
+            replace_text(workdir / "compiled.md", table(list(kept.values())) + "\n")
+        all_fit &= not row["error"] and step_of(row).fits
+        report(f"[{number}/{len(plan.arms)}] {arm}: {row['error'] or _summary(step_of(row))}")
+    return all_fit
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -99,37 +100,28 @@ def step_of(row: Mapping[str, Any]) -> CompiledStep:
     return CompiledStep(**{field.name: row[field.name] for field in dataclasses.fields(CompiledStep)})
 
 
-def _summary(row: Mapping[str, Any]) -> str:
-    if row["error"]:
-        return row["error"]
-    step = step_of(row)
-    if step.memory is None:
-        return f"does not fit: {step.refusal}"
-    used = sum(step.memory.values()) / 2**30
-    verdict = "" if step.fits else ", which does not fit"
-    return f"{used:.2f} of {step.hbm / 2**30:.2f} GiB{verdict}; {step.cpu_seconds:.0f} CPU seconds"
+def _summary(step: CompiledStep) -> str:
+    return f"{step.shown_memory}; {step.cpu_seconds:.0f} CPU seconds"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown, a line per row."""
-    head = ["arm", "topology", "mesh", "parameters", "tokens a step", "GiB of HBM", "FLOPs", "of the model", "HBM, GB"]
-    head += ["sent, GB", "compute, ms", "HBM, ms", "interconnect, ms", "kernels", "CPU s"]
+    """Markdown, a line per row; of one device and one step."""
+    head = ["arm", "topology", "mesh", "parameters", "tokens", "memory", "FLOPs", "of the model", "HBM, GB", "sent, GB"]
+    head += ["compute, ms", "HBM, ms", "interconnect, ms", "kernels", "CPU s"]
     lines = [head, ["---"] * 3 + ["---:"] * 10 + ["---", "---:"]]
     for row in rows:
         if row["error"]:
-            lines.append([row["arm"], row["error"], *[""] * (len(head) - 2)])
+            lines.append([row["arm"], row["topology"], row["error"], *[""] * (len(head) - 3)])
             continue
         step = step_of(row)
-        mesh = " x ".join(f"{axis} {size}" for axis, size in step.mesh.items() if size > 1) or "one device"
-        cells = [row["arm"], step.topology, mesh, f"{step.parameters / 1e6:,.0f} M"]
-        cells.append(f"{step.batch_size} x {step.units:,}")
+        cells = [row["arm"], step.topology, shown_sizes(step.mesh), f"{step.parameters / 1e6:,.0f} M"]
+        cells += [f"{step.batch_size} x {step.units:,}", step.shown_memory]
         if step.memory is None:
-            cells += ["does not fit", *[""] * 8, f"{step.cpu_seconds:.0f}"]
+            cells += [""] * 8
         else:
-            used = f"{sum(step.memory.values()) / 2**30:.2f} of {step.hbm / 2**30:.2f}"
-            cells += [used, f"{step.flops:.3g}", f"{step.model_flops:.3g}", f"{step.hbm_bytes / 1e9:,.0f}"]
-            cells.append(f"{sum(each['bytes'] for each in step.collectives) / 1e9:,.1f}")
+            cells += [f"{step.flops:.3g}", f"{step.model_flops:.3g}", f"{step.hbm_bytes / 1e9:,.0f}"]
+            cells.append(f"{step.sent / 1e9:,.1f}")
             cells += [f"{1e3 * step.seconds[name]:,.0f}" for name in ("compute", "HBM", "interconnect")]
-            cells += [", ".join(step.kernels) or "none", f"{step.cpu_seconds:.0f}"]
-        lines.append(cells)
+            cells.append(", ".join(step.kernels) or "none")
+        lines.append([*cells, f"{step.cpu_seconds:.0f}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

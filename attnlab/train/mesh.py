@@ -88,11 +88,11 @@ class Mesh:
         if named > devices or (-1 in given.values() and devices % named):
             is_cpu = devices_of_runs()[0].platform == "cpu"
             hint = "; on a CPU the environment's JAX_NUM_CPU_DEVICES makes more" * is_cpu
-            raise UserError(f"mesh: got {_shown(given)}, and there are {devices} devices{hint}")
+            raise UserError(f"mesh: got {shown_sizes(given)}, and there are {devices} devices{hint}")
         return {axis: devices // named if size == -1 else size for axis, size in given.items()}
 
     def __str__(self) -> str:
-        return _shown(self.sizes(len(devices_of_runs())))
+        return shown_sizes(self.sizes(len(devices_of_runs())))
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
         """The mesh over the first of these devices (None: those of runs), along whose axes XLA shards by itself."""
@@ -105,7 +105,8 @@ class Mesh:
         return jax.sharding.Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _shown(sizes: Mapping[str, int]) -> str:
+def shown_sizes(sizes: Mapping[str, int]) -> str:
+    """A mesh for people, "data 2 x fsdp 4": the axes that have more than one device."""
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "one device"
 
 

@@ -274,7 +274,7 @@ def test_a_step_for_chips_that_are_not_there():
     sent = {(each["kind"], *each["axes"]): each for each in step.collectives}
     assert sent["all-gather", "fsdp"]["times"] >= 4 * 7  # each layer's matrices
     assert sum(each["times"] for each in step.collectives if "data" in each["axes"]) >= 4  # each layer's gradients
-    assert step.model_flops < step.flops < 1.3 * step.model_flops
+    assert step.model_flops < step.flops < 2 * step.model_flops
     assert not dataclasses.replace(step, hbm=1e6).fits
     assert "does not fit" in str(dataclasses.replace(step, hbm=1e6))
 
@@ -314,7 +314,7 @@ ALONE = ["compile", "experiments/pods/lm_125m_8k.gin", "--topology", "v5e:2x2", 
 @pytest.mark.parametrize(
     ("step", "status", "said"),
     [
-        (STEP, 0, "3.00 of 16.00 GiB (arguments 1.00, temporaries 2.00, code 0.00): fits"),
+        (STEP, 0, "3.00 of 16.00 GiB (arguments 1.00, temporaries 2.00, code 0.00)"),
         (dataclasses.replace(STEP, hbm=2**30), 1, "does not fit"),
         (dataclasses.replace(STEP, memory=None, refusal="Ran out of memory"), 1, "does not fit: Ran out of memory"),
     ],
@@ -366,10 +366,10 @@ def test_a_sweep_is_compiled_row_by_row_and_continues(tmp_path, compilations):
     assert cli.main([*sweep, *small, more]) == 0
     assert len(compilations) == 3
     assert cli.main([*sweep, *small, more, "--gin.Mesh.fsdp=1", "--gin.Mesh.data=4"]) == 0
-    assert len(compilations) == 6  # a mesh of its own is a program of its own
+    assert len(compilations) == 6  # another mesh is another program
     rows = [json.loads(line) for line in (tmp_path / "compiled.jsonl").read_text().splitlines()]
-    assert [row["arm"] for row in rows] == 2 * ["softmax", "local", "linear"]
-    assert (tmp_path / "compiled.md").read_text().count("\n") == 2 + 6
+    assert [row["arm"] for row in rows] == ["softmax", "local", "linear"]
+    assert (tmp_path / "compiled.md").read_text().count("\n") == 2 + 3
 
 
 @needs_libtpu

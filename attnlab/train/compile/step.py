@@ -16,6 +16,7 @@ from attnlab.train.compile.chips import CHIPS, Chip
 from attnlab.train.compile.flops import product_flops
 from attnlab.train.compile.program import traffic
 from attnlab.train.loop import Experiment
+from attnlab.train.mesh import shown_sizes
 from attnlab.train.step import batch_shapes, make_optimizer, make_step, state_shapes
 
 _GIB = 2**30
@@ -64,26 +65,35 @@ class CompiledStep:
     def fits(self) -> bool:
         return self.memory is not None and sum(self.memory.values()) <= self.hbm
 
+    @property
+    def shown_memory(self) -> str:
+        if self.memory is None:
+            return f"does not fit: {self.refusal}"
+        amount = f"{sum(self.memory.values()) / _GIB:.2f} of {self.hbm / _GIB:.2f} GiB"
+        return amount if self.fits else f"{amount}: does not fit"
+
+    @property
+    def sent(self) -> float:
+        """Bytes over the interconnect."""
+        return math.fsum(each["bytes"] for each in self.collectives)
+
     def __str__(self) -> str:
-        mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1) or "one device"
         lines = [
-            f"{self.topology}: {self.devices} devices, {mesh}",
+            f"{self.topology}: {self.devices} devices, {shown_sizes(self.mesh)}",
             f"{self.parameters / 1e6:,.1f} M parameters; {self.batch_size} x {self.units:,} {self.unit}s a step",
         ]
         if self.memory is None:
-            return "\n".join([*lines, f"does not fit: {self.refusal}"])
-        used = sum(self.memory.values())
+            return "\n".join([*lines, self.shown_memory])
         parts = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in self.memory.items())
-        verdict = "fits" if self.fits else "does not fit"
         compute, hbm, interconnect = (self.seconds[name] for name in ("compute", "HBM", "interconnect"))
         least, most = max(self.seconds.values()), sum(self.seconds.values())
         peak = self.seconds["compute"] / self.flops * self.model_flops if self.flops else 0.0
         lines += [
             "of one device and one step:",
-            f"  memory        {used / _GIB:.2f} of {self.hbm / _GIB:.2f} GiB ({parts}): {verdict}",
+            f"  memory        {self.shown_memory} ({parts})",
             f"  FLOPs         {self.flops:.3g} of products and kernels; {self.model_flops:.3g} of the model",
             f"  HBM           {self.hbm_bytes / 1e9:,.1f} GB read and written",
-            f"  interconnect  {sum(each['bytes'] for each in self.collectives) / 1e9:,.2f} GB sent",
+            f"  interconnect  {self.sent / 1e9:,.2f} GB sent",
         ]
         for each in self.collectives:
             axes = " x ".join(each["axes"]) or "none"
