@@ -73,7 +73,7 @@ def _compiled_apart(text: str, topology: str) -> dict[str, Any]:
     process = context.Process(target=_compile, args=(sender, text, topology), daemon=True)
     process.start()
     sender.close()
-    with signals.with_helpers(process.terminate, process.join):
+    with signals.with_helpers(process.kill, process.join):  # it has nothing to save
         try:
             row = receiver.recv()
         except EOFError:
