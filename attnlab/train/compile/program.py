@@ -37,13 +37,13 @@ class Collective(NamedTuple):
 class Traffic:
     """Of one device in a run of the program.
 
-    collectives: how often, and bytes sent. hbm: bytes read and written. kernels: calls by name. unknown_loops: those
-    whose trips are not known, and count once.
+    times: how often each collective runs. sent: bytes by collective. hbm: bytes read and written. kernels: calls by
+    name. unknown_loops: those whose trips are not known, and count once.
     """
 
     times: Counter[Collective] = dataclasses.field(default_factory=Counter)
-    sent: Any = dataclasses.field(default_factory=Counter)  # of floats
-    hbm: float = 0.0
+    sent: Counter[Collective] = dataclasses.field(default_factory=Counter)
+    hbm: int = 0
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)
     unknown_loops: int = 0
 
@@ -112,15 +112,17 @@ class _Program:
             elif instruction.kind == "conditional":
                 total.add(max(map(self.traffic, called), key=lambda branch: branch.hbm), 1)
             elif instruction.kind in ("call", "async-start"):
-                total.add(self.traffic(called[0]), 1)
+                for name in called:
+                    total.add(self.traffic(name), 1)
             for place, each in self._collectives(instruction, inside):
                 # One that XLA splits into a start, pieces among other work and an end is a chain.
-                chain = re.search(r'chain_id="(\w+)"', each.rest)
-                if chain is None or chain[1] not in chains:
-                    chains |= {chain[1]} if chain else set()
-                    key, sent = self._collective(each, place, instruction)
-                    total.times[key] += 1
-                    total.sent[key] += sent
+                if (chain := re.search(r'chain_id="(\w+)"', each.rest)) is not None:
+                    if chain[1] in chains:
+                        continue
+                    chains.add(chain[1])
+                key, sent = self._collective(each, place, instruction)
+                total.times[key] += 1
+                total.sent[key] += sent
             total.hbm += self._hbm_bytes(instruction, inside)
             if (kernel := _kernel(instruction)) is not None:
                 total.kernels[kernel] += 1
@@ -177,7 +179,7 @@ class _Program:
 
     def _collective(
         self, instruction: _Instruction, around: _Computation, outer: _Instruction
-    ) -> tuple[Collective, float]:
+    ) -> tuple[Collective, int]:
         """Over what it goes, and bytes that a device sends."""
         kind = instruction.kind.removesuffix("-start")
         given = sum(_bytes(around[operand].shape) for operand in instruction.operands)
@@ -190,7 +192,7 @@ class _Program:
         if kind == "all-reduce" and "all-reduce-scatter" in next(self._called(outer), ""):
             kind = "reduce-scatter"
         whole = {"all-gather": many * given, "all-reduce": 2 * given}.get(kind, given)
-        return Collective(kind, self._axes(group)), whole * (many - 1) / many
+        return Collective(kind, self._axes(group)), whole * (many - 1) // many
 
     def _group(self, rest: str) -> Sequence[int]:
         """The first group of devices."""
@@ -213,7 +215,7 @@ class _Program:
 
     # --- HBM ---
 
-    def _hbm_bytes(self, instruction: _Instruction, around: _Computation) -> float:
+    def _hbm_bytes(self, instruction: _Instruction, around: _Computation) -> int:
         kind = instruction.kind
         if kind in _FREE or kind.endswith("-done") or kind == "async-start":
             return 0
@@ -249,12 +251,12 @@ def _sliced(instruction: _Instruction, around: _Computation) -> int:
     return _in_hbm(instruction.shape if number is None else around[instruction.operands[number]].shape)
 
 
-def _read(parameter: _Instruction, inside: _Computation, whole: int) -> float:
+def _read(parameter: _Instruction, inside: _Computation, whole: int) -> int:
     """Bytes that a fusion reads of an operand: of one that it only slices, the slices."""
     if not whole:
         return 0
     users = [each for each in inside.values() if parameter.name in each.operands]
-    read = 0.0
+    read = 0
     for user in users:
         if user.kind == "bitcast":
             read += _read(user, inside, whole)
@@ -266,13 +268,13 @@ def _read(parameter: _Instruction, inside: _Computation, whole: int) -> float:
     return min(read, whole)
 
 
-def _written(root: _Instruction, inside: _Computation, shape: str) -> float:
+def _written(root: _Instruction, inside: _Computation, shape: str) -> int:
     """Bytes that a fusion writes: of an array that it changes in place, what it changes."""
     parts = [inside[operand] for operand in root.operands] if root.kind == "tuple" else [root]
     arrays = list(_arrays(shape))
     if len(arrays) != len(parts):
         return _in_hbm(shape)
-    total = 0.0
+    total = 0
     for part, (size, memory) in zip(parts, arrays):
         while part.kind == "bitcast":
             part = inside[part.operands[0]]

@@ -53,7 +53,7 @@ class CompiledStep:
     refusal: str = ""
     flops: float = 0.0
     model_flops: float = 0.0
-    hbm_bytes: float = 0.0
+    hbm_bytes: int = 0
     collectives: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -73,9 +73,9 @@ class CompiledStep:
         return amount if self.fits else f"{amount}: does not fit"
 
     @property
-    def sent(self) -> float:
+    def sent(self) -> int:
         """Bytes over the interconnect."""
-        return math.fsum(each["bytes"] for each in self.collectives)
+        return sum(each["bytes"] for each in self.collectives)
 
     def __str__(self) -> str:
         lines = [
