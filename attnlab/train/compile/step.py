@@ -129,7 +129,8 @@ def compile_step(experiment: Experiment, topology: str, devices: tuple[jax.Devic
         raise UserError(f"mesh: got {mesh.size} devices; {allowed}")
     chip, costs = CHIPS[topology.partition(":")[0]], task.costs(model)
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
-    step = make_step(model, task, optimizer, jax.random.key(experiment.seed), mesh, experiment.accumulation)
+    key, parts, dtype = jax.random.key(experiment.seed), experiment.accumulation, experiment.gradient_dtype
+    step = make_step(model, task, optimizer, key, mesh, parts, dtype)
     traced = step.trace(state_shapes(model, task, batch_size, optimizer, mesh), batch_shapes(task, batch_size, mesh))
     facts = {
         "topology": topology,
