@@ -90,7 +90,7 @@ class CompiledStep:
         peak = self.seconds["compute"] / self.flops * self.model_flops if self.flops else 0.0
         lines += [
             "of one device and one step:",
-            f"  memory        {self.shown_memory} ({parts})",
+            f"  memory        {self.shown_memory} ({parts})" + ", fits" * self.fits,
             f"  FLOPs         {self.flops:.3g} of products and kernels; {self.model_flops:.3g} of the model",
             f"  HBM           {self.hbm_bytes / 1e9:,.1f} GB read and written",
             f"  interconnect  {self.sent / 1e9:,.2f} GB sent",
