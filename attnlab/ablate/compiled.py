@@ -57,13 +57,22 @@ def compile_arms(
     return all_fit
 
 
+_FIELDS = {field.name for field in dataclasses.fields(CompiledStep)}
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        return [parse_json(line) for line in path.read_text().splitlines()]
+        rows = [parse_json(line) for line in path.read_text().splitlines()]
     except FileNotFoundError:
         return []
     except ValueError as error:
         raise UserError(f"workdir: {path} is not JSON lines ({error}); give another folder") from error
+    for row in rows:
+        known = {"sweep", "arm", "topology", "digest", "error"}
+        needed = known if isinstance(row, dict) and row.get("error") else known | _FIELDS
+        if not isinstance(row, dict) or not needed <= row.keys():
+            raise UserError(f"workdir: {path} has rows of something else; give another folder")
+    return rows
 
 
 def _compiled_apart(text: str, topology: str) -> dict[str, Any]:
@@ -97,7 +106,7 @@ def _compile(sender: Connection, text: str, topology: str) -> None:
 
 def step_of(row: Mapping[str, Any]) -> CompiledStep:
     """What a row without an error holds."""
-    return CompiledStep(**{field.name: row[field.name] for field in dataclasses.fields(CompiledStep)})
+    return CompiledStep(**{name: row[name] for name in _FIELDS})
 
 
 def _summary(step: CompiledStep) -> str:

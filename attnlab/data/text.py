@@ -155,10 +155,8 @@ def random_tokens(vocabulary: int = 32768, count: int = 2**20, seed: int = 0) ->
 
     They stand in for data of a vocabulary, to compile a run or to time it.
     """
-    vocabulary, count = (
-        check_int("vocabulary", vocabulary, least=1, most=2**31 - 1),
-        check_int("count", count, least=20, most=2**30),
-    )
+    vocabulary = check_int("vocabulary", vocabulary, least=1, most=2**31 - 1)
+    count = check_int("count", count, least=20, most=2**30)
     seed = check_int("seed", seed, least=0, most=MOST_SEED)
     tokens = np.random.default_rng(seed).integers(vocabulary, size=count, dtype=np.int32)
     cut = count * 9 // 10

@@ -77,7 +77,7 @@ def shared(function, **options):
 
 
 def early(x):
-    return jax.lax.while_loop(lambda c: (c[0] < 6) & (c[1][0, 0] < 9), lambda c: (c[0] + 1, c[1] @ x), (0, x))[1]
+    return jax.lax.while_loop(lambda c: (c[0] < 6) & (c[1][0, 0] < 2.5), lambda c: (c[0] + 1, c[1] @ x), (0, x))[1]
 
 
 def recomputed(x):
@@ -370,6 +370,18 @@ def test_a_sweep_is_compiled_row_by_row_and_continues(tmp_path, compilations):
     rows = [json.loads(line) for line in (tmp_path / "compiled.jsonl").read_text().splitlines()]
     assert [row["arm"] for row in rows] == ["softmax", "local", "linear"]
     assert (tmp_path / "compiled.md").read_text().count("\n") == 2 + 3
+
+
+@needs_libtpu
+@pytest.mark.parametrize("text", ["no JSON", "[1]", '{"arm": "softmax"}', "7"])
+def test_a_folder_of_something_else_is_refused(text, tmp_path, compilations, capsys):
+    (tmp_path / "compiled.jsonl").write_text(text + "\n")
+    small = ["--gin.LanguageModel.depth=1", "--gin.LanguageModel.features=64", "--gin.LanguageTask.sequence_length=64"]
+    arms = "--gin.Ablation.arms={'softmax': 'experiments/mixers/softmax.gin'}"
+    sweep = ["compile", SWEEP, "--topology", "v5e:2x2", "--workdir", str(tmp_path), "--gin.Mesh.fsdp=2"]
+    assert cli.main([*sweep, arms, *small]) == 2
+    assert "attnlab: workdir: " in capsys.readouterr().err
+    assert (tmp_path / "compiled.jsonl").read_text() == text + "\n"
 
 
 @needs_libtpu

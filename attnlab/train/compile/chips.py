@@ -50,7 +50,7 @@ def described_devices(topology: str) -> tuple[jax.Device, ...]:
     if (chips := math.prod(map(int, sizes.split("x"))) if sizes else 1) > (most := CHIPS[generation].pod):
         raise UserError(f"topology: got {topology!r}, which has {chips} chips; a pod has at most {most}")
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(missing_package("libtpu").replace("experiments", "experiments,tpu-aot"))
+        raise UserError(missing_package("libtpu").replace("[experiments]", "[experiments,tpu-aot]"))
     try:
         return topology_devices(topology)
     except Exception as error:  # libtpu's, of several types

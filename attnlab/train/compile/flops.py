@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 
@@ -72,7 +73,7 @@ def _most_trips(condition: Jaxpr) -> int:
         for equation in condition.eqns
         if equation.primitive.name == "lt"
         for operand in equation.invars[1:]
-        if isinstance(operand, Literal)
+        if isinstance(operand, Literal) and jnp.issubdtype(operand.aval.dtype, jnp.integer)
     ]
     return int(min(bounds, default=1))
 
