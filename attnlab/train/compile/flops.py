@@ -73,7 +73,7 @@ def _most_trips(condition: Jaxpr) -> int:
         for equation in condition.eqns
         if equation.primitive.name == "lt"
         for operand in equation.invars[1:]
-        if isinstance(operand, Literal) and jnp.issubdtype(operand.aval.dtype, jnp.integer)
+        if isinstance(operand, Literal) and jnp.issubdtype(jnp.result_type(operand.val), jnp.integer)
     ]
     return int(min(bounds, default=1))
 
