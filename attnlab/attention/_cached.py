@@ -1,9 +1,13 @@
-"""A token's attention to a cache of keys and values: what the steps of softmax, local and dilated attention share."""
+"""Caches of keys and values: how prompts and tokens are put into them, and a token's attention to one.
+
+The tokens so far are counted once for all rows, int32 [], or where prompts differ in length by row, int32 [B].
+"""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from attnlab.attention._dispatch.choice import Implementations, dispatch
 from attnlab.attention._kernels import cache
@@ -27,10 +31,10 @@ def attend_to_cache(
 ) -> Array:
     """[B, 1, N, V]: a token's attention to a cache [B, S, K, H], [B, S, K, V].
 
-    visible: bool [S]. used: int [], no slot from this one on is visible.
+    visible: bool [B or 1, S]. used: int [] or [B], no slot from this one on is visible.
     """
     # One row per sequence of the batch, so that devices share it as they share the batch.
-    visible = jnp.broadcast_to(visible, (query.shape[0], *visible.shape))
+    visible, used = jnp.broadcast_to(visible, (query.shape[0], visible.shape[1])), jnp.max(used)
     arrays = (query, key, value, visible, used, jnp.asarray(scale, accumulator_dtype(query, key, value)))
     return dispatch(primitive, STEP_IMPLEMENTATIONS, implementation, *arrays)
 
@@ -41,6 +45,47 @@ def _xla(query: Array, key: Array, value: Array, visible: Array, used: Array, sc
 
     # A slot that is not visible may hold a NaN: of a window's earlier tokens, or of what a caller did not clear.
     return jax.lax.cond(are_finite(key, value), form(dense_attention), form(reference_attention), query, key, value)
+
+
+def by_row(count: Array) -> Array:
+    """A count [] or [B] as [1, 1] or [B, 1], to compare with what runs along the slots."""
+    return count.reshape(-1, 1)
+
+
+def put(cache: Array, new: Array, slot: Array) -> Array:
+    """cache [B, S, ...] with new [B, 1, ...] in a slot, int [] or [B]."""
+    new = new.astype(cache.dtype)
+    if slot.ndim == 0:
+        return lax.dynamic_update_slice_in_dim(cache, new, slot, axis=1)
+    return jax.vmap(lambda x, new, slot: lax.dynamic_update_slice_in_dim(x, new, slot, axis=0))(cache, new, slot)
+
+
+def at(cache: Array, slot: Array) -> Array:
+    """[B, S, ...] -> [B, ...], what a slot holds, int [] or [B]."""
+    if slot.ndim == 0:
+        return lax.dynamic_index_in_dim(cache, slot, axis=1, keepdims=False)
+    return jax.vmap(lambda x, slot: lax.dynamic_index_in_dim(x, slot, axis=0, keepdims=False))(cache, slot)
+
+
+# --- Prompts ----------------------------------------------------------------------------------------------------------
+
+
+def counted(x: Array, lengths: Array | None) -> Array:
+    """A cache's count of tokens after a prompt [B, P, ...]: int32 [], or the lengths [B]."""
+    return jnp.asarray(x.shape[1], jnp.int32) if lengths is None else lengths
+
+
+def newest(count: Array, slots: int) -> Array:
+    """Of counts [B or 1, 1] of tokens, of which token i goes into slot i mod slots: the last one that came into each,
+    [B or 1, slots], negative where none did."""
+    last = count - 1
+    return last - (last - jnp.arange(slots)[None]) % slots
+
+
+def tokens_at(x: Array, index: Array) -> Array:
+    """[B, P, ...] -> [B, S, ...], at the tokens int [B or 1, S]; zeros where these are negative."""
+    index = index.reshape(*index.shape, *(1,) * (x.ndim - 2))
+    return jnp.where(index < 0, 0, jnp.take_along_axis(x, jnp.maximum(index, 0), axis=1))
 
 
 STEP_IMPLEMENTATIONS: Implementations = {"xla": _xla, **cache.KERNELS}

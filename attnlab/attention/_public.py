@@ -7,12 +7,13 @@ from attnlab.attention.agent import agent_attention, agent_bias, pool_agents
 from attnlab.attention.axial import axial_attention
 from attnlab.attention.causal_agent import AgentState, agent_step, causal_agent_attention, init_agent_cache
 from attnlab.attention.centroids import RoutingState, RoutingStatistics, fit_routing, init_routing, update_routing
-from attnlab.attention.dilated import dilated_attention, dilated_step, init_dilated_cache
+from attnlab.attention.dilated import dilated_attention, dilated_step, init_dilated_cache, prefill_dilated_cache
 from attnlab.attention.dot_product import (
     DotProductCache,
     dot_product_attention,
     dot_product_step,
     init_dot_product_cache,
+    prefill_dot_product_cache,
 )
 from attnlab.attention.inline import inline_attention
 from attnlab.attention.linear import (
@@ -23,13 +24,21 @@ from attnlab.attention.linear import (
     linear_step,
     retention_log_decay,
 )
-from attnlab.attention.local import LocalCache, init_local_cache, local_attention, local_step
+from attnlab.attention.local import LocalCache, init_local_cache, local_attention, local_step, prefill_local_cache
 from attnlab.attention.local_linear import (
     LocalLinearResiduals,
     init_local_linear_cache,
     local_linear_attention,
     local_linear_step,
+    prefill_local_linear_cache,
 )
 from attnlab.attention.merge import merge_attention
 from attnlab.attention.parallax import parallax_attention, parallax_step
-from attnlab.attention.routing import RoutingAux, RoutingCache, init_routing_cache, routing_attention, routing_step
+from attnlab.attention.routing import (
+    RoutingAux,
+    RoutingCache,
+    init_routing_cache,
+    prefill_routing_cache,
+    routing_attention,
+    routing_step,
+)

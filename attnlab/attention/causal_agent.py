@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._dispatch.choice import Implementations, Kernel, dispatch
-from attnlab.attention._dispatch.exchange import Parts, over_positions, states_before
+from attnlab.attention._dispatch.exchange import Parts, over_positions, positions_below, states_before
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import linear as kernels
 from attnlab.attention._shared.checks import (
@@ -29,6 +29,7 @@ from attnlab.attention._shared.checks import (
     check_bool,
     check_dtype,
     check_int,
+    check_lengths,
     check_query_key_value,
     check_sizes,
     check_step,
@@ -63,7 +64,8 @@ class AgentState(NamedTuple):
     numerator: Array
 
 
-# (query, key, value, agents, state) -> (out, the state after the tokens), of finite tokens.
+# (query, key, value, agents, state, is_token) -> (out, the state after the tokens), of finite tokens.
+# is_token: bool [B, T], False of padding; None where there is none.
 _Attend = Callable[..., tuple[Array, AgentState]]
 
 
@@ -77,6 +79,7 @@ def causal_agent_attention(
     scale: float | None = None,
     initial_state: AgentState | None = None,
     return_state: bool = False,
+    lengths: Array | None = None,
     chunk_size: int = 64,
     implementation: str | None = None,
 ) -> Any:
@@ -88,6 +91,8 @@ def causal_agent_attention(
       scale: factor on the logits of both steps; None means H ** -0.5.
       initial_state: of the tokens before the first (see init_agent_cache). Default: there are none.
       return_state: also return the AgentState after the last token.
+      lengths: integers [B], 0 to T: the row's tokens, padding after them, which the state does not see. Outputs of
+        padding mean nothing. Default: T in all rows.
       chunk_size: tokens taken at once by "xla".
       implementation: None, "reference" (a scan over tokens), "xla" or "pallas_tpu" (linear attention's forms).
 
@@ -103,8 +108,12 @@ def causal_agent_attention(
     check_query_key_value(query, key, value)
     agents = batched_agents(agents, query)
     chunk_size, return_state = check_int("chunk_size", chunk_size, least=1), check_bool("return_state", return_state)
-    batch, _, heads, head_dim = query.shape
+    batch, length, heads, head_dim = query.shape
     dtype = accumulator_dtype(query, key, value, agents)
+    is_token = None
+    if (lengths := check_lengths(lengths, batch)) is not None:
+        is_token = positions_below(lengths, length)
+        key, value = (jnp.where(is_token[..., None, None], x, 0) for x in (key, value))
     if initial_state is None:
         # Made like query: inside shard_map a scan's carry must vary over the mesh axes that its inputs vary over.
         initial_state = jax.tree.map(
@@ -120,22 +129,29 @@ def causal_agent_attention(
     out, state = over_positions(
         functools.partial(_whole, attend),
         functools.partial(_parted, attend, factor),
-        ("B*N.", "B*K.", "B*K.", "B.N.", of_state),
+        ("B*N.", "B*K.", "B*K.", "B.N.", of_state, "B*"),
         ("B*N.", of_state),
         query,
         key,
         value,
         agents.astype(dtype),
         jax.tree.map(lambda leaf: leaf.astype(dtype), initial_state),
+        is_token,
     )
     return (out, state) if return_state else out
 
 
 def _whole(
-    attend: _Attend, query: Array, key: Array, value: Array, agents: Array, state: AgentState
+    attend: _Attend,
+    query: Array,
+    key: Array,
+    value: Array,
+    agents: Array,
+    state: AgentState,
+    is_token: Array | None,
 ) -> tuple[Array, AgentState]:
     tokens = _spoilt_tokens(query, key, value)
-    out, state = attend(*map(finite_or_zero, (query, key, value)), agents, state)
+    out, state = attend(*map(finite_or_zero, (query, key, value)), agents, state, is_token)
     nothing = jnp.zeros_like(tokens)
     seen = spoilt_since(tokens, nothing, nothing[:, 0])
     return spoil(out, seen | is_spoilt(query)), jax.tree.map(lambda leaf: spoil(leaf, seen[:, -1]), state)
@@ -154,16 +170,24 @@ class _Before(NamedTuple):
 
 
 def _parted(
-    attend: _Attend, scale: Any, parts: Parts, query: Array, key: Array, value: Array, agents: Array, state: AgentState
+    attend: _Attend,
+    scale: Any,
+    parts: Parts,
+    query: Array,
+    key: Array,
+    value: Array,
+    agents: Array,
+    state: AgentState,
+    is_token: Array | None,
 ) -> tuple[Array, AgentState]:
     """Each device's part, from the state that the parts before it leave."""
     tokens = _spoilt_tokens(query, key, value)
     query_is_spoilt = is_spoilt(query)
     query, key, value = map(finite_or_zero, (query, key, value))
-    own = _Before(_state_of(key, value, agents, scale), tokens.any(1).astype(agents.dtype))
+    own = _Before(_state_of(key, value, agents, is_token, scale), tokens.any(1).astype(agents.dtype))
     start = _Before(state, jnp.zeros_like(own.spoilt))
     before, after = states_before(_joined, start, own, parts)
-    out, _ = attend(query, key, value, agents, before.state)
+    out, _ = attend(query, key, value, agents, before.state, is_token)
     seen = spoilt_since(tokens, jnp.zeros_like(tokens), before.spoilt > 0)
     end = after()
     return spoil(out, seen | query_is_spoilt), jax.tree.map(lambda leaf: spoil(leaf, end.spoilt > 0), end.state)
@@ -182,9 +206,9 @@ def _joined(earlier: _Before, later: _Before) -> _Before:
     return _Before(state, jnp.maximum(earlier.spoilt, later.spoilt))
 
 
-def _state_of(key: Array, value: Array, agents: Array, scale: Any) -> AgentState:
+def _state_of(key: Array, value: Array, agents: Array, is_token: Array | None, scale: Any) -> AgentState:
     """The state after these tokens, of none before them."""
-    logits = _logits(key, agents, scale)
+    logits = _logits(key, agents, is_token, scale)
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=1))
     added = jnp.exp(logits - largest[:, None])
     values = repeat_key_heads(value.astype(agents.dtype), agents.shape[2])
@@ -221,7 +245,7 @@ def agent_step(
     _check_state("state", state, query, value, agents)
     dtype = accumulator_dtype(query, key, value, agents)
     state = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
-    return _reference(query, key, value, agents.astype(dtype), state, scale=default_scale(scale, query.shape[-1]))
+    return _reference(query, key, value, agents.astype(dtype), state, None, scale=default_scale(scale, query.shape[-1]))
 
 
 def _reference(
@@ -230,6 +254,7 @@ def _reference(
     value: Array,
     agents: Array,
     state: AgentState,
+    is_token: Array | None,
     *,
     scale: Any,
     chunk_size: int | None = None,
@@ -238,9 +263,10 @@ def _reference(
     scaled_query, agents_read = scaled_for_logits(query, agents, scale, dtype)
     scaled_agents, keys = scaled_for_logits(agents, key, scale, dtype)
 
-    def token(state: AgentState, now: tuple[Array, Array, Array]) -> tuple[AgentState, Array]:
-        query, key, value = now
+    def token(state: AgentState, now: Any) -> tuple[AgentState, Array]:
+        query, key, value, is_token = now
         logits = jnp.einsum("BmNH,BNH->BNm", scaled_agents, key)
+        logits = logits if is_token is None else jnp.where(is_token[:, None, None], logits, _NOTHING)
         largest = jnp.maximum(state.largest, jax.lax.stop_gradient(logits))
         kept, added = jnp.exp(state.largest - largest), jnp.exp(logits - largest)
         denominator = kept * state.denominator + added
@@ -249,27 +275,30 @@ def _reference(
         out = jnp.einsum("BNm,BNmV->BNV", weights / denominator, numerator)
         return AgentState(largest, denominator, numerator), out
 
-    tokens = (scaled_query, *(repeat_key_heads(x.astype(dtype), heads) for x in (keys, value)))
+    tokens = (scaled_query, *(repeat_key_heads(x.astype(dtype), heads) for x in (keys, value)), is_token)
     state = state._replace(largest=jax.lax.stop_gradient(state.largest))
     state, out = jax.lax.scan(token, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
     return jnp.moveaxis(out, 0, 1).astype(query.dtype), state
 
 
-def _logits_and_shares(query: Array, key: Array, agents: Array, scale: Any) -> tuple[Array, Array]:
+def _logits_and_shares(
+    query: Array, key: Array, agents: Array, is_token: Array | None, scale: Any
+) -> tuple[Array, Array]:
     """Of agents over keys, the logits, and of queries over agents, the softmax weights: [B, T, N, m] both."""
     dtype = agents.dtype
     scaled, read = scaled_for_logits(query, agents, scale, dtype)
     shares, total, _ = softmax_parts(jnp.einsum("BTNH,BmNH->BTNm", scaled, read, preferred_element_type=dtype))
-    return _logits(key, agents, scale), shares / total
+    return _logits(key, agents, is_token, scale), shares / total
 
 
-def _logits(key: Array, agents: Array, scale: Any) -> Array:
-    """Of agents over keys, [B, T, N, m]."""
+def _logits(key: Array, agents: Array, is_token: Array | None, scale: Any) -> Array:
+    """Of agents over keys, [B, T, N, m]; of padding that of no tokens."""
     dtype = agents.dtype
     scaled, keys = scaled_for_logits(agents, key, scale, dtype)
     by_group = einops.rearrange(scaled, "B m (K G) H -> B m K G H", K=key.shape[2])
     logits = jnp.einsum("BTKH,BmKGH->BTKGm", keys, by_group, preferred_element_type=dtype)
-    return einops.rearrange(logits, "B T K G m -> B T (K G) m")
+    logits = einops.rearrange(logits, "B T K G m -> B T (K G) m")
+    return logits if is_token is None else jnp.where(is_token[..., None, None], logits, _NOTHING)
 
 
 def _xla(
@@ -278,12 +307,13 @@ def _xla(
     value: Array,
     agents: Array,
     state: AgentState,
+    is_token: Array | None,
     *,
     scale: Any,
     chunk_size: int,
 ) -> tuple[Array, AgentState]:
     dtype, heads = agents.dtype, query.shape[2]
-    logits, shares = _logits_and_shares(query, key, agents, scale)
+    logits, shares = _logits_and_shares(query, key, agents, is_token, scale)
 
     def chunk(state: AgentState, tokens: Any) -> tuple[AgentState, Array]:
         *by_agent, value = tokens
@@ -335,6 +365,7 @@ def _pallas_tpu(
     value: Array,
     agents: Array,
     state: AgentState,
+    is_token: Array | None,
     *,
     scale: Any,
     chunk_size: int,
@@ -342,7 +373,7 @@ def _pallas_tpu(
     """By linear attention's kernels."""
     largest, denominator, numerator = state
     largest = jax.lax.stop_gradient(largest)
-    logits, shares = _logits_and_shares(query, key, agents, scale)
+    logits, shares = _logits_and_shares(query, key, agents, is_token, scale)
     some = denominator > 0
     divisor = jnp.where(some, denominator, 1)
     before = jnp.where(some, jnp.where(some, largest, 0) + jnp.log(divisor), _NOTHING)
@@ -367,7 +398,15 @@ def _pallas_tpu(
 
 
 def _pallas_tpu_refusal(
-    query: Array, key: Array, value: Array, agents: Array, state: AgentState, *, scale: Any, chunk_size: int
+    query: Array,
+    key: Array,
+    value: Array,
+    agents: Array,
+    state: AgentState,
+    is_token: Array | None,
+    *,
+    scale: Any,
+    chunk_size: int,
 ) -> str | None:
     shares = jax.ShapeDtypeStruct((*query.shape[:3], agents.shape[1]), query.dtype)
     repeated = jax.ShapeDtypeStruct((*query.shape[:3], value.shape[-1]), query.dtype)

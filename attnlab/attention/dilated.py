@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from attnlab.attention import masks
+from attnlab.attention._cached import at, by_row, counted, newest, put, tokens_at
 from attnlab.attention._dispatch.primitive import primitive
-from attnlab.attention._shared.checks import check_bool, check_int, check_type, require
+from attnlab.attention._shared.checks import check_bool, check_int, check_position, check_prompt, check_type, require
 from attnlab.attention.local import LocalCache, init_local_cache, local_step, windowed_attention
 
 Array = jax.Array
@@ -81,6 +81,38 @@ def init_dilated_cache(
     return LocalCache(key, value, group.position)
 
 
+@primitive(like="cache")
+def prefill_dilated_cache(
+    cache: LocalCache, key: Array, value: Array, *, dilation: int, lengths: Array | None = None
+) -> LocalCache:
+    """The cache after a prompt: what dilated_step leaves of it, token by token.
+
+    Args:
+      cache: from init_dilated_cache with the same dilation.
+      key: [B, P, K, H], value: [B, P, K, V]. Attention over the prompt is dilated_attention(..., is_causal=True).
+      lengths: integers [B], 0 to P: the row's tokens, padding after them. None: P in all rows.
+    """
+    check_type("cache", cache, LocalCache, "init_dilated_cache")
+    dilation = _check_dilation(cache, dilation)
+    lengths = check_prompt(key, value, cache.key, cache.value, lengths)
+    count, window = counted(key, lengths), cache.key.shape[2]
+    residue = jnp.arange(dilation)[None]
+    in_group = newest(((by_row(count) - residue + dilation - 1) // dilation).reshape(-1, 1), window)
+    index = in_group.reshape(-1, dilation, window) * dilation + residue[..., None]
+    index = index.reshape(-1, dilation * window)
+
+    def placed(old: Array, new: Array) -> Array:
+        return tokens_at(new, index).reshape(old.shape).astype(old.dtype)
+
+    return LocalCache(placed(cache.key, key), placed(cache.value, value), count)
+
+
+def _check_dilation(cache: LocalCache, dilation: Any) -> int:
+    dilation = check_int("dilation", dilation, least=1)
+    require(cache.key.shape[1] == dilation, "dilation", dilation, f"the cache was made for {cache.key.shape[1]}")
+    return dilation
+
+
 @primitive("B*N.", like="cache")
 def dilated_step(
     cache: LocalCache,
@@ -107,15 +139,12 @@ def dilated_step(
     Complexity: O(window) time and O(window dilation) memory.
     """
     check_type("cache", cache, LocalCache, "init_dilated_cache")
-    dilation = check_int("dilation", dilation, least=1)
-    require(cache.key.shape[1] == dilation, "dilation", dilation, f"the cache was made for {cache.key.shape[1]}")
+    dilation = _check_dilation(cache, dilation)
+    check_position("cache.position", cache.position, cache.key.shape[0])
     residue = cache.position % dilation
-    keys, values = (lax.dynamic_index_in_dim(x, residue, axis=1, keepdims=False) for x in cache[:2])
-    group = LocalCache(keys, values, cache.position // dilation)
+    group = LocalCache(at(cache.key, residue), at(cache.value, residue), cache.position // dilation)
     out, group = local_step(
         group, query, key, value, window=window, stride=stride, scale=scale, implementation=implementation
     )
-    keys, values = (
-        lax.dynamic_update_index_in_dim(old, new, residue, axis=1) for old, new in zip(cache[:2], group[:2])
-    )
+    keys, values = (put(old, new[:, None], residue) for old, new in zip(cache[:2], group[:2]))
     return out, LocalCache(keys, values, cache.position + 1)

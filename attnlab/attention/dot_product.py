@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.attention import masks
-from attnlab.attention._cached import attend_to_cache
+from attnlab.attention._cached import attend_to_cache, by_row, counted, put
 from attnlab.attention._dispatch.choice import Implementations, dispatch
 from attnlab.attention._dispatch.exchange import (
     Parts,
@@ -33,6 +33,8 @@ from attnlab.attention._shared.checks import (
     check_bool,
     check_cached_step,
     check_dtype,
+    check_position,
+    check_prompt,
     check_query_key_value,
     check_segment_ids,
     check_sizes,
@@ -243,7 +245,10 @@ IMPLEMENTATIONS: Implementations = {"reference": _reference, "xla": _xla, **kern
 
 
 class DotProductCache(NamedTuple):
-    """Keys and values of the tokens so far: key [B, max_length, K, H], value [B, max_length, K, V], length int32 []."""
+    """Keys and values of the tokens so far: key [B, max_length, K, H], value [B, max_length, K, V].
+
+    length: int32 [], how many they are, or [B], of each row.
+    """
 
     key: Array
     value: Array
@@ -272,6 +277,30 @@ def init_dot_product_cache(
     )
 
 
+@primitive(like="cache")
+def prefill_dot_product_cache(
+    cache: DotProductCache, key: Array, value: Array, *, lengths: Array | None = None
+) -> DotProductCache:
+    """The cache after a prompt: what dot_product_step leaves of it, token by token.
+
+    Args:
+      cache: an empty one, which the prompt fits into.
+      key: [B, P, K, H], value: [B, P, K, V]. Attention over the prompt is dot_product_attention(..., is_causal=True).
+      lengths: integers [B], 0 to P: the row's tokens, padding after them. None: P in all rows.
+    """
+    check_type("cache", cache, DotProductCache, "init_dot_product_cache")
+    lengths = check_prompt(key, value, cache.key, cache.value, lengths)
+    slots, count = cache.key.shape[1], counted(key, lengths)
+    require(key.shape[1] <= slots, "key", shape_text(key), f"the cache was made for {slots} tokens")
+    is_token = (jnp.arange(key.shape[1])[None] < by_row(count))[..., None, None]
+
+    def placed(old: Array, new: Array) -> Array:
+        rest = ((0, 0), (0, slots - new.shape[1]), (0, 0), (0, 0))
+        return jnp.pad(jnp.where(is_token, new, 0).astype(old.dtype), rest)
+
+    return DotProductCache(placed(cache.key, key), placed(cache.value, value), count)
+
+
 @primitive("B*N.", like="cache")
 def dot_product_step(
     cache: DotProductCache,
@@ -297,11 +326,9 @@ def dot_product_step(
     """
     check_type("cache", cache, DotProductCache, "init_dot_product_cache")
     check_cached_step(query, key, value, cache.key, cache.value)
-    keys, values = (
-        lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis=1)
-        for old, new in ((cache.key, key), (cache.value, value))
-    )
-    visible = jnp.arange(keys.shape[1]) <= cache.length
+    check_position("cache.length", cache.length, query.shape[0])
+    keys, values = put(cache.key, key, cache.length), put(cache.value, value, cache.length)
+    visible = jnp.arange(keys.shape[1])[None] <= by_row(cache.length)
     out = attend_to_cache(
         "dot_product_step",
         query,
@@ -312,5 +339,5 @@ def dot_product_step(
         scale=default_scale(scale, query.shape[-1]),
         implementation=implementation,
     )
-    out = jnp.where(cache.length < keys.shape[1], out, jnp.nan)
+    out = jnp.where(by_row(cache.length)[..., None, None] < keys.shape[1], out, jnp.nan)
     return out, DotProductCache(keys, values, cache.length + 1)

@@ -30,7 +30,15 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._dispatch.choice import Implementations, dispatch
-from attnlab.attention._dispatch.exchange import Parts, alike, as_one, moved, over_positions, states_before
+from attnlab.attention._dispatch.exchange import (
+    Parts,
+    alike,
+    as_one,
+    moved,
+    over_positions,
+    positions_below,
+    states_before,
+)
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import linear as kernels
 from attnlab.attention._shared.checks import (
@@ -40,6 +48,7 @@ from attnlab.attention._shared.checks import (
     check_bool,
     check_dtype,
     check_int,
+    check_lengths,
     check_query_key_value,
     check_segment_ids,
     check_sizes,
@@ -80,6 +89,7 @@ def linear_attention(
     scale: float | None = None,
     initial_state: LinearState | None = None,
     return_state: bool = False,
+    lengths: Array | None = None,
     segment_ids: Array | None = None,
     chunk_size: int = 64,
     implementation: str | None = None,
@@ -104,6 +114,8 @@ def linear_attention(
       scale: of the output, default H ** -0.5 with H of the query as given.
       initial_state: state before the first token (see init_linear_cache). Default zeros.
       return_state: also return the state after the last token.
+      lengths: [B] integers, 0 to T: the row's tokens, padding after them, which leaves the state alone. Outputs of
+        padding mean nothing. Default: T in all rows.
       segment_ids: [B, T] integers for packed sequences, each segment one run of equal ids: the state is dropped where
         the id changes. The initial state goes into the row's first segment, the returned state is the last segment's.
       chunk_size: tokens taken at once by "xla".
@@ -141,16 +153,23 @@ def linear_attention(
         initial_state = jax.tree.map(lambda leaf: jnp.zeros_like(query, shape=leaf.shape), initial_state)
     initial_state = jax.tree.map(lambda leaf: leaf.astype(dtype), initial_state)
     options = LinearOptions(feature_map, normalize, default_scale(scale, head_dim), is_causal, chunk_size)
+    inputs = LinearInputs(query, key, value, log_decay, beta, initial_state, segment_ids)
+    if (lengths := check_lengths(lengths, batch)) is not None:
+        inputs, options = _without_padding(inputs, lengths), options._replace(normalize=False)
     attend = functools.partial(dispatch, "linear_attention", IMPLEMENTATIONS, implementation)
-    of_decay = None if log_decay is None else {1: "N", 3: "B*N", 4: "B*N."}[log_decay.ndim]
-    of_state = LinearState("BN..", None if initial_state.k_sum is None else "BN.")  # type: ignore[arg-type]
+    of_decay = None if inputs.log_decay is None else {1: "N", 3: "B*N", 4: "B*N."}[inputs.log_decay.ndim]
+    of_state = LinearState("BN..", None if inputs.state.k_sum is None else "BN.")  # type: ignore[arg-type]
     out, state = over_positions(
         functools.partial(_whole, attend, options),
         functools.partial(_parted if is_causal else _parted_sums, attend, options),
         ("B*N.", "B*K.", "B*K.", of_decay, "B*N", of_state, "B*"),
         ("B*N.", of_state),
-        *LinearInputs(query, key, value, log_decay, beta, initial_state, segment_ids),
+        *inputs,
     )
+    if lengths is not None and initial_state.k_sum is not None:
+        state = LinearState(state.kv[..., :-1], state.kv[..., -1])
+        total = out[..., -1:] + normalizer_epsilon(feature_map) if normalize else 1
+        out = (out[..., :-1] / total).astype(query.dtype)
     return (out, state) if return_state else out
 
 
@@ -300,6 +319,27 @@ def _check_options(
             None,
             "need [B, N, F] with normalize=True: init_linear_cache(..., normalize=True)",
         )
+
+
+def _without_padding(inputs: LinearInputs, lengths: Array) -> LinearInputs:
+    """With zeros for padding, which do not decay.
+
+    A feature map of zeros may be another number. So the sum of keys becomes one more channel of the values, which is 1
+    of tokens, and of the state.
+    """
+    query, key, value, log_decay, beta, state, segment_ids = inputs
+    is_token = positions_below(lengths, query.shape[1])
+
+    def kept(x: Array) -> Array:
+        return jnp.where(is_token.reshape(*is_token.shape, *(1,) * (x.ndim - 2)), x, 0)
+
+    if state.k_sum is not None:
+        value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+        state = LinearState(jnp.concatenate([state.kv, state.k_sum[..., None]], axis=-1))
+    if log_decay is not None:
+        log_decay = kept(log_decay[None, None] if log_decay.ndim == 1 else log_decay)
+    beta = None if beta is None else kept(beta)
+    return LinearInputs(query, kept(key), kept(value), log_decay, beta, state, segment_ids)
 
 
 def _finite(inputs: LinearInputs) -> LinearInputs:

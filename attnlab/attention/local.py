@@ -28,7 +28,7 @@ import numpy as np
 from jax import lax
 
 from attnlab.attention import masks
-from attnlab.attention._cached import attend_to_cache
+from attnlab.attention._cached import attend_to_cache, by_row, counted, newest, put, tokens_at
 from attnlab.attention._dispatch.choice import Implementations, dispatch
 from attnlab.attention._dispatch.exchange import (
     Parts,
@@ -46,6 +46,8 @@ from attnlab.attention._shared.checks import (
     check_cached_step,
     check_dtype,
     check_int,
+    check_position,
+    check_prompt,
     check_query_key_value,
     check_segment_ids,
     check_sizes,
@@ -427,7 +429,7 @@ class LocalCache(NamedTuple):
     """The keys and values that later tokens can see: key [B, sinks + window, K, H], value [B, sinks + window, K, V].
 
     Token p lies in slot sinks + p mod window until it is overwritten, and the first `sinks` tokens in slots of their
-    own too. position: int32 [], the number of tokens so far.
+    own too. position: int32 [], the number of tokens so far, or [B], of each row.
     """
 
     key: Array
@@ -457,6 +459,33 @@ def init_local_cache(
         value=jnp.zeros((*shape, value_dim), dtype),
         position=jnp.zeros((), jnp.int32),
     )
+
+
+@primitive(like="cache")
+def prefill_local_cache(
+    cache: LocalCache, key: Array, value: Array, *, window: int, sinks: int = 0, lengths: Array | None = None
+) -> LocalCache:
+    """The cache after a prompt: what local_step leaves of it, token by token.
+
+    Args:
+      cache: from init_local_cache with the same window and sinks.
+      key: [B, P, K, H], value: [B, P, K, V]. Attention over the prompt is local_attention(..., is_causal=True).
+      lengths: integers [B], 0 to P: the row's tokens, padding after them. None: P in all rows.
+    """
+    check_type("cache", cache, LocalCache, "init_local_cache")
+    lengths = check_prompt(key, value, cache.key, cache.value, lengths)
+    window, sinks = _check_slots(cache, window, sinks)
+    count = counted(key, lengths)
+    index = jnp.concatenate([newest(jnp.minimum(by_row(count), sinks), sinks), newest(by_row(count), window)], axis=1)
+    keys, values = (tokens_at(x, index).astype(old.dtype) for x, old in ((key, cache.key), (value, cache.value)))
+    return LocalCache(keys, values, count)
+
+
+def _check_slots(cache: LocalCache, window: Any, sinks: Any) -> tuple[int, int]:
+    window, sinks = check_int("window", window, least=1), check_int("sinks", sinks, least=0)
+    slots = cache.key.shape[1]
+    require(window + sinks == slots, "window", f"{window} + {sinks} sinks", f"the cache was made for {slots} together")
+    return window, sinks
 
 
 @primitive("B*N.", like="cache")
@@ -489,26 +518,23 @@ def local_step(
     """
     check_type("cache", cache, LocalCache, "init_local_cache")
     check_cached_step(query, key, value, cache.key, cache.value)
-    window, sinks, stride = check_int("window", window), check_int("sinks", sinks), check_int("stride", stride)
-    slots = cache.key.shape[1]
-    require(window + sinks == slots, "window", f"{window} + {sinks} sinks", f"the cache was made for {slots} together")
+    window, sinks = _check_slots(cache, window, sinks)
+    stride = check_int("stride", stride)
     require(1 <= stride <= window, "stride", stride, f"must be from 1 to the window, {window}")
+    check_position("cache.position", cache.position, query.shape[0])
     position = cache.position
+    slot = sinks + position % window
 
     def store(old: Array, new: Array) -> Array:
-        new = new.astype(old.dtype)
-        old = lax.dynamic_update_slice_in_dim(old, new, sinks + position % window, axis=1)
-        if sinks == 0:
-            return old
-        slot = jnp.minimum(position, sinks - 1)
-        kept = lax.dynamic_slice_in_dim(old, slot, 1, axis=1)
-        return lax.dynamic_update_slice_in_dim(old, jnp.where(position < sinks, new, kept), slot, axis=1)
+        stored = put(old, new, slot)
+        return stored if sinks == 0 else put(stored, new, jnp.where(position < sinks, position, slot))
 
     keys, values = store(cache.key, key), store(cache.value, value)
+    now = by_row(position)
     # edge="clip": a leader past the end of the sequence, which is not known here.
-    start, _ = masks.window_bounds(position, position + 1, window=window, stride=stride, is_causal=True, edge="clip")
-    in_slot = position - (position - jnp.arange(window)) % window  # the newest token that the slot holds
-    visible = jnp.concatenate([jnp.arange(sinks) < start, in_slot >= start])
+    start, _ = masks.window_bounds(now, now + 1, window=window, stride=stride, is_causal=True, edge="clip")
+    in_slot = newest(now + 1, window)
+    visible = jnp.concatenate([jnp.arange(sinks)[None] < start, in_slot >= start], axis=1)
     out = attend_to_cache(
         "local_step",
         query,

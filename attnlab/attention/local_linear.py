@@ -28,6 +28,7 @@ import numpy as np
 from jax import lax
 
 from attnlab.attention import dot_product, local, masks
+from attnlab.attention._cached import by_row, counted, newest, put, tokens_at
 from attnlab.attention._dispatch.choice import Implementations, dispatch, form_of
 from attnlab.attention._dispatch.deferred import vary_alike
 from attnlab.attention._dispatch.exchange import Parts, any_device, over_positions
@@ -39,6 +40,8 @@ from attnlab.attention._shared.checks import (
     check_cached_step,
     check_float,
     check_int,
+    check_position,
+    check_prompt,
     check_query_key_value,
     check_sizes,
     check_type,
@@ -50,7 +53,7 @@ from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, s
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax import dense_attention
 from attnlab.attention._shared.softmax_weights import SoftmaxWeights, check_window, dense_weights, weights_of
-from attnlab.attention.dot_product import DotProductCache, init_dot_product_cache
+from attnlab.attention.dot_product import DotProductCache, init_dot_product_cache, prefill_dot_product_cache
 
 Array = jax.Array
 
@@ -382,6 +385,32 @@ def init_local_linear_cache(
     return init_dot_product_cache(batch, slots, num_key_heads, head_dim, value_dim=value_dim, dtype=dtype)
 
 
+@primitive(like="cache")
+def prefill_local_linear_cache(
+    cache: DotProductCache, key: Array, value: Array, *, window: int | None = None, lengths: Array | None = None
+) -> DotProductCache:
+    """The cache after a prompt: what local_linear_step or parallax_step leaves of it, token by token.
+
+    Args:
+      cache: from init_local_linear_cache with the same window; without one, the prompt fits into it.
+      key: [B, P, K, H], value: [B, P, K, V]. Attention over the prompt is the causal call.
+      lengths: integers [B], 0 to P: the row's tokens, padding after them. None: P in all rows.
+    """
+    check_type("cache", cache, DotProductCache, "init_local_linear_cache")
+    if _check_window(cache, window) is None:
+        return prefill_dot_product_cache(cache, key, value, lengths=lengths)
+    count = counted(key, check_prompt(key, value, cache.key, cache.value, lengths))
+    index = newest(by_row(count), cache.key.shape[1])
+    keys, values = (tokens_at(x, index).astype(old.dtype) for x, old in ((key, cache.key), (value, cache.value)))
+    return DotProductCache(keys, values, count)
+
+
+def _check_window(cache: DotProductCache, window: Any) -> int | None:
+    slots, window = cache.key.shape[1], None if window is None else check_int("window", window, least=1)
+    require(window in (None, slots), "window", window, f"the cache was made for {slots}")
+    return window
+
+
 @primitive("B*N.", like="cache")
 def local_linear_step(
     cache: DotProductCache,
@@ -418,21 +447,18 @@ def local_linear_step(
 def append(
     cache: DotProductCache, query: Array, key: Array, value: Array, window: int | None
 ) -> tuple[DotProductCache, SoftmaxWeights, Array]:
-    """Adds a token: (cache, weights of the scaled query over the keys cached now, whether the token still fitted)."""
-    slots = cache.key.shape[1]
-    window = None if window is None else check_int("window", window, least=1)
-    require(window in (None, slots), "window", window, f"the cache was made for {slots}")
-    slot = cache.length if window is None else cache.length % slots
-
-    def store(old: Array, new: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=1)
-
-    cache = DotProductCache(store(cache.key, key), store(cache.value, value), cache.length + 1)
-    visible = jnp.arange(slots) < cache.length
+    """Adds a token: (cache, weights of the scaled query over the keys cached now, whether the token still fitted, bool
+    [B or 1, 1, 1, 1])."""
+    slots, window = cache.key.shape[1], _check_window(cache, window)
+    check_position("cache.length", cache.length, key.shape[0])
+    slot, count = cache.length if window is None else cache.length % slots, cache.length + 1
+    cache = DotProductCache(put(cache.key, key, slot), put(cache.value, value, slot), count)
+    visible = (jnp.arange(slots)[None] < by_row(count))[:, None, None]
     # A linear solve takes what its product closes over to vary alike already.
     query, keys, values, visible = vary_alike((query, cache.key, cache.value, visible))
 
     def attend(query: Array, values: Array) -> Array:
         return dense_attention(query, keys, values, visible=visible, scale=1.0)[0]
 
-    return cache, weights_of(attend, query, keys, values), (cache.length <= slots) | (window is not None)
+    fits = (by_row(count) <= slots) | (window is not None)
+    return cache, weights_of(attend, query, keys, values), fits[..., None, None]

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnlab.attention._cached import newest
 from attnlab.attention._dispatch.choice import Implementations, dispatch
 from attnlab.attention._dispatch.exchange import Parts, as_one, over_positions, swapped, whole_space
 from attnlab.attention._dispatch.primitive import primitive
@@ -43,6 +44,7 @@ from attnlab.attention._shared.checks import (
     check_dtype,
     check_int,
     check_key_mask,
+    check_lengths,
     check_query_key_value,
     check_sizes,
     check_step,
@@ -605,6 +607,70 @@ def init_routing_cache(
     )
 
 
+@primitive(like="cache")
+def prefill_routing_cache(
+    cache: RoutingCache,
+    query: Array,
+    key: Array,
+    value: Array,
+    state: RoutingState,
+    *,
+    normalize: Normalize = "unit",
+    share_qk: bool = False,
+    lengths: Array | None = None,
+) -> RoutingCache:
+    """The cache after a prompt: what routing_step leaves of it, token by token.
+
+    Args:
+      cache: an empty one. query, key, value, state, normalize, share_qk: as in routing_attention(...,
+        membership="strict", is_causal=True), which is attention over the prompt.
+      lengths: integers [B], 0 to P: the row's tokens, padding after them. None: P in all rows.
+
+    Complexity: O(P c H + P log P) per head.
+    """
+    check_query_key_value(query, key, value)
+    share_qk = _check_cached(cache, query, value, state, normalize, share_qk)
+    batch, length, heads, _ = query.shape
+    clusters, window = cache.counts.shape[2], cache.key.shape[3]
+    lengths = check_lengths(lengths, batch)
+    _, tokens, _, keys = _normalized(query, key, normalize, share_qk)
+    cluster = _nearest(tokens, state, "BTNH,NcH->BTNc")
+    if lengths is not None:  # padding makes up a last cluster
+        cluster = jnp.where(jnp.arange(length)[None, :, None] < lengths[:, None, None], cluster, clusters)
+
+    def head(key: Array, value: Array, cluster: Array) -> RoutingCache:
+        """[T, H], [T, V], [T] -> [c, window, H], [c, window, V], [c]."""
+        order = jnp.argsort(cluster, stable=True)
+        start = jnp.searchsorted(cluster[order], jnp.arange(clusters + 1)).astype(jnp.int32)
+        counts = start[1:] - start[:-1]
+        number = newest(counts[:, None], window)
+        token = order[start[:-1, None] + jnp.maximum(number, 0)]
+        key, value = (jnp.where(number[..., None] < 0, 0, x[token]) for x in (key, value))
+        return RoutingCache(key.astype(cache.key.dtype), value.astype(cache.value.dtype), counts)
+
+    over_heads = jax.vmap(head, in_axes=1)
+    return jax.vmap(over_heads)(keys, repeat_key_heads(value, heads), cluster)
+
+
+def _check_cached(
+    cache: RoutingCache, query: Array, value: Array, state: RoutingState, normalize: Any, share_qk: Any
+) -> bool:
+    """Gives share_qk."""
+    check_state("state", state, *query.shape[2:])
+    check_normalize(normalize)
+    check_type("cache", cache, RoutingCache, "init_routing_cache")
+    batch, _, heads, head_dim = query.shape
+    shape = batch, heads, state.centroids.shape[1]
+    check_array("cache.key", cache.key, (*shape, None, head_dim), "[B, N, c, window, H]")
+    check_array("cache.value", cache.value, (*shape, cache.key.shape[3], value.shape[-1]), "[B, N, c, window, V]")
+    return check_bool("share_qk", share_qk)
+
+
+def _nearest(tokens: Array, state: RoutingState, product: str) -> Array:
+    """The most similar centroid of each token."""
+    return jnp.argmax(jnp.einsum(product, tokens, state.centroids.astype(tokens.dtype)), axis=-1)
+
+
 @primitive("B*N.", like="cache")
 def routing_step(
     cache: RoutingCache,
@@ -629,21 +695,12 @@ def routing_step(
     Complexity: O(c H + window (H + V)) per head.
     """
     check_step(query, key, value)
-    check_state("state", state, *query.shape[2:])
-    check_normalize(normalize)
-    share_qk = check_bool("share_qk", share_qk)
-    check_type("cache", cache, RoutingCache, "init_routing_cache")
-    batch, _, heads, head_dim = query.shape
-    clusters, window = state.centroids.shape[1], cache.key.shape[3]
-    check_array("cache.key", cache.key, (batch, heads, clusters, None, head_dim), "[B, N, c, window, H]")
-    check_array("cache.value", cache.value, (batch, heads, clusters, window, value.shape[-1]), "[B, N, c, window, V]")
+    share_qk = _check_cached(cache, query, value, state, normalize, share_qk)
+    heads, window = query.shape[2], cache.key.shape[3]
     dtype = accumulator_dtype(query, key, value)
     tokens_q, tokens_k, heads_q, heads_k = (x[:, 0] for x in _normalized(query, key, normalize, share_qk))
-    centroids = state.centroids.astype(dtype)
-    cluster_q, cluster_k = (
-        jnp.argmax(jnp.einsum("BNH,NcH->BNc", tokens, centroids), axis=-1) for tokens in (tokens_q, tokens_k)
-    )
-    factor = _scale(scale, normalize, head_dim)
+    cluster_q, cluster_k = (_nearest(tokens, state, "BNH,NcH->BNc") for tokens in (tokens_q, tokens_k))
+    factor = _scale(scale, normalize, query.shape[-1])
     wide_value = repeat_key_heads(value[:, 0], heads)
 
     def head(query: Array, key: Array, value: Array, in_q: Array, in_k: Array, cache: RoutingCache) -> Any:

@@ -28,6 +28,7 @@ def _tokens(*space):
 _LINE, _IMAGE, _TOKEN = _tokens(LENGTH), _tokens(4, 4), _tokens(1)
 _IDS = np.repeat(np.arange(4, dtype=np.int32), 4)[None].repeat(BATCH, 0)
 _REAL = np.arange(LENGTH)[None] < np.array([16, 9, 12, 3, 5, 16])[:, None]
+_LENGTHS = _REAL.sum(1).astype(np.int32)
 _DECAY = -np.abs(_normal(BATCH, LENGTH, HEADS))
 _BETA = np.abs(_normal(BATCH, LENGTH, HEADS)).clip(0, 1) / HEAD_DIM
 _AGENTS = _normal(3, HEADS, HEAD_DIM)
@@ -137,6 +138,24 @@ _WITH_OPTIONS = {
         (_LINE[0], _normal(BATCH, LENGTH, HEADS, HEAD_DIM), *_LINE[1:]),
     ),
     "merge": (_merged, _LINE),
+    "linear, lengths": (
+        lambda q, k, v, lengths: A.linear_attention(
+            q, k, v, lengths=lengths, return_state=True, feature_map="elu", normalize=True, chunk_size=4
+        ),
+        (*_LINE, _LENGTHS),
+    ),
+    "linear, lengths of gated delta": (
+        lambda q, k, v, decay, beta, lengths: A.linear_attention(
+            q, k, v, log_decay=decay, beta=beta, lengths=lengths, return_state=True, chunk_size=4
+        ),
+        (*_LINE, _DECAY, _BETA, _LENGTHS),
+    ),
+    "causal agent, lengths": (
+        lambda q, k, v, agents, lengths: A.causal_agent_attention(
+            q, k, v, agents, lengths=lengths, return_state=True, chunk_size=4
+        ),
+        (*_LINE, _AGENTS, _LENGTHS),
+    ),
 }
 
 
@@ -207,9 +226,34 @@ _STEPS = {
     ),
 }
 
+# Of rows that have had prompts of their own lengths.
+_AT_ROWS = np.array([0, 1, 2, 3, 1, 0], np.int32)
+_STEPS |= {
+    "dot_product step, rows": _scanned(
+        A.dot_product_step,
+        A.init_dot_product_cache(BATCH, 8, *_CACHED, value_dim=VALUE_DIM)._replace(length=_AT_ROWS),
+        *_TOKEN,
+    ),
+    "local step, rows": _scanned(
+        functools.partial(A.local_step, window=4, sinks=2, stride=2),
+        A.init_local_cache(BATCH, *_CACHED, window=4, sinks=2, value_dim=VALUE_DIM)._replace(position=_AT_ROWS),
+        *_TOKEN,
+    ),
+    "dilated step, rows": _scanned(
+        functools.partial(A.dilated_step, window=3, dilation=2),
+        A.init_dilated_cache(BATCH, *_CACHED, window=3, dilation=2, value_dim=VALUE_DIM)._replace(position=_AT_ROWS),
+        *_TOKEN,
+    ),
+    "local-linear step, rows": _scanned(
+        functools.partial(A.local_linear_step, ridge=10.0, window=3),
+        A.init_local_linear_cache(BATCH, 6, *_CACHED, window=3, value_dim=VALUE_DIM)._replace(length=_AT_ROWS),
+        *_TOKEN,
+    ),
+}
 
-def _step(name):
-    """A step that has no row above, by the names of its arguments."""
+
+def _called(name):
+    """A step that has no row above, or what reads a prompt, by the names of its arguments."""
     right, cache = right_call(name), state_of(name)
     arrays = {key: x for key, x in right.items() if key != cache and _is_arrays(x)}
     options = {key: x for key, x in right.items() if key not in arrays and key != cache}
@@ -217,7 +261,11 @@ def _step(name):
     def step(cache, *given):
         return getattr(A, name)(cache, **dict(zip(arrays, given)), **options)
 
-    return _scanned(step, right[cache], *arrays.values())
+    return (
+        (step, (right[cache], *arrays.values()))
+        if name.startswith("prefill_")
+        else _scanned(step, right[cache], *arrays.values())
+    )
 
 
 def _is_arrays(x):
@@ -228,7 +276,9 @@ def _is_arrays(x):
 for _name in sorted(FUNCTIONS):
     _label = _name.removesuffix("_step").replace("local_linear", "local-linear") + " step"
     if _name.endswith("_step") and _label not in _STEPS:
-        _STEPS[_label] = _step(_name)
+        _STEPS[_label] = _called(_name)
+    if _name.startswith("prefill_"):
+        _STEPS[_name] = _called(_name)
 
 
 def _row(name):

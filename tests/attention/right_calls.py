@@ -44,6 +44,7 @@ _BY_NAME = {
     "dilation": 2,
     "edge": "clip",
     "chunk_size": 4,
+    "lengths": np.array([6, 0, 1, 4, 6, 3], np.int32),
     "scale": 0.5,
     "feature_map": "elu",
     "implementation": "xla",
@@ -80,6 +81,13 @@ _OWN = {
         "probe": _normal(BATCH, 1, HEADS, HEAD_DIM),
         "cache": A.init_local_linear_cache(BATCH, 4, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM, window=3),
     },
+    "prefill_dot_product_cache": {
+        "cache": A.init_dot_product_cache(BATCH, 7, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM)
+    },
+    "prefill_local_linear_cache": {
+        "cache": A.init_local_linear_cache(BATCH, 4, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM, window=6),
+        "window": 6,
+    },
     "lightning_log_decay": {"layer": 0, "num_layers": 2, "form": "code"},
 }
 # agent_bias takes tables under published names, which test_agent.py tries; explain takes any function.
@@ -93,7 +101,7 @@ def right_call(name):
     parameters = inspect.signature(getattr(A, name)).parameters
     cache = state_of(name)
     if cache is not None and cache not in _OWN.get(name, {}):
-        start = f"init_{name.removesuffix('_step')}_cache"
+        start = f"init_{name.removesuffix('_step').removeprefix('prefill_').removesuffix('_cache')}_cache"
         known[cache] = getattr(A, start)(**right_call(start))
     known |= _OWN.get(name, {})
     wanted = [parameter for parameter in parameters if parameter != "axis_name"]
@@ -103,5 +111,6 @@ def right_call(name):
 
 
 def state_of(name):
-    """The argument of a step that comes back changed: its first. None of what is no step."""
-    return next(iter(inspect.signature(getattr(A, name)).parameters)) if name.endswith("_step") else None
+    """The argument of a step, or of what reads a prompt, that comes back changed: its first. None of others."""
+    changes = name.endswith("_step") or name.startswith("prefill_")
+    return next(iter(inspect.signature(getattr(A, name)).parameters)) if changes else None

@@ -50,6 +50,12 @@ def dilated(fill, *, window, dilation):
     return step, cache._replace(key=key, value=value, position=jnp.int32(fill)), token(1, 2, 2, 16, 16)
 
 
+def at_rows(case, fills):
+    """A step after prompts of their own lengths."""
+    step, cache, tokens = case
+    return step, cache._replace(**{cache._fields[-1]: jnp.array(fills, jnp.int32)}), tokens
+
+
 CACHES = {
     "first token": lambda: local(0, window=40),
     "full, wrapped": lambda: local(300, window=40),
@@ -61,6 +67,7 @@ CACHES = {
     "bfloat16": lambda: local(300, window=129, dims=(64, 64), dtype=jnp.bfloat16),
     "softmax": lambda: softmax(100, length=3000),
     "softmax, past the end": lambda: softmax(50, length=50),
+    "rows of their own": lambda: at_rows(local(0, window=1500, sinks=2), [3, 900]),
     "dilated": lambda: dilated(50, window=6, dilation=3),
 }
 QUICK = ("sinks", "three key heads")

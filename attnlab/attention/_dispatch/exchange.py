@@ -130,6 +130,13 @@ def whole_space(space: Sequence[int], parts: Parts | None = None) -> tuple[int, 
     return tuple(length * many if number == axis else length for number, length in enumerate(space))
 
 
+def positions_below(lengths: Array, count: int) -> Array:
+    """bool [B, count]: which of the positions here, of a part or the whole, are among the first lengths [B] of all."""
+    given = _given.get()
+    first = 0 if given is None or given[1] != 0 else lax.axis_index(given[0]) * count
+    return first + jnp.arange(count)[None] < lengths[:, None]
+
+
 def _of_own_lengths(parts: Parts, layout: str, x: Any) -> str:
     """A layout with * for +, or dots where each device has all."""
     if "+" not in layout or x is None:

@@ -254,6 +254,43 @@ def check_cached_step(query: Array, key: Array, value: Array, cached_key: Array,
         check_array(name, new, (old.shape[0], 1, *old.shape[2:]), f"the cache's layout, {shape_text(old)}, one token")
 
 
+def check_position(name: str, position: Any, batch: int) -> None:
+    """A cache's number of tokens: integers [], or [batch], one per row."""
+    is_count = hasattr(position, "shape") and jnp.issubdtype(position.dtype, jnp.integer)
+    allowed = f"need integers [], or [batch] = [{batch}]"
+    require(is_count and position.shape in ((), (batch,)), name, _given(position), allowed)
+
+
+def check_lengths(lengths: Any, batch: int, *, most: int | None = None) -> Array | None:
+    """How many tokens of each row count, int32 [batch]; None, which is all, stays.
+
+    most: with a number, values that are known already are checked, 1 to it. In a compiled program none are.
+    """
+    if lengths is None:
+        return None
+    check_array("lengths", lengths, (batch,), "[batch]")
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"lengths: got dtype {lengths.dtype}; need an integer dtype")
+    if most is not None and not isinstance(lengths, jax.core.Tracer) and getattr(lengths, "is_fully_addressable", True):
+        outside = [length for length in np.asarray(lengths).tolist() if not 1 <= length <= most]
+        require(not outside, "lengths", shown(outside[:1])[1:-1], f"need 1 to {most}")
+    return jnp.asarray(lengths, jnp.int32)
+
+
+def check_prompt(key: Array, value: Array, cached_key: Array, cached_value: Array, lengths: Any) -> Array | None:
+    """Checks a prompt's key [B,P,K,H] and value [B,P,K,V] against a cache's [B,*,K,H] and [B,*,K,V]; gives lengths."""
+    for name, new, old in (("key", key, cached_key), ("value", value, cached_value)):
+        check_array(name, new, (old.shape[0], None, *old.shape[-2:]), "[batch, tokens] and the cache's heads")
+        check_floating(name, new)
+    require(key.shape[1] > 0, "key", shape_text(key), "need at least one token")
+    require(value.shape[1] == key.shape[1], "value", shape_text(value), f"need key's tokens, {key.shape[1]}")
+    return check_lengths(lengths, key.shape[0])
+
+
+def _given(value: Any) -> str:
+    return shape_text(value) if hasattr(value, "shape") and hasattr(value, "dtype") else shown(value)
+
+
 def default_scale(scale: float | Array | None, head_dim: int) -> float | Array:
     """The scale, a real number or a real array of no axes; None means head_dim ** -0.5."""
     if scale is None:

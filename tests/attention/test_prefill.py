@@ -1,0 +1,194 @@
+"""What reads a prompt leaves the cache that steps leave, row by row, whatever stands in the padding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from marks import slow_but
+
+import attnlab as A
+
+TOKENS, LENGTHS = 11, np.array([11, 0, 1, 6], np.int32)
+BATCH, HEADS, KEY_HEADS, HEAD_DIM, VALUE_DIM = len(LENGTHS), 4, 2, 4, 3
+_rng = np.random.default_rng(0)
+
+
+def _normal(*shape):
+    return _rng.normal(size=shape)
+
+
+ARRAYS = {
+    "query": _normal(BATCH, TOKENS, HEADS, HEAD_DIM),
+    "key": _normal(BATCH, TOKENS, KEY_HEADS, HEAD_DIM),
+    "value": _normal(BATCH, TOKENS, KEY_HEADS, VALUE_DIM),
+}
+GATES = {
+    "log_decay": -np.abs(_normal(BATCH, TOKENS, HEADS)),
+    "beta": np.abs(_normal(BATCH, TOKENS, HEADS)).clip(0, 1) / HEAD_DIM,
+}
+AGENTS = _normal(3, HEADS, HEAD_DIM)
+CENTROIDS = _normal(HEADS, 3, HEAD_DIM)
+STATE = A.RoutingState(CENTROIDS, np.ones((HEADS, 3)), CENTROIDS)
+
+
+def key_values(name, **options):
+    """An empty cache, what fills it and its step, both of arrays by name."""
+    sizes = {"max_length": TOKENS + 2} if name in ("dot_product", "local_linear") else {}
+    init, prefill = getattr(A, f"init_{name}_cache"), getattr(A, f"prefill_{name}_cache")
+    cache = init(
+        BATCH, num_key_heads=KEY_HEADS, head_dim=HEAD_DIM, value_dim=VALUE_DIM, dtype=np.float64, **sizes, **options
+    )
+    of_fill = {option: value for option, value in options.items() if (name, option) != ("dilated", "window")}
+    of_step = options | ({"ridge": 1.0} if name == "local_linear" else {})
+
+    def fill(cache, query, key, value, lengths):
+        return prefill(cache, key, value, lengths=lengths, **of_fill)
+
+    return cache, fill, functools.partial(getattr(A, f"{name}_step"), **of_step), {}
+
+
+def routing(window, **options):
+    cache = A.init_routing_cache(BATCH, HEADS, 3, HEAD_DIM, window=window, value_dim=VALUE_DIM, dtype=np.float64)
+    fill = functools.partial(A.prefill_routing_cache, state=STATE, **options)
+    return cache, fill, functools.partial(A.routing_step, state=STATE, **options), {}
+
+
+def linear(gates=(), fixed=None, **options):
+    """From a state that is not empty."""
+    state = A.init_linear_cache(BATCH, HEADS, HEAD_DIM, VALUE_DIM, **options, dtype=np.float64)
+    state = jax.tree.map(lambda x: np.abs(_normal(*x.shape)), state)
+    options = {**options, **(fixed or {})}
+
+    def fill(state, lengths, **arrays):
+        return A.linear_attention(
+            **arrays, **options, initial_state=state, return_state=True, lengths=lengths, chunk_size=4
+        )
+
+    return state, fill, functools.partial(A.linear_step, **options), {name: GATES[name] for name in gates}
+
+
+def agent(implementation):
+    state = A.init_agent_cache(BATCH, HEADS, len(AGENTS), VALUE_DIM, dtype=np.float64)
+
+    def fill(state, lengths, **arrays):
+        options = {"chunk_size": 4, "implementation": implementation}
+        return A.causal_agent_attention(
+            **arrays, agents=AGENTS, initial_state=state, return_state=True, lengths=lengths, **options
+        )
+
+    return state, fill, functools.partial(A.agent_step, agents=AGENTS), {}
+
+
+CACHES = {
+    "dot product": lambda: key_values("dot_product"),
+    "local": lambda: key_values("local", window=4),
+    "local, sinks": lambda: key_values("local", window=3, sinks=2),
+    "local, longer than the prompt": lambda: key_values("local", window=9, sinks=7),
+    "dilated": lambda: key_values("dilated", window=2, dilation=3),
+    "dilated, longer than the prompt": lambda: key_values("dilated", window=3, dilation=8),
+    "local linear": lambda: key_values("local_linear"),
+    "local linear, window": lambda: key_values("local_linear", window=4),
+    "routing": lambda: routing(2),
+    "routing, shared": lambda: routing(3, share_qk=True),
+    "routing, layer": lambda: routing(99, normalize="layer"),
+    "linear": lambda: linear(),
+    "linear, elu": lambda: linear(feature_map="elu", normalize=True),
+    "linear, taylor2 with decays": lambda: linear(["log_decay"], feature_map="taylor2", normalize=True),
+    "linear, constant decays": lambda: linear(fixed={"log_decay": A.retention_log_decay(HEADS)}),
+    "linear, gated delta": lambda: linear(["log_decay", "beta"]),
+    "agent": lambda: agent("xla"),
+    "agent, token by token": lambda: agent("reference"),
+}
+QUICK = {"local, sinks", "dilated", "linear, taylor2 with decays"}
+
+
+@pytest.mark.parametrize("case", slow_but(QUICK, CACHES))
+def test_a_prompt_leaves_the_cache_that_steps_leave(case):
+    with jax.enable_x64(True):
+        cache, fill, step, gates = CACHES[case]()
+        arrays = ARRAYS | gates
+
+        @jax.jit
+        def by_steps(cache, arrays):
+            def token(cache, now):
+                out, cache = step(cache, **{name: x[:, None] for name, x in now.items()})
+                return cache, (out[:, 0], cache)
+
+            _, (outs, caches) = jax.lax.scan(token, cache, {n: jnp.moveaxis(x, 1, 0) for n, x in arrays.items()})
+            return outs, jax.tree.map(lambda first, later: jnp.concatenate([first[None], later]), cache, caches)
+
+        outs, caches = by_steps(cache, arrays)
+        padding = np.arange(TOKENS)[None] >= LENGTHS[:, None]
+        spoilt = {
+            name: np.where(padding.reshape(*padding.shape, *(1,) * (x.ndim - 2)), np.nan, x)
+            for name, x in arrays.items()
+        }
+        for lengths in (LENGTHS, None):
+            result = jax.jit(fill)(cache, **(arrays if lengths is None else spoilt), lengths=lengths)
+            counts = np.full(BATCH, TOKENS) if lengths is None else lengths
+            out, got = (None, result) if hasattr(result, "_fields") else result
+
+            def after(leaf, counts=counts):
+                return leaf[counts, np.arange(BATCH)] if leaf.ndim > 1 else leaf[counts]
+
+            # What keys and values are copied into equals, bit for bit; of a state's row without tokens, see below.
+            tolerance, rows = (0, slice(None)) if out is None else (1e-12, counts > 0)
+            for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(jax.tree.map(after, caches)), strict=True):
+                assert x.dtype == y.dtype
+                x = np.broadcast_to(x, y.shape)  # a count for all rows
+                np.testing.assert_allclose(x[rows], y[rows], rtol=tolerance, atol=tolerance)
+            for row, count in enumerate(counts if out is not None else ()):
+                np.testing.assert_allclose(out[row, :count], outs[:count, row], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", slow_but({"agent"}, ["agent", "linear", "linear, elu"]))
+def test_a_row_without_tokens_goes_on_from_the_state_before(case):
+    with jax.enable_x64(True):
+        cache, fill, step, gates = CACHES[case]()
+        arrays = ARRAYS | gates
+        _, state = jax.jit(fill)(cache, **arrays, lengths=np.zeros(BATCH, np.int32))
+        first = {name: x[:, :1] for name, x in arrays.items()}
+        for got, want in zip(*map(jax.tree.leaves, (step(state, **first), step(cache, **first))), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_steps_after_prompts_are_at_the_positions_of_their_rows():
+    """And kernels, which are told of the last slot that any row uses, are given no less."""
+    cache = A.init_dot_product_cache(BATCH, TOKENS, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM)
+    query, key, value = (jnp.asarray(x, jnp.float32) for x in ARRAYS.values())
+    cache = A.prefill_dot_product_cache(cache, key[:, :6], value[:, :6], lengths=np.array([6, 0, 1, 5]))
+    out, cache = A.dot_product_step(cache, query[:, 6:7], key[:, 6:7], value[:, 6:7])
+    np.testing.assert_array_equal(cache.length, [7, 1, 2, 6])
+    for row, count in enumerate([6, 0, 1, 5]):
+        seen = np.r_[0:count, 6]
+        want = A.dot_product_attention(query[row][None, 6:7], key[row][seen][None], value[row][seen][None])
+        np.testing.assert_allclose(out[row], want[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda cache, k, v: A.prefill_dot_product_cache(cache, k, v), r"key: got .*; the cache was made for 9 tokens"),
+        (
+            lambda cache, k, v: A.prefill_dot_product_cache(cache, k[:, :4], v[:, :5]),
+            "value: got .*; need key's tokens, 4",
+        ),
+        (
+            lambda cache, k, v: A.prefill_dot_product_cache(cache, k[:, :0], v[:, :0]),
+            "key: got .*; need at least one token",
+        ),
+        (
+            lambda cache, k, v: A.dot_product_step(
+                cache._replace(length=jnp.zeros(3, jnp.int32)), k[:, :1], k[:, :1], v[:, :1]
+            ),
+            r"cache.length: got int32\[3\]; need integers \[\], or \[batch\] = \[4\]",
+        ),
+    ],
+)
+def test_wrong_prompts_are_named(call, message):
+    cache = A.init_dot_product_cache(BATCH, 9, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM)
+    key, value = (jnp.asarray(ARRAYS[name], jnp.float32) for name in ("key", "value"))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        call(cache, key, value)
