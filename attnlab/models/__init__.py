@@ -1,6 +1,7 @@
 """Models that take any mixer, and the Axial Transformer."""
 
 from attnlab.models.axial import AxialTransformer, sample
+from attnlab.models.generation import generate, stream
 from attnlab.models.image import ImageClassifier
-from attnlab.models.lm import LanguageModel, generate
+from attnlab.models.lm import LanguageModel
 from attnlab.models.regressor import SequenceRegressor

@@ -45,6 +45,11 @@ class Block(nnx.Module):
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), cache
 
+    def prefill(self, cache: MixerCache, x: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, MixerCache]:
+        mixed, cache = self.mixer.prefill(cache, self.mixer_norm(x), lengths)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), cache
+
     def flops(self, space: tuple[int, ...]) -> int:
         return self.mixer.flops(space) + 6 * math.prod(space) * self.features * self.mlp_hidden
 

@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
-from attnlab.attention._shared.checks import check_float, check_int, check_segment_ids, require, shape_text
+from attnlab.attention._shared.checks import check_int, check_lengths, check_segment_ids, require, shape_text, shown
 from attnlab.models.blocks import Stack
 from attnlab.nn.layers import document_positions, dropout, product
 from attnlab.nn.mixers.base import MixerCache
@@ -15,6 +16,20 @@ from attnlab.nn.sharding import laid, spec_of, specs_of, under_auto_axes, varyin
 
 # Folded into the dropout key; the layers fold in their number, so that a layer's dropout does not depend on depth.
 _EMBEDDING_DROPOUT = 2**31
+
+
+def check_tokens(name: str, tokens: Any) -> None:
+    is_array = hasattr(tokens, "shape") and hasattr(tokens, "dtype")
+    fits = is_array and len(tokens.shape) == 2 and jnp.issubdtype(tokens.dtype, jnp.integer)
+    given = shape_text(tokens) if is_array else shown(tokens)
+    require(fits, name, given, "need integers [batch, length]")
+
+
+def _of_rows(model: "LanguageModel", tokens: jax.Array) -> Any:
+    """How a cache lies on Explicit axes: by row, as tokens [B, P] do."""
+    cache = jax.eval_shape(lambda: model.init_cache(len(tokens), tokens.shape[1]))
+    rows = spec_of(tokens, 1)
+    return jax.tree.map(lambda leaf: rows if leaf.ndim else PartitionSpec(), cache)
 
 
 class LanguageModel(Stack):
@@ -54,8 +69,7 @@ class LanguageModel(Stack):
         each alone, positions from 0 too. output_positions: int [B, A], where logits are wanted, [B, A, vocabulary];
         None is everywhere. key: for dropout; None is evaluation.
         """
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(f"tokens: got {tokens.dtype}{list(tokens.shape)}; need integers [batch, length]")
+        check_tokens("tokens", tokens)
         if segment_ids is not None:
             check_segment_ids("segment_ids", segment_ids, tokens.shape, "[batch, length]")
             positions = document_positions(segment_ids)
@@ -86,12 +100,37 @@ class LanguageModel(Stack):
             raise ValueError(f"max_length: got {max_length}; the model has positions for {self.max_length} tokens")
         return [block.mixer.init_cache(batch, max_length) for block in self.layers]
 
+    @under_auto_axes(lambda self, tokens, lengths=None, *, max_length: (spec_of(tokens, 1), _of_rows(self, tokens)))
+    def prefill(
+        self, tokens: jax.Array, lengths: jax.Array | None = None, *, max_length: int
+    ) -> tuple[jax.Array, list[MixerCache]]:
+        """Reads prompts, int [B, P], at once: (logits [B, vocabulary] of the tokens after them, cache), as step gives.
+
+        lengths: integers [B], 1 to P: the row's tokens, padding after them. None: P in all rows. max_length: how many
+        tokens the cache is for, the prompt's and those to come.
+        """
+        check_tokens("tokens", tokens)
+        batch, length = tokens.shape
+        require(length > 0, "tokens", shape_text(tokens), "need at least one token")
+        lengths, max_length = check_lengths(lengths, batch, most=length), check_int("max_length", max_length)
+        require(max_length >= length, "max_length", max_length, f"need at least the prompt's {length} tokens")
+        empty = varying_as(self.init_cache(batch, max_length), (nnx.state(self), tokens, lengths))
+        x, cache = self._embed(tokens, jnp.arange(length)[None]), []
+        for block, block_cache in zip(self.layers, empty):
+            x, block_cache = block.prefill(block_cache, laid(x, "BT."), lengths)
+            cache.append(block_cache)
+        if lengths is None:
+            return self._logits(x[:, -1:])[:, 0], cache
+        # Where a compiled program is given no right length, not a number.
+        last = jnp.where(lengths > 0, lengths - 1, length)[:, None, None]
+        return self._logits(jnp.take_along_axis(x, last, axis=1, mode="fill", fill_value=jnp.nan))[:, 0], cache
+
     @under_auto_axes(lambda self, cache, tokens: (spec_of(tokens), specs_of(cache)))
     def step(self, cache: list[MixerCache], tokens: jax.Array) -> tuple[jax.Array, list[MixerCache]]:
         """The next tokens, int [B] -> (logits [B, vocabulary] of the ones after, cache)."""
         if tokens.ndim != 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens: got {shape_text(tokens)}; need integers [batch]")
-        x = self._embed(tokens[:, None], cache[0].position[None, None])
+        x = self._embed(tokens[:, None], cache[0].position.reshape(-1, 1))
         new_cache = []
         for block, block_cache in zip(self.layers, cache):
             x, block_cache = block.step(block_cache, x)
@@ -101,45 +140,3 @@ class LanguageModel(Stack):
     def flops(self, length: int) -> int:
         """Floating-point operations of matrix products (2 per multiply-add) for one sequence, forward."""
         return self.stack_flops((length,)) + 2 * length * self.features * self.vocabulary
-
-
-@under_auto_axes(lambda model, prompt, **_: spec_of(prompt, 1))
-def generate(
-    model: LanguageModel,
-    prompt: jax.Array,
-    *,
-    length: int,
-    key: jax.Array,
-    temperature: float = 1.0,
-    below: int | None = None,
-) -> jax.Array:
-    """Samples a continuation: prompt int [B, P], P >= 1 -> tokens int [B, P + length].
-
-    Decodes one token per step from the mixers' caches, the prompt too.
-
-    Args:
-      temperature: 0 takes the likeliest token.
-      below: draw only tokens below this number; None draws of all.
-    """
-    is_prompt = prompt.ndim == 2 and prompt.size and jnp.issubdtype(prompt.dtype, jnp.integer)
-    require(bool(is_prompt), "prompt", shape_text(prompt), "need integers [batch, length], both at least 1")
-    length, temperature = check_int("length", length, least=0), check_float("temperature", temperature, least=0)
-    below = None if below is None else check_int("below", below, least=1)
-    prompt_length = prompt.shape[1]
-
-    def step(carry: Any, index: jax.Array) -> tuple[Any, jax.Array]:
-        cache, token = carry
-        logits, cache = model.step(cache, token)
-        logits = logits[:, :below]
-        if temperature == 0:
-            following = jnp.argmax(logits, axis=-1)
-        else:
-            following = jax.random.categorical(jax.random.fold_in(key, index), logits / temperature)
-        given = prompt[:, jnp.minimum(index + 1, prompt_length - 1)]
-        token = jnp.where(index + 1 < prompt_length, given, following.astype(prompt.dtype))
-        return (cache, token), token
-
-    steps = prompt_length + length - 1  # the last token is drawn and not read
-    start = model.init_cache(prompt.shape[0], max(steps, 1)), prompt[:, 0]
-    _, tokens = jax.lax.scan(step, varying_as(start, (nnx.state(model), prompt, key)), jnp.arange(steps))
-    return jnp.concatenate([prompt[:, :1], tokens.T], axis=1)

@@ -316,6 +316,15 @@ class DepthwiseConvolution(nnx.Module):
         """The inputs before the first token: zeros [batch, width - 1, features]."""
         return jnp.zeros((batch, self.taps - 1, self.features), self.dtype)
 
+    def prefill(self, x: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """A prompt x [B, P, features] -> (y, the cache after it). lengths: int32 [B], its tokens; None: all."""
+        before = self.taps - 1
+        inputs = jnp.pad(x.astype(self.dtype), ((0, 0), (before, 0), (0, 0)))
+        if lengths is None:
+            return self(x), inputs[:, x.shape[1] :]
+        last = lengths[:, None] + jnp.arange(before)[None]
+        return self(x), jnp.take_along_axis(inputs, last[..., None], axis=1)
+
     def step(self, cache: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The next token x [B, 1, features] -> (y, cache)."""
         inputs = jnp.concatenate([cache, x.astype(cache.dtype)], axis=1)

@@ -103,3 +103,73 @@ def test_a_token_past_the_capacity_is_right_or_not_a_number(name):
     np.testing.assert_allclose(got[:, :4], want[:, :4], atol=2e-5, rtol=2e-5)
     is_number = np.all(np.isfinite(got), axis=-1)
     np.testing.assert_allclose(got[is_number], want[is_number], atol=2e-5, rtol=2e-5)
+
+
+# --- Prompts ----------------------------------------------------------------------------------------------------------
+
+PROMPTS = np.array([9, 1, 6])
+
+
+@functools.cache
+def read(name, dtype=jnp.float32):
+    """Of a mixer: what the call gives; what prompts and steps after them give at the same positions; and caches after
+    a prompt read at once and by steps."""
+    mixer = CAUSAL[name](FEATURES, is_causal=True, dtype=dtype)
+    values = nn.initialize(mixer, jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (len(PROMPTS), LENGTH, FEATURES), dtype)
+
+    @jax.jit
+    def run(values, x, lengths):
+        bound = nn.bind(mixer, values)
+
+        def by_steps(cache, tokens):
+            def step(cache, token):
+                y, cache = bound.step(cache, token[:, None])
+                return cache, y[:, 0]
+
+            cache, y = jax.lax.scan(step, cache, jnp.swapaxes(tokens, 0, 1))
+            return cache, jnp.swapaxes(y, 0, 1)
+
+        empty, most = bound.init_cache(len(x), LENGTH), PROMPTS.max()
+        prompt = jnp.where(jnp.arange(most)[None, :, None] < lengths[:, None, None], x[:, :most], 3)
+        y, cache = bound.prefill(empty, prompt, lengths)
+        rest = lengths[:, None] + jnp.arange(LENGTH - most)[None]
+        _, after = by_steps(cache, jnp.take_along_axis(x, rest[..., None], axis=1))
+        want = bound(x)
+        wanted = want[:, :most], jnp.take_along_axis(want, rest[..., None], axis=1)
+        whole, stepped = bound.prefill(empty, x[:, :most])[1], by_steps(empty, x[:, :most])[0]
+        return wanted, (y, after), whole, stepped
+
+    return jax.tree.map(np.asarray, run(values, x, PROMPTS))
+
+
+QUICK_PROMPTS = {"softmax_convolved", "dilated", "agent"}
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK_PROMPTS, CAUSAL))
+def test_a_prompt_read_at_once_and_steps_after_it_give_what_the_call_gives(name):
+    (want, want_after), (y, after), whole, stepped = read(name)
+    for row, length in enumerate(PROMPTS):
+        np.testing.assert_allclose(y[row, :length], want[row, :length], atol=2e-5, rtol=2e-5)
+    np.testing.assert_allclose(after, want_after, atol=2e-5, rtol=2e-5)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), whole) == jax.tree.map(lambda x: (x.shape, x.dtype), stepped)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=2e-5), whole, stepped)
+
+
+@pytest.mark.parametrize("name", slow_but({"softmax_convolved"}, CAUSAL))
+def test_a_prompt_in_bfloat16_is_read_as_in_float32(name):
+    """A prompt of one length, and a step."""
+    mixer, wide = (CAUSAL[name](FEATURES, is_causal=True, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    values, x, _, _ = mixer_of(name)
+
+    @jax.jit
+    def read(values, x):
+        bound = nn.bind(mixer, values)
+        y, cache = bound.prefill(bound.init_cache(2, LENGTH), x[:, :-1].astype(jnp.bfloat16))
+        last, cache = bound.step(cache, x[:, -1:].astype(jnp.bfloat16))
+        return jnp.concatenate([y, last], axis=1), cache, bound.init_cache(2, LENGTH), nn.bind(wide, values)(x)
+
+    y, cache, empty, want = read(values, x)
+    assert y.dtype == jnp.bfloat16
+    assert jax.tree.map(lambda x: x.dtype, cache) == jax.tree.map(lambda x: x.dtype, empty)
+    np.testing.assert_allclose(y.astype(jnp.float32), want, atol=0.08, rtol=0.08)

@@ -108,6 +108,20 @@ class AgentAttention(Attention):
         dtype = jnp.promote_types(self.dtype, jnp.float32)
         return attention.init_agent_cache(batch, self.num_heads, self.count, self.value_dim, dtype=dtype)
 
+    def mechanism_prefill(
+        self, cache: Any, query: Array, key: Array, value: Array, x: Array, lengths: Array | None
+    ) -> tuple[Array, Any]:
+        return attention.causal_agent_attention(
+            query,
+            key,
+            value,
+            self._agents(query),
+            initial_state=cache,
+            return_state=True,
+            lengths=lengths,
+            implementation=self.implementation,
+        )
+
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
         return attention.agent_step(cache, query, key, value, self._agents(query))
 

@@ -4,6 +4,7 @@ Every mixer is projections to query, key and value, a mechanism of attnlab.atten
 back. A mechanism is one subclass of Attention: what it computes, what it keeps to decode, and what that costs.
 """
 
+import functools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from attnlab.attention._shared.checks import (
     check_float,
     check_int,
     check_ints,
+    check_lengths,
     check_segment_ids,
     check_text,
     require,
@@ -44,8 +46,8 @@ Array = jax.Array
 class MixerCache(NamedTuple):
     """What a mixer keeps between decoding steps.
 
-    position: int32 [], the next token's. mechanism: the mechanism's own cache. convolved: the last inputs of each
-    convolution, [B, width - 1, channels], by its name.
+    position: int32 [], the next token's, or [B], of each row. mechanism: the mechanism's own cache. convolved: the last
+    inputs of each convolution, [B, width - 1, channels], by its name.
     """
 
     position: Array
@@ -160,6 +162,25 @@ class Attention(nnx.Module):
         """One token [B, 1, N|K, H] -> (out [B, 1, N, V], cache)."""
         raise NotImplementedError(_UNDECODABLE["mechanism_step"].format(type(self).__name__))
 
+    def mechanism_prefill(
+        self, cache: Any, query: Array, key: Array, value: Array, x: Array, lengths: Array | None
+    ) -> tuple[Array, Any]:
+        """A prompt [B, P, N|K, H] into an empty cache -> (out [B, P, N, V], cache), as so many steps give them.
+
+        lengths: int32 [B], the row's tokens, padding after them; None: P in all rows. Unless a mechanism has a faster
+        way, here it takes the steps, which do not know of rows of their own lengths.
+        """
+        own = f"{type(self).__name__} has no mechanism_prefill, so all prompts of a batch must have one length"
+        require(lengths is None, "lengths", "some", own)
+
+        def token(cache: Any, now: tuple[Array, ...]) -> tuple[Any, Array]:
+            out, cache = self.mechanism_step(cache, *(x[:, None] for x in now))
+            return cache, out[:, 0]
+
+        tokens = tuple(jnp.moveaxis(x, 1, 0) for x in (query, key, value, x))
+        cache, out = jax.lax.scan(token, cache, tokens)
+        return jnp.moveaxis(out, 0, 1), cache
+
     def mechanism_capacity(self, cache: Any) -> int | None:
         """Tokens that a mechanism's cache can decode, if what it keeps was cut to them; the ones after give NaN."""
         return None
@@ -185,22 +206,22 @@ class Attention(nnx.Module):
         return not cls.has_causal_form or any(per_axis)
 
     def _heads(
-        self, x: Array, positions: Array, segment_ids: Array | None, convolved: dict[str, Array] | None = None
-    ) -> tuple[Array, Array, Array, Array | float, dict[str, Array]]:
-        """Query, key, value, what the convolution of the values adds to the output, and the convolutions' last inputs.
+        self,
+        x: Array,
+        positions: Array,
+        segment_ids: Array | None,
+        convolution: Callable[[str, Array], Array] | None = None,
+    ) -> tuple[Array, Array, Array, Array | float]:
+        """Query, key, value, and what the convolution of the values adds to the output.
 
-        convolved: the inputs before x, in decoding.
+        convolution: (name of one, its inputs) -> its outputs, where tokens come before x or after it.
         """
-        kept: dict[str, Array] = {}
 
         def convolve(name: str, heads: Array) -> Array:
-            layer = getattr(self, name)
             channels = rearrange(heads, "... K H -> ... (K H)")
-            if convolved is None:
-                out = layer(channels, segment_ids=segment_ids)
-            else:
-                out, kept[name] = layer.step(convolved[name], channels)
-            return out.reshape(heads.shape)
+            if convolution is None:
+                return getattr(self, name)(channels, segment_ids=segment_ids).reshape(heads.shape)
+            return convolution(name, channels).reshape(heads.shape)
 
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.query_convolution is not None:
@@ -219,7 +240,7 @@ class Attention(nnx.Module):
         added: Array | float = 0.0
         if self.residual_convolution is not None:
             added = jnp.repeat(convolve("residual_convolution", value), self.num_heads // self.num_key_heads, axis=-2)
-        return query, key, value, added, kept
+        return query, key, value, added
 
     @under_auto_axes(lambda self, x, **_: spec_of(x))
     def __call__(self, x: Array, *, segment_ids: Array | None = None, is_training: bool = False) -> Array:
@@ -235,7 +256,7 @@ class Attention(nnx.Module):
             check_segment_ids("segment_ids", segment_ids, x.shape[:-1], "[batch, length]")
             require(x.ndim == 3, "segment_ids", f"some for {x.ndim - 2} space axes", "packed documents are sequences")
             positions, segment_ids = document_positions(segment_ids)[..., None], document_numbers(segment_ids)
-        query, key, value, added, _ = self._heads(x, positions, segment_ids)
+        query, key, value, added = self._heads(x, positions, segment_ids)
         mix = self.mix_and_learn if is_training else self.mix
         out = mix(query, key, value, x, segment_ids)
         self._check_heads("mix", out, query, value)
@@ -286,13 +307,51 @@ class Attention(nnx.Module):
 
         A token past what the cache is for gives NaN, unless the cache keeps no less for it: a state, or a whole window.
         """
-        query, key, value, added, convolved = self._heads(x, cache.position[None, None], None, cache.convolved)
+        convolved: dict[str, Array] = {}
+
+        def convolve(name: str, channels: Array) -> Array:
+            out, convolved[name] = getattr(self, name).step(cache.convolved[name], channels)
+            return out
+
+        query, key, value, added = self._heads(x, cache.position[..., None, None], None, convolve)
         out, mechanism = self.mechanism_step(cache.mechanism, query, key, value, x)
         self._check_heads("mechanism_step", out, query, value)
         out, capacity = self.finish(out, value, x) + added, self.mechanism_capacity(cache.mechanism)
         if capacity is not None:
-            out = jnp.where(cache.position < capacity, out, jnp.nan)
+            out = jnp.where(cache.position.reshape(-1, 1, 1, 1) < capacity, out, jnp.nan)
         return self.output(out), MixerCache(cache.position + 1, mechanism, convolved)
+
+    @under_auto_axes(lambda self, cache, x, lengths=None: (spec_of(x), specs_of(cache)))
+    def prefill(self, cache: MixerCache, x: Array, lengths: Array | None = None) -> tuple[Array, MixerCache]:
+        """A prompt x [B, P, D] at once -> (y [B, P, D], cache), as step gives them of it token by token.
+
+        cache: an empty one, which the prompt fits into. lengths: integers [B], 1 to P: the row's tokens, padding after
+          them, for which y means nothing; the next step then is at position lengths. None: P in all rows.
+        """
+        batch, length, _ = x.shape
+        lengths = check_lengths(lengths, batch, most=length)
+        convolved: dict[str, Array] = {}
+
+        def convolve(name: str, channels: Array) -> Array:
+            out, convolved[name] = getattr(self, name).prefill(channels, lengths)
+            return out
+
+        query, key, value, added = self._heads(x, grid_positions((length,)), None, convolve)
+        capacity = self.mechanism_capacity(cache.mechanism)
+        require(capacity is None or length <= capacity, "x", shape_text(x), f"the cache was made for {capacity} tokens")
+        out, mechanism = self._prefill(cache.mechanism, query, key, value, x, lengths)
+        self._check_heads("mechanism_prefill", out, query, value)
+        position = jnp.asarray(length, jnp.int32) if lengths is None else lengths
+        return self.output(self.finish(out, value, x) + added), MixerCache(position, mechanism, convolved)
+
+    @property
+    def _prefill(self) -> Callable[..., tuple[Array, Any]]:
+        """mechanism_prefill, unless it is another class's than the steps are: it would not know of their cache."""
+        parts = ("mechanism_prefill", "mechanism_step", "init_mechanism_cache")
+        depths = [next(i for i, cls in enumerate(type(self).__mro__) if part in vars(cls)) for part in parts]
+        if depths[0] > min(depths):
+            return functools.partial(Attention.mechanism_prefill, self)
+        return self.mechanism_prefill
 
     def _convolutions(self) -> dict[str, DepthwiseConvolution]:
         names = ("query_convolution", "key_convolution", "value_convolution", "residual_convolution")

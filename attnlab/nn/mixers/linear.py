@@ -152,6 +152,20 @@ class LinearAttention(Attention):
             dtype=jnp.promote_types(self.dtype, jnp.float32),
         )
 
+    def mechanism_prefill(
+        self, cache: Any, query: Array, key: Array, value: Array, x: Array, lengths: Array | None
+    ) -> tuple[Array, Any]:
+        return attention.linear_attention(
+            self._unit(query),
+            self._unit(key),
+            value,
+            initial_state=cache,
+            return_state=True,
+            lengths=lengths,
+            implementation=self.implementation,
+            **self._recurrence(x),
+        )
+
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
         return attention.linear_step(cache, self._unit(query), self._unit(key), value, **self._recurrence(x))
 

@@ -137,10 +137,22 @@ class LocalAttention(Attention):
         slots, (window,) = cache.key.shape[1], per_axis("window", self.window, 1)
         return slots if slots < window + self.sinks else None
 
-    def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
+    def _cached(self, cache: Any) -> tuple[int, int]:
+        """Window and sinks of a cache, which may be for fewer tokens than they reach."""
         slots, (stride,) = cache.key.shape[1], per_axis("stride", self.stride, 1)
         sinks = min(self.sinks, slots - stride)
-        return attention.local_step(cache, query, key, value, window=slots - sinks, sinks=sinks, stride=stride)
+        return slots - sinks, sinks
+
+    def mechanism_prefill(
+        self, cache: Any, query: Array, key: Array, value: Array, x: Array, lengths: Array | None
+    ) -> tuple[Array, Any]:
+        window, sinks = self._cached(cache)
+        cache = attention.prefill_local_cache(cache, key, value, window=window, sinks=sinks, lengths=lengths)
+        return self.mix(query, key, value, x, None), cache
+
+    def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
+        (window, sinks), (stride,) = self._cached(cache), per_axis("stride", self.stride, 1)
+        return attention.local_step(cache, query, key, value, window=window, sinks=sinks, stride=stride)
 
     def mechanism_flops(self, space: tuple[int, ...]) -> int:
         window, stride, dilation = zip(*self._fit(space))
@@ -217,6 +229,12 @@ class DilatedAttention(LocalAttention):
         _, dilation, window = cache.key.shape[:3]
         whole = *per_axis("window", self.window, 1), *per_axis("dilation", self.dilation, 1)
         return window * dilation if (window, dilation) != whole else None
+
+    def mechanism_prefill(
+        self, cache: Any, query: Array, key: Array, value: Array, x: Array, lengths: Array | None
+    ) -> tuple[Array, Any]:
+        cache = attention.prefill_dilated_cache(cache, key, value, dilation=cache.key.shape[1], lengths=lengths)
+        return self.mix(query, key, value, x, None), cache
 
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
         _, dilation, window = cache.key.shape[:3]

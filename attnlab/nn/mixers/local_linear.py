@@ -44,6 +44,13 @@ class _KeyValueMixer(Attention):
             dtype=self.dtype,
         )
 
+    def _prefilled(
+        self, cache: Any, query: Array, key: Array, value: Array, x: Array, lengths: Array | None
+    ) -> tuple[Array, Any]:
+        window = self._cached_window(cache)
+        cache = attention.prefill_local_linear_cache(cache, key, value, window=window, lengths=lengths)
+        return self.mix(query, key, value, x, None), cache
+
     def mechanism_capacity(self, cache: Any) -> int | None:
         slots = cache.key.shape[1]
         return slots if self.window is None or slots < self.window else None
@@ -81,6 +88,8 @@ class LocalLinearAttention(_KeyValueMixer):
         )
         return out.reshape(*query.shape[:-1], value.shape[-1])
 
+    mechanism_prefill = _KeyValueMixer._prefilled
+
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
         return attention.local_linear_step(
             cache,
@@ -111,13 +120,13 @@ class ParallaxAttention(_KeyValueMixer):
         self.probe = Linear(features, (self.num_heads, self.head_dim), dtype=self.dtype)
         self.probe_norm = RMSNorm(self.head_dim) if self.query_norm is not None else None
 
-    def _heads(self, x: Array, positions: Array, *rest: Any) -> tuple[Array, Array, Array, Array | float, Any]:
+    def _heads(self, x: Array, positions: Array, *rest: Any) -> tuple[Array, Array, Array, Array | float]:
         """The probe is made as the query is, and follows it as further heads."""
-        query, key, value, added, convolved = super()._heads(x, positions, *rest)
+        query, key, value, added = super()._heads(x, positions, *rest)
         probe = self.probe(x)
         probe = probe if self.probe_norm is None else self.probe_norm(probe)
         probe = rotary_embedding(probe, positions) if self.rotary else probe
-        return jnp.concatenate([query, probe], axis=-2), key, value, added, convolved
+        return jnp.concatenate([query, probe], axis=-2), key, value, added
 
     def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
         query, probe = jnp.split(query, 2, axis=-2)
@@ -131,6 +140,8 @@ class ParallaxAttention(_KeyValueMixer):
             implementation=self.implementation,
         )
         return out.reshape(*query.shape[:-1], value.shape[-1])
+
+    mechanism_prefill = _KeyValueMixer._prefilled
 
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
         query, probe = jnp.split(query, 2, axis=-2)

@@ -149,6 +149,27 @@ class RoutingAttention(Attention):
             cut.append(near.key.shape[1])
         return min(cut, default=None)
 
+    def mechanism_prefill(
+        self, cache: Any, query: Array, key: Array, value: Array, x: Array, lengths: Array | None
+    ) -> tuple[Array, Any]:
+        routed, near = cache
+        split, state = self.local_heads, self._state()
+        routed = attention.prefill_routing_cache(
+            routed,
+            query[:, :, split:],
+            key[:, :, split:],
+            value[:, :, split:],
+            state,
+            normalize=self.normalize,
+            lengths=lengths,
+        )
+        if split:
+            window = near.key.shape[1]
+            near = attention.prefill_local_cache(
+                near, key[:, :, :split], value[:, :, :split], window=window, lengths=lengths
+            )
+        return self._attend(query, key, value, state)[0], (routed, near)
+
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
         routed, near = cache
         split = self.local_heads

@@ -30,6 +30,12 @@ class SoftmaxAttention(Attention):
             batch, max_length, self.num_key_heads, self.head_dim, value_dim=self.value_dim, dtype=self.dtype
         )
 
+    def mechanism_prefill(
+        self, cache: Any, query: Array, key: Array, value: Array, x: Array, lengths: Array | None
+    ) -> tuple[Array, Any]:
+        cache = attention.prefill_dot_product_cache(cache, key, value, lengths=lengths)
+        return self.mix(query, key, value, x, None), cache
+
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
         return attention.dot_product_step(cache, query, key, value)
 
