@@ -5,6 +5,7 @@ import io
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +29,7 @@ _TRUST = "run the code of modules that the run's config imports; without it, onl
 _PICTURES = (".png", ".svg", ".pdf")
 # Of a sample: what is drawn at once; of a seed: as in training; of a picture: weights of all pairs are computed whole.
 _MOST_SAMPLES, _MOST_SEED, _MOST_SHOWN = 4096, 2**31 - 1, 2048
+_MOST_DRAWN = 2**20  # tokens of a text, by --length
 _MOST_PROCESSES = 256
 _DEFAULT_HEARTBEAT, _MOST_HEARTBEAT, _MOST_HOSTS = 100, 86400, 2**16
 _MOST_SEQUENCES = 10_000  # of regress, by --seeds
@@ -138,12 +140,26 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     sample = commands.add_parser(
         "sample",
         help="draw images, or continue a text, with a trained model",
-        description="Draw images, or continue beginnings of the validation text, from a run's newest checkpoint.",
+        description="Draw images, or continue texts as they are printed, from a run's newest checkpoint.",
     )
     sample.add_argument(
         "workdir", type=_path, metavar="WORKDIR", help="the folder of a run, which may still be running"
     )
-    sample.add_argument("--count", type=int, help="samples (default 64 images or 3 texts)")
+    sample.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="a text to continue; give it again for more (default: beginnings of the validation text)",
+    )
+    sample.add_argument("--count", type=int, help="samples (default 64 images, 3 texts, or 1 of each prompt)")
+    sample.add_argument(
+        "--length", type=int, help="tokens to draw (default: with the longest prompt, as many as it was trained on)"
+    )
+    sample.add_argument("--stop", action="append", metavar="TEXT", help="end a continuation after this text")
+    sample.add_argument("--top-k", type=int, metavar="K", help="draw of the K likeliest tokens alone")
+    sample.add_argument(
+        "--top-p", type=float, metavar="P", help="draw of the likeliest, which have probability P, alone"
+    )
     sample.add_argument("--temperature", type=float, default=1.0, help="0 takes what is likeliest (default 1)")
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     sample.add_argument("--out", type=_path, help="the file (default: WORKDIR/samples.png; texts are printed)")
@@ -207,8 +223,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
         help="time every mechanism against length",
         description="Time every mechanism and measure its memory against length, beside dense attention of jax.nn.",
     )
-    lengths = [1024 * 2**power for power in range(7)]
-    bench.add_argument("--lengths", type=int, nargs="+", default=lengths, help="default 1024 2048 ... 65536")
+    bench.add_argument("--lengths", type=int, nargs="+", help="default 1024 2048 ... 65536, of prompts 4096")
     bench.add_argument(
         "--only",
         nargs="+",
@@ -217,6 +232,11 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
         help="mechanisms, named as in its table, whole or up to a comma: linear, 'local, causal'",
     )
     bench.add_argument("--backward", action="store_true", help="time the gradient as well")
+    bench.add_argument(
+        "--prompts",
+        action="store_true",
+        help="instead, time how models of causal mixers read a prompt, at once and by steps",
+    )
     bench.add_argument(
         "--workdir", type=_path, default=Path("runs/bench"), help="folder for results (default runs/bench)"
     )
@@ -306,12 +326,7 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.train.tasks.base import Illustrated
     from attnlab.train.workdir import last_step
 
-    if command.count is not None and not 1 <= command.count <= _MOST_SAMPLES:
-        raise UserError(f"count: got {command.count}; need at least 1, at most {_MOST_SAMPLES}")
-    if not 0 <= command.temperature < math.inf:
-        raise UserError(f"temperature: got {command.temperature}; need at least 0, and a finite one")
-    if not 0 <= command.seed <= _MOST_SEED:
-        raise UserError(f"seed: got {command.seed}; need 0 to {_MOST_SEED}")
+    _check_draws(command)
     resolved = command.workdir / "config.gin"
     if not resolved.is_file():
         raise UserError(f"sample: {command.workdir} has no config.gin; give the folder of a run (`attnlab train`)")
@@ -326,6 +341,10 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
     out = command.out or (command.workdir / "samples.png" if isinstance(task, Illustrated) else None)
     if out is not None:
         _check_out(out, is_picture=isinstance(task, Illustrated))
+    of_texts = ("prompt", "length", "stop", "top_k", "top_p")
+    if isinstance(task, Illustrated) and (given := [name for name in of_texts if getattr(command, name) is not None]):
+        raise UserError(f"{given[0]}: got {getattr(command, given[0])!r}; it is for texts, and this run draws images")
+    prompts, length = _prompts(command, task, model) if isinstance(task, LanguageTask) else ([], 0)
     values = restore_values(experiment, command.workdir)
     print(f"step {last_step(command.workdir)} of {experiment.steps}", file=sys.stderr)
     options = {"key": jax.random.key(command.seed), "temperature": command.temperature}
@@ -334,14 +353,65 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
         task.illustrate(model, values, out, count=command.count or 64, **options)
         print(out)
         return 0
-    continuations = task.continuations(model, values, count=command.count or 3, **options)
-    text = "\n\n".join(f"--- after {beginning!r}\n{text}" for beginning, text in continuations)
+    texts = [f"--- after {task.corpus.decode(prompt)!r}\n" for prompt in prompts]
     if out is None:
-        print(text)
+        print(texts[0], end="", flush=True)
+    tokens, start = 0, time.perf_counter()
+    draws = {"top_k": command.top_k, "top_p": command.top_p, "stop": command.stop or (), **options}
+    for number, added in enumerate(task.continued(model, values, prompts, length=length, **draws)):
+        if out is None:
+            print(added[0] or "", end="", flush=True)
+        texts = [text + (more or "") for text, more in zip(texts, added)]
+        if number < 2:  # which read the prompts, and compile
+            tokens, start = 0, time.perf_counter()
+        else:
+            tokens += sum(more is not None for more in added)
+    rate = tokens / (time.perf_counter() - start)
+    if out is None:
+        print("".join(f"\n\n{text}" for text in texts[1:]))
     else:
-        out.write_text(text + "\n")
+        out.write_text("\n\n".join(texts) + "\n")
         print(out)
+    if tokens:
+        print(f"{rate:.0f} tokens per second", file=sys.stderr)
     return 0
+
+
+def _prompts(command: argparse.Namespace, task: Any, model: Any) -> tuple[list[Any], int]:
+    """Tokens of the texts that are to be continued, and how many tokens to draw of each."""
+    if command.prompt is None:
+        prompts = task.beginnings(command.count or 3)
+    else:
+        prompts = [task.corpus.encode(text) for text in command.prompt for _ in range(command.count or 1)]
+    if not all(map(len, prompts)):
+        raise UserError("prompt: got a text of no tokens; need one at least")
+    given = max(map(len, prompts))
+    length = task.sequence_length - given if command.length is None else command.length
+    if command.length is None and command.prompt is None:
+        length = max(length, 1)
+    elif command.length is None and length < 1:
+        trained = f"it was trained on sequences of {task.sequence_length}"
+        raise UserError(f"prompt: got {given} tokens, and {trained}; say with --length how many to draw")
+    most = _MOST_DRAWN if model.max_length is None else model.max_length - given + 1
+    if not 1 <= length <= most:
+        raise UserError(f"length: got {length} after a prompt of {given} tokens; need 1 to {max(most, 1)}")
+    return prompts, length
+
+
+def _check_draws(command: argparse.Namespace) -> None:
+    """Refuses numbers that mean nothing, before the run is read."""
+    if command.count is not None and not 1 <= command.count <= _MOST_SAMPLES:
+        raise UserError(f"count: got {command.count}; need at least 1, at most {_MOST_SAMPLES}")
+    if not 0 <= command.temperature < math.inf:
+        raise UserError(f"temperature: got {command.temperature}; need at least 0, and a finite one")
+    if not 0 <= command.seed <= _MOST_SEED:
+        raise UserError(f"seed: got {command.seed}; need 0 to {_MOST_SEED}")
+    if command.top_k is not None and command.top_k < 1:
+        raise UserError(f"top_k: got {command.top_k}; need at least 1")
+    if command.top_p is not None and not 0 < command.top_p <= 1:
+        raise UserError(f"top_p: got {command.top_p}; need a number above 0 and at most 1")
+    if command.stop is not None and "" in command.stop:
+        raise UserError("stop: got an empty text")
 
 
 def _check_out(out: Path, is_picture: bool, option: str = "out") -> None:
@@ -447,12 +517,21 @@ def _bench(command: argparse.Namespace, overrides: list[str]) -> int:
 
     from attnlab import bench
 
-    if min(command.lengths) < bench.WINDOW:
-        raise UserError(f"lengths: got {min(command.lengths)}; need at least the window, {bench.WINDOW}")
-    if unknown := [name for name in command.only if not bench.named(name)]:
-        raise UserError(f"only: got {unknown[0]!r}; need some of {'; '.join(bench.NAMES)}")
+    lengths = sorted(set(command.lengths or ([4096] if command.prompts else [2**power for power in range(10, 17)])))
+    if lengths[0] < bench.WINDOW:
+        raise UserError(f"lengths: got {lengths[0]}; need at least the window, {bench.WINDOW}")
+    names = bench.MIXERS if command.prompts else bench.NAMES
+    if unknown := [name for name in command.only if not bench.named(name, names=names)]:
+        raise UserError(f"only: got {unknown[0]!r}; need some of {'; '.join(names)}")
+    if command.prompts and command.backward:
+        raise UserError("backward: got it with --prompts, which have no gradient")
     _check_out(command.workdir / "bench.png", is_picture=True, option="workdir")
-    rows = bench.bench(sorted(set(command.lengths)), only=command.only, backward=command.backward)
+    if command.prompts:
+        rows = bench.prompts(lengths, only=command.only)
+        bench.write_prompts(rows, command.workdir, f"Reading a prompt, on {jax.devices()[0].device_kind}")
+        print(f"\n{bench.prompt_table(rows)}\n\n{command.workdir / 'prompts.md'}")
+        return 0
+    rows = bench.bench(lengths, only=command.only, backward=command.backward)
     passes = "forward and backward" if command.backward else "forward"
     bench.write(rows, command.workdir, f"Attention against length, {passes}, on {jax.devices()[0].device_kind}")
     print(f"\n{bench.table(rows)}\n\n{command.workdir / 'bench.png'}")

@@ -20,6 +20,18 @@ def test_bench_times_what_is_asked_for_and_keeps_it(tmp_path, capsys):
     assert bench.table(rows) in capsys.readouterr().out
 
 
+def test_bench_times_how_prompts_are_read(tmp_path, capsys):
+    command = ["bench", "--prompts", "--lengths", "256", "--only", "linear, retention"]
+    assert cli.main([*command, "--workdir", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert [(row["mixer"], row["length"]) for row in rows] == [("linear, retention", 256)]
+    assert all(row[way] > 0 for row in rows for way in ("seconds", "loop_seconds", "call_seconds"))
+    table = bench.prompt_table(rows)
+    assert f" {256 * rows[0]['call_seconds'] / rows[0]['seconds']:.1f} |" in table.splitlines()[2]
+    assert table in (tmp_path / "prompts.md").read_text()
+    assert table in capsys.readouterr().out
+
+
 def test_the_exponent_is_that_of_long_lengths():
     def rows(power):
         times = {1024: 9.0, **{length: 1e-9 * length**power for length in (4096, 8192, 16384)}}
@@ -35,6 +47,8 @@ def test_the_exponent_is_that_of_long_lengths():
         (["--lengths", "8"], "lengths: got 8"),
         (["--only", "nothing"], "only: got 'nothing'; need some of"),
         (["--only", "linear", "nothing"], "only: got 'nothing'; need some of"),
+        (["--prompts", "--only", "axial"], "only: got 'axial'; need some of softmax"),
+        (["--prompts", "--backward"], "backward: got it with --prompts"),
         (["--only", ""], "only: got ''; need some of"),
     ],
 )

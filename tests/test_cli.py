@@ -91,6 +91,18 @@ def test_train_continues_where_it_stopped(tmp_path, capsys):
     assert capsys.readouterr().out == first
 
 
+# Options of a sample, and what is said of them.
+PROMPTED = {
+    "--prompt ": "prompt: got a text of no tokens",
+    f"--prompt {32 * 'x'}": "prompt: got 32 tokens, and it was trained on sequences of 32; say with --length",
+    "--length 0": "length: got 0 after a prompt of 8 tokens; need 1 to 1048576",
+    "--top-k 0": "top_k: got 0; need at least 1",
+    "--top-p 1.5": "top_p: got 1.5; need a number above 0 and at most 1",
+    "--top-p nan": "top_p: got nan",
+    "--stop ": "stop: got an empty text",
+}
+
+
 def test_sample_continues_the_text_of_a_run(tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "texts.txt"
     assert cli.main(["train", LM, "--workdir", str(run), *TINY]) == 0
@@ -101,6 +113,19 @@ def test_sample_continues_the_text_of_a_run(tmp_path, capsys):
     assert cli.main(["sample", str(run), "--count", "2", "--seed", "4", "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     assert out.read_text() == text
+    draws = ["--length", "5", "--top-k", "40", "--top-p", "0.95", "--seed", "4"]
+    assert cli.main(["sample", str(run), "--prompt", "def ", "--prompt", "naïve", *draws]) == 0
+    told = capsys.readouterr()
+    first, second = told.out.split("\n\n--- after 'naïve'\n")
+    assert first.startswith("--- after 'def '\n")
+    assert second.endswith("\n")
+    assert re.search(r"\d+ tokens per second\n$", told.err)
+    # The first as if it were alone, and no further than to what ends it.
+    assert cli.main(["sample", str(run), "--prompt", "def ", *draws, "--stop", first[len("--- after 'def '\n")]]) == 0
+    assert capsys.readouterr().out == first[: len("--- after 'def '\n") + 1] + "\n"
+    for option, message in PROMPTED.items():
+        assert cli.main(["sample", str(run), *option.split(" ")]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow  # the fast tests hold it of the task, in train/tasks/test_pixel_tasks.py
@@ -156,6 +181,11 @@ def classifier_run(path):
     built = "experiments/image/digits.gin"
     (path / "config.gin").write_text(f"include '{built}'\n")
     return ["sample", str(path)]
+
+
+def image_run(path):
+    (path / "config.gin").write_text("include 'experiments/image/digits_axial.gin'\n")
+    return path
 
 
 def mute_run(path):
@@ -266,6 +296,10 @@ MISTAKES = {
     ),
     "a sample of code": (lambda path: ["sample", str(of_another_s_run(path))], "imports this_would_run, which is not"),
     "a picture of code": (lambda path: ["show", str(of_another_s_run(path) / "config.gin")], "give --trust"),
+    "a prompt for images": (
+        lambda path: ["sample", str(image_run(path)), "--prompt", "x"],
+        "prompt: got ['x']; it is for texts, and this run draws images",
+    ),
     "a warm sample": (lambda path: ["sample", str(path), "--temperature", "inf"], "temperature: got inf"),
     "a sample's seed": (lambda path: ["sample", str(path), "--seed", "-1"], "seed: got -1; need 0 to 2147483647"),
     "no picture": (lambda path: ["show", LM, "--out", str(path / "x.doc")], "need a picture, .png, .svg, .pdf"),

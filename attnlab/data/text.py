@@ -1,9 +1,10 @@
 """Text as bytes, characters or words: the source of Python's standard library, or files of one's own."""
 
+import codecs
 import dataclasses
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,34 @@ class Corpus:
                 least, most = int(tokens.min()), int(tokens.max())
                 allowed = f"need tokens from 0 to vocabulary - 1 = {self.vocabulary - 1}"
                 require(least >= 0 and most < self.vocabulary, part, f"tokens from {least} to {most}", allowed)
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 tokens [length] of a text. Raises UserError for a character that does not occur in the corpus."""
+        if self.unit == "byte":
+            return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8).astype(np.int32)
+        numbers = {symbol: number for number, symbol in enumerate(self.symbols)}
+        parts = list(text) if self.unit == "character" else _words(text)
+        unknown = numbers.get("<unk>") if self.unit == "word" else None
+        if unknown is None and (strange := [part for part in parts if part not in numbers]):
+            raise UserError(f"text: got {strange[0]!r}, a {self.unit} that {self.name} does not have")
+        return np.array([numbers.get(part, unknown) for part in parts], np.int32)
+
+    def decoder(self) -> Callable[[int, bool], str]:
+        """For a text that comes token by token: (token, whether it is the last) -> what it adds to `decode`'s text.
+
+        Bytes add it with the last one of a character.
+        """
+        if self.unit == "byte":
+            decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+            return lambda token, is_last: decode(bytes([min(token, 255)]), is_last)
+        first = True
+
+        def added(token: int, is_last: bool) -> str:
+            nonlocal first
+            blank, first = "" if first or self.unit == "character" else " ", False
+            return blank + self.decode(np.array([token]))
+
+        return added
 
     def decode(self, tokens: np.ndarray) -> str:
         """Text of integer tokens [length]; bytes that are no UTF-8, and numbers outside the vocabulary, give U+FFFD."""
@@ -142,8 +171,7 @@ def words(path: str, held_out: str = "valid") -> Corpus:
         if len(files) != 1:
             named = ", ".join(file.name for file in files) or "none"
             raise UserError(f"words: need one file {part}* in {path}; found {named}")
-        *lines, rest = _decoded("words", content("words", files[0], unpacks=True), files[0]).split("\n")
-        texts.append([word for line in lines for word in (*line.split(), "<eos>")] + rest.split())
+        texts.append(_words(_decoded("words", content("words", files[0], unpacks=True), files[0])))
     numbers = {word: number for number, word in enumerate(sorted({*texts[0], "<unk>"}))}
     unknown = numbers["<unk>"]
     train, validation = (np.array([numbers.get(word, unknown) for word in text], np.int32) for text in texts)
@@ -161,6 +189,11 @@ def random_tokens(vocabulary: int = 32768, count: int = 2**20, seed: int = 0) ->
     tokens = np.random.default_rng(seed).integers(vocabulary, size=count, dtype=np.int32)
     cut = count * 9 // 10
     return Corpus(f"random tokens of {vocabulary:,}", tokens[:cut], tokens[cut:], "token", vocabulary)
+
+
+def _words(text: str) -> list[str]:
+    *lines, rest = text.split("\n")
+    return [word for line in lines for word in (*line.split(), "<eos>")] + rest.split()
 
 
 def _decoded(function: str, held: bytes, file: Path) -> str:

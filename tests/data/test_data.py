@@ -1,5 +1,6 @@
 """Data: splits share nothing, batches depend on (source, batch size, seed) alone, one pass sees every example once."""
 
+import dataclasses
 import functools
 import gzip
 import subprocess
@@ -227,6 +228,41 @@ def test_words_are_those_of_the_training_file(tmp_path):
     (tmp_path / "train.old").write_text("x")
     with pytest.raises(UserError, match=r"need one file train\* .*found train.old, train.txt.gz"):
         data.words(str(tmp_path), held_out="valid ")
+
+
+CORPORA = {
+    "byte": data.Corpus("b", *[np.zeros(2, np.uint8)] * 2),
+    "character": data.Corpus("c", *[np.zeros(2, np.int32)] * 2, "character", 4, (" ", "a", "b", "ï")),
+    "word": data.Corpus("w", *[np.zeros(2, np.int32)] * 2, "word", 4, ("<eos>", "<unk>", "a", "b")),
+}
+
+
+@pytest.mark.parametrize(
+    ("unit", "text", "decoded"),
+    [
+        ("byte", "naïve \U0001f600\0", None),
+        ("byte", "\udcff", "\ufffd"),  # as Python has a byte of a command line that is no UTF-8
+        ("character", "ab ïa", None),
+        ("word", "a b\nzebra\n\na", "a b \n <unk> \n \n a"),
+    ],
+)
+def test_texts_are_encoded_and_decoded_whole_or_token_by_token(unit, text, decoded):
+    corpus = CORPORA[unit]
+    tokens = corpus.encode(text)
+    assert tokens.dtype == np.int32
+    assert corpus.decode(tokens) == (text if decoded is None else decoded)
+    for cut in range(1, len(tokens) + 1):
+        decode = corpus.decoder()
+        pieces = [decode(token, number == cut) for number, token in enumerate(tokens[:cut].tolist(), 1)]
+        assert "".join(pieces) == corpus.decode(tokens[:cut])
+        assert unit != "byte" or "\ufffd" not in "".join(pieces[:-1])  # no character is cut
+
+
+@pytest.mark.parametrize(("unit", "text"), [("character", "abc"), ("word", "a zebra")])
+def test_a_text_of_other_symbols_is_named(unit, text):
+    corpus = dataclasses.replace(CORPORA[unit], symbols=CORPORA[unit].symbols[2:])
+    with pytest.raises(UserError, match=rf"^text: got '(a|zebra|c)', a {unit} that {unit[0]} does not have$"):
+        corpus.encode(text)
 
 
 def idx(array):

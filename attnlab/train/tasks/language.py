@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -14,7 +14,7 @@ import optax
 from attnlab import data, nn
 from attnlab.attention._shared.checks import check_bool, keep, shown
 from attnlab.data.text import check_length
-from attnlab.models import LanguageModel, generate
+from attnlab.models import LanguageModel, generate, stream
 from attnlab.train.tasks.base import Batch, sequence_costs, weighted_means
 
 
@@ -98,6 +98,56 @@ class LanguageTask:
     def costs(self, model: LanguageModel) -> dict[str, Any]:
         return sequence_costs(model, self.sequence_length)
 
+    def beginnings(self, count: int) -> list[np.ndarray]:
+        """So many texts of the validation text, of one length: integers [tokens] each."""
+        given = max(1, min(32, self.sequence_length // 4))
+        starts = np.linspace(0, len(self.corpus.validation) - given, count).astype(int)
+        return [self.corpus.validation[start : start + given] for start in starts]
+
+    def continued(
+        self,
+        model: LanguageModel,
+        values: nn.Parameters,
+        prompts: Sequence[np.ndarray],
+        *,
+        length: int,
+        stop: Sequence[str] = (),
+        **draws: Any,
+    ) -> Iterator[list[str | None]]:
+        """How the model continues prompts, integers [tokens] each, as it is drawn: yields, after every token of all
+        prompts, what it adds to each text, None to those that have ended.
+
+        model: without values. stop: texts that end a continuation, which stand in it. draws: as generate takes them.
+        """
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        padded = np.zeros((len(prompts), lengths.max()), np.int32)
+        for row, prompt in zip(padded, prompts):
+            row[: len(prompt)] = prompt
+        decoders, texts = [self.corpus.decoder() for _ in prompts], [""] * len(prompts)
+        ended = [False] * len(prompts)
+        drawn = stream(
+            nn.bind(model, values),
+            jnp.asarray(padded),
+            length=length,
+            lengths=jnp.asarray(lengths) if lengths.min() < lengths.max() else None,
+            below=self.corpus.vocabulary,
+            **draws,
+        )
+        for number, tokens in enumerate(drawn, 1):
+            added: list[str | None] = []
+            for row, token in enumerate(tokens.tolist()):
+                if ended[row]:
+                    added.append(None)
+                    continue
+                piece = decoders[row](token, number == length)
+                texts[row] += piece
+                # A stop text can begin in what came before.
+                ended[row] = any(text in texts[row][-len(piece) - len(text) + 1 :] for text in stop if piece)
+                added.append(piece)
+            yield added
+            if all(ended):
+                return
+
     def continuations(
         self, model: LanguageModel, values: nn.Parameters, *, key: jax.Array, count: int, temperature: float
     ) -> list[tuple[str, str]]:
@@ -105,9 +155,8 @@ class LanguageTask:
 
         model: without values. temperature: 0 takes the likeliest tokens.
         """
-        given = max(1, min(32, self.sequence_length // 4))
-        starts = np.linspace(0, len(self.corpus.validation) - given, count).astype(int)
-        prompts = np.stack([self.corpus.validation[start : start + given] for start in starts]).astype(np.int32)
+        prompts = np.stack(self.beginnings(count)).astype(np.int32)
+        given = prompts.shape[1]
 
         @jax.jit
         def draw(values: nn.Parameters, prompts: jax.Array) -> jax.Array:

@@ -49,3 +49,39 @@ def test_a_text_shorter_than_the_sequence_is_refused_when_the_task_is_built(part
     texts = {"train": np.zeros(50, np.uint8), "validation": np.zeros(50, np.uint8), part: np.zeros(32, np.uint8)}
     with pytest.raises(ValueError, match=f"sequence_length: got 32; the {part} text of short has only 32 bytes"):
         LanguageTask(data.Corpus("short", **texts), sequence_length=32)
+
+
+@functools.cache
+def of_characters():
+    symbols = tuple("abcdefgh")
+    text = np.random.default_rng(0).integers(8, size=200).astype(np.int32)
+    task = LanguageTask(data.Corpus("letters", text, text, "character", 8, symbols), sequence_length=12)
+    model = models.LanguageModel(vocabulary=9, mixers=[nn.SoftmaxAttention], depth=1, features=16)
+    return task, model, nn.initialize(model, jax.random.key(0))
+
+
+def test_texts_are_continued_as_they_are_drawn():
+    """From its own beginnings as `continuations` has them at once."""
+    task, model, values = of_characters()
+    beginnings = task.beginnings(2)
+    draws = {"key": jax.random.key(1), "temperature": 1.0}
+    added = list(task.continued(model, values, beginnings, length=9, **draws))
+    assert [len(beginning) for beginning in beginnings] == [3, 3]
+    assert all(len(piece) == 1 for pieces in added for piece in pieces)
+    texts = [(task.corpus.decode(b), "".join(row)) for b, row in zip(beginnings, zip(*added))]
+    assert texts == task.continuations(model, values, count=2, **draws)
+
+
+def test_a_continuation_ends_after_a_text():
+    """Of several tokens too; the others go on, and the prompts do not count."""
+    task, model, values = of_characters()
+    prompts = [task.corpus.encode(text) for text in ("a", "abcab")]
+    draws = {"length": 9, "key": jax.random.key(1), "temperature": 1.0}
+    plain = ["".join(row) for row in zip(*task.continued(model, values, prompts, **draws))]
+    stop = plain[0][2:5]
+    assert stop not in plain[1]
+    added = list(task.continued(model, values, prompts, stop=["zz", stop], **draws))
+    rows = list(zip(*added))
+    assert rows[0] == (*plain[0][:5], *[None] * 4)
+    assert rows[1] == tuple(plain[1])
+    assert len(list(task.continued(model, values, prompts[:1], stop=[stop], **draws))) == 5
