@@ -26,7 +26,7 @@ class _Received:
         self.lock = threading.Lock()
         self.came: int | None = None
         self.is_handled = False
-        self.is_deferred = False
+        self.deferring = 0  # blocks of `deferred`, of one thread or of several that each train
         self.continues = False
         self.helpers: list[tuple[Callable[[], None], Callable[[], None]]] = []
 
@@ -87,17 +87,20 @@ def deferred() -> Iterator[Callable[[], int | None]]:
 
     Outside a program's `handled` the signals are taken here, if this is the main thread; a second one raises as `stop`.
     """
-    if _received.is_handled and threading.current_thread() is threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    if _received.is_handled:
         with _received.lock:
-            _received.is_deferred = True
-            ending = _received.came is not None
-        while ending:  # the process is about to end, and nothing new begins
+            ending = _received.came
+            _received.deferring += ending is None
+        if ending is not None and not is_main:
+            stop(ending)
+        while ending is not None:  # the process is about to end, and nothing new begins
             time.sleep(1)
         try:
             yield lambda: _received.came
         finally:
             with _received.lock:
-                _received.is_deferred = False
+                _received.deferring -= 1
         came = _received.came
         if came is not None:
             announce(came, _continuation())
@@ -109,7 +112,6 @@ def deferred() -> Iterator[Callable[[], int | None]]:
             if len(numbers) > 1:
                 stop(number)
 
-        is_main = threading.current_thread() is threading.main_thread()
         taken = [n for n in _NUMBERS if is_main and signal.getsignal(n) is not signal.SIG_IGN]
         previous = {number: signal.signal(number, note) for number in taken}
         try:
@@ -162,7 +164,7 @@ def _receive(number: int) -> None:
         if _received.came is not None:
             os._exit(128 + number)
         _received.came = number
-        at_once = not _received.is_deferred
+        at_once = not _received.deferring
     for tell, _ in _received.helpers:
         tell()
     if at_once:

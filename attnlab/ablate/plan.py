@@ -7,13 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 import attnlab.ablate.cache as cache
 from attnlab import config, nn
 from attnlab.ablate.matching import Match, closest, cost_of
 from attnlab.ablate.sweep import Ablation
 from attnlab.errors import UserError
 from attnlab.train import Experiment
-from attnlab.train.mesh import without_mesh
+from attnlab.train.mesh import devices_of_runs, on_devices, without_mesh
 from attnlab.train.step import validation_metrics
 
 # What a run gave, by the run's digest.
@@ -52,6 +54,15 @@ class Run:
         return 3 * self.costs["flops"] * self.items
 
 
+def _parts(devices_per_run: int | None) -> list[Sequence[jax.Device]]:
+    """The devices of the runs that train at once, of each so many."""
+    devices = devices_of_runs()
+    size = len(devices) if devices_per_run is None else devices_per_run
+    if size > len(devices):
+        raise UserError(f"devices_per_run: got {size}, and there are {len(devices)} devices")
+    return [devices[start : start + size] for start in range(0, len(devices) - size + 1, size)]
+
+
 class Plan:
     """Which runs a sweep needs, and what was decided for its arms.
 
@@ -66,6 +77,7 @@ class Plan:
         self._file, self._overrides = file, list(overrides)
         sweep = config.build([file], overrides, root="Ablation")
         self.ablation: Ablation = sweep.value
+        self.parts = _parts(self.ablation.devices_per_run)
         self._check_superseded()
         self._sources = self.ablation.variants()
         self.arms = list(self._sources)
@@ -117,7 +129,8 @@ class Plan:
     def run(self, arm: str, seed: int, rate: float | None) -> Run:
         """A run of an arm. rate: None is the config's."""
         if (arm, seed, rate) not in self._runs:
-            self._runs[arm, seed, rate] = self._build(arm, seed, rate)
+            with on_devices(self.parts[0]):
+                self._runs[arm, seed, rate] = self._build(arm, seed, rate)
         return self._runs[arm, seed, rate]
 
     def _build(self, arm: str, seed: int, rate: float | None) -> Run:

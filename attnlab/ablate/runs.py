@@ -6,12 +6,14 @@ import json
 import math
 import os
 import platform
+import queue
 import shlex
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from attnlab.ablate.results import are_rows
 from attnlab.errors import OwnedError, RunError, UserError, parse_json
 from attnlab.train import Experiment, train
 from attnlab.train.claims import claim, forget
+from attnlab.train.mesh import devices_of_runs, on_devices
 from attnlab.train.step import loss_shapes
 from attnlab.train.store import replace_text
 from attnlab.train.workdir import check_path
@@ -75,8 +78,7 @@ def run_ablation(
     with tqdm(total=plan.size, desc="runs", unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
         while left := [run for run in plan.runs(outcomes) if run.digest not in outcomes]:
             before = len(outcomes)
-            for run in left:
-                outcome = outcomes.get(run.digest) or _obtain(run, runs)
+            for run, outcome in _outcomes(left, plan.parts, runs):
                 if outcome is None:
                     continue
                 _check_metric(plan, run, outcome)
@@ -98,6 +100,40 @@ def run_ablation(
     if searches := [run for arm in plan.arms for run in plan.searches(arm)]:
         write_rows(workdir / "search.jsonl", [_row(plan, run, outcomes, command) for run in searches])
     return rows
+
+
+def _outcomes(
+    left: Sequence[Run], parts: Sequence[Sequence[jax.Device]], runs: Path
+) -> Iterator[tuple[Run, dict[str, Any] | None]]:
+    """Each run with what it gave, as `_obtain` says, as it comes; as many are trained at once as there are parts."""
+    same: dict[str, list[Run]] = {}
+    for run in left:
+        same.setdefault(run.digest, []).append(run)
+    free: queue.SimpleQueue[Sequence[jax.Device]] = queue.SimpleQueue()
+    for part in parts:
+        free.put(part)
+
+    def obtain(run: Run) -> dict[str, Any] | None:
+        part = free.get()
+        try:
+            with on_devices(part):
+                return _obtain(run, runs)
+        finally:
+            free.put(part)
+
+    if len(parts) == 1:
+        for alike in same.values():
+            outcome = obtain(alike[0])
+            yield from ((run, outcome) for run in alike)
+        return
+    pool = futures.ThreadPoolExecutor(len(parts), "attnlab run")
+    try:
+        came = {pool.submit(obtain, alike[0]): alike for alike in same.values()}
+        for future in futures.as_completed(came):
+            outcome = future.result()
+            yield from ((run, outcome) for run in came[future])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _obtain(run: Run, runs: Path) -> dict[str, Any] | None:
@@ -216,10 +252,10 @@ def implementations(experiment: Experiment) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    device = jax.devices()[0]
+    devices = devices_of_runs()
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "grain")}
     return {
-        "device": f"{jax.device_count()} x {device.device_kind}",
+        "device": f"{len(devices)} x {devices[0].device_kind}",
         "machine": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "attnlab": attnlab.__version__,  # of a checkout that is not installed, too

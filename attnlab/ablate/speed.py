@@ -19,7 +19,7 @@ from attnlab.errors import parse_json
 from attnlab.train import Experiment
 from attnlab.train.claims import claim
 from attnlab.train.memory import memory
-from attnlab.train.mesh import placed
+from attnlab.train.mesh import on_devices, placed
 from attnlab.train.step import initial_state, make_optimizer, make_step
 from attnlab.train.store import replace_text
 
@@ -52,8 +52,9 @@ def measure_speed(file: str, overrides: Sequence[str], workdir: Path, rows: Sequ
         with claim(workdir, "speed") as is_ours:  # two processes that time at once would slow each other
             if not is_ours:
                 return "another process measures it"
-            speeds = time_in_turn(experiments)
-            device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+            with on_devices(plan.parts[0]):
+                speeds = time_in_turn(experiments)
+            device = f"{len(plan.parts[0])} x {plan.parts[0][0].device_kind}"
             arms = {arm: {"run": first[arm]["run"], "items_per_second": speeds[arm]} for arm in first}
             replace_text(workdir / "speed.json", json.dumps({"device": device, "arms": arms}))
     except Exception as error:  # the runs' results are there all the same

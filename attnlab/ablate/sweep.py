@@ -45,6 +45,8 @@ class Ablation:
       match: "parameters", "flops" or "state_size", of which every arm gets as much as the baseline has; None: no such.
       knobs: the integer option (a binding) that `match` sets, for all arms or {arm: binding}; arms left out stay as
         they are.
+      devices_per_run: devices that each run has to itself, for its mesh; as many runs train at once as there are parts
+        of so many. None: one run after the other, over all devices.
     """
 
     question: str
@@ -58,6 +60,7 @@ class Ablation:
     learning_rates: Sequence[float] | None = None
     match: str | None = None
     knobs: str | Mapping[str, str] | None = None
+    devices_per_run: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("question", "baseline", "metric"):
@@ -82,6 +85,8 @@ class Ablation:
             if len({len(values) for values in bindings.values()}) > 1:
                 counts = ", ".join(f"{len(values)} of {binding}" for binding, values in bindings.items())
                 raise ValueError(f"zipped: got {counts} for {arm}; need equally many")
+        if self.devices_per_run is not None:
+            keep(self, devices_per_run=check_int("devices_per_run", self.devices_per_run, least=1))
         names = list(self.variants())
         for number, name in enumerate(names):
             if len(name) > _LONGEST_NAME:

@@ -8,6 +8,7 @@ checkpoint, so a run that was stopped, however abruptly, continues bit for bit a
 import dataclasses
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -245,7 +246,8 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
                 metrics = evaluate(experiment, evaluate_function, nn.merge(state.parameters, state.buffers))
                 refuse_diverged("validation loss", metrics["loss"], step)
                 record({"step": step, "split": "validation", **metrics, "seconds": time.perf_counter() - before})
-                _print(progress, f"step {step} of {steps}: validation loss {metrics['loss']:.4f}")
+                run = "" if folder is None or _is_alone() else f"{folder.path.name}: "
+                _print(progress, f"{run}step {step} of {steps}: validation loss {metrics['loss']:.4f}")
             if evaluating and not stopping:  # which took its time
                 stopping = agreement(signal_came() or 0, state.step, now=True)
             if folder is not None and (saving or stopping):
@@ -333,9 +335,14 @@ def _result(history: list[dict[str, Any]], compile_seconds: float) -> Result:
 
 
 def _bar(start: int, steps: int) -> tqdm:
-    """A progress bar on a terminal; nothing elsewhere, where `_print` prints lines."""
-    hidden = not (is_first() and sys.stderr.isatty())
+    """A progress bar on a terminal; nothing elsewhere, where `_print` prints lines, nor where several runs train."""
+    hidden = not (is_first() and _is_alone() and sys.stderr.isatty())
     return tqdm(total=steps, initial=start, unit="step", disable=hidden, dynamic_ncols=True, leave=False)
+
+
+def _is_alone() -> bool:
+    """Whether no other run trains in this process: those that do have threads of their own."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _print(progress: tqdm, line: str) -> None:

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from attnlab import nn
-from attnlab.train.mesh import Mesh
+from attnlab.train.mesh import Mesh, devices_of_runs
 from attnlab.train.tasks.base import Task
 
 # Parameters, their gradients and two moments of Adam, all float32.
@@ -30,7 +30,7 @@ def check_memory(model: nnx.Module, task: Task, batch_size: int, mesh: Mesh) -> 
     last part is 1.5 GiB, and 3.1 with a gated delta rule; on a CPU these runs took 1.7 and 3.1 GiB more than one with a
     batch of 16.
     """
-    sizes = mesh.sizes(jax.device_count())
+    sizes = mesh.sizes(len(devices_of_runs()))
     of_state, of_batch = sizes["fsdp"] * sizes["tensor"], sizes["data"] * sizes["fsdp"] * sizes["context"]
     there = memory(math.prod(sizes.values()) // jax.process_count())
     variables = nnx.state(model, nnx.Any(nnx.Param, nn.Buffer))

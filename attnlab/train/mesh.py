@@ -35,6 +35,7 @@ _PLACES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 _described: contextvars.ContextVar[tuple[jax.Device, ...]] = contextvars.ContextVar("attnlab_described", default=())
+_own: contextvars.ContextVar[tuple[jax.Device, ...]] = contextvars.ContextVar("attnlab_own", default=())
 
 
 @contextlib.contextmanager
@@ -47,6 +48,16 @@ def described(devices: Sequence[jax.Device]) -> Iterator[None]:
         _described.reset(token)
 
 
+@contextlib.contextmanager
+def on_devices(devices: Sequence[jax.Device]) -> Iterator[None]:
+    """In the block, and in this thread alone, runs have these devices, and leave the others to other runs."""
+    token = _own.set(tuple(devices))
+    try:
+        yield
+    finally:
+        _own.reset(token)
+
+
 def is_described() -> bool:
     """Whether the devices of runs are only described: nothing can run on them."""
     return bool(_described.get())
@@ -54,7 +65,7 @@ def is_described() -> bool:
 
 def devices_of_runs() -> Sequence[jax.Device]:
     """The devices that runs are built for."""
-    return _described.get() or jax.devices()
+    return _described.get() or _own.get() or jax.devices()
 
 
 @dataclasses.dataclass(frozen=True)

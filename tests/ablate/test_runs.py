@@ -21,9 +21,11 @@ from attnlab.ablate import cache, read_rows, run_ablation, runs, write_report
 from attnlab.ablate.plan import Plan
 from attnlab.errors import OwnedError, RunError, UserError
 from attnlab.train import claims
+from attnlab.train import mesh as runs_of_training
 
 SWEEP = "experiments/sweeps/quickstart.gin"
 ONE_SEED = "ablate.Ablation.seeds = [0]"
+_ON_TWO = ("train.Experiment.mesh = @train.Mesh()", "train.Mesh.data = 2")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,33 @@ def test_arms_differ_in_nothing_but_the_mixer(arms):
     first, *others = (shared(built.values) for built in arms.values())
     assert len(first) > 20
     assert all(other == first for other in others)
+
+
+def test_runs_train_at_once_each_on_devices_of_its_own(tmp_path, monkeypatch):
+    """And give the rows of the report that they give one after the other."""
+    meshes, build = [], runs_of_training.Mesh.build
+    monkeypatch.setattr(runs_of_training.Mesh, "build", lambda *given: meshes.append(build(*given)) or meshes[-1])
+    rows = {}
+    for devices in (None, 4):
+        file = tiny_sweep.write(tmp_path, f"ablate.Ablation.devices_per_run = {devices}", *_ON_TWO)
+        rows[devices] = run_ablation(file, [], tmp_path / str(devices), report=lambda line: None)
+        used = {tuple(device.id for device in mesh.devices.flat) for mesh in meshes} - {(0,)}  # what is drawn after
+        assert used == ({(0, 1)} if devices is None else {(0, 1), (4, 5)})
+        meshes.clear()
+    measured = ("seconds", "compile_seconds", "items_per_second", "history", "config", "folder", "attending")
+    for one, other in zip(rows[None], rows[4], strict=True):
+        assert one["environment"].pop("device").startswith("8 x")
+        assert other["environment"].pop("device").startswith("4 x")
+        for row in (one, other):
+            for name in measured:
+                row.pop(name, None)
+        assert one == other
+
+
+def test_more_devices_than_there_are_and_none_are_refused(tmp_path):
+    for given, message in ((9, "devices_per_run: got 9, and there are 8 devices"), (0, "devices_per_run: got 0")):
+        with pytest.raises(UserError, match=message):
+            Plan(tiny_sweep.write(tmp_path, f"ablate.Ablation.devices_per_run = {given}"), [])
 
 
 def test_an_arm_that_fails_leaves_the_others_and_the_report(tmp_path, capsys):
