@@ -135,6 +135,13 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     hosts.add_argument("--processes", type=int, metavar="N", help="how many there are")
     hosts.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
     hosts.add_argument("--heartbeat", type=int, metavar="SECONDS", help=f"{_HEARTBEAT} (default {_DEFAULT_HEARTBEAT})")
+    train.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="trace so many steps into WORKDIR/profile, which xprof opens (the third on, so that all is compiled)",
+    )
     train.set_defaults(run=_train, reads_config=True)
 
     sample = commands.add_parser(
@@ -276,6 +283,8 @@ def _train(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab import config
     from attnlab.train import hosts, store, train
 
+    if command.profile < 0:
+        raise UserError(f"profile: got {command.profile}; need a number of steps")
     name = "-".join(Path(source).stem for source in command.configs)
     workdir = store.find(command.workdir or f"runs/train/{name}")
     if is_distributed:
@@ -286,12 +295,43 @@ def _train(command: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"train: {' '.join(command.configs)} is a sweep of several runs; `attnlab ablate` runs it")
     built = config.build(command.configs, overrides, root="Experiment")
     config.check_read(overrides, built)
-    result = train(built.value, workdir=workdir, fingerprint=built.values, config_text=built.text)
+    result = train(
+        built.value,
+        workdir=workdir,
+        fingerprint=built.values,
+        config_text=built.text,
+        profiled=command.profile,
+    )
     if not hosts.is_first():
         return 0
     final = ", ".join(f"{name} {value:.4f}" for name, value in result.final.items())
-    print(f"validation: {final}\n{workdir / 'metrics.jsonl'}")
+    print(f"validation: {final}\n{_spent(built.value, result)}\n{workdir / 'metrics.jsonl'}")
     return 0
+
+
+def _spent(experiment: Any, result: Any) -> str:
+    """Where a run's time went, how fast its steps were, and which share of the devices' peak that is, if known."""
+    from attnlab.train.compile import peak_flops
+
+    def total(split: str, name: str) -> float:
+        return sum(row.get(name, 0.0) for row in result.history if row["split"] == split)
+
+    waited = total("train", "data_seconds")
+    seconds = {
+        "steps": total("train", "seconds") - waited,
+        "data": waited,
+        "evaluation": total("validation", "seconds"),
+        "checkpoints": total("train", "checkpoint_seconds"),
+        "compilation": result.compile_seconds,
+    }
+    costs, devices = experiment.task.costs(experiment.model), experiment.mesh.build().devices
+    speed = f"{result.items_per_second:,.0f} {costs['unit']}s per second"
+    if peak := peak_flops(devices.flat[0].device_kind):
+        share = (
+            3 * costs["flops"] * result.items_per_second / (peak * devices.size)
+        )  # the backward is twice the forward
+        speed += f", {share:.1%} of the devices' peak in bfloat16"
+    return f"time: {', '.join(f'{name} {of:.1f} s' for name, of in seconds.items())}; {speed}"
 
 
 def _is_distributed(command: argparse.Namespace) -> bool:

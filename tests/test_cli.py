@@ -87,6 +87,7 @@ def test_train_continues_where_it_stopped(tmp_path, capsys):
     assert cli.main(command) == 0
     first = capsys.readouterr().out
     assert "validation: " in first
+    assert re.search(r"time: steps \S+ s, data \S+ s, .*compilation \S+ s; [\d,]+ tokens per second\n", first)
     assert cli.main(command) == 0
     assert capsys.readouterr().out == first
 

@@ -5,6 +5,7 @@ one seed. A checkpoint holds the state and the position in the data, and a resum
 checkpoint, so a run that was stopped, however abruptly, continues bit for bit as if it had not been.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from attnlab import nn, signals
 from attnlab.attention._shared.checks import check_dtype, check_int, keep, require, shown
 from attnlab.data.batches import MOST_SEED
+from attnlab.errors import UserError
 from attnlab.train import store
 from attnlab.train.hosts import is_first, make_agreement, meet
 from attnlab.train.memory import check_memory
@@ -49,6 +51,7 @@ from attnlab.train.step import (
 from attnlab.train.tasks.base import Batch, Illustrated, Task
 from attnlab.train.workdir import Workdir, newest_state
 
+_PENDING = ("seconds", "items", "data_seconds", "checkpoint_seconds")
 # Folded into the seed's key to draw samples; the step folds in smaller numbers.
 _SAMPLES = 2
 
@@ -147,6 +150,7 @@ def train(
     workdir: Path | None = None,
     fingerprint: Mapping[str, str] | None = None,
     config_text: str = "",
+    profiled: int = 0,
 ) -> Result:
     """Trains a model, or continues its training. Of several processes (jax.distributed) each calls it alike.
 
@@ -158,6 +162,7 @@ def train(
       fingerprint: the run's options by name. A workdir that holds a run with other options or data is refused; on
         another mesh it is continued.
       config_text: kept as workdir/config.gin.
+      profiled: steps of which jax.profiler writes a trace into workdir/profile, from the third of this call on.
 
     Raises:
       UserError: the workdir cannot be written, is in use or holds another run, or no checkpoint there can be read.
@@ -165,8 +170,15 @@ def train(
       RunError: a file cannot be written or read.
       KeyboardInterrupt, SystemExit(143): after SIGINT or SIGTERM, once a checkpoint is written.
     """
+    profiled = check_int("profiled", profiled, least=0)
     if workdir is None:
+        if profiled:
+            raise ValueError(f"profiled: got {profiled} without a workdir, which takes the trace")
         return _run(experiment, None)
+    if profiled and store.is_remote(workdir):
+        raise UserError(
+            f"profile: got {profiled} with {workdir}; the profiler writes to a disk, so give another --workdir"
+        )
     read = {f"data {name}": str(value) for name, value in experiment.task.describe().items()}
     facts = {**without_mesh(fingerprint or {}), **read, "mesh": str(experiment.mesh)}
     folder = Workdir(workdir, facts, config_text)
@@ -175,10 +187,10 @@ def train(
     with folder.owned():
         if (finished := folder.result()) is not None:  # by its owner until now
             return Result(**finished)
-        return _run(experiment, folder)
+        return _run(experiment, folder, profiled)
 
 
-def _run(experiment: Experiment, folder: Workdir | None) -> Result:
+def _run(experiment: Experiment, folder: Workdir | None, profiled: int = 0) -> Result:
     model, task, steps = experiment.model, experiment.task, experiment.steps
     key, mesh = jax.random.key(experiment.seed), experiment.mesh.build()
     optimizer = make_optimizer(experiment.optimizer, steps)
@@ -188,7 +200,8 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
 
     batches: grain.DatasetIterator = iter(_batches(experiment, "train", mesh))
     history: list[dict[str, Any]] = []
-    pending = {"seconds": 0.0, "items": 0.0}  # of the steps since the last row; evaluating and saving are not in them
+    # Of the steps since the last row: evaluating and saving are not in their seconds, waiting for data is.
+    pending = dict.fromkeys(_PENDING, 0.0)
     state = None
     if folder is not None:
         shapes = state_shapes(model, task, experiment.batch_size, optimizer, mesh)
@@ -214,11 +227,26 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
             raise FloatingPointError(f"{name} is {loss} at step {step}{where}")
 
     agreement = make_agreement(mesh)
-    with signals.deferred() as signal_came, _bar(start, steps) as progress:
+    traced = range(start + 3, min(start + 3 + profiled, steps + 1))  # the first ones are not like the others
+    with signals.deferred() as signal_came, _bar(start, steps) as progress, contextlib.ExitStack() as tracing:
+        if profiled and not traced:
+            _print(progress, f"profile: {steps - start} steps are left, and the first two are not traced")
         segment_start, segment_step = time.perf_counter(), start
         for step in range(start + 1, steps + 1):
-            state = step_function(state, placed(next(batches), mesh))
+            if folder is not None and traced and step == traced[0]:
+                jax.block_until_ready(state)
+                tracing.enter_context(jax.profiler.trace(folder.path / "profile"))
+            before = time.perf_counter()
+            with jax.profiler.TraceAnnotation("data"):
+                batch = placed(next(batches), mesh)
+            pending["data_seconds"] += time.perf_counter() - before
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state = step_function(state, batch)
             progress.update()
+            if folder is not None and traced and step == traced[-1]:
+                jax.block_until_ready(state)
+                tracing.close()
+                _print(progress, f"profile of steps {traced[0]} to {step}: {folder.path / 'profile'}")
 
             last = step == steps
             evaluating = last or step % experiment.evaluate_every == 0
@@ -240,7 +268,7 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
                 speed = pending["items"] / pending["seconds"]
                 progress.set_postfix_str(f"loss {row['loss']:.4f}, {speed:,.0f} {unit}s/s")
                 state = state._replace(sums=jax.tree.map(lambda total: total * 0, state.sums))
-                pending = {"seconds": 0.0, "items": 0.0}
+                pending = dict.fromkeys(_PENDING, 0.0)
             if evaluating:
                 before = time.perf_counter()
                 metrics = evaluate(experiment, evaluate_function, nn.merge(state.parameters, state.buffers))
@@ -251,7 +279,9 @@ def _run(experiment: Experiment, folder: Workdir | None) -> Result:
             if evaluating and not stopping:  # which took its time
                 stopping = agreement(signal_came() or 0, state.step, now=True)
             if folder is not None and (saving or stopping):
+                before = time.perf_counter()
                 folder.save(step, state, batches, history, pending)
+                pending["checkpoint_seconds"] += time.perf_counter() - before
             if last and not stopping:  # nor did saving, and no process is to end alone
                 stopping = agreement(signal_came() or 0, state.step, now=True)
             if stopping:

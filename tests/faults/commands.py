@@ -190,7 +190,7 @@ class Pair:
 def rows(path: Path) -> list[dict]:
     """metrics.jsonl without times."""
     return [
-        {name: value for name, value in json.loads(line).items() if name != "seconds"}
+        {name: value for name, value in json.loads(line).items() if not name.endswith("seconds")}
         for line in (path / "metrics.jsonl").read_text().splitlines()
     ]
 

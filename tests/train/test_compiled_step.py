@@ -424,3 +424,9 @@ def test_what_the_compiler_finds_too_large_does_not_fit(monkeypatch):
 
 def test_chips_are_those_that_kernels_are_compiled_for():
     assert list(chips.CHIPS) == list(chips.TOPOLOGIES)
+
+
+def test_peaks_are_known_by_the_kind_of_the_device():
+    assert chips.peak_flops("TPU v5") == chips.CHIPS["v5p"].flops
+    assert chips.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert chips.peak_flops("cpu") is None

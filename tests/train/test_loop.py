@@ -23,7 +23,7 @@ from attnlab.train import OptimizerOptions, claims, loop, restore_values, step, 
 
 def without_times(history):
     """Everything about the rows but how long they took."""
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
+    return [{name: value for name, value in row.items() if not name.endswith("seconds")} for row in history]
 
 
 def read_rows(workdir):
@@ -379,3 +379,21 @@ def test_evaluation_is_exact_over_a_ragged_last_batch():
         evaluation = step.make_evaluation(experiment.model, experiment.task, experiment.mesh.build())
         results.append(loop.evaluate(experiment, evaluation, parameters)["loss"])
     np.testing.assert_allclose(*results, rtol=1e-5)
+
+
+def test_a_profile_has_the_steps_that_were_asked_for(tmp_path):
+    """As xprof opens it."""
+    train(runs.experiment(steps=8), workdir=tmp_path, profiled=3)
+    (path,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(path)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events]
+    steps = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
+    assert sorted(map(int, steps)) == [3, 4, 5]
+    assert sum(event.name == "data" for event in events) == 3
+
+
+def test_rows_say_how_long_data_and_checkpoints_took(tmp_path):
+    result = train(runs.experiment(steps=8, log_every=2, checkpoint_every=2), workdir=tmp_path)
+    training = [row for row in result.history if row["split"] == "train"]
+    assert all(0 < row["data_seconds"] < row["seconds"] for row in training)
+    assert [row["checkpoint_seconds"] > 0 for row in training] == [False, True, True, True]

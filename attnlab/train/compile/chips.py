@@ -38,6 +38,23 @@ CHIPS = {
 }
 
 
+_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+# Of dense bfloat16 products, from NVIDIA's data sheets.
+_GPU_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(kind: str) -> float | None:
+    """Of a device of this jax.Device.device_kind, per second, in bfloat16; None where it is not known."""
+    return CHIPS[_KINDS[kind]].flops if kind in _KINDS else _GPU_FLOPS.get(kind)
+
+
 def described_devices(topology: str) -> tuple[jax.Device, ...]:
     """The devices of "v5p:4x4x8" or the like, or of the smallest topology of a generation, "v5p".
 
