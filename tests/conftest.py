@@ -39,6 +39,11 @@ def pytest_xdist_make_scheduler(config, log):
     return LoadFileScheduling(config, log) if config.getoption("dist") == "load" else None
 
 
+def pytest_collection_modifyitems(items):
+    """The longest modules first, which are those of commands, so that no process is left with one at the end."""
+    items.sort(key=lambda item: len(item.path.parts))
+
+
 _MOST_RESIDENT = 3 * 2**29  # bytes, at which a test process lets go of what it compiled
 
 

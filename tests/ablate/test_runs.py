@@ -69,6 +69,7 @@ def test_arms_differ_in_nothing_but_the_mixer(arms):
     assert all(other == first for other in others)
 
 
+@pytest.mark.slow
 def test_runs_train_at_once_each_on_devices_of_its_own(tmp_path, monkeypatch):
     """And give the rows of the report that they give one after the other."""
     meshes, build = [], runs_of_training.Mesh.build
@@ -88,6 +89,20 @@ def test_runs_train_at_once_each_on_devices_of_its_own(tmp_path, monkeypatch):
             for name in measured:
                 row.pop(name, None)
         assert one == other
+
+
+def test_each_run_has_devices_of_its_own(tmp_path, monkeypatch):
+    seen = {}
+
+    def note(experiment, **options):
+        seen[options["workdir"].name] = tuple(device.id for device in runs_of_training.devices_of_runs())
+        return tiny_sweep.pretend_train(experiment, **options)
+
+    monkeypatch.setattr(runs, "train", note)
+    rows = run_ablation(tiny_sweep.write(tmp_path, "ablate.Ablation.devices_per_run = 3"), [], tmp_path / "sweep")
+    assert len(seen) == len(rows) == 4
+    assert set(seen.values()) == {(0, 1, 2), (3, 4, 5)}
+    assert all(row["environment"]["device"].startswith("3 x") for row in rows)
 
 
 def test_more_devices_than_there_are_and_none_are_refused(tmp_path):

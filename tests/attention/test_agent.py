@@ -308,6 +308,7 @@ def causal_oracle(attention_oracle, query, key, value, agents, scale):
     key_heads=st.sampled_from([1, 4]),
     scale=st.sampled_from([0.5, 30.0]),
 )
+@pytest.mark.slow
 def test_causal_equals_its_definition(length, chunk_size, agents, key_heads, scale, assert_close, attention_oracle):
     inputs = arrays(length, None, agents, key_heads=key_heads)
     want = causal_oracle(attention_oracle, *inputs, scale)
@@ -354,6 +355,7 @@ def test_steps_equal_the_parallel_form(assert_close):
 
 
 @every_form
+@pytest.mark.slow
 def test_a_state_carries_values_and_gradients_over_a_cut(form, assert_close):
     query, key, value, agents = arrays()
 

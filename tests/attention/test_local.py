@@ -130,6 +130,7 @@ def test_equals_the_float64_oracle(implementation, space, options, attention_ora
     has_segments=st.booleans(),
     seed=st.integers(0, 3),
 )
+@pytest.mark.slow
 def test_xla_equals_reference_in_values_gradients_and_tangents(case, heads, dtype, has_segments, seed):
     space, options = case
     arrays = draw_arrays(seed, space, heads=heads[0], key_heads=heads[1], dtype=dtype)

@@ -77,6 +77,7 @@ SHAPES = st.fixed_dictionaries(
 
 @settings(deadline=None, max_examples=2)
 @given(shape=SHAPES)
+@pytest.mark.slow
 def test_forms_agree_in_values_gradients_and_tangents(shape):
     """In float64, where the solver is as exact as the dense solve; derivatives of the ridge too."""
     length = shape["length"]

@@ -395,6 +395,7 @@ def test_the_catalog_on_axes_of_two_devices_each(name, axes, kind):
     assert_alike(got, catalog_on_one_device(name))
 
 
+@pytest.mark.slow
 def test_conjugate_gradients_pass_keys_and_values_round_once_an_iteration():
     case, mesh = CASES["local linear"], mesh_of(8)
     with jax.set_mesh(mesh):

@@ -181,6 +181,7 @@ def test_strict_is_its_definition(shape):
 @settings(deadline=None, max_examples=2)
 @example(shape=MANY | {"share_qk": False}, membership="strict", padded=True)
 @given(shape=SHAPES, membership=st.sampled_from(["strict", "global"]), padded=st.booleans())
+@pytest.mark.slow
 def test_forms_agree_in_values_gradients_and_tangents(shape, membership, padded):
     query, key, value, state = arrays(
         shape["length"], key_heads=shape["key_heads"], clusters=shape["clusters"], shared=shape["share_qk"]
