@@ -26,14 +26,7 @@ _VARIANTS = {
     "local-linear, window",
 }
 # One of each kind of blocked form, for what takes seconds per row.
-_KINDS = {
-    "dot_product, causal",
-    "local, causal",
-    "linear, gated delta rule",
-    "routing, strict",
-    "agent, causal",
-    "inline",
-}
+_KINDS = {"local, causal", "linear, gated delta rule", "routing, strict", "inline"}
 every_kind = pytest.mark.parametrize("name", slow_but(_KINDS, MECHANISMS))
 every_mechanism_variants_slowly = pytest.mark.parametrize("name", slow_but(set(MECHANISMS) - _VARIANTS, MECHANISMS))
 _SEQUENTIAL = [name for name, mechanism in MECHANISMS.items() if not mechanism.grid]

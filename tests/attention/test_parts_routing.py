@@ -175,7 +175,7 @@ def over(count, kind=AxisType.Auto):
     return jax.make_mesh((count,), ("context",), axis_types=(kind,), devices=jax.devices()[:count])
 
 
-QUICK = ["routing, not causal", "convolution, causal, segments"]
+QUICK = ["convolution, causal, segments"]
 
 
 @every_case(slow_but(QUICK, CASES))

@@ -160,6 +160,7 @@ MANY |= {"key_heads": 2, "seed": 0}
 @settings(deadline=None, max_examples=2)
 @example(shape=MANY)
 @given(shape=SHAPES)
+@pytest.mark.slow
 def test_strict_is_its_definition(shape):
     query, key, value, state = arrays(
         shape["length"],
@@ -385,6 +386,7 @@ def test_an_empty_cluster_keeps_its_centroid_under_unit_and_stays_finite_under_e
     assert np.all(np.isfinite(state.centroids))
 
 
+@pytest.mark.slow
 def test_fitting_finds_separated_clusters_and_one_update_hardly_moves_them():
     rng = np.random.default_rng(0)
     centres = np.linalg.qr(rng.normal(size=(8, 8)))[0][:4]

@@ -227,7 +227,7 @@ def _padded(spec, rank):
 # --- Without jit ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slow_but({"linear"}, MECHANISMS))
+@pytest.mark.parametrize("name", slow_but({"inline"}, MECHANISMS))
 def test_a_second_call_without_jit_costs_what_it_costs_with_it(name):
     mechanism = MECHANISMS[name]
     arrays = jax.tree.map(jnp.asarray, mechanism.inputs())

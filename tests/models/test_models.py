@@ -67,6 +67,7 @@ def test_decoding_equals_the_call(hybrid, tokens):
     np.testing.assert_allclose(jnp.stack(got, axis=1), logits, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_generation_draws_below_a_number_and_fills_every_position(hybrid):
     """One token given and 12 drawn: the last is not read, so the model's 12 positions do."""
     bound = nn.bind(*hybrid)

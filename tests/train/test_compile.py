@@ -21,7 +21,7 @@ from kernels_pallas.aot.compile import topology_devices
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu (the extra tpu-aot)"
 )
-QUICK = ("local", "linear")
+QUICK = ("local",)
 COMPILED = [name for name, mixer in MIXERS.items() if mixer.kernels is not None]
 
 

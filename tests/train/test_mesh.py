@@ -189,6 +189,7 @@ def test_a_step_leaves_the_state_where_it_lay_and_no_device_holds_all_of_it():
     assert all(8 * part == whole for part, whole in sizes)
 
 
+@pytest.mark.slow
 def test_gradients_are_all_that_devices_exchange_over_data():
     mesh = Mesh(data=8).build()
     state, step, batches = start(language_model(), mesh)
