@@ -3,9 +3,12 @@
 import json
 import math
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -546,3 +549,24 @@ def test_a_rate_that_diverges_in_training_loses(tmp_path):
     wild = ("ablate.Ablation.learning_rates = [1e-2, 1e30]", "train.OptimizerOptions.clip_norm = 1e30")
     rows = run(tmp_path, *wild, ONE_SEED)
     assert {(row["learning_rate"], row["status"]) for row in rows} == {(0.01, "finished")}
+
+
+@pytest.mark.slow
+def test_a_signal_saves_every_run_that_trains(tmp_path):
+    settings = ("STEPS = 100000", "ablate.Ablation.devices_per_run = 4", *_ON_TWO)
+    command = [sys.executable, "-m", "attnlab.cli", "ablate", tiny_sweep.write(tmp_path, *settings)]
+    program = subprocess.Popen([*command, "--workdir", str(tmp_path / "sweep")], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while len({path.parents[1] for path in (tmp_path / "sweep" / "runs").glob("*/checkpoints/[0-9]*")}) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        program.send_signal(signal.SIGTERM)
+        errors = program.communicate(timeout=60)[1]
+    finally:
+        program.kill()
+    assert program.returncode == 143
+    kept = re.findall(r"terminated; step (\d+) is kept in \S+/(\w+)-seed\d-", errors)
+    assert {arm for _, arm in kept} == {"softmax", "local"}
+    for step, arm in kept:
+        assert list((tmp_path / "sweep" / "runs").glob(f"{arm}-seed0-*/checkpoints/{step}"))
