@@ -16,7 +16,8 @@ from attnlab.ablate.plan import Plan
 from attnlab.errors import UserError, parse_json
 from attnlab.train.compile import CompiledStep, compile_step, described_devices
 from attnlab.train.mesh import described, shown_sizes
-from attnlab.train.workdir import check_path, replace_text
+from attnlab.train.store import replace_text
+from attnlab.train.workdir import check_path
 
 
 def compile_arms(

@@ -36,8 +36,6 @@ _PARTS = ("train", "validation")
 class Tokens:
     """Tokens of some files: tokens[start:stop] reads the records that hold them. integers [tokens]."""
 
-    ndim = 1
-
     def __init__(self, paths: Sequence[Path], count: int, dtype: np.dtype):
         self._paths, self._count, self.dtype = [str(path) for path in paths], count, dtype
 
@@ -160,8 +158,8 @@ class _Document:
     def size(self) -> int:
         return self.stop - self.start
 
-    def blocks(self) -> Iterator[str]:
-        """Its text in pieces that end with a line."""
+    def blocks(self) -> Iterator[tuple[str, int]]:
+        """Its text in pieces that end with a line, each with its number of bytes."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.start)
@@ -174,7 +172,7 @@ class _Document:
                     rest += read
                     cut = rest.rfind(b"\n") + 1 if left else len(rest)
                     if cut:
-                        yield rest[:cut].decode()
+                        yield rest[:cut].decode(), cut
                         rest = rest[cut:]
         except OSError as error:
             raise UserError(f"tokenize: cannot read {self.path}: {error.strerror}") from error
@@ -253,9 +251,9 @@ def _learned(documents: Sequence[_Document], vocabulary: int) -> Any:
     def first() -> Iterator[str]:
         left = _LEARNED_FROM
         for document in documents:
-            for block in document.blocks():
+            for block, size in document.blocks():
                 yield block
-                left -= len(block)
+                left -= size
                 if left <= 0:
                     return
 
@@ -274,11 +272,11 @@ def _tokens(
     coder: Any, documents: Iterable[_Document], end: int, dtype: np.dtype, progress: Callable[[int], Any]
 ) -> Iterator[np.ndarray]:
     for document in documents:
-        for block in document.blocks():
+        for block, size in document.blocks():
             lines = block.splitlines(keepends=True)
             encoded = coder.encode_batch_fast(_joined(lines))
             yield np.concatenate([np.array(each.ids, dtype) for each in encoded])
-            progress(len(block.encode()))
+            progress(size)
         yield np.array([end], dtype)
 
 
@@ -312,8 +310,9 @@ def _write(tokens: Iterable[np.ndarray], folder: Path, part: str, records: int, 
 
     for some in tokens:
         count += len(some)
-        rest += some.tobytes()
-        digest.update(some.tobytes())
+        held = some.tobytes()
+        rest += held
+        digest.update(held)
         size = _RECORD * some.itemsize
         whole = len(rest) // size * size
         for start in range(0, whole, size):

@@ -20,9 +20,10 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from attnlab.errors import parse_json
+from attnlab.train.store import is_remote
 
 RENEWED_EVERY = 15.0  # seconds
 STALE_AFTER = 120.0  # seconds without renewal after which the holder counts as gone
@@ -110,7 +111,7 @@ def _take(folder: Path, name: str) -> Path | None:
 
 def _created(path: Path) -> Any:
     """A file to write to, which must not be there; in an object store FileExistsError comes when it is closed."""
-    if isinstance(path, Path):
+    if not is_remote(path):
         return path.open("x")
     import fsspec
 
@@ -160,8 +161,8 @@ def _is_abandoned(path: Path) -> bool:
 
 def _renewed(path: Path) -> tuple[float, str]:
     """When, by the folder's clock, and the text. Opening asks a network's file system for the true time."""
-    if not isinstance(path, Path):
-        return path.stat().mtime, path.read_text()
+    if is_remote(path):
+        return cast(Any, path).stat().mtime, path.read_text()
     with path.open(errors="replace") as file:
         return os.fstat(file.fileno()).st_mtime, file.read()
 
@@ -216,10 +217,10 @@ def _renew(path: Path, released: threading.Event) -> None:
     folder, name, number = path.parent, path.stem, int(path.suffix[1:])
     while not released.wait(RENEWED_EVERY):
         try:
-            if isinstance(path, Path):
-                os.utime(path)
-            else:
+            if is_remote(path):
                 path.write_text(path.read_text())
+            else:
+                os.utime(path)
             lost = _newest(folder, name) > number and not released.wait(0.1) and _newest(folder, name) > number
         except FileNotFoundError:
             lost = True

@@ -39,23 +39,22 @@ _own: contextvars.ContextVar[tuple[jax.Device, ...]] = contextvars.ContextVar("a
 
 
 @contextlib.contextmanager
-def described(devices: Sequence[jax.Device]) -> Iterator[None]:
+def _set(variable: contextvars.ContextVar[tuple[jax.Device, ...]], devices: Sequence[jax.Device]) -> Iterator[None]:
+    token = variable.set(tuple(devices))
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def described(devices: Sequence[jax.Device]) -> contextlib.AbstractContextManager[None]:
     """In the block, runs are built for these devices, which are only described, in place of those that are there."""
-    token = _described.set(tuple(devices))
-    try:
-        yield
-    finally:
-        _described.reset(token)
+    return _set(_described, devices)
 
 
-@contextlib.contextmanager
-def on_devices(devices: Sequence[jax.Device]) -> Iterator[None]:
+def on_devices(devices: Sequence[jax.Device]) -> contextlib.AbstractContextManager[None]:
     """In the block, and in this thread alone, runs have these devices, and leave the others to other runs."""
-    token = _own.set(tuple(devices))
-    try:
-        yield
-    finally:
-        _own.reset(token)
+    return _set(_own, devices)
 
 
 def is_described() -> bool:

@@ -215,8 +215,8 @@ class Workdir:
     def write_row(self, row: Mapping[str, Any]) -> None:
         if not is_first():
             return
-        self._rows += _lines([row])
         if is_remote(self._metrics):
+            self._rows += _lines([row])
             replace_text(self._metrics, self._rows)
         else:
             with self._metrics.open("a") as file:
