@@ -38,6 +38,7 @@ train.Experiment.evaluate_every = 10
 train.Experiment.checkpoint_every = 4
 train.SequenceTask.validation_examples = 8
 train.OptimizerOptions.warmup_steps = 2
+train.OptimizerOptions.learning_rate = 1e-3
 """
 SWEEP = """
 from __gin__ import dynamic_registration
