@@ -205,7 +205,9 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     compile_ = commands.add_parser(
         "compile",
         help="compile a run for a TPU pod that is not there",
-        description="Compile the training step for the TPUs of a topology: memory, FLOPs, traffic, and a roofline.",
+        description="Compile the training step for the TPUs of a topology: memory, FLOPs, traffic, and a roofline. "
+        "A sweep's arms are compiled at XLA's lowest effort, a run at its usual one, unless JAX_OPTIMIZATION_LEVEL "
+        "(O0 to O3) is set.",
     )
     compile_.add_argument("configs", nargs="+", metavar="CONFIG", help="as for train; or a sweep, all of its arms")
     compile_.add_argument(

@@ -347,16 +347,16 @@ def compilations(monkeypatch):
     """The configs that were compiled, without compiling them."""
     seen = []
 
-    def compiled_apart(text, topology):
+    def compiled_apart(text, topology, effort):
         seen.append(text)
-        return {"error": "", **dataclasses.asdict(STEP), "topology": topology}
+        return {"error": "", **dataclasses.asdict(STEP), "topology": topology, "effort": effort}
 
     monkeypatch.setattr(compiled, "_compiled_apart", compiled_apart)
     return seen
 
 
 @needs_libtpu
-def test_a_sweep_is_compiled_row_by_row_and_continues(tmp_path, compilations):
+def test_a_sweep_is_compiled_row_by_row_and_continues(tmp_path, compilations, monkeypatch):
     sweep = ["compile", SWEEP, "--topology", "v5e:2x2", "--workdir", str(tmp_path), "--gin.Mesh.fsdp=2"]
     arms = "--gin.Ablation.arms={'softmax': 'experiments/mixers/softmax.gin', 'local': 'experiments/mixers/local.gin'}"
     more = arms.replace("}", ", 'linear': 'experiments/mixers/linear.gin'}")
@@ -370,6 +370,10 @@ def test_a_sweep_is_compiled_row_by_row_and_continues(tmp_path, compilations):
     rows = [json.loads(line) for line in (tmp_path / "compiled.jsonl").read_text().splitlines()]
     assert [row["arm"] for row in rows] == ["softmax", "local", "linear"]
     assert (tmp_path / "compiled.md").read_text().count("\n") == 2 + 3
+    assert {row["effort"] for row in rows} == {"O0"}
+    monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "O2")
+    assert cli.main([*sweep, *small, arms]) == 0
+    assert len(compilations) == 8
 
 
 @needs_libtpu
@@ -386,7 +390,7 @@ def test_a_folder_of_something_else_is_refused(text, tmp_path, compilations, cap
 
 @needs_libtpu
 def test_an_arm_that_cannot_be_compiled_leaves_its_line_and_the_others_continue(tmp_path, monkeypatch, capsys):
-    def refused(text, topology):
+    def refused(text, topology, effort):
         return {"error": "NotImplementedError: no such thing"} if "window" in text else dataclasses.asdict(STEP)
 
     monkeypatch.setattr(compiled, "_compiled_apart", refused)
@@ -410,6 +414,7 @@ def test_rows_are_compiled_in_processes_of_their_own(tmp_path):
     assert row["error"] == ""
     assert compiled.step_of(row).fits
     assert compiled.step_of(row).cpu_seconds > 0
+    assert compiled.step_of(row).effort == "O0"
 
 
 @needs_libtpu

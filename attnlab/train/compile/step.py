@@ -39,6 +39,7 @@ class CompiledStep:
       seconds: the roofline's bounds, "compute", "HBM" and "interconnect".
       unknown_loops: loops that are counted once, since their trips are not known.
       cpu_seconds: what tracing and compiling took. versions: of what compiled it.
+      effort: XLA's optimization level, "O0" to "O3"; "UNKNOWN" is its usual one.
     """
 
     topology: str
@@ -60,6 +61,7 @@ class CompiledStep:
     unknown_loops: int = 0
     cpu_seconds: float = 0.0
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    effort: str = "UNKNOWN"
 
     @property
     def fits(self) -> bool:
@@ -109,7 +111,8 @@ class CompiledStep:
         if self.unknown_loops:
             lines.append(f"  {self.unknown_loops} loops are counted once: their trips are not known")
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return "\n".join([*lines, f"compiled in {self.cpu_seconds:.0f} CPU seconds by {versions}"])
+        at = f" at {self.effort}" * (self.effort != "UNKNOWN")
+        return "\n".join([*lines, f"compiled in {self.cpu_seconds:.0f} CPU seconds by {versions}{at}"])
 
 
 def compile_step(experiment: Experiment, topology: str, devices: tuple[jax.Device, ...]) -> CompiledStep:
@@ -142,6 +145,7 @@ def compile_step(experiment: Experiment, topology: str, devices: tuple[jax.Devic
         "unit": costs["unit"],
         "hbm": chip.hbm,
         "versions": {name: metadata.version(name) for name in ("jax", "libtpu")},
+        "effort": jax.config.values["jax_optimization_level"],
     }
     try:
         compiled = traced.lower().compile()
