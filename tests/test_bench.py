@@ -20,7 +20,9 @@ def test_bench_times_what_is_asked_for_and_keeps_it(tmp_path, capsys):
     assert bench.table(rows) in capsys.readouterr().out
 
 
-def test_bench_times_how_prompts_are_read(tmp_path, capsys):
+def test_bench_times_how_prompts_are_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "_FEATURES", 64)
+    monkeypatch.setattr(bench, "_DEPTH", 1)
     command = ["bench", "--prompts", "--lengths", "256", "--only", "linear, retention"]
     assert cli.main([*command, "--workdir", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
