@@ -100,7 +100,9 @@ def _explained(error: Exception) -> tuple[str | None, int]:
 def _path(text: str) -> Path:
     """A path of this machine."""
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"got {text}; need a path of this machine (train --workdir takes gs://...)")
+        raise argparse.ArgumentTypeError(
+            f"got {text}; need a path of this machine (train, ablate, sample and report take gs://...)"
+        )
     return Path(_folder(text))
 
 
@@ -150,7 +152,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
         description="Draw images, or continue texts as they are printed, from a run's newest checkpoint.",
     )
     sample.add_argument(
-        "workdir", type=_path, metavar="WORKDIR", help="the folder of a run, which may still be running"
+        "workdir", type=_folder, metavar="WORKDIR", help="the folder of a run, which may still be running"
     )
     sample.add_argument(
         "--prompt",
@@ -179,10 +181,12 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
         description="Train every arm with every seed, and write results.jsonl, results.md and report.html.",
     )
     ablate.add_argument("config", metavar="SWEEP", help="a .gin file that configures ablate.Ablation")
-    ablate.add_argument("--workdir", type=_path, help="folder for runs and report (default runs/ablate/NAME)")
+    ablate.add_argument(
+        "--workdir", type=_folder, help="folder, or gs://..., for runs and report (default runs/ablate/NAME)"
+    )
     ablate.add_argument(
         "--cache",
-        type=_path,
+        type=_folder,
         metavar="DIR",
         help="folder of the runs themselves, which sweeps can share (default WORKDIR/runs)",
     )
@@ -199,7 +203,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     report = commands.add_parser(
         "report", help="write the report of an ablation again", description="Write results.md and report.html again."
     )
-    report.add_argument("workdir", type=_path, metavar="WORKDIR", help="the folder of an ablation")
+    report.add_argument("workdir", type=_folder, metavar="WORKDIR", help="the folder of an ablation")
     report.set_defaults(run=_report, reads_config=False, name="report")
 
     compile_ = commands.add_parser(
@@ -364,15 +368,16 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
     import jax
 
     from attnlab import config
-    from attnlab.train import LanguageTask, restore_values
+    from attnlab.train import LanguageTask, restore_values, store
     from attnlab.train.tasks.base import Illustrated
     from attnlab.train.workdir import last_step
 
     _check_draws(command)
-    resolved = command.workdir / "config.gin"
-    if not resolved.is_file():
-        raise UserError(f"sample: {command.workdir} has no config.gin; give the folder of a run (`attnlab train`)")
-    built = config.build([str(resolved)], overrides, root="Experiment", trusts=command.trust)
+    workdir = store.find(command.workdir)
+    if not (workdir / "config.gin").is_file():
+        raise UserError(f"sample: {workdir} has no config.gin; give the folder of a run (`attnlab train`)")
+    with store.here(workdir / "config.gin") as resolved:
+        built = config.build([str(resolved)], overrides, root="Experiment", trusts=command.trust)
     config.check_read(overrides, built)
     experiment = built.value
     model, task = experiment.model, experiment.task
@@ -380,19 +385,20 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"sample: models of {type(task).__name__} draw nothing")
     if isinstance(task, LanguageTask) and (reason := model.decoding_refusal):
         raise UserError(f"sample: this model cannot continue a text: {reason}")
-    out = command.out or (command.workdir / "samples.png" if isinstance(task, Illustrated) else None)
-    if out is not None:
+    out = command.out or (workdir / "samples.png" if isinstance(task, Illustrated) else None)
+    if out is not None and not store.is_remote(out):
         _check_out(out, is_picture=isinstance(task, Illustrated))
     of_texts = ("prompt", "length", "stop", "top_k", "top_p")
     if isinstance(task, Illustrated) and (given := [name for name in of_texts if getattr(command, name) is not None]):
         raise UserError(f"{given[0]}: got {getattr(command, given[0])!r}; it is for texts, and this run draws images")
     prompts, length = _prompts(command, task, model) if isinstance(task, LanguageTask) else ([], 0)
-    values = restore_values(experiment, command.workdir)
-    print(f"step {last_step(command.workdir)} of {experiment.steps}", file=sys.stderr)
+    values = restore_values(experiment, workdir)
+    print(f"step {last_step(workdir)} of {experiment.steps}", file=sys.stderr)
     options = {"key": jax.random.key(command.seed), "temperature": command.temperature}
     if isinstance(task, Illustrated):
         assert out is not None
-        task.illustrate(model, values, out, count=command.count or 64, **options)
+        with store.here(out) as path:
+            task.illustrate(model, values, path, count=command.count or 64, **options)
         print(out)
         return 0
     texts = [f"--- after {task.corpus.decode(prompt)!r}\n" for prompt in prompts]
@@ -473,9 +479,10 @@ def _check_out(out: Path, is_picture: bool, option: str = "out") -> None:
 def _ablate(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.ablate import dry_run, measure_speed, run_ablation, write_report
     from attnlab.ablate.spread import helpers
+    from attnlab.train import store
 
-    workdir = command.workdir or Path("runs") / "ablate" / Path(command.config).stem
-    runs = command.cache or workdir / "runs"
+    workdir = store.find(command.workdir or f"runs/ablate/{Path(command.config).stem}")
+    runs = store.find(command.cache) if command.cache else workdir / "runs"
     if not 1 <= command.processes <= _MOST_PROCESSES:
         raise UserError(f"processes: got {command.processes}; need at least 1, at most {_MOST_PROCESSES}")
     if command.dry_run:
@@ -487,14 +494,17 @@ def _ablate(command: argparse.Namespace, overrides: list[str]) -> int:
     if signals.HELPER not in os.environ and (reason := measure_speed(command.config, overrides, workdir, rows)):
         print(f"speed: not measured ({reason})")
     page = write_report(rows, workdir)
-    print(f"\n{(workdir / 'results.md').read_text()}\nreport: {page.resolve()}")
+    print(f"\n{(workdir / 'results.md').read_text()}\nreport: {page if store.is_remote(page) else page.resolve()}")
     return 1 if any(row["status"] == "failed" for row in rows) else 0
 
 
 def _report(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.ablate import read_rows, write_report
+    from attnlab.train import store
 
-    print(f"report: {write_report(read_rows(command.workdir), command.workdir).resolve()}")
+    workdir = store.find(command.workdir)
+    page = write_report(read_rows(workdir), workdir)
+    print(f"report: {page if store.is_remote(page) else page.resolve()}")
     return 0
 
 

@@ -340,10 +340,10 @@ def test_an_empty_path_is_not_the_current_folder(arguments, capsys):
     assert "got an empty path" in capsys.readouterr().err
 
 
-def test_an_object_store_is_for_train_alone(capsys):
+def test_an_object_store_is_for_runs_alone(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["report", "gs://bucket/run"])
-    assert "got gs://bucket/run; need a path of this machine" in capsys.readouterr().err
+        cli.main(["bench", "--workdir", "gs://bucket/run"])
+    assert "got gs://bucket/run; need a path of this machine (train, ablate, " in capsys.readouterr().err
 
 
 def test_an_unknown_flag_is_refused(capsys):

@@ -21,6 +21,7 @@ from attnlab.ablate.results import (
     settings,
     weighed,
 )
+from attnlab.train import store
 
 # Texts are escaped, since a run's folder may be somebody else's. Should one slip through, it runs and loads nothing.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -222,7 +223,7 @@ def _attending(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Styl
     parts = []
     for arm in looks:
         row = attended(rows, arm)
-        if row is not None and (found := read_attending(workdir / row["folder"])) is not None:
+        if row is not None and (found := read_attending(store.found(row["folder"], workdir))) is not None:
             kept[arm] = found
             distance, entropy = (mean_over_layers(row, name) for name in ("distance", "entropy"))
             text = "sees nothing" if distance is None else f"mean distance {distance:.2f}, entropy {entropy:.2f} nats"
@@ -279,7 +280,7 @@ def _samples(rows: Sequence[Row], workdir: Path, looks: dict[str, figures.Style]
         for row in finished(rows, arm):
             if "folder" not in row:  # of an older version, which kept no samples
                 continue
-            folder = workdir / row["folder"]
+            folder = store.found(row["folder"], workdir)
             shown = ""
             if (picture := folder / "samples.png").is_file():
                 address = figures.data_address(picture.read_bytes())

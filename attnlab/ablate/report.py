@@ -1,6 +1,7 @@
 """The report of an ablation: a Markdown table, a CSV of the runs, and one HTML page that needs nothing beside it."""
 
 import csv
+import io
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -63,18 +64,19 @@ def _write_csv(rows: Sequence[Row], path: Path) -> None:
     metrics = list(dict.fromkeys(name for row in rows for name in row.get("final", {})))
     fronts = {cost.column: front(rows, cost) for cost in costs(rows)}
     looked = ["distance", "entropy"] if any(attended(rows, arm) for arm in arms_of(rows)) else []
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        names = [f"validation {name}" for name in metrics] + measured
-        names += [f"pareto {column}" for column in fronts] + [f"attention {name}" for name in looked]
-        writer.writerow(["arm", "seed", "status", *names])
-        for row in rows:
-            final = row.get("final", {})
-            values = [final.get(name, "") for name in metrics] + [row.get(name, "") for name in measured]
-            values += ["yes" if row["arm"] in arms else "no" for arms in fronts.values()]
-            seen = row is attended(rows, row["arm"])
-            values += [mean_over_layers(row, name) if seen else "" for name in looked]
-            writer.writerow([row["arm"], row["seed"], row["status"], *values])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    names = [f"validation {name}" for name in metrics] + measured
+    names += [f"pareto {column}" for column in fronts] + [f"attention {name}" for name in looked]
+    writer.writerow(["arm", "seed", "status", *names])
+    for row in rows:
+        final = row.get("final", {})
+        values = [final.get(name, "") for name in metrics] + [row.get(name, "") for name in measured]
+        values += ["yes" if row["arm"] in arms else "no" for arms in fronts.values()]
+        seen = row is attended(rows, row["arm"])
+        values += [mean_over_layers(row, name) if seen else "" for name in looked]
+        writer.writerow([row["arm"], row["seed"], row["status"], *values])
+    path.write_bytes(text.getvalue().encode())
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -28,7 +28,7 @@ from attnlab.ablate.attending import attend
 from attnlab.ablate.plan import Plan, Run
 from attnlab.ablate.results import are_rows
 from attnlab.errors import OwnedError, RunError, UserError, parse_json
-from attnlab.train import Experiment, train
+from attnlab.train import Experiment, store, train
 from attnlab.train.claims import claim, forget
 from attnlab.train.mesh import devices_of_runs, on_devices
 from attnlab.train.step import loss_shapes
@@ -63,6 +63,8 @@ def run_ablation(
     """
     plan = Plan(file, overrides)
     runs = workdir / "runs" if runs is None else runs
+    if store.is_remote(runs) != store.is_remote(workdir):
+        raise UserError(f"cache: got {runs} with the workdir {workdir}; need both in a store, or both here")
     try:
         check_path(workdir).mkdir(parents=True, exist_ok=True)
         (check_path(runs) / "claims").mkdir(parents=True, exist_ok=True)
@@ -236,7 +238,7 @@ def _row(plan: Plan, run: Run, outcomes: Mapping[str, Mapping[str, Any]], comman
 def _attended(plan: Plan, run: Run, outcome: Mapping[str, Any], runs: Path, workdir: Path) -> dict[str, Any]:
     """Where the run's folder is, seen from the results, and of an arm's first seed what it attends to."""
     folder = runs / outcome["run"]
-    found: dict[str, Any] = {"folder": os.path.relpath(folder, workdir)}
+    found: dict[str, Any] = {"folder": store.relative(folder, workdir)}
     if outcome["status"] == "finished" and run.experiment.seed == plan.ablation.seeds[0]:
         try:
             found["attending"] = attend(run.experiment, folder)

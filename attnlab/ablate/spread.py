@@ -11,6 +11,7 @@ from pathlib import Path
 
 from attnlab import signals
 from attnlab.errors import UserError
+from attnlab.train.store import here
 
 _SAVING_TAKES = 20.0  # seconds at most that a helper has to save and end, once it is asked to
 
@@ -28,7 +29,8 @@ def helpers(count: int, arguments: Sequence[str], workdir: Path) -> Iterator[Non
             for number in range(2, count + 2):
                 try:
                     workdir.mkdir(parents=True, exist_ok=True)
-                    log = stack.enter_context((workdir / f"process-{number}.log").open("w"))
+                    path = stack.enter_context(here(workdir / f"process-{number}.log"))
+                    log = stack.enter_context(path.open("w"))
                 except OSError as error:
                     raise UserError(f"workdir: cannot write to {workdir} ({error.strerror}); give another") from error
                 process = subprocess.Popen(

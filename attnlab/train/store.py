@@ -5,6 +5,7 @@ An object is written whole or not at all, and cannot be added to; a folder is wh
 
 import contextlib
 import importlib.util
+import os
 import shutil
 import tempfile
 import uuid
@@ -72,11 +73,30 @@ def move_folder(path: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def here(path: Path) -> Iterator[Path]:
-    """A path of this machine for a file that is written in the block, which lies at `path` after it."""
+    """A path of this machine for a file that is read or written in the block; what is written lies at `path` after it,
+    also where the block raises."""
     if not is_remote(path):
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / path.name
-        yield local
-        path.write_bytes(local.read_bytes())
+        before = path.read_bytes() if path.exists() else None
+        if before is not None:
+            local.write_bytes(before)
+        try:
+            yield local
+        finally:
+            if local.exists() and (after := local.read_bytes()) != before:
+                path.write_bytes(after)
+
+
+def relative(path: Path, folder: Path) -> str:
+    """A path as a file in the folder keeps it: from there, or in a store whole where it is outside."""
+    if not is_remote(path):
+        return os.path.relpath(path, folder)
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+
+
+def found(text: str, folder: Path) -> Path:
+    """The path that `relative` gave. A file of a folder here, which may be somebody else's, leads to no store."""
+    return find(text) if is_remote(folder) and "://" in text else folder / text

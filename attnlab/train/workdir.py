@@ -337,7 +337,7 @@ def newest_state(path: Path, like: Any) -> Any:
 
     Raises UserError: there is none.
     """
-    found = _newest_readable(path.absolute() / "checkpoints", like)
+    found = _newest_readable((path if is_remote(path) else path.absolute()) / "checkpoints", like)
     if found is None:
         raise UserError(
             f"checkpoint: {path} holds none; give the folder of a run that has reached its first checkpoint"

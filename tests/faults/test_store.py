@@ -11,6 +11,7 @@ import time
 import commands
 import fake_gcs
 import pytest
+from test_kills import compare_sweeps
 
 from attnlab.train import claims, store
 
@@ -171,3 +172,47 @@ def test_two_processes_train_in_a_store(folder, server, bucket):
     pair = commands.Pair(folder, "train", "hosts.gin", *RUN[2:], environment=server.environment)
     assert pair.wait() == (0, 0), [command.printed for command in pair.both]
     assert any("ocdbt.process_1/d/" in name for name in bucket)
+
+
+@pytest.mark.slow
+def test_an_ablation_in_a_store_is_that_of_a_folder_and_is_reported_and_sampled_there(
+    folder, untouched_sweep, server, bucket, tmp_path
+):
+    prepare = functools.partial(arrive, server.environment)
+    where = "gs://bucket/runs/run"
+    ablate = ("ablate", "sweep.gin", "--workdir", where)
+    command = commands.run(folder, *ablate, "--processes", "2", prepare=prepare)
+    command.check(0)
+    assert f"report: {where}/report.html" in command.printed
+    path = copied(bucket, tmp_path / "run")
+    (path / "runs" / "claims").mkdir(exist_ok=True)  # a store has no empty folders
+    compare_sweeps(tmp_path, untouched_sweep)
+    assert {"process-2.log", "report.html", "results.csv", "results.md"} <= {file.name for file in path.iterdir()}
+    page = (path / "report.html").read_text()
+    before = dict(bucket)
+    commands.run(folder, *ablate, prepare=prepare).check(0)
+    assert bucket.keys() == before.keys()
+    del bucket["runs/run/report.html"]
+    commands.run(folder, "report", where, prepare=prepare).check(0)
+    assert bucket["runs/run/report.html"][0].decode() == page
+    commands.run(folder, *ablate, "--cache", "elsewhere", prepare=prepare).check(2, "cache: got elsewhere")
+    commands.run(folder, "sample", f"{where}/nothing", prepare=prepare).check(2, "has no config.gin")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["text", "images"])
+def test_samples_of_a_run_in_a_store_are_those_of_a_folder(folder, server, bucket, kind):
+    config = {"text": "experiments/lm/quickstart.gin", "images": "experiments/image/digits_raster.gin"}[kind]
+    small = ["Experiment.steps=2", "Experiment.batch_size=2", "LanguageModel.depth=1", "LanguageModel.features=16"]
+    small = small if kind == "text" else small[:2]
+    options = [f"--gin.{option}" for option in (*small, "OptimizerOptions.warmup_steps=1")]
+    prepare = functools.partial(arrive, server.environment)
+    printed = []
+    for where in ("local-run", "gs://bucket/runs/run"):
+        commands.run(folder, "train", config, "--workdir", where, *options, prepare=prepare).check(0)
+        command = commands.run(folder, "sample", where, "--count", "2", prepare=prepare)
+        command.check(0)
+        printed.append(command.printed.partition("step 2 of 2\n")[2].replace(where, "").rstrip())
+    assert printed[0].rpartition("\n")[0] == printed[1].rpartition("\n")[0]  # but for its speed
+    if kind == "images":
+        assert bucket["runs/run/samples.png"][0] == (folder / "local-run" / "samples.png").read_bytes()
