@@ -1,0 +1,207 @@
+"""What the banded GPU kernels share: lists of tiles, tables of queries and keys, the element mask, a call's arrays.
+
+Queries and keys are cut into tiles of TILE. Of every row of tiles there is a list of the tiles that it visits, those that
+every query sees in full before those that are partly seen, which alone are masked. A kernel walks a list by steps of
+`step` keys (or queries), a part of a tile each.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from kernels_pallas.gpu.common import COLUMN, ROW, ROWS, SMEM_BUDGET, WARPGROUPS, by_column, by_row, iota, load
+from kernels_pallas.patterns import ACTIVE, FIRST, FULL, Pattern, Tiling, Visits
+
+Array = jax.Array
+
+TILE = ROWS * WARPGROUPS  # queries and keys in a tile
+MASKED = np.float32(-1e30)  # stands for -inf in logits: a difference of two is not NaN
+# An extent of 0 would mask nothing; scales nearer to 0 are taken for the least, larger ones for the most.
+_LEAST_SCALE, _MOST_SCALE = np.float32(1e-30), np.float32(1e8)
+_LOG2_E = np.float32(math.log2(math.e))
+# Widths that tiles in shared memory have; others are padded to the next one.
+_WIDTHS = (64, 128, 192, 256)
+
+
+class Lists(NamedTuple):
+    """Which tiles the rows visit, for every row of the batch or for all alike.
+
+    columns: int32 [lists, rows, most]. counts: int32 [lists, rows, 2], of those seen in full and of all, 1 at least.
+    """
+
+    columns: Any
+    counts: Any
+
+
+def lists_of(visits: Visits, rows: int) -> Lists:
+    """visits: known, or traced."""
+    if any(isinstance(x, jax.core.Tracer) for x in visits):
+        return jax.vmap(lambda *visits: Lists(*_traced_lists(Visits(*visits), rows)))(*visits)
+    columns, counts = [], []
+    for row, column, flags in zip(*(np.asarray(x) for x in visits), strict=True):
+        full = flags & FULL != 0
+        order = np.lexsort((column, ~full, row))  # by row, full ones first
+        number = np.bincount(row, minlength=rows)
+        place = np.arange(len(row)) - np.repeat(np.cumsum(number) - number, number)
+        table = np.zeros((rows, number.max()), np.int32)
+        table[row[order], place] = column[order]
+        columns.append(table)
+        counts.append(np.stack([np.bincount(row[full], minlength=rows), number], axis=1).astype(np.int32))
+    width = max(table.shape[1] for table in columns)
+    padded = [np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in columns]
+    return Lists(np.stack(padded), np.stack(counts))
+
+
+def _traced_lists(visits: Visits, rows: int) -> tuple[Array, Array]:
+    """Of one list of steps; all tiles are masked. A row lists as many tiles as there are steps of it."""
+    row, column, flags = visits
+    step = jnp.arange(len(row))
+    listed = (flags & (ACTIVE | FIRST)) != 0
+    place = step - lax.cummax(jnp.where(flags & FIRST != 0, step, 0))
+    most = int(np.max([1, len(row) - rows + 1]))
+    columns = jnp.zeros((rows, most), jnp.int32).at[row, jnp.where(listed, place, most)].set(column, mode="drop")
+    number = jnp.zeros(rows, jnp.int32).at[row].add(listed.astype(jnp.int32))
+    return columns, jnp.stack([jnp.zeros_like(number), number], axis=1)
+
+
+def padded_width(width: int) -> int:
+    return next((each for each in _WIDTHS if width <= each), width)
+
+
+def refusal(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    pattern: Pattern,
+    segment_ids: tuple[Any, Any] | None = None,
+    footprint: Callable[[int, int], int],
+) -> str | None:
+    """Why a banded kernel cannot serve these arguments (arrays may be shape structs), or None if it can.
+
+    footprint: bytes of shared memory at these padded widths of keys and values.
+    """
+    dtype = jnp.dtype(query.dtype)
+    if dtype not in (jnp.bfloat16, jnp.float16) or not dtype == key.dtype == value.dtype:
+        return f"needs query, key and value all bfloat16 or all float16, got {dtype}, {key.dtype} and {value.dtype}"
+    if segment_ids is not None and any(jnp.dtype(ids.dtype).itemsize > 4 for ids in segment_ids):
+        return f"needs segment ids of at most 32 bits, got {segment_ids[0].dtype} and {segment_ids[1].dtype}"
+    if 0 in query.shape or 0 in key.shape:
+        return f"needs arrays that are not empty, got query {query.shape} and key {key.shape}"
+    if max(query.shape[-1], value.shape[-1]) > _WIDTHS[-1]:
+        return f"serves head dims up to {_WIDTHS[-1]}, got {query.shape[-1]} and {value.shape[-1]}"
+    if pattern.blocks((TILE, TILE)) != (TILE, TILE):
+        return f"needs tiles of {TILE} queries and keys, got {pattern.blocks((TILE, TILE))}"
+    needed = footprint(padded_width(query.shape[-1]), padded_width(value.shape[-1]))
+    if needed > SMEM_BUDGET:
+        return f"takes {needed / 2**10:.0f} KiB of shared memory, more than {SMEM_BUDGET / 2**10:.0f} KiB"
+    return None
+
+
+class Band:
+    """A call's sizes, padded to whole tiles, and what its kernels read beside the tokens."""
+
+    def __init__(
+        self, query: Array, key: Array, value: Array, tiling: Tiling, segment_ids: tuple[Array, Array] | None = None
+    ):
+        self.batch, self.num_queries, self.heads, head_dim = query.shape
+        self.num_keys, self.key_heads, value_dim = value.shape[1:]
+        self.group, self.dtype = self.heads // self.key_heads, query.dtype
+        self.key_width, self.value_width = padded_width(head_dim), padded_width(value_dim)
+        self.query_tiles, self.key_tiles = -(-self.num_queries // TILE), -(-self.num_keys // TILE)
+        self.by_query = lists_of(tiling.by_query, self.query_tiles)
+        self.by_key = lists_of(tiling.by_key, self.key_tiles)
+        self.diagonals, self.sinks, self.axes = tiling.diagonals, tiling.sinks, tiling.starts.shape[1]
+        self.has_segments = segment_ids is not None
+        query_ids, key_ids = segment_ids or (None, None)
+        bounds = [] if self.diagonals else [x[:, axis] for axis in range(self.axes) for x in (tiling.starts, tiling.ends)]
+        coordinates = [] if tiling.coordinates is None else [tiling.coordinates[:, axis] for axis in range(self.axes)]
+        # Queries in the padding see nothing, and nobody sees a key in it: its number is that of no key.
+        self.query_table = _table(bounds, query_ids, self.query_tiles)
+        self.key_table = _table(coordinates, key_ids, self.key_tiles)
+
+    def queries(self, x: Array) -> Array:
+        """[B, T, N, H] -> of whole tiles, padded in width."""
+        return _padded(x, self.query_tiles * TILE)
+
+    def keys(self, x: Array) -> Array:
+        return _padded(x, self.key_tiles * TILE)
+
+    def visible(self, queries: "Side", keys: "Side", shape: tuple[int, int]) -> Array:
+        """bool of this shape, keys along the side that is `keys`."""
+        rows = iter(queries.numbers)
+        coordinates = iter(keys.numbers)
+        seen: list[Array] = []
+        for _ in range(self.axes):
+            if self.diagonals:
+                start = queries.spread(queries.own(shape), shape) + np.int32(self.diagonals[0])
+                end = start + np.int32(self.diagonals[1])
+            else:
+                start, end = (queries.spread(next(rows), shape) for _ in range(2))
+            has_own = len(keys.numbers) - self.has_segments > 0
+            key = keys.spread(next(coordinates), shape) if has_own else keys.own(shape)
+            inside = (key >= start) & (key < end)
+            if self.sinks:
+                inside |= (key < np.int32(self.sinks)) & (key < end)
+            seen.append(inside)
+        if self.has_segments:
+            seen.append(queries.spread(next(rows), shape) == keys.spread(next(coordinates), shape))
+        total = seen[0]
+        for more in seen[1:]:
+            total &= more
+        return total
+
+
+class Side(NamedTuple):
+    """Queries or keys of a step, along the rows or the columns of its logits.
+
+    axis: 0 where they are rows. first: the number of the first one. numbers: rows of their table, one number each.
+    """
+
+    axis: int
+    first: Any
+    numbers: list[Array]
+
+    def own(self, shape: tuple[int, int]) -> Array:
+        """Their numbers, over the matrix."""
+        return iota(shape, self.axis) + self.first
+
+    def spread(self, x: Array, shape: tuple[int, int]) -> Array:
+        if x.ndim == 2:
+            return x
+        return by_row(x, shape) if self.axis == 0 else by_column(x, shape)
+
+
+def numbers_of(ref: Any, axis: int) -> list[Array]:
+    """A table's rows in registers. ref: int32 [rows, tokens]."""
+    return [load(ref.at[row], ROW if axis == 0 else COLUMN) for row in range(ref.shape[0])]
+
+
+def _table(numbers: list[Any], ids: Array | None, tiles: int) -> Array | None:
+    """int32 [lists, rows, tokens], or None without rows."""
+    rows = [*numbers, *([] if ids is None else [ids])]
+    if not rows:
+        return None
+    lists = max(row.shape[0] for row in rows)
+    padded = [
+        jnp.pad(jnp.asarray(row, jnp.int32), ((0, 0), (0, tiles * TILE - row.shape[1])), constant_values=-1)
+        for row in rows
+    ]
+    return jnp.stack([jnp.broadcast_to(row, (lists, tiles * TILE)) for row in padded], axis=1)
+
+
+def _padded(x: Array, length: int) -> Array:
+    width = padded_width(x.shape[-1])
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, width - x.shape[-1])))
+
+
+def factor_of(scale: float | Array) -> tuple[Array, Array]:
+    """(the scale's sign, its size times log2(e), float32 [1]): the kernels take the maximum of logits of a scale > 0."""
+    scale = jnp.asarray(scale, jnp.float32)
+    size = jnp.clip(jnp.abs(scale), _LEAST_SCALE, _MOST_SCALE) * _LOG2_E
+    return jnp.where(scale < 0, -1, 1), size.reshape(1)

@@ -1,0 +1,284 @@
+"""What the GPU kernels share: products, loads, layouts and copies, each as the GPU does it and as it is simulated.
+
+Kernels are written for Mosaic GPU on Hopper (sm_90a). Two warpgroups of 128 threads compute, and the first one also has
+the memory system bring tiles into shared memory (TMA): with no third warpgroup every thread may hold 255 registers.
+
+`simulated()` has kernels that are traced inside it run in Pallas's interpret mode on a CPU. That mode has no rule for a
+product whose left operand is in registers, none for one that adds to an accumulator, and its products are invisible to
+the detector of races. So a simulated product loads its operands from shared memory, where the detector sees it, and
+multiplies them in float32. Asynchrony of products is the one thing that a simulation does not model.
+"""
+
+import contextlib
+import contextvars
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.xla_metadata import set_xla_metadata
+
+Array = jax.Array
+
+ROWS = 64  # of a matrix that a warpgroup multiplies
+WARPGROUPS = 2
+SMEM_BUDGET = 227 * 2**10  # bytes of shared memory that a block may take
+MATRIX = plgpu.Layout.WGMMA  # of a matrix in registers, over the threads of a warpgroup
+ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)  # of one number per row, or per column
+# Of 16-bit and of 32-bit matrices in shared memory.
+HALF = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+SINGLE = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+
+_simulation: contextvars.ContextVar[Any] = contextvars.ContextVar("simulation", default=None)
+
+
+@contextlib.contextmanager
+def simulated(**options: Any) -> Iterator[None]:
+    """Kernels that are traced inside run in interpret mode. options: of InterpretGPUParams, such as detect_races=True.
+
+    After an exception inside a kernel the simulation is reset, so that the next one starts clean.
+    """
+    params, reset = _interpreter()
+    token = _simulation.set(params(**options))
+    try:
+        # What was traced for a GPU is traced again under metadata that it was not traced under.
+        with set_xla_metadata(kernels_simulated="gpu"):
+            yield
+    except BaseException:
+        reset()
+        raise
+    finally:
+        _simulation.reset(token)
+
+
+def is_simulated() -> bool:
+    return _simulation.get() is not None
+
+
+def _interpreter() -> tuple[Any, Callable[[], None]]:
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, params
+
+    return params.InterpretGPUParams, interpret_pallas_call.reset_gpu_interpret_mode_state
+
+
+def launch(
+    body: Callable[..., None],
+    name: str,
+    *operands: Any,
+    out: Sequence[tuple[tuple[int, ...], Any]],
+    grid: dict[str, int],
+    scratch: Sequence[Any],
+    warpgroups: int = WARPGROUPS,
+) -> list[Array]:
+    """Runs body(*operands, *out, *scratch), refs all, on a grid of blocks of so many warpgroups.
+
+    out: (shape, dtype) of each result. grid: sizes by axis name, the last one varying fastest; a warpgroup knows its
+    number by lax.axis_index("warpgroup").
+    """
+    varying = jax.sharding.ManualAxisType(
+        varying=frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
+    )
+    kernel = plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying) for shape, dtype in out],
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        scratch_types=list(scratch),
+        # Reductions stay within warps: they need no shared memory.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        interpret=_simulation.get(),
+        kernel_name=name,
+    )
+    return list(kernel(*operands))
+
+
+# --- Registers --------------------------------------------------------------------------------------------------------
+
+
+def full(shape: tuple[int, ...], value: float, layout: Any = MATRIX) -> Array:
+    x = jnp.full(shape, value, jnp.float32)
+    return x if is_simulated() else plgpu.layout_cast(x, layout)
+
+
+def iota(shape: tuple[int, int], axis: int) -> Array:
+    """The number of a matrix's row (axis 0) or column (1), int32."""
+    if is_simulated():
+        return lax.broadcasted_iota(jnp.int32, shape, axis)
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
+
+
+def by_row(x: Array, shape: tuple[int, int]) -> Array:
+    """A number per row, over a matrix."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def by_column(x: Array, shape: tuple[int, int]) -> Array:
+    """A number per column, over a matrix."""
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+def load(ref: Any, layout: Any) -> Array:
+    """From shared or global memory into registers."""
+    if is_simulated():
+        return ref[...]
+    if "idx" in inspect.signature(plgpu.load).parameters:  # jax 0.10 and 0.11
+        return plgpu.load(ref, (), layout=layout, optimized=False)
+    if layout == COLUMN:  # loads by columns beside loads by rows: jax 0.12 searches for layouts until it gives up
+        return plgpu.layout_cast(ref[...], layout)
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+# --- Products ---------------------------------------------------------------------------------------------------------
+
+
+class Product(NamedTuple):
+    """a @ b. a: in shared memory, a ref, or in registers. b: in shared memory. Either ref may be read transposed."""
+
+    a: Any
+    b: Any
+    a_transposed: bool = False
+    b_transposed: bool = False
+
+
+def dot(*products: Product, shape: tuple[int, int]) -> Array:
+    """The sum of these products, float32, of this shape."""
+    [out] = dots(products, shape=shape)
+    return out
+
+
+def dots(*sums: Sequence[Product], shape: tuple[int, int]) -> list[Array]:
+    """Several sums of products at once."""
+    if is_simulated():
+        return _ordered([sum(map(_simulated_product, products)) for products in sums])
+
+    def scope(*refs: Any) -> list[Array]:
+        for ref, products in zip(refs, sums):
+            _issue(ref, products)
+        return [ref[...] for ref in refs]
+
+    return pl.run_scoped(scope, *[plgpu.ACC(shape, jnp.float32)] * len(sums))
+
+
+def add_dot(x: Array, *products: Product) -> Array:
+    """x plus the products."""
+    if is_simulated():
+        [out] = _ordered([x + sum(map(_simulated_product, products))])
+        return out
+    return pl.run_state(lambda ref: _issue(ref, products))(plgpu.ACC.init(x))
+
+
+def dot_beside(*products: Product, shape: tuple[int, int], work: Callable[[], Any]) -> tuple[Array, Any]:
+    """(the sum of these products, work()): what `work` computes runs beside the products."""
+    if is_simulated():
+        done = work()
+        return dot(*products, shape=shape), done
+
+    def scope(ref: Any) -> tuple[Array, Any]:
+        _issue(ref, products)
+        done = work()
+        return ref[...], done
+
+    return pl.run_scoped(scope, plgpu.ACC(shape, jnp.float32))
+
+
+def _issue(accumulator: Any, products: Sequence[Product]) -> None:
+    for a, b, a_transposed, b_transposed in products:
+        plgpu.wgmma(accumulator, transposed(a) if a_transposed else a, transposed(b) if b_transposed else b)
+
+
+def transposed(ref: Any) -> Any:
+    return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
+
+
+def _simulated_product(product: Product) -> Array:
+    a, b = (x[...] if _is_ref(x) else x for x in product[:2])
+    over = (((0 if product.a_transposed else 1,), (1 if product.b_transposed else 0,)), ((), ()))
+    return lax.dot_general(a.astype(jnp.float32), b.astype(jnp.float32), over)
+
+
+def _ordered(results: list[Array]) -> list[Array]:
+    # The tensor cores read shared memory as copies do, the simulated loads do not: what is copied later comes later.
+    plgpu.commit_smem()
+    return results
+
+
+def _is_ref(x: Any) -> bool:
+    return hasattr(x, "transforms") or not isinstance(jax.typeof(x), jax.core.ShapedArray)
+
+
+# --- Shared memory ----------------------------------------------------------------------------------------------------
+
+
+def half(*shape: int, dtype: Any) -> Any:
+    """Scratch of 16-bit matrices, the operands of products."""
+    return plgpu.SMEM(shape, dtype, transforms=HALF)
+
+
+def single(*shape: int) -> Any:
+    """Scratch of float32 matrices."""
+    return plgpu.SMEM(shape, jnp.float32, transforms=SINGLE)
+
+
+def store(ref: Any, value: Array) -> None:
+    """Into shared memory, for products and copies that come later."""
+    ref[...] = value.astype(ref.dtype)
+    plgpu.commit_smem()
+
+
+class Ring(NamedTuple):
+    """Slots of shared memory that warpgroup 0 fills with what comes next, and all warpgroups read.
+
+    fetch(number, slot, barrier): issues the copies of that number into a slot. count: how many there are. ready, free:
+    barriers per slot, of as many arrivals as there are copies, and warpgroups.
+    """
+
+    fetch: Callable[[Array, Array, Any], None]
+    count: Array
+    ready: Any
+    free: Any
+    slots: int
+
+    def slot(self, number: Array) -> Array:
+        return lax.rem(number, jnp.int32(self.slots))
+
+    def start(self) -> None:
+        """Fills the slots."""
+
+        @pl.when(lax.axis_index("warpgroup") == 0)
+        def _() -> None:
+            for number in range(self.slots):
+
+                @pl.when(number < self.count)
+                def _(number: int = number) -> None:
+                    self._fetch(jnp.int32(number))
+
+    def _fetch(self, number: Array) -> None:
+        slot = self.slot(number)
+        self.fetch(number, slot, self.ready.at[slot])
+
+    def wait(self, number: Array) -> None:
+        """Until that number is there."""
+        plgpu.barrier_wait(self.ready.at[self.slot(number)])
+
+    def release(self, number: Array) -> None:
+        """This warpgroup has read that number; when all have, its slot is filled anew."""
+        slot = self.slot(number)
+        plgpu.barrier_arrive(self.free.at[slot])
+
+        @pl.when(lax.axis_index("warpgroup") == 0)
+        def _() -> None:
+            plgpu.barrier_wait(self.free.at[slot])  # the last ones too: jax 0.10's simulation wants all phases seen
+
+            @pl.when(number + self.slots < self.count)
+            def _() -> None:
+                self._fetch(number + self.slots)
+
+
+def barriers(slots: int, arrivals: int) -> Any:
+    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots)
