@@ -1,6 +1,7 @@
-"""Compile for TPUs on a machine without one: libtpu compiles for a described topology, no chip needed.
+"""Compile for TPUs and GPUs on a machine without one: the compilers take a description, no chip is needed.
 
-`compile_for_tpu(function, *shapes, tpu="v5e")` does it for any jax function.
+`compile_for_tpu(function, *shapes, tpu="v5e")` does it for any jax function, with libtpu;
+`compile_for_gpu(function, *shapes, gpu="h100")` with JAX's CUDA plugin.
 """
 
 import functools
@@ -41,6 +42,43 @@ def compile_for_tpu(function: Callable[..., Any], *args: Any, tpu: str) -> jax.s
     sharding = jax.sharding.SingleDeviceSharding(topology_devices(tpu)[0])
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     return jax.jit(function).lower(*placed).compile()
+
+
+# Memory in bytes per second and in bytes.
+GPUS = {"h100": (3352 * 10**9, 85 * 10**9), "h200": (4800 * 10**9, 150_754_820_096)}
+# What XLA's CUDA compiler asks of a device; of the two, all but the memory is alike.
+_GPU = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: 52428800
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth} device_memory_size: {memory}
+  cuda_compute_capability {{ major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 28 patch: 0 }}
+device_description_str: "NVIDIA {name}"
+"""
+
+
+@functools.cache
+def gpu_device(gpu: str) -> Any:
+    """A device to compile for, in GPUS. It runs nothing. Needs JAX's CUDA plugin, and JAX_PLATFORMS=cpu."""
+    bandwidth, memory = GPUS[gpu]
+    target = _GPU.format(bandwidth=bandwidth, memory=memory, name=gpu.upper())
+    described = topologies.get_topology_desc(gpu, platform="cuda", target_config=target, topology="1x1x1")
+    return described.devices[0]
+
+
+def compile_for_gpu(function: Callable[..., Any], *args: Any, gpu: str) -> jax.stages.Compiled:
+    """jax.jit(function) compiled for one GPU. args: pytrees of shape structs, one array at least."""
+    device = gpu_device(gpu)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    with jax.default_device(device):  # whose architecture kernels are lowered for
+        return jax.jit(function).lower(*placed).compile()
 
 
 class Grid(NamedTuple):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.aot import schedule
-from kernels_pallas.aot.compile import TOPOLOGIES, Grid, Row, compile_for_tpu
+from kernels_pallas.aot.compile import GPUS, TOPOLOGIES, Grid, Row, compile_for_tpu
 from kernels_pallas.aot.peers import OTHERS
 from kernels_pallas.patterns import Visits, for_every_head
 from kernels_pallas.shapes import SHAPES, Shape
@@ -178,21 +178,36 @@ schedule (one bundle per cycle, in order, on one core): nothing runs, and waitin
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m kernels_pallas.aot",
-        description="Compile every kernel for TPUs, without one, at shapes of known models, and print a table.",
+        description="Compile every kernel for TPUs or GPUs, without one, at shapes of known models, and print a table.",
         epilog=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    rows = {**KERNELS, **OTHERS}
-    parser.add_argument("--tpu", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES), help="generations (all)")
+    rows: dict[str, Callable[[Shape], Any]] = {**KERNELS, **OTHERS}
+    backend = parser.add_mutually_exclusive_group()
+    backend.add_argument("--tpu", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES), help="generations (all)")
+    backend.add_argument("--gpu", nargs="+", choices=GPUS, help="instead, GPUs; needs the extra gpu-aot")
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="named shapes (all)")
-    parser.add_argument("--kernel", nargs="+", choices=rows, default=list(rows), help="rows of the table (all)")
+    parser.add_argument("--kernel", nargs="+", metavar="NAME", help="rows of the table (all)")
     options = parser.parse_args()
+    if options.gpu:
+        from kernels_pallas.aot import gpu_table
+
+        rows = gpu_table.ROWS
+    chosen = options.kernel or list(rows)
+    if unknown := [name for name in chosen if name not in rows]:
+        parser.error(f"--kernel: no row {unknown[0]!r}; need some of {', '.join(rows)}")
+    if options.gpu:
+        try:
+            gpu_table.print_table(options.gpu, options.shape, chosen)
+        except FileNotFoundError as error:
+            parser.exit(1, f"{parser.prog}: {error}\n")
+        return
     jax.config.update("jax_platforms", "cpu")  # look for no device
 
     columns = ["kernel", "shape", "TPU", "compiled", "VMEM MiB", "HBM MiB", "bundles per tile", "cycles", "matmul", "s"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * 4}{'---:|' * 6}", flush=True)
     with schedule.dumping() as collect:
-        for kernel in options.kernel:
+        for kernel in chosen:
             for shape in options.shape:
                 for tpu in options.tpu:
                     cells = _measure(rows[kernel], SHAPES[shape], tpu, collect)

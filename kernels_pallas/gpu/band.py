@@ -119,7 +119,9 @@ class Band:
         self.diagonals, self.sinks, self.axes = tiling.diagonals, tiling.sinks, tiling.starts.shape[1]
         self.has_segments = segment_ids is not None
         query_ids, key_ids = segment_ids or (None, None)
-        bounds = [] if self.diagonals else [x[:, axis] for axis in range(self.axes) for x in (tiling.starts, tiling.ends)]
+        bounds = (
+            [] if self.diagonals else [x[:, axis] for axis in range(self.axes) for x in (tiling.starts, tiling.ends)]
+        )
         coordinates = [] if tiling.coordinates is None else [tiling.coordinates[:, axis] for axis in range(self.axes)]
         # Queries in the padding see nothing, and nobody sees a key in it: its number is that of no key.
         self.query_table = _table(bounds, query_ids, self.query_tiles)

@@ -61,7 +61,7 @@ def _own_bytes(key_width: int, value_width: int) -> int:
 
 def _stages(key_width: int, value_width: int) -> int:
     each = 2 * step_of(key_width, value_width) * (key_width + value_width)
-    return min(_MOST_STAGES, (SMEM_BUDGET - 4096 - _own_bytes(key_width, value_width)) // each)
+    return min(_MOST_STAGES, (SMEM_BUDGET - 1024 - _own_bytes(key_width, value_width)) // each)
 
 
 def smem_bytes(key_width: int, value_width: int) -> int:
@@ -145,7 +145,9 @@ def _body(band: Band, step: int, stages: int) -> Any:
     has_queries, has_keys = band.query_table is not None, band.key_table is not None
     parts = TILE // step
 
-    def body(factor_ref: Any, query_ref: Any, key_ref: Any, value_ref: Any, columns_ref: Any, counts_ref: Any, *refs: Any):
+    def body(
+        factor_ref: Any, query_ref: Any, key_ref: Any, value_ref: Any, columns_ref: Any, counts_ref: Any, *refs: Any
+    ):
         refs = list(refs)
         query_table = refs.pop(0) if has_queries else None
         key_table = refs.pop(0) if has_keys else None
@@ -206,9 +208,7 @@ def _body(band: Band, step: int, stages: int) -> Any:
             def one(number: Array, carry: Any) -> Any:
                 logits, *carry = carry
                 ring.wait(number + 1)
-                return dot_beside(
-                    products(number + 1), shape=shape, work=lambda: attend(number, logits, carry, masked)
-                )
+                return dot_beside(products(number + 1), shape=shape, work=lambda: attend(number, logits, carry, masked))
 
             def run(number: Array, carry: Any) -> Any:
                 logits, carry = one(number, carry)
