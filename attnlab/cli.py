@@ -236,6 +236,15 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
         help="time every mechanism against length",
         description="Time every mechanism and measure its memory against length, beside dense attention of jax.nn.",
     )
+    bench.add_argument(
+        "--device",
+        choices=["gpu"],
+        help="instead, check every kernel on the accelerator, then time it beside other libraries; rows are kept in "
+        "device.jsonl, and the same command continues",
+    )
+    bench.add_argument(
+        "--budget", type=float, default=540, help="with --device: seconds after which no case is begun (default 540)"
+    )
     bench.add_argument("--lengths", type=int, nargs="+", help="default 1024 2048 ... 65536, of prompts 4096")
     bench.add_argument(
         "--only",
@@ -567,26 +576,59 @@ def _is_of_a_run(path: Path) -> bool:
 def _bench(command: argparse.Namespace, overrides: list[str]) -> int:
     import jax
 
-    from attnlab import bench
+    from attnlab.bench import lengths, prompts
 
-    lengths = sorted(set(command.lengths or ([4096] if command.prompts else [2**power for power in range(10, 17)])))
-    if lengths[0] < bench.WINDOW:
-        raise UserError(f"lengths: got {lengths[0]}; need at least the window, {bench.WINDOW}")
-    names = bench.MIXERS if command.prompts else bench.NAMES
-    if unknown := [name for name in command.only if not bench.named(name, names=names)]:
+    chosen = sorted(set(command.lengths or ([4096] if command.prompts else [2**power for power in range(10, 17)])))
+    if chosen[0] < lengths.WINDOW:
+        raise UserError(f"lengths: got {chosen[0]}; need at least the window, {lengths.WINDOW}")
+    names = prompts.MIXERS if command.prompts else lengths.NAMES
+    if unknown := [name for name in command.only if not lengths.named(name, names=names)]:
         raise UserError(f"only: got {unknown[0]!r}; need some of {'; '.join(names)}")
     if command.prompts and command.backward:
         raise UserError("backward: got it with --prompts, which have no gradient")
     _check_out(command.workdir / "bench.png", is_picture=True, option="workdir")
+    if command.device is not None:
+        return _bench_device(command)
     if command.prompts:
-        rows = bench.prompts(lengths, only=command.only)
-        bench.write_prompts(rows, command.workdir, f"Reading a prompt, on {jax.devices()[0].device_kind}")
-        print(f"\n{bench.prompt_table(rows)}\n\n{command.workdir / 'prompts.md'}")
+        rows = prompts.time_prompts(chosen, only=command.only)
+        prompts.write(rows, command.workdir, f"Reading a prompt, on {jax.devices()[0].device_kind}")
+        print(f"\n{prompts.table(rows)}\n\n{command.workdir / 'prompts.md'}")
         return 0
-    rows = bench.bench(lengths, only=command.only, backward=command.backward)
+    rows = lengths.time_lengths(chosen, only=command.only, backward=command.backward)
     passes = "forward and backward" if command.backward else "forward"
-    bench.write(rows, command.workdir, f"Attention against length, {passes}, on {jax.devices()[0].device_kind}")
-    print(f"\n{bench.table(rows)}\n\n{command.workdir / 'bench.png'}")
+    lengths.write(rows, command.workdir, f"Attention against length, {passes}, on {jax.devices()[0].device_kind}")
+    print(f"\n{lengths.table(rows)}\n\n{command.workdir / 'bench.png'}")
+    return 0
+
+
+def _bench_device(command: argparse.Namespace) -> int:
+    import jax
+
+    from attnlab import __version__
+    from attnlab.bench import device, gpu_cases
+    from attnlab.train.compile import peak_flops
+
+    if command.prompts or command.backward or command.lengths or command.only:
+        raise UserError(
+            "device: got it with --prompts, --backward, --lengths or --only; it takes all cases, all passes"
+        )
+    if command.budget < 1:
+        raise UserError(f"budget: got {command.budget}; need at least a second")
+    try:
+        [card, *_] = jax.devices("gpu")
+    except RuntimeError as error:
+        raise UserError(f"device: JAX finds no GPU ({jax.default_backend()} alone); install jax[cuda13]") from error
+    facts = {"device": card.device_kind, "jax": jax.__version__, "attnlab": __version__}
+    facts["code"] = device.code_digest("kernels_pallas", "attnlab.attention")
+    left = device.time_cases(gpu_cases.cases, facts, command.workdir, budget=command.budget)
+    rows = device.rows_of(command.workdir / "device.jsonl", facts)
+    title = f"{facts['device']}, jax {facts['jax']}, attnlab {facts['attnlab']} (code {facts['code']})"
+    shown = device.table(rows, gpu_cases.cases(), peak_flops(facts["device"]))
+    (command.workdir / "device.md").write_text(f"# {title}\n\n{shown}\n")
+    device.draw(rows, command.workdir / "device.png", title)
+    print(f"\n{shown}\n\n{command.workdir / 'device.png'}")
+    if left:
+        print(f"{left} cases are left; the same command continues")
     return 0
 
 

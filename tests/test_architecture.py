@@ -21,7 +21,7 @@ ALLOWED = {
     "train": {"models", "data", "nn", "attention", "errors", "signals"},
     "ablate": {"train", "models", "data", "nn", "attention", "errors", "signals", "config", ""},
     "catalog": {""},
-    "bench": {"catalog", "models", "nn"},
+    "bench": {"catalog", "models", "nn", "errors", "signals", ""},
     "peers": {"train", "models", "data", "nn", ""},
     "regress": {""},
     "show": {"models", "nn", "attention"},

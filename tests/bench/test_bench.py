@@ -1,11 +1,12 @@
-"""The benchmark: rows for every mechanism and length, a table, a plot, and exponents that are those of the times."""
+"""The benchmarks of this machine: rows for every mechanism and length, a table, a plot, and exponents of the times."""
 
 import json
 import math
 
 import pytest
 
-from attnlab import bench, cli
+from attnlab import cli
+from attnlab.bench import lengths, prompts
 
 
 def test_bench_times_what_is_asked_for_and_keeps_it(tmp_path, capsys):
@@ -17,18 +18,18 @@ def test_bench_times_what_is_asked_for_and_keeps_it(tmp_path, capsys):
     ]
     assert all(row["seconds"] > 0 and row["temporary_bytes"] > 0 for row in rows)
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
-    assert bench.table(rows) in capsys.readouterr().out
+    assert lengths.table(rows) in capsys.readouterr().out
 
 
 def test_bench_times_how_prompts_are_read(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "_FEATURES", 64)
-    monkeypatch.setattr(bench, "_DEPTH", 1)
+    monkeypatch.setattr(prompts, "_FEATURES", 64)
+    monkeypatch.setattr(prompts, "_DEPTH", 1)
     command = ["bench", "--prompts", "--lengths", "256", "--only", "linear, retention"]
     assert cli.main([*command, "--workdir", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     assert [(row["mixer"], row["length"]) for row in rows] == [("linear, retention", 256)]
     assert all(row[way] > 0 for row in rows for way in ("seconds", "loop_seconds", "call_seconds"))
-    table = bench.prompt_table(rows)
+    table = prompts.table(rows)
     assert f" {256 * rows[0]['call_seconds'] / rows[0]['seconds']:.1f} |" in table.splitlines()[2]
     assert table in (tmp_path / "prompts.md").read_text()
     assert table in capsys.readouterr().out
@@ -39,8 +40,8 @@ def test_the_exponent_is_that_of_long_lengths():
         times = {1024: 9.0, **{length: 1e-9 * length**power for length in (4096, 8192, 16384)}}
         return [{"mechanism": "x", "length": n, "seconds": t, "temporary_bytes": 0} for n, t in times.items()]
 
-    assert bench.exponent(rows(1.5), "x") == pytest.approx(1.5)
-    assert math.isnan(bench.exponent(rows(1.5)[:2], "x"))
+    assert lengths.exponent(rows(1.5), "x") == pytest.approx(1.5)
+    assert math.isnan(lengths.exponent(rows(1.5)[:2], "x"))
 
 
 @pytest.mark.parametrize(

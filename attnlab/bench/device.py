@@ -1,0 +1,227 @@
+"""Times on an accelerator, unattended: cases are checked, timed, and kept as they come; the same command continues.
+
+A case runs in a process that runs others too, until one of them crashes or gives no answer: then its row says so, and
+the others continue in a new process. A case of ours is timed only if its values and gradients, on fresh random inputs,
+are those of the reference in float64.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attnlab import signals
+from attnlab.errors import UserError
+
+_MOST_SECONDS = 120.0  # that a case may take, with what it compiles
+_LEAST_RUNS, _MOST_RUNS, _TIMED_SECONDS = 20, 1000, 0.5
+
+
+class Wrong(Exception):
+    """A case whose results are not the reference's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What one row measures.
+
+    Args:
+      name: what is computed, alike for all libraries: "window 1024, 16384 tokens". library: by what.
+      passes: "forward" or "backward", which is the gradients alone, of a forward that has run.
+      flops: of matrix products that the call needs, without those that a form adds. tokens: in all.
+      prepare: -> (run, errors). run(number) starts the work on the inputs of that number and gives what to wait for.
+        errors() -> {array: largest difference from the reference, over its largest number}; None for other libraries.
+      numbers: how many sets of inputs there are, so that none is in the cache when it is used again.
+      clock: (run, number) -> milliseconds on the device.
+    """
+
+    name: str
+    library: str
+    passes: str
+    flops: float
+    tokens: int
+    prepare: Callable[[], tuple[Callable[[int], Any], Callable[[], dict[str, float]] | None]]
+    numbers: int
+    clock: Callable[[Callable[[int], Any], int], float]
+    most_error: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.name, self.library, self.passes
+
+
+def measured(case: Case) -> dict[str, Any]:
+    """{"ms": median, "low", "high": quartiles, "runs", "errors"} of a case, or {"error": why it has no time}."""
+    try:
+        run, errors = case.prepare()
+        found = errors() if errors is not None else {}
+        if wrong := {name: error for name, error in found.items() if not error <= case.most_error}:
+            raise Wrong(", ".join(f"{name} is off by {error:.1e}" for name, error in wrong.items()))
+        for number in range(case.numbers):
+            case.clock(run, number)
+        times: list[float] = []
+        end = time.monotonic() + _TIMED_SECONDS
+        while len(times) < _LEAST_RUNS or (len(times) < _MOST_RUNS and time.monotonic() < end):
+            times.append(case.clock(run, len(times) % case.numbers))
+    except ImportError as error:
+        return {"error": f"missing: {error.name}"}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    low, middle, high = statistics.quantiles(times, n=4)
+    return {"ms": middle, "low": low, "high": high, "runs": len(times), "errors": found}
+
+
+def time_cases(
+    cases: Callable[[], Sequence[Case]],
+    facts: Mapping[str, str],
+    folder: Path,
+    *,
+    budget: float,
+    report: Callable[[str], None] = print,
+) -> int:
+    """Measures the cases that have no row yet, and appends rows to folder/device.jsonl. Returns how many are left.
+
+    Args:
+      cases: a function at the top of a module, which the processes call too. facts: of the device, the versions and the
+        code; rows of others stay, and do not count. budget: seconds after which no further case is begun.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "device.jsonl"
+    done = {(row["name"], row["library"], row["passes"]) for row in rows_of(path, facts)}
+    left = [case.key for case in cases() if case.key not in done]
+    start, total = time.monotonic(), len(left)
+    worker: _Worker | None = None
+    try:
+        while left and time.monotonic() - start < budget:
+            worker = worker or _Worker(cases)
+            key = left.pop(0)
+            row = worker.measured(key)
+            if row.get("lost"):
+                worker = None
+            name, library, passes = key
+            with path.open("a") as file:
+                file.write(json.dumps({"name": name, "library": library, "passes": passes, **facts, **row}) + "\n")
+            shown = f"{row['ms']:.3f} ms" if "ms" in row else row["error"]
+            report(f"[{total - len(left)}/{total}] {name}, {passes}, {library}: {shown}")
+    finally:
+        if worker is not None:
+            worker.end()
+    return len(left)
+
+
+def rows_of(path: Path, facts: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The rows of a device, versions and code."""
+    if not path.exists():
+        return []
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise UserError(f"workdir: {path} is not JSON lines ({error}); give another folder") from error
+    return [row for row in rows if all(row.get(name) == value for name, value in facts.items())]
+
+
+class _Worker:
+    """A process that measures the cases it is asked for."""
+
+    def __init__(self, cases: Callable[[], Sequence[Case]]):
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, cases), daemon=True)
+        self._process.start()
+        other.close()
+
+    def measured(self, key: tuple[str, str, str]) -> dict[str, Any]:
+        """The row; with "lost", where the process is of no more use."""
+        with signals.with_helpers(self._process.kill, self._process.join):
+            self._connection.send(key)
+            try:
+                if self._connection.poll(_MOST_SECONDS):
+                    return self._connection.recv()
+                reason = f"no answer in {_MOST_SECONDS:.0f} seconds"
+            except (EOFError, ConnectionError):
+                self._process.join(10)
+                reason = f"its process ended with {self._process.exitcode}"
+        self.end()
+        return {"error": reason, "lost": True}
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+
+def _serve(connection: Any, cases: Callable[[], Sequence[Case]]) -> None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # other libraries use the same device
+    by_key = {case.key: case for case in cases()}
+    while True:
+        try:
+            key = connection.recv()
+        except EOFError:
+            return
+        connection.send(measured(by_key[key]))
+
+
+def code_digest(*packages: str) -> str:
+    """Of these packages' sources."""
+    digest = hashlib.sha256()
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        for folder in spec.submodule_search_locations or [] if spec is not None else []:
+            for path in sorted(Path(folder).rglob("*.py")):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def table(rows: Sequence[Mapping[str, Any]], cases: Iterable[Case], peak: float | None) -> str:
+    """Markdown: a line per case and library, milliseconds, TFLOP/s, and the share of the device's peak."""
+    by_key = {case.key: case for case in cases}
+    lines = ["| what | passes | library | ms | quartiles | TFLOP/s | of the peak | M tokens/s |"]
+    lines.append("|---|---|---|---:|---:|---:|---:|---:|")
+    for row in rows:
+        case = by_key.get((row["name"], row["library"], row["passes"]))
+        cells = [row["name"], row["passes"], row["library"]]
+        if "ms" not in row or case is None:
+            cells += [row.get("error", "another version's"), "", "", "", ""]
+        else:
+            rate = case.flops / row["ms"] * 1e3
+            share = f"{rate / peak:.0%}" if peak else ""
+            quartiles = f"{row['low']:.3f} to {row['high']:.3f}"
+            tokens = f"{case.tokens / row['ms'] / 1e3:.2f}"
+            cells += [f"{row['ms']:.3f}", quartiles, f"{rate / 1e12:.0f}", share, tokens]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """A bar per library, by case: milliseconds."""
+    import matplotlib.pyplot as plt
+
+    timed = [row for row in rows if "ms" in row]
+    groups = list(dict.fromkeys((row["name"], row["passes"]) for row in timed))
+    libraries = list(dict.fromkeys(row["library"] for row in timed))
+    colors = {library: plt.get_cmap("tab10")(number % 10) for number, library in enumerate(libraries)}
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.22 * (len(timed) + len(groups))), layout="constrained")
+    place, ticks = 0.0, []
+    for group in groups:
+        members = [row for row in timed if (row["name"], row["passes"]) == group]
+        for number, row in enumerate(members):
+            at = place - number
+            axes.barh(at, row["ms"], color=colors[row["library"]])
+            axes.text(row["ms"], at, f" {row['library']}, {row['ms']:.2f}", va="center", fontsize=7)
+        ticks.append((place - (len(members) - 1) / 2, ", ".join(group)))
+        place -= len(members) + 1
+    axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds")
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
