@@ -1,0 +1,60 @@
+"""Which GPU a program is for, and whether it and what compiles for it are such as the kernels need; and which kernels a
+card has checked. Imports nothing that a machine without a GPU may lack."""
+
+import ctypes.util
+import importlib.util
+import os
+import shutil
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.extend import backend
+
+CAPABILITY = "9.0"  # of Hopper, whose instructions (sm_90a) no other generation has
+# By kernel, the versions of jax with which `attnlab bench --device gpu` has checked it on a card: a simulation does not
+# model everything. The others serve by name alone.
+CHECKED: Mapping[str, frozenset[str]] = {}
+
+
+def unchecked(kernel: str) -> str | None:
+    """Why a kernel is no default, or None if a card has checked it."""
+    versions = CHECKED.get(kernel, frozenset())
+    if jax.__version__ in versions:
+        return None
+    return f"serves by name: no card has checked it with jax {jax.__version__}"
+
+
+def refusal() -> str | None:
+    """Why no kernel can be compiled for the GPU that programs are for, or None. Where there is none, None: a program may
+    be lowered on a machine without."""
+    if importlib.util.find_spec("absl") is None and jax.__version_info__ < (0, 12):
+        return f"needs absl-py, which jax {jax.__version__} imports for GPU kernels and does not bring"
+    device = _target()
+    if device is None:
+        return None
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if capability != CAPABILITY:
+        return f"needs a GPU of compute capability {CAPABILITY} (Hopper), and {device.device_kind} has {capability}"
+    return None if _has_compiler() else "needs ptxas, or nvJitLink with jax 0.12, and finds neither"
+
+
+def _target() -> Any:
+    """The GPU that programs are lowered for: the mesh's, else the default device; None if that is none."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        device = backend.get_default_device()
+    return device if getattr(device, "platform", "cuda") in ("gpu", "cuda") else None
+
+
+def _has_compiler() -> bool:
+    """Mosaic looks for ptxas on the PATH, in ./cuda_sdk_lib and in /usr/local/cuda; jax 0.12 also takes nvJitLink."""
+    places = [shutil.which("ptxas"), "cuda_sdk_lib/bin/ptxas", "/usr/local/cuda/bin/ptxas"]
+    if any(place is not None and os.access(place, os.X_OK) for place in places):
+        return True
+    if jax.__version_info__ < (0, 12):
+        return False
+    wheel = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "lib", "libnvJitLink.so.13")
+    return wheel.exists() or ctypes.util.find_library("nvJitLink") is not None
