@@ -28,25 +28,24 @@ def unchecked(kernel: str) -> str | None:
 
 
 def refusal() -> str | None:
-    """Why no kernel can be compiled for the GPU that programs are for, or None. Where there is none, None: a program may
-    be lowered on a machine without."""
+    """Why no kernel can be compiled for the GPU that programs are for, or None. Where there is no GPU, None too: a
+    program may be lowered on a machine without."""
     if importlib.util.find_spec("absl") is None and jax.__version_info__ < (0, 12):
         return f"needs absl-py, which jax {jax.__version__} imports for GPU kernels and does not bring"
     device = _target()
     if device is None:
         return None
-    capability = str(getattr(device, "compute_capability", "unknown"))
+    capability = device.compute_capability
     if capability != CAPABILITY:
         return f"needs a GPU of compute capability {CAPABILITY} (Hopper), and {device.device_kind} has {capability}"
     return None if _has_compiler() else "needs ptxas, or nvJitLink with jax 0.12, and finds neither"
 
 
 def _target() -> Any:
-    """The GPU that programs are lowered for: the mesh's, else the default device; None if that is none."""
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        device = backend.get_default_device()
-    return device if getattr(device, "platform", "cuda") in ("gpu", "cuda") else None
+    """The GPU that programs are lowered for, as Mosaic finds it: the mesh's, else the default device; None if neither
+    is a GPU."""
+    devices: list[Any] = [jax.sharding.get_abstract_mesh().abstract_device, backend.get_default_device()]
+    return next((device for device in devices if hasattr(device, "compute_capability")), None)
 
 
 def _has_compiler() -> bool:
