@@ -18,8 +18,8 @@ least 2^14: what float16 loses of dl is below 2^-38 of that bound, 2 max |dout_t
 overflows nowhere that it would not in bfloat16; gradients beyond 65504 are infinite, as in every float16 program.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,6 @@ from kernels_pallas.gpu.common import (
     by_row,
     dot,
     dot_beside,
-    dots,
     full,
     half,
     launch,
@@ -56,35 +55,72 @@ from kernels_pallas.patterns import Pattern
 
 Array = jax.Array
 
-_MOST_STAGES = 3
 _MOST_SUMS = 256  # columns of float32 sums that a warpgroup's registers hold beside its logits
-_SPARE_BYTES = 4096  # of shared memory, for barriers and tables
+# Slots of what moves and is read to the end of a step, and of what is read only by its first products.
+_SLOTS = ((3, 3), (2, 2), (2, 1))
+_SPARE_BYTES = 1024  # of shared memory, for barriers
 _LOG2_E = np.float32(np.log2(np.e))
 # Rows of the table of numbers that belong to a query, and places of the numbers that belong to a call.
 _LSE, _DELTA = range(2)
 _FACTOR, _SHRINK, _GROW = range(3)
 
 
-def _own_bytes(key_width: int, value_width: int) -> int:
-    """Of shared memory, for what a block keeps: a tile of queries and dout, or of keys and values."""
-    return 2 * TILE * (key_width + value_width)
+class _Plan(NamedTuple):
+    """How a kernel uses shared memory.
+
+    step: queries, or keys, that move at once. late, early: slots of each, see _SLOTS. has_table: the moving tokens'
+    table is copied too; otherwise edge tiles read it from global memory.
+    """
+
+    step: int
+    late: int
+    early: int
+    has_table: bool
+    size: int
+
+    @property
+    def is_split(self) -> bool:
+        return self.late != self.early
 
 
-def step_of(key_width: int, value_width: int) -> int:
-    """Keys, or queries, that are multiplied at once: two steps of them fit into shared memory."""
-    spare = SMEM_BUDGET - _SPARE_BYTES - _own_bytes(key_width, value_width)
-    return 64 if 2 * 2 * 64 * (key_width + value_width) <= spare else 32
+def _plan(own: int, late: int, early: int, numbers: int, table: int) -> _Plan:
+    """own: bytes that a block keeps. late, early: widths. numbers, table: rows of 32-bit numbers that move with them."""
+    step = 128 if max(late, early) <= 64 else 64
+
+    def size(late_slots: int, early_slots: int, rows: int) -> int:
+        numbers_size, table_size = (
+            -(-4 * step * rows * slots // 1024) * 1024 for rows, slots in ((numbers, early_slots), (rows, late_slots))
+        )
+        return own + 2 * step * (late * late_slots + early * early_slots) + numbers_size + table_size + _SPARE_BYTES
+
+    choices = [(*slots, rows) for slots in _SLOTS for rows in dict.fromkeys((table, 0))]
+    choice = next((each for each in choices if size(*each) <= SMEM_BUDGET), choices[-1])
+    return _Plan(step, *choice[:2], choice[2] == table, size(*choice))
 
 
-def _stages(key_width: int, value_width: int) -> int:
-    each = 2 * step_of(key_width, value_width) * (key_width + value_width)
-    return min(_MOST_STAGES, (SMEM_BUDGET - _SPARE_BYTES - _own_bytes(key_width, value_width)) // each)
+def _query_plan(key_width: int, value_width: int, table: int = 0) -> _Plan:
+    return _plan(2 * TILE * (key_width + value_width) + 1024, key_width, value_width, 0, table)
+
+
+def _key_plan(key_width: int, value_width: int, *, of_keys: bool, of_values: bool, table: int = 0) -> _Plan:
+    if of_keys:
+        return _plan(2 * TILE * (key_width + value_width), key_width, value_width, 2, table)
+    out = 0 if key_width == value_width else value_width
+    return _plan(2 * TILE * (key_width + out), value_width, key_width, 2, table)
+
+
+def _parts(key_width: int, value_width: int) -> list[dict[str, bool]]:
+    """What each launch over the keys adds up."""
+    if key_width + value_width <= _MOST_SUMS:
+        return [{"of_keys": True, "of_values": True}]
+    return [{"of_keys": True, "of_values": False}, {"of_keys": False, "of_values": True}]
 
 
 def smem_bytes(key_width: int, value_width: int) -> int:
-    """Shared memory of a block of any of the kernels, at padded widths."""
-    moving = 2 * _stages(key_width, value_width) * step_of(key_width, value_width) * (key_width + value_width)
-    return _own_bytes(key_width, value_width) + moving + _SPARE_BYTES
+    """Shared memory of the largest of the kernels' blocks, at padded widths."""
+    widths = key_width, value_width
+    plans = [_query_plan(*widths), *(_key_plan(*widths, **part) for part in _parts(*widths))]
+    return max(plan.size for plan in plans)
 
 
 def refusal(query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None) -> str | None:
@@ -139,11 +175,8 @@ def banded_flash_gradients(
         numbers,
     ]
     to_query, by_scale = _query_gradient(band, operands)
-    if band.key_width + band.value_width <= _MOST_SUMS:
-        to_key, to_value = _key_gradients(band, operands, of_keys=True, of_values=True)
-    else:
-        (to_key,) = _key_gradients(band, operands, of_keys=True, of_values=False)
-        (to_value,) = _key_gradients(band, operands, of_keys=False, of_values=True)
+    parts = _parts(band.key_width, band.value_width)
+    to_key, to_value = (x for part in parts for x in _key_gradients(band, operands, **part))
     sign = sign.astype(jnp.float32)
     return (
         (to_query[:, : query.shape[1], :, : query.shape[-1]] * sign.astype(query.dtype)),
@@ -166,14 +199,30 @@ def _shrink(value: Array, out_gradient: Array, lse_gradient: Array) -> Array:
     return jnp.ldexp(jnp.float32(1), 15 - exponent)
 
 
+def _rings(plan: _Plan, barriers: Sequence[Any], count: Array, late: Any, early: Any) -> tuple[Ring, Ring]:
+    """Of what is read to the end of a step, and of what is not: one and the same where they have as many slots."""
+
+    def both(*where: Any) -> None:
+        late(*where)
+        early(*where)
+
+    if not plan.is_split:
+        ring = Ring(both, count, *barriers, plan.late)
+        return ring, ring
+    return Ring(late, count, *barriers[:2], plan.late), Ring(early, count, *barriers[2:], plan.early)
+
+
+def _barriers(plan: _Plan, late: int, early: int) -> list[Any]:
+    """Of _rings, for so many copies of each."""
+    if not plan.is_split:
+        return [barriers(plan.late, late + early), barriers(plan.late, WARPGROUPS)]
+    return [barriers(n, arrivals) for n, copies in ((plan.late, late), (plan.early, early)) for arrivals in (copies, WARPGROUPS)]
+
+
 def _launch(
-    body: Callable[..., None], name: str, band: Band, operands: list[Array], *, of_keys: bool, out: list[Any]
+    body: Callable[..., None], name: str, band: Band, operands: list[Array], *, of_keys: bool, out: list[Any], scratch: Any
 ) -> list[Array]:
     """One of the kernels. of_keys: it has a block for every tile of keys, otherwise of queries."""
-    widths = (band.key_width, band.value_width)
-    step, stages = step_of(*widths), _stages(*widths)
-    moving_table = band.query_table if of_keys else band.key_table
-    copies = 2 + of_keys + (moving_table is not None)
     return launch(
         body,
         name,
@@ -186,22 +235,16 @@ def _launch(
             "head": band.key_heads if of_keys else band.heads,
             "tile": band.key_tiles if of_keys else band.query_tiles,
         },
-        scratch=[
-            *(half(WARPGROUPS, ROWS, width, dtype=band.dtype) for width in widths),
-            *(half(stages, step, width, dtype=band.dtype) for width in widths),
-            plgpu.SMEM((stages, 2, step) if of_keys else (WARPGROUPS, ROWS), jnp.float32),
-            None if moving_table is None else plgpu.SMEM((stages, moving_table.shape[1], step), jnp.int32),
-            barriers(WARPGROUPS, 2),
-            barriers(stages, copies),
-            barriers(stages, WARPGROUPS),
-        ],
+        scratch=scratch,
     )
 
 
 def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
     """dq / sign, and d scale / sign summed over the keys of each query, float32 [B, N, T]."""
-    step, stages = step_of(band.key_width, band.value_width), _stages(band.key_width, band.value_width)
+    widths = band.key_width, band.value_width
     has_queries, has_keys = band.query_table is not None, band.key_table is not None
+    plan = _query_plan(*widths, table=band.key_table.shape[1] if has_keys else 0)
+    step, copies_table = plan.step, has_keys and plan.has_table
     parts = np.int32(TILE // step)
 
     def body(
@@ -218,7 +261,7 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
         refs_left = list(refs)
         query_table = refs_left.pop(0) if has_queries else None
         key_table = refs_left.pop(0) if has_keys else None
-        out_ref, by_scale_ref, query_s, gradient_s, key_s, value_s, by_scale_s, table_s, own, ready, free = refs_left
+        out_ref, by_scale_ref, query_s, gradient_s, key_s, value_s, by_scale_s, table_s, own, *moved = refs_left
         batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
         tile = np.int32(band.query_tiles - 1) - lax.axis_index("tile")  # the longest lists of a causal band first
         key_head = lax.div(head, np.int32(band.group))
@@ -232,16 +275,24 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
             column = columns_ref[in_lists, tile, lax.div(number, parts)]
             return column * np.int32(TILE) + lax.rem(number, parts) * np.int32(step)
 
-        def fetch(number: Array, slot: Array, barrier: Any) -> None:
+        def fetch_late(number: Array, slot: Array, barrier: Any) -> None:
             rows = pl.ds(first_key(number), step)
             plgpu.copy_gmem_to_smem(key_ref.at[batch, rows, key_head], key_s.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(value_ref.at[batch, rows, key_head], value_s.at[slot], barrier)
-            if key_table is not None:
-                one = batch if key_table.shape[0] > 1 else np.int32(0)
-                plgpu.copy_gmem_to_smem(key_table.at[one, :, rows], table_s.at[slot], barrier)
+            if copies_table:
+                plgpu.copy_gmem_to_smem(table_of(number), table_s.at[slot], barrier)
 
-        ring = Ring(fetch, count, ready, free, stages)
-        ring.start()
+        def fetch_early(number: Array, slot: Array, barrier: Any) -> None:
+            rows = pl.ds(first_key(number), step)
+            plgpu.copy_gmem_to_smem(value_ref.at[batch, rows, key_head], value_s.at[slot], barrier)
+
+        def table_of(number: Array) -> Any:
+            one = batch if key_table.shape[0] > 1 else np.int32(0)
+            return key_table.at[one, :, pl.ds(first_key(number), step)]
+
+        late, early = _rings(plan, moved, count, fetch_late, fetch_early)
+        late.start()
+        if plan.is_split:
+            early.start()
         plgpu.copy_gmem_to_smem(query_ref.at[batch, mine, head], query_s.at[warpgroup], own.at[warpgroup])
         plgpu.copy_gmem_to_smem(gradient_ref.at[batch, mine, head], gradient_s.at[warpgroup], own.at[warpgroup])
         lse, delta = (load(numbers_ref.at[batch, head, row, mine], ROW) for row in (_LSE, _DELTA))
@@ -252,21 +303,28 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
 
         def add(masked: bool) -> Callable[[Array, Array], Array]:
             def run(number: Array, total: Array) -> Array:
-                slot = ring.slot(number)
-                ring.wait(number)
-                logits, products = dots(
-                    [Product(query_s.at[warpgroup], key_s.at[slot], b_transposed=True)],
-                    [Product(gradient_s.at[warpgroup], value_s.at[slot], b_transposed=True)],
-                    shape=shape,
-                )
-                exponents = logits * factor - by_row(lse, shape)
-                if masked:
-                    keys = Side(1, first_key(number), [] if table_s is None else numbers_of(table_s.at[slot], 1))
-                    sees = band.visible(Side(0, first, bounds), keys, shape)
-                    exponents = jnp.where(sees, exponents, MASKED)
-                slopes = jnp.exp2(exponents) * (products * shrink - by_row(delta, shape))
-                total = add_dot(total, Product(slopes.astype(band.dtype), key_s.at[slot]))
-                ring.release(number)
+                late_slot, early_slot, me = late.slot(number), early.slot(number), warpgroup + lax.shift_right_arithmetic(number, np.int32(30))
+
+                def weigh(logits: Array) -> Array:
+                    exponents = logits * factor - by_row(lse, shape)
+                    if masked:
+                        table = table_s.at[late_slot] if copies_table else table_of(number) if has_keys else None
+                        keys = Side(1, first_key(number), [] if table is None else numbers_of(table, 1))
+                        sees = band.visible(Side(0, first, bounds), keys, shape)
+                        exponents = jnp.where(sees, exponents, MASKED)
+                    return jnp.exp2(exponents)
+
+                late.wait(number)
+                logits = dot(Product(query_s.at[me], key_s.at[late_slot], b_transposed=True), shape=shape)
+                if plan.is_split:
+                    early.wait(number)
+                with_values = Product(gradient_s.at[me], value_s.at[early_slot], b_transposed=True)
+                products, weights = dot_beside(with_values, shape=shape, work=lambda: weigh(logits))
+                if plan.is_split:
+                    early.release(number)
+                slopes = weights * (products * shrink - by_row(delta, shape))
+                total = add_dot(total, Product(slopes.astype(band.dtype), key_s.at[late_slot]))
+                late.release(number)
                 return total
 
             return run
@@ -284,13 +342,25 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
     length = band.query_tiles * TILE
     out = [((band.batch, length, band.heads, band.key_width), band.dtype)]
     out.append(((band.batch, band.heads, length), jnp.float32))
-    return _launch(body, "banded_flash_query_gradient", band, operands, of_keys=False, out=out)
+    scratch = [
+        *(half(WARPGROUPS, ROWS, width, dtype=band.dtype) for width in widths),
+        half(plan.late, step, band.key_width, dtype=band.dtype),
+        half(plan.early, step, band.value_width, dtype=band.dtype),
+        plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
+        plgpu.SMEM((plan.late, band.key_table.shape[1], step), jnp.int32) if copies_table else None,
+        barriers(WARPGROUPS, 2),
+        *_barriers(plan, 1 + copies_table, 1),
+    ]
+    name = "banded_flash_query_gradient"
+    return _launch(body, name, band, operands, of_keys=False, out=out, scratch=scratch)
 
 
 def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_values: bool) -> list[Array]:
     """dk, dv, or one of them."""
-    step, stages = step_of(band.key_width, band.value_width), _stages(band.key_width, band.value_width)
     has_queries, has_keys = band.query_table is not None, band.key_table is not None
+    table_rows = band.query_table.shape[1] if has_queries else 0
+    plan = _key_plan(band.key_width, band.value_width, of_keys=of_keys, of_values=of_values, table=table_rows)
+    step, copies_table = plan.step, has_queries and plan.has_table
     parts, group = np.int32(TILE // step), np.int32(band.group)
     widths = [band.key_width] * of_keys + [band.value_width] * of_values
 
@@ -309,7 +379,8 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
         query_table = refs_left.pop(0) if has_queries else None
         key_table = refs_left.pop(0) if has_keys else None
         out_refs = [refs_left.pop(0) for _ in widths]
-        key_s, value_s, query_s, gradient_s, numbers_s, table_s, own, ready, free = refs_left
+        key_s, value_s, query_s, gradient_s, numbers_s, table_s, own, *moved = refs_left
+        value_s = key_s if value_s is None else value_s  # where dv alone is added up, for it
         batch, key_head, tile, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "tile", "warpgroup"))
         in_lists = batch if columns_ref.shape[0] > 1 else np.int32(0)
         # A listed tile's parts follow each other, head by head: full tiles of all heads come before the others.
@@ -322,20 +393,38 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
             column = columns_ref[in_lists, tile, lax.div(number, parts * group)]
             return column * np.int32(TILE) + lax.rem(number, parts) * np.int32(step)
 
-        def fetch(number: Array, slot: Array, barrier: Any) -> None:
-            rows = pl.ds(first_query(number), step)
-            head = key_head * group + lax.rem(lax.div(number, parts), group)
-            plgpu.copy_gmem_to_smem(query_ref.at[batch, rows, head], query_s.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(gradient_ref.at[batch, rows, head], gradient_s.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(numbers_ref.at[batch, head, :, rows], numbers_s.at[slot], barrier)
-            if query_table is not None:
-                one = batch if query_table.shape[0] > 1 else np.int32(0)
-                plgpu.copy_gmem_to_smem(query_table.at[one, :, rows], table_s.at[slot], barrier)
+        def head_of(number: Array) -> Array:
+            return key_head * group + lax.rem(lax.div(number, parts), group)
 
-        ring = Ring(fetch, count, ready, free, stages)
-        ring.start()
+        def fetch_queries(number: Array, slot: Array, barrier: Any) -> None:
+            rows = pl.ds(first_query(number), step)
+            plgpu.copy_gmem_to_smem(query_ref.at[batch, rows, head_of(number)], query_s.at[slot], barrier)
+
+        def fetch_gradients(number: Array, slot: Array, barrier: Any) -> None:
+            rows = pl.ds(first_query(number), step)
+            plgpu.copy_gmem_to_smem(gradient_ref.at[batch, rows, head_of(number)], gradient_s.at[slot], barrier)
+
+        def fetch_late(number: Array, slot: Array, barrier: Any) -> None:
+            (fetch_queries if of_keys else fetch_gradients)(number, slot, barrier)
+            if copies_table:
+                plgpu.copy_gmem_to_smem(table_of(number), table_s.at[slot], barrier)
+
+        def fetch_early(number: Array, slot: Array, barrier: Any) -> None:
+            (fetch_gradients if of_keys else fetch_queries)(number, slot, barrier)
+            numbers = numbers_ref.at[batch, head_of(number), :, pl.ds(first_query(number), step)]
+            plgpu.copy_gmem_to_smem(numbers, numbers_s.at[slot], barrier)
+
+        def table_of(number: Array) -> Any:
+            one = batch if query_table.shape[0] > 1 else np.int32(0)
+            return query_table.at[one, :, pl.ds(first_query(number), step)]
+
+        late, early = _rings(plan, moved, count, fetch_late, fetch_early)
+        late.start()
+        if plan.is_split:
+            early.start()
         plgpu.copy_gmem_to_smem(key_ref.at[batch, mine, key_head], key_s.at[warpgroup], own.at[warpgroup])
-        plgpu.copy_gmem_to_smem(value_ref.at[batch, mine, key_head], value_s.at[warpgroup], own.at[warpgroup])
+        if of_keys:
+            plgpu.copy_gmem_to_smem(value_ref.at[batch, mine, key_head], value_s.at[warpgroup], own.at[warpgroup])
         coordinates = []
         if key_table is not None:
             coordinates = numbers_of(key_table.at[batch if key_table.shape[0] > 1 else np.int32(0), :, mine], 0)
@@ -343,28 +432,36 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
 
         def add(masked: bool) -> Callable[[Array, list[Array]], list[Array]]:
             def run(number: Array, totals: list[Array]) -> list[Array]:
-                slot, left = ring.slot(number), list(totals)
-                ring.wait(number)
-                def weigh(logits: Array) -> Array:
-                    exponents = logits * factor - by_column(load(numbers_s.at[slot, _LSE], COLUMN), shape)
-                    if masked:
-                        bounds = [] if table_s is None else numbers_of(table_s.at[slot], 1)
-                        sees = band.visible(Side(1, first_query(number), bounds), Side(0, first, coordinates), shape)
-                        exponents = jnp.where(sees, exponents, MASKED)
-                    return jnp.exp2(exponents)
+                left = list(totals)
+                late_slot, early_slot, me = late.slot(number), early.slot(number), warpgroup + lax.shift_right_arithmetic(number, np.int32(30))
+                of_query, of_gradient = (late_slot, early_slot) if of_keys else (early_slot, late_slot)
+                query_here, gradient_here = query_s.at[of_query], gradient_s.at[of_gradient]
 
-                logits = dot(Product(key_s.at[warpgroup], query_s.at[slot], b_transposed=True), shape=shape)
-                if of_keys:
-                    with_values = Product(value_s.at[warpgroup], gradient_s.at[slot], b_transposed=True)
-                    products, weights = dot_beside(with_values, shape=shape, work=lambda: weigh(logits))
-                    slope = weights * (products * shrink - by_column(load(numbers_s.at[slot, _DELTA], COLUMN), shape))
-                else:
-                    weights = weigh(logits)
+                def spread(row: int) -> Array:
+                    return by_column(load(numbers_s.at[early_slot, row], COLUMN), shape)
+
+                late.wait(number)
+                if plan.is_split:
+                    early.wait(number)
+                logits = dot(Product(key_s.at[me], query_here, b_transposed=True), shape=shape)
+                exponents = logits * factor - spread(_LSE)
+                if masked:
+                    table = table_s.at[late_slot] if copies_table else table_of(number) if has_queries else None
+                    queries = Side(1, first_query(number), [] if table is None else numbers_of(table, 1))
+                    sees = band.visible(queries, Side(0, first, coordinates), shape)
+                    exponents = jnp.where(sees, exponents, MASKED)
+                weights = jnp.exp2(exponents)
+                # One product after the other: what is live at once fits into the registers.
                 if of_values:
-                    left[-1] = add_dot(left[-1], Product(weights.astype(band.dtype), gradient_s.at[slot]))
+                    left[-1] = add_dot(left[-1], Product(weights.astype(band.dtype), gradient_here))
                 if of_keys:
-                    left[0] = add_dot(left[0], Product(slope.astype(band.dtype), query_s.at[slot]))
-                ring.release(number)
+                    products = dot(Product(value_s.at[me], gradient_here, b_transposed=True), shape=shape)
+                    slopes = weights * (products * shrink - spread(_DELTA))
+                if plan.is_split:
+                    early.release(number)
+                if of_keys:
+                    left[0] = add_dot(left[0], Product(slopes.astype(band.dtype), query_here))
+                late.release(number)
                 return left
 
             return run
@@ -381,4 +478,17 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
     length = band.key_tiles * TILE
     name = {(True, True): "key_value_gradients", (True, False): "key_gradient", (False, True): "value_gradient"}
     out = [((band.batch, length, band.key_heads, width), band.dtype) for width in widths]
-    return _launch(body, f"banded_flash_{name[of_keys, of_values]}", band, operands, of_keys=True, out=out)
+    late_width, early_width = (band.key_width, band.value_width) if of_keys else (band.value_width, band.key_width)
+    late, early = half(plan.late, step, late_width, dtype=band.dtype), half(plan.early, step, early_width, dtype=band.dtype)
+    has_values = of_keys or band.key_width != band.value_width
+    scratch = [
+        half(WARPGROUPS, ROWS, band.key_width, dtype=band.dtype),
+        half(WARPGROUPS, ROWS, band.value_width, dtype=band.dtype) if has_values else None,
+        *((late, early) if of_keys else (early, late)),
+        plgpu.SMEM((plan.early, 2, step), jnp.float32),
+        plgpu.SMEM((plan.late, table_rows, step), jnp.int32) if copies_table else None,
+        barriers(WARPGROUPS, 1 + of_keys),
+        *_barriers(plan, 1 + copies_table, 2),
+    ]
+    name = f"banded_flash_{name[of_keys, of_values]}"
+    return _launch(body, name, band, operands, of_keys=True, out=out, scratch=scratch)
