@@ -6,7 +6,7 @@ every query sees in full before those that are partly seen, which alone are mask
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -119,10 +119,11 @@ class Band:
         self.diagonals, self.sinks, self.axes = tiling.diagonals, tiling.sinks, tiling.starts.shape[1]
         self.has_segments = segment_ids is not None
         query_ids, key_ids = segment_ids or (None, None)
-        bounds = (
-            [] if self.diagonals else [x[:, axis] for axis in range(self.axes) for x in (tiling.starts, tiling.ends)]
-        )
-        coordinates = [] if tiling.coordinates is None else [tiling.coordinates[:, axis] for axis in range(self.axes)]
+        self.has_coordinates = tiling.coordinates is not None
+        starts = tiling.starts - (tiling.starts - tiling.ends).clip(0)  # an empty interval begins where it ends
+        bounds = [(x[:, axis], 0) for axis in range(self.axes) for x in (starts, tiling.ends - starts)]
+        bounds = [] if self.diagonals else bounds
+        coordinates = [(tiling.coordinates[:, axis], -1) for axis in range(self.axes)] if self.has_coordinates else []
         # Queries in the padding see nothing, and nobody sees a key in it: its number is that of no key.
         self.query_table = _table(bounds, query_ids, self.query_tiles)
         self.key_table = _table(coordinates, key_ids, self.key_tiles)
@@ -136,38 +137,35 @@ class Band:
 
     def visible(self, queries: "Side", keys: "Side", shape: tuple[int, int]) -> Array:
         """bool of this shape, keys along the side that is `keys`."""
-        rows = iter(queries.numbers)
-        coordinates = iter(keys.numbers)
-        seen: list[Array] = []
+        rows, coordinates = iter(queries.numbers), iter(keys.numbers)
+        total: Any = None
         for _ in range(self.axes):
             if self.diagonals:
-                start = queries.spread(queries.own(shape), shape) + np.int32(self.diagonals[0])
-                end = start + np.int32(self.diagonals[1])
+                start: Any = queries.own(shape) + np.int32(self.diagonals[0])
+                width: Any = np.int32(self.diagonals[1])
             else:
-                start, end = (queries.spread(next(rows), shape) for _ in range(2))
-            has_own = len(keys.numbers) - self.has_segments > 0
-            key = keys.spread(next(coordinates), shape) if has_own else keys.own(shape)
-            inside = (key >= start) & (key < end)
+                start, width = (queries.spread(next(rows), shape) for _ in range(2))
+            key = keys.spread(next(coordinates), shape) if self.has_coordinates else keys.own(shape)
+            # Below the interval the difference wraps to a large number.
+            inside = (key - start).astype(jnp.uint32) < width.astype(jnp.uint32)
             if self.sinks:
-                inside |= (key < np.int32(self.sinks)) & (key < end)
-            seen.append(inside)
+                inside |= (key < np.int32(self.sinks)) & (key < start + width)
+            total = inside if total is None else total & inside
         if self.has_segments:
-            seen.append(queries.spread(next(rows), shape) == keys.spread(next(coordinates), shape))
-        total = seen[0]
-        for more in seen[1:]:
-            total &= more
+            total &= queries.spread(next(rows), shape) == keys.spread(next(coordinates), shape)
         return total
 
 
 class Side(NamedTuple):
     """Queries or keys of a step, along the rows or the columns of its logits.
 
-    axis: 0 where they are rows. first: the number of the first one. numbers: rows of their table, one number each.
+    axis: 0 where they are rows. first: the number of the first one. numbers: rows of their table, one number each; they
+    are read one after the other.
     """
 
     axis: int
     first: Any
-    numbers: list[Array]
+    numbers: Iterable[Array]
 
     def own(self, shape: tuple[int, int]) -> Array:
         """Their numbers, over the matrix."""
@@ -184,15 +182,22 @@ def numbers_of(ref: Any, axis: int) -> list[Array]:
     return [load(ref.at[row], ROW if axis == 0 else COLUMN) for row in range(ref.shape[0])]
 
 
-def _table(numbers: list[Any], ids: Array | None, tiles: int) -> Array | None:
-    """int32 [lists, rows, tokens], or None without rows."""
-    rows = [*numbers, *([] if ids is None else [ids])]
+def numbers_in_turn(ref: Any, axis: int) -> Iterator[Array]:
+    """The same, each when it is asked for: where they would take too many registers at once."""
+    return (load(ref.at[row], ROW if axis == 0 else COLUMN) for row in range(ref.shape[0]))
+
+
+def _table(numbers: list[tuple[Any, int]], ids: Array | None, tiles: int) -> Array | None:
+    """int32 [lists, rows, tokens], or None without rows. numbers: [lists, tokens], and what stands in the padding."""
+    rows = [*numbers, *([] if ids is None else [(ids, -1)])]
     if not rows:
         return None
-    lists = max(row.shape[0] for row in rows)
+    lists = max(row.shape[0] for row, _ in rows)
     padded = [
-        jnp.pad(jnp.asarray(row, jnp.int32), ((0, 0), (0, tiles * TILE - row.shape[1])), constant_values=-1)
-        for row in rows
+        jnp.pad(
+            jnp.asarray(row, jnp.int32), ((0, 0), (0, tiles * TILE - row.shape[1])), constant_values=np.int32(padding)
+        )
+        for row, padding in rows
     ]
     return jnp.stack([jnp.broadcast_to(row, (lists, tiles * TILE)) for row in padded], axis=1)
 

@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.gpu.band import MASKED, TILE, Band, Side, factor_of, numbers_of
+from kernels_pallas.gpu.band import MASKED, TILE, Band, Side, factor_of, numbers_in_turn, numbers_of
 from kernels_pallas.gpu.band import refusal as band_refusal
 from kernels_pallas.gpu.common import (
     COLUMN,
@@ -47,6 +47,7 @@ from kernels_pallas.gpu.common import (
     dot_beside,
     full,
     half,
+    in_loop,
     launch,
     load,
     store,
@@ -85,7 +86,7 @@ class _Plan(NamedTuple):
 
 def _plan(own: int, late: int, early: int, numbers: int, table: int) -> _Plan:
     """own: bytes that a block keeps. late, early: widths. numbers, table: rows of 32-bit numbers that move with them."""
-    step = 128 if max(late, early) <= 64 else 64
+    step = 128 if max(late, early) <= 64 and not table else 64
 
     def size(late_slots: int, early_slots: int, rows: int) -> int:
         numbers_size, table_size = (
@@ -301,16 +302,18 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
             bounds = numbers_of(query_table.at[batch if query_table.shape[0] > 1 else np.int32(0), :, mine], 0)
         plgpu.barrier_wait(own.at[warpgroup])
 
-        def add(masked: bool) -> Callable[[Array, Array], Array]:
-            def run(number: Array, total: Array) -> Array:
-                late_slot, early_slot, me = late.slot(number), early.slot(number), warpgroup + lax.shift_right_arithmetic(number, np.int32(30))
+        def step_of(masked: bool) -> Callable[[Array, Any], Any]:
+            def run(number: Array, total: Any) -> Any:
+                late_slot, early_slot = late.slot(number), early.slot(number)
+                here = in_loop(number)
+                me = warpgroup + here
 
                 def weigh(logits: Array) -> Array:
                     exponents = logits * factor - by_row(lse, shape)
                     if masked:
                         table = table_s.at[late_slot] if copies_table else table_of(number) if has_keys else None
-                        keys = Side(1, first_key(number), [] if table is None else numbers_of(table, 1))
-                        sees = band.visible(Side(0, first, bounds), keys, shape)
+                        keys = Side(1, first_key(number), () if table is None else numbers_in_turn(table, 1))
+                        sees = band.visible(Side(0, first + here, bounds), keys, shape)
                         exponents = jnp.where(sees, exponents, MASKED)
                     return jnp.exp2(exponents)
 
@@ -329,11 +332,10 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
 
             return run
 
-        wide = (ROWS, band.key_width)
-        total = lax.fori_loop(jnp.int32(0), num_full, add(False), full(wide, 0.0))
-        total = lax.fori_loop(num_full, count, add(True), total)
-        mean = (total * load(query_s.at[warpgroup], MATRIX).astype(jnp.float32)).sum(axis=1)
-        store(by_scale_s.at[warpgroup], mean / shrink)
+        total = lax.fori_loop(jnp.int32(0), num_full, step_of(False), full((ROWS, band.key_width), 0.0))
+        total = lax.fori_loop(num_full, count, step_of(True), total)
+        by_scale = (total * load(query_s.at[warpgroup], MATRIX).astype(jnp.float32)).sum(axis=1)
+        store(by_scale_s.at[warpgroup], by_scale / shrink)
         store(query_s.at[warpgroup], total * scalars[_GROW])
         plgpu.copy_smem_to_gmem(by_scale_s.at[warpgroup], by_scale_ref.at[batch, head, mine])
         plgpu.copy_smem_to_gmem(query_s.at[warpgroup], out_ref.at[batch, mine, head])
@@ -430,10 +432,12 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
             coordinates = numbers_of(key_table.at[batch if key_table.shape[0] > 1 else np.int32(0), :, mine], 0)
         plgpu.barrier_wait(own.at[warpgroup])
 
-        def add(masked: bool) -> Callable[[Array, list[Array]], list[Array]]:
-            def run(number: Array, totals: list[Array]) -> list[Array]:
+        def step_of(masked: bool) -> Callable[[Array, Any], Any]:
+            def run(number: Array, totals: Any) -> Any:
                 left = list(totals)
-                late_slot, early_slot, me = late.slot(number), early.slot(number), warpgroup + lax.shift_right_arithmetic(number, np.int32(30))
+                late_slot, early_slot = late.slot(number), early.slot(number)
+                here = in_loop(number)
+                me = warpgroup + here
                 of_query, of_gradient = (late_slot, early_slot) if of_keys else (early_slot, late_slot)
                 query_here, gradient_here = query_s.at[of_query], gradient_s.at[of_gradient]
 
@@ -447,8 +451,8 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
                 exponents = logits * factor - spread(_LSE)
                 if masked:
                     table = table_s.at[late_slot] if copies_table else table_of(number) if has_queries else None
-                    queries = Side(1, first_query(number), [] if table is None else numbers_of(table, 1))
-                    sees = band.visible(queries, Side(0, first, coordinates), shape)
+                    queries = Side(1, first_query(number), () if table is None else numbers_in_turn(table, 1))
+                    sees = band.visible(queries, Side(0, first + here, coordinates), shape)
                     exponents = jnp.where(sees, exponents, MASKED)
                 weights = jnp.exp2(exponents)
                 # One product after the other: what is live at once fits into the registers.
@@ -467,8 +471,8 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
             return run
 
         totals = [full((ROWS, width), 0.0) for width in widths]
-        totals = lax.fori_loop(jnp.int32(0), num_full, add(False), totals)
-        totals = lax.fori_loop(num_full, count, add(True), totals)
+        totals = lax.fori_loop(jnp.int32(0), num_full, step_of(False), totals)
+        totals = lax.fori_loop(num_full, count, step_of(True), totals)
         results = [(key_s, totals[0] * scalars[_GROW])] * of_keys + [(value_s, totals[-1])] * of_values
         for (ref, total), out_ref in zip(results, out_refs, strict=True):
             store(ref.at[warpgroup], total)
