@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.gpu.band import MASKED, TILE, Band, Side, factor_of, numbers_of
+from kernels_pallas.gpu.band import MASKED, TILE, Band, Side, factor_of, numbers_in_turn, numbers_of
 from kernels_pallas.gpu.band import refusal as band_refusal
 from kernels_pallas.gpu.common import (
     ROW,
@@ -38,6 +38,7 @@ from kernels_pallas.gpu.common import (
     dot_beside,
     full,
     half,
+    in_loop,
     launch,
     store,
 )
@@ -183,15 +184,15 @@ def _body(band: Band, step: int, stages: int) -> Any:
         plgpu.barrier_wait(query_ready.at[warpgroup])
 
         def products(number: Array) -> Product:
-            return Product(query_s.at[warpgroup], key_s.at[ring.slot(number)], b_transposed=True)
+            return Product(query_s.at[warpgroup + in_loop(number)], key_s.at[ring.slot(number)], b_transposed=True)
 
         def attend(number: Array, logits: Array, carry: Any, masked: bool) -> Any:
             """Adds a step's values; its slot is free then."""
             total, maximum, weight = carry
             slot = ring.slot(number)
             if masked:
-                keys = Side(1, first_key(number), [] if numbers_s is None else numbers_of(numbers_s.at[slot], 1))
-                sees = band.visible(Side(0, first, numbers), keys, shape)
+                keys = Side(1, first_key(number), () if numbers_s is None else numbers_in_turn(numbers_s.at[slot], 1))
+                sees = band.visible(Side(0, first + in_loop(number), numbers), keys, shape)
                 scaled = jnp.where(sees, logits * factor, MASKED)
                 new = jnp.maximum(maximum, scaled.max(axis=1))
                 weights = jnp.exp2(scaled - by_row(new, shape))
