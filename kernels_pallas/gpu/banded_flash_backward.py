@@ -84,15 +84,12 @@ class _Plan(NamedTuple):
         return self.late != self.early
 
 
-def _plan(own: int, late: int, early: int, numbers: int, table: int) -> _Plan:
+def _plan(step: int, own: int, late: int, early: int, numbers: int, table: int) -> _Plan:
     """own: bytes that a block keeps. late, early: widths. numbers, table: rows of 32-bit numbers that move with them."""
-    step = 128 if max(late, early) <= 64 and not table else 64
 
     def size(late_slots: int, early_slots: int, rows: int) -> int:
-        numbers_size, table_size = (
-            -(-4 * step * rows * slots // 1024) * 1024 for rows, slots in ((numbers, early_slots), (rows, late_slots))
-        )
-        return own + 2 * step * (late * late_slots + early * early_slots) + numbers_size + table_size + _SPARE_BYTES
+        tables = sum(-(-4 * step * late_slots * each // 1024) * 1024 for each in (numbers, rows))
+        return own + 2 * step * (late * late_slots + early * early_slots) + tables + _SPARE_BYTES
 
     choices = [(*slots, rows) for slots in _SLOTS for rows in dict.fromkeys((table, 0))]
     choice = next((each for each in choices if size(*each) <= SMEM_BUDGET), choices[-1])
@@ -100,14 +97,15 @@ def _plan(own: int, late: int, early: int, numbers: int, table: int) -> _Plan:
 
 
 def _query_plan(key_width: int, value_width: int, table: int = 0) -> _Plan:
-    return _plan(2 * TILE * (key_width + value_width) + 1024, key_width, value_width, 0, table)
+    step = 128 if max(key_width, value_width) <= 64 and not table else 64  # as many as registers take
+    return _plan(step, 2 * TILE * (key_width + value_width) + 1024, key_width, value_width, 0, table)
 
 
 def _key_plan(key_width: int, value_width: int, *, of_keys: bool, of_values: bool, table: int = 0) -> _Plan:
     if of_keys:
-        return _plan(2 * TILE * (key_width + value_width), key_width, value_width, 2, table)
+        return _plan(64, 2 * TILE * (key_width + value_width), key_width, value_width, 2, table)
     out = 0 if key_width == value_width else value_width
-    return _plan(2 * TILE * (key_width + out), value_width, key_width, 2, table)
+    return _plan(64, 2 * TILE * (key_width + out), value_width, key_width, 2, table)
 
 
 def _parts(key_width: int, value_width: int) -> list[dict[str, bool]]:
@@ -408,19 +406,16 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
 
         def fetch_late(number: Array, slot: Array, barrier: Any) -> None:
             (fetch_queries if of_keys else fetch_gradients)(number, slot, barrier)
-            if copies_table:
-                plgpu.copy_gmem_to_smem(table_of(number), table_s.at[slot], barrier)
-
-        def fetch_early(number: Array, slot: Array, barrier: Any) -> None:
-            (fetch_gradients if of_keys else fetch_queries)(number, slot, barrier)
             numbers = numbers_ref.at[batch, head_of(number), :, pl.ds(first_query(number), step)]
             plgpu.copy_gmem_to_smem(numbers, numbers_s.at[slot], barrier)
+            if copies_table:
+                plgpu.copy_gmem_to_smem(table_of(number), table_s.at[slot], barrier)
 
         def table_of(number: Array) -> Any:
             one = batch if query_table.shape[0] > 1 else np.int32(0)
             return query_table.at[one, :, pl.ds(first_query(number), step)]
 
-        late, early = _rings(plan, moved, count, fetch_late, fetch_early)
+        late, early = _rings(plan, moved, count, fetch_late, fetch_gradients if of_keys else fetch_queries)
         late.start()
         if plan.is_split:
             early.start()
@@ -442,7 +437,7 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
                 query_here, gradient_here = query_s.at[of_query], gradient_s.at[of_gradient]
 
                 def spread(row: int) -> Array:
-                    return by_column(load(numbers_s.at[early_slot, row], COLUMN), shape)
+                    return by_column(load(numbers_s.at[late_slot, row], COLUMN), shape)
 
                 late.wait(number)
                 if plan.is_split:
@@ -489,10 +484,10 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
         half(WARPGROUPS, ROWS, band.key_width, dtype=band.dtype),
         half(WARPGROUPS, ROWS, band.value_width, dtype=band.dtype) if has_values else None,
         *((late, early) if of_keys else (early, late)),
-        plgpu.SMEM((plan.early, 2, step), jnp.float32),
+        plgpu.SMEM((plan.late, 2, step), jnp.float32),
         plgpu.SMEM((plan.late, table_rows, step), jnp.int32) if copies_table else None,
         barriers(WARPGROUPS, 1 + of_keys),
-        *_barriers(plan, 1 + copies_table, 2),
+        *_barriers(plan, 2 + copies_table, 1),
     ]
     name = f"banded_flash_{name[of_keys, of_values]}"
     return _launch(body, name, band, operands, of_keys=True, out=out, scratch=scratch)
