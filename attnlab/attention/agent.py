@@ -66,7 +66,8 @@ def agent_attention(
       broadcast_bias: floating [B|1, N|1, T|1, m|1] or [N|1, T|1, m|1], added to those of queries and agents.
       key_mask: bool [B, *space] of key, True = attend. An agent that sees no key is seen by no query.
       scale: factor on the logits of both steps; None means H ** -0.5.
-      implementation: None, "reference", "xla", or "pallas_tpu" (without biases; bfloat16 or float32).
+      implementation: None, "reference", "xla", "pallas_tpu" (bfloat16 or float32) or "pallas_gpu" (bfloat16 or
+        float16), both without biases.
 
     Returns:
       [B, *space, N, V] in query's dtype. Agents gather in float32 (float64 for float64 inputs; "pallas_tpu" rounds what

@@ -75,7 +75,8 @@ def dot_product_attention(
       scale: factor on the logits; None means H ** -0.5.
       segment_ids: integers [B, T] when T = S, or a pair ([B, T], [B, S]). Queries see keys of their own segment.
       return_lse: return (out, lse).
-      implementation: None, "reference", "xla", or "pallas_tpu" (without bias and mask; bfloat16 or float32).
+      implementation: None, "reference", "xla", "pallas_tpu" (bfloat16 or float32) or "pallas_gpu" (bfloat16 or
+        float16), both without bias and mask.
 
     Returns:
       out [B, T, N, V] in query's dtype; with return_lse also lse [B, T, N], float32 (float64 for float64 inputs),

@@ -102,7 +102,8 @@ def local_attention(
       scale: factor on the logits; None means H ** -0.5.
       segment_ids: integers [B, *space]; a query sees keys of its own segment. Windows do not move for segments.
       return_lse: return (out, lse).
-      implementation: None, "reference", "xla", or "pallas_tpu" (bfloat16 or float32).
+      implementation: None, "reference", "xla", "pallas_tpu" (bfloat16 or float32) or "pallas_gpu" (bfloat16 or
+        float16).
 
     Returns:
       out [B, *space, N, V] in query's dtype; with return_lse also lse [B, *space, N], float32 (float64 for float64

@@ -124,7 +124,8 @@ def routing_attention(
       share_qk: the queries serve as keys; key must be of query's shape and is not read.
       key_mask: bool [B, T], True = a token; padding is in no cluster, sees nothing and is not counted.
       scale: factor on the logits; None means H ** -0.5 for "unit" and 1 for "layer".
-      implementation: None, "reference", "xla", or "pallas_tpu" (share_qk only where causal; bfloat16 or float32).
+      implementation: None, "reference", "xla", "pallas_tpu" (bfloat16 or float32) or "pallas_gpu" (bfloat16 or
+        float16), both with share_qk only where causal.
 
     Returns:
       ([B, T, N, V] in query's dtype, RoutingAux). Where a query sees no key, or no centroid takes it, the output is 0,

@@ -194,7 +194,9 @@ def _shrink(value: Array, out_gradient: Array, lse_gradient: Array) -> Array:
         return jnp.sqrt(jnp.max(jnp.sum(x.astype(jnp.float32) ** 2, axis=-1)))
 
     bound = 2 * longest(value) * longest(out_gradient) + jnp.max(jnp.abs(lse_gradient)).astype(jnp.float32)
-    _, exponent = jnp.frexp(jnp.clip(bound, np.float32(2.0**-60), np.float32(2.0**60)))  # a bound of inf, or NaN: no matter
+    _, exponent = jnp.frexp(
+        jnp.clip(bound, np.float32(2.0**-60), np.float32(2.0**60))
+    )  # a bound of inf, or NaN: no matter
     return jnp.ldexp(jnp.float32(1), 15 - exponent)
 
 
@@ -215,11 +217,22 @@ def _barriers(plan: _Plan, late: int, early: int) -> list[Any]:
     """Of _rings, for so many copies of each."""
     if not plan.is_split:
         return [barriers(plan.late, late + early), barriers(plan.late, WARPGROUPS)]
-    return [barriers(n, arrivals) for n, copies in ((plan.late, late), (plan.early, early)) for arrivals in (copies, WARPGROUPS)]
+    return [
+        barriers(n, arrivals)
+        for n, copies in ((plan.late, late), (plan.early, early))
+        for arrivals in (copies, WARPGROUPS)
+    ]
 
 
 def _launch(
-    body: Callable[..., None], name: str, band: Band, operands: list[Array], *, of_keys: bool, out: list[Any], scratch: Any
+    body: Callable[..., None],
+    name: str,
+    band: Band,
+    operands: list[Array],
+    *,
+    of_keys: bool,
+    out: list[Any],
+    scratch: Any,
 ) -> list[Array]:
     """One of the kernels. of_keys: it has a block for every tile of keys, otherwise of queries."""
     return launch(
@@ -478,7 +491,10 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
     name = {(True, True): "key_value_gradients", (True, False): "key_gradient", (False, True): "value_gradient"}
     out = [((band.batch, length, band.key_heads, width), band.dtype) for width in widths]
     late_width, early_width = (band.key_width, band.value_width) if of_keys else (band.value_width, band.key_width)
-    late, early = half(plan.late, step, late_width, dtype=band.dtype), half(plan.early, step, early_width, dtype=band.dtype)
+    late, early = (
+        half(plan.late, step, late_width, dtype=band.dtype),
+        half(plan.early, step, early_width, dtype=band.dtype),
+    )
     has_values = of_keys or band.key_width != band.value_width
     scratch = [
         half(WARPGROUPS, ROWS, band.key_width, dtype=band.dtype),

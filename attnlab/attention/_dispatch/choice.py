@@ -19,6 +19,8 @@ Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 # The platform names of lax.platform_dependent.
 _KERNEL_PLATFORM = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
+# (primitive, version of jax) whose GPU kernels a card has checked. The others run when they are asked for by name.
+_CHECKED_ON_A_CARD: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +42,20 @@ Implementations = Mapping[str, Callable[..., Any] | Kernel]
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What one call of a primitive would run: an implementation for each platform, and why others cannot."""
+    """What one call of a primitive would run: an implementation for each platform, why others cannot serve, and why
+    some that may be able to are not chosen unless they are named."""
 
     primitive: str
     by_platform: Mapping[str, str]
     refused: Mapping[str, str]
+    no_default: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         names = {"elsewhere": "elsewhere", "every platform": "on every platform"}
         runs = ", ".join(f"{name} {names.get(where, f'on {where}')}" for where, name in self.by_platform.items())
         refused = "".join(f"\n  {name} cannot serve: {reason}" for name, reason in self.refused.items())
-        return f"{self.primitive}: {runs}{refused}"
+        no_default = "".join(f"\n  {name} is not a default: {reason}" for name, reason in self.no_default.items())
+        return f"{self.primitive}: {runs}{refused}{no_default}"
 
 
 _number = itertools.count()
@@ -118,10 +123,12 @@ def dispatch(
     arrays = jax.tree.unflatten(tree, vary_alike(leaves))
     unplaced = _unplaced(leaves)
     kernels = {name: entry for name, entry in implementations.items() if isinstance(entry, Kernel)}
+    no_default = {name: reason for name in kernels if (reason := _no_default(primitive, name)) is not None}
+    asked = [implementation] if implementation is not None else [name for name in kernels if name not in no_default]
     refused = {
         name: reason
         for name, kernel in kernels.items()
-        if implementation in (None, name) and (reason := unplaced or kernel.refusal(*arrays, **options)) is not None
+        if name in asked and (reason := unplaced or kernel.refusal(*arrays, **options)) is not None
     }
     if implementation is not None:
         if implementation in refused:
@@ -131,8 +138,9 @@ def dispatch(
         _record(Choice(primitive, {"every platform": implementation}, {}))
         return form_of(implementations, implementation)(*arrays, **options)
 
-    serving = {_KERNEL_PLATFORM[name]: name for name in kernels if name not in refused}
-    _record(Choice(primitive, {**serving, "elsewhere" if serving else "every platform": "xla"}, refused))
+    serving = {_KERNEL_PLATFORM[name]: name for name in asked if name not in refused}
+    by_platform = {**serving, "elsewhere" if serving else "every platform": "xla"}
+    _record(Choice(primitive, by_platform, refused, no_default))
     _warn_of_fallback(primitive, refused)
 
     def bound(name: str) -> Callable[..., Any]:
@@ -142,8 +150,15 @@ def dispatch(
     if not serving:
         return bound("xla")(*arrays)
     # platform_dependent picks when the program is lowered, so compiling for a TPU on a CPU host takes the TPU kernel.
-    by_platform = {platform: deferring(bound(name)) for platform, name in serving.items()}
-    return jax.lax.platform_dependent(*arrays, default=bound("xla"), **by_platform)
+    forms = {platform: deferring(bound(name)) for platform, name in serving.items()}
+    return jax.lax.platform_dependent(*arrays, default=bound("xla"), **forms)
+
+
+def _no_default(primitive: str, name: str) -> str | None:
+    """Why a kernel runs only if it is named."""
+    if name != "pallas_gpu" or (primitive, jax.__version__) in _CHECKED_ON_A_CARD:
+        return None
+    return f"no card has checked it with jax {jax.__version__}"
 
 
 def _unplaced(arrays: Sequence[Any]) -> str | None:

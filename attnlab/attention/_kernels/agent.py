@@ -10,18 +10,18 @@ import jax.numpy as jnp
 
 from attnlab.attention._dispatch.choice import Kernel
 from attnlab.attention._kernels import dot_product
+from attnlab.attention._kernels.backends import on_backends
 
 Array = jax.Array
 # (what agents have gathered [B, m, N, V], its lse [B, m, N]), of the keys of a device -> those of the keys of all.
 Merge = Callable[[Array, Array], tuple[Array, Array]]
-_DOT_PRODUCT = dot_product.KERNELS["pallas_tpu"]
 
 
 def kernels(blocked: Callable[..., Any]) -> dict[str, Kernel]:
     """blocked: the xla form of dot_product_attention, of which both steps are calls."""
-    attend = functools.partial(_DOT_PRODUCT.call, blocked)
 
     def call(
+        backend: str,
         xla: Any,
         query: Array,
         key: Array,
@@ -34,6 +34,7 @@ def kernels(blocked: Callable[..., Any]) -> dict[str, Kernel]:
         scale: Any,
         merge: Merge | None,
     ) -> Array:
+        attend = functools.partial(dot_product.KERNELS[backend].call, blocked)
         agents = agents.astype(query.dtype)
         gathers, reads = None, None
         if key_mask is not None:
@@ -47,10 +48,11 @@ def kernels(blocked: Callable[..., Any]) -> dict[str, Kernel]:
         out, _ = attend(query, agents, gathered, None, None, reads, is_causal=False, scale=scale)
         return out
 
-    return {"pallas_tpu": Kernel(call, _refusal)}
+    return on_backends(call, _refusal)
 
 
 def _refusal(
+    backend: str,
     query: Array,
     key: Array,
     value: Array,
@@ -68,5 +70,6 @@ def _refusal(
     rounded = jax.ShapeDtypeStruct(agents.shape, query.dtype)
     gathered = jax.ShapeDtypeStruct((*agents.shape[:-1], value.shape[-1]), query.dtype)
     steps = ((rounded, key, value), (query, rounded, gathered))
-    reasons = (_DOT_PRODUCT.refusal(*step, None, None, None, is_causal=False, scale=scale) for step in steps)
+    refusal = dot_product.KERNELS[backend].refusal
+    reasons = (refusal(*step, None, None, None, is_causal=False, scale=scale) for step in steps)
     return next(filter(None, reasons), None)

@@ -9,13 +9,16 @@ import numpy as np
 
 from attnlab.attention import masks
 from attnlab.attention._dispatch.kernel_call import kernel_call, like
+from attnlab.attention._kernels.backends import first_refusal, kernel_module
 
 Array = jax.Array
 # The kernels' tables of so many tokens are made where a call is lowered, and no more.
 MOST_TOKENS = 2**22
+_MODULES = ("banded_flash", "banded_flash_backward")
 
 
 def banded_attention(
+    backend: str,
     blocked: Callable[..., tuple[Array, Array]],
     query: Array,
     key: Array,
@@ -25,11 +28,11 @@ def banded_attention(
     scale: Any,
     pattern: Any,
 ) -> tuple[Array, Array]:
-    """(out, lse) of query [B, T, N, H], key, value and a pair of segment ids, or None, on TPU.
+    """(out, lse) of query [B, T, N, H], key, value and a pair of segment ids, or None.
 
-    blocked: (query, key, value, segment_ids, scale) -> the same in plain JAX. pattern: one of kernels_pallas.patterns.
+    backend: an implementation's name. blocked: (query, key, value, segment_ids, scale) -> the same in plain JAX. pattern: one of kernels_pallas.patterns.
     """
-    from kernels_pallas.tpu import banded_flash, banded_flash_backward
+    banded_flash, banded_flash_backward = (kernel_module(backend, name) for name in _MODULES)
 
     def kernel(arrays: Any, segment_ids: Any, keep: bool) -> tuple[Any, Any]:
         *tokens, scale = arrays
@@ -55,18 +58,14 @@ def banded_attention(
     )
 
 
-def banded_refusal(query: Any, key: Any, value: Any, segment_ids: Any, pattern: Any) -> str | None:
+def banded_refusal(backend: str, query: Any, key: Any, value: Any, segment_ids: Any, pattern: Any) -> str | None:
     """Why banded_attention cannot serve arrays of these shapes, or None if it can."""
-    from kernels_pallas.tpu import banded_flash, banded_flash_backward
-
     if 0 in query.shape or 0 in key.shape:
         return f"needs arrays that are not empty, got query {query.shape} and key {key.shape}"
     tokens = max(query.shape[1], key.shape[1])
     if tokens > MOST_TOKENS:
         return f"serves up to {MOST_TOKENS} tokens, got {tokens}"
-    modules = (banded_flash, banded_flash_backward)
-    reasons = (module.refusal(query, key, value, pattern=pattern, segment_ids=segment_ids) for module in modules)
-    return next(filter(None, reasons), None)
+    return first_refusal(backend, _MODULES, query, key, value, pattern=pattern, segment_ids=segment_ids)
 
 
 def window_pattern(queries: int, keys: int, *, is_causal: bool, window: int | None = None) -> Any:

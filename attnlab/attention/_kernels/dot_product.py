@@ -5,13 +5,14 @@ from typing import Any
 
 import jax
 
-from attnlab.attention._dispatch.choice import Kernel
+from attnlab.attention._kernels.backends import on_backends
 from attnlab.attention._kernels.banded import banded_attention, banded_refusal, window_pattern
 
 Array = jax.Array
 
 
-def _pallas_tpu(
+def _call(
+    backend: str,
     xla: Callable[..., Any],
     query: Array,
     key: Array,
@@ -27,10 +28,11 @@ def _pallas_tpu(
         return xla(query, key, value, None, None, segments, is_causal=is_causal, scale=scale)
 
     pattern = window_pattern(query.shape[1], key.shape[1], is_causal=is_causal)
-    return banded_attention(blocked, query, key, value, segments, scale=scale, pattern=pattern)
+    return banded_attention(backend, blocked, query, key, value, segments, scale=scale, pattern=pattern)
 
 
 def _refusal(
+    backend: str,
     query: Array,
     key: Array,
     value: Array,
@@ -45,7 +47,7 @@ def _refusal(
         if given is not None:
             return f"has no {name}"
     pattern = window_pattern(query.shape[1], key.shape[1], is_causal=is_causal)
-    return banded_refusal(query, key, value, segments, pattern)
+    return banded_refusal(backend, query, key, value, segments, pattern)
 
 
-KERNELS = {"pallas_tpu": Kernel(_pallas_tpu, _refusal)}
+KERNELS = on_backends(_call, _refusal)

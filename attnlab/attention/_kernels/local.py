@@ -11,14 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab.attention import masks
-from attnlab.attention._dispatch.choice import Kernel
+from attnlab.attention._kernels.backends import on_backends
 from attnlab.attention._kernels.banded import MOST_TOKENS, banded_attention, banded_refusal
 from attnlab.attention._shared.tiles import Tiles, cut_tiles, join_tiles
 
 Array = jax.Array
 
 # Positions along each side of the kernels' tiles in several axes.
-_KERNEL_TILE = {2: (16, 16), 3: (8, 8, 4)}
+_KERNEL_TILE = {
+    "pallas_tpu": {2: (16, 16), 3: (8, 8, 4)},
+    "pallas_gpu": {2: (16, 8), 3: (4, 4, 8)},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +64,10 @@ def _bounds(axis: masks.AxisWindow, tiles: Tiles, position: np.ndarray) -> tuple
     return starts + residue * padded, ends + residue * padded
 
 
-def _layout(space: Any, **settings: Any) -> _Layout:
+def _layout(backend: str, space: Any, **settings: Any) -> _Layout:
     axes = masks.axis_windows(space, **settings)
     tiles = []
-    for axis, side in zip(axes, _KERNEL_TILE.get(len(axes), (None,)), strict=True):
+    for axis, side in zip(axes, _KERNEL_TILE[backend].get(len(axes), (None,)), strict=True):
         group_length = axis.group_length(0)
         size = side or group_length  # intervals need no alignment
         in_group = np.arange(-(-group_length // size)) * size
@@ -73,7 +76,8 @@ def _layout(space: Any, **settings: Any) -> _Layout:
     return _Layout(axes, tiles)
 
 
-def _pallas_tpu(
+def _call(
+    backend: str,
     xla: Callable[..., Any],
     query: Array,
     key: Array,
@@ -84,7 +88,7 @@ def _pallas_tpu(
     sinks: int,
     **settings: Any,
 ) -> tuple[Array, Array]:
-    layout = _layout(query.shape[1:-2], **settings)
+    layout = _layout(backend, query.shape[1:-2], **settings)
 
     def blocked(query: Array, key: Array, value: Array, pair: Any, scale: Any) -> Any:
         query, key, value = map(layout.join, (query, key, value))
@@ -93,20 +97,29 @@ def _pallas_tpu(
 
     ids = None if segment_ids is None else (layout.cut(segment_ids),) * 2
     query, key, value = map(layout.cut, (query, key, value))
-    out, lse = banded_attention(blocked, query, key, value, ids, scale=scale, pattern=layout.pattern(sinks))
+    pattern = layout.pattern(sinks)
+    out, lse = banded_attention(backend, blocked, query, key, value, ids, scale=scale, pattern=pattern)
     return layout.join(out), layout.join(lse)
 
 
 def _refusal(
-    query: Array, key: Array, value: Array, segment_ids: Array | None, *, scale: Any, sinks: int, **settings: Any
+    backend: str,
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array | None,
+    *,
+    scale: Any,
+    sinks: int,
+    **settings: Any,
 ) -> str | None:
     positions = math.prod(query.shape[1:-2])
     if positions > MOST_TOKENS:
         return f"serves up to {MOST_TOKENS} tokens, got {positions}"
-    layout = _layout(query.shape[1:-2], **settings)
+    layout = _layout(backend, query.shape[1:-2], **settings)
     query, key, value = jax.eval_shape(lambda *x: tuple(map(layout.cut, x)), query, key, value)
     ids = None if segment_ids is None else (jax.eval_shape(layout.cut, segment_ids),) * 2
-    return banded_refusal(query, key, value, ids, layout.pattern(sinks))
+    return banded_refusal(backend, query, key, value, ids, layout.pattern(sinks))
 
 
-KERNELS = {"pallas_tpu": Kernel(_pallas_tpu, _refusal)}
+KERNELS = on_backends(_call, _refusal)

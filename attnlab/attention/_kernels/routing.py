@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention._dispatch.choice import Kernel
 from attnlab.attention._dispatch.kernel_call import kernel_call, like
+from attnlab.attention._kernels.backends import first_refusal, kernel_module, on_backends
 from attnlab.attention._shared.clusters import members_of_both, strict_ranges, taken_once
 from attnlab.attention._shared.finite import spoil_if_any
 
@@ -47,18 +47,22 @@ class _Rows(NamedTuple):
     times_taken: Array
 
 
-def _row_block(tokens: int, window: int) -> int:
-    return 256 if min(tokens, window) >= 256 else 128
+_MODULES = ("banded_flash", "banded_flash_backward")
+_MOST_IN_A_BLOCK = {"pallas_tpu": 256, "pallas_gpu": 128}
 
 
-def _strict_pattern(first: Any, end: Any, window: int) -> Any:
+def _row_block(backend: str, tokens: int, window: int) -> int:
+    return min(_MOST_IN_A_BLOCK[backend], 256 if min(tokens, window) >= 256 else 128)
+
+
+def _strict_pattern(backend: str, first: Any, end: Any, window: int) -> Any:
     from kernels_pallas.patterns import SortedIntervals
 
     length = first.shape[-1]
-    return SortedIntervals(first, end, length, reach=window, block=_row_block(length, window))
+    return SortedIntervals(first, end, length, reach=window, block=_row_block(backend, length, window))
 
 
-def _strict_rows(routes: _Routes, options: _Options) -> _Rows:
+def _strict_rows(backend: str, routes: _Routes, options: _Options) -> _Rows:
     batch, length, heads = routes.cluster[0].shape
     ranges_of: Any = functools.partial(
         strict_ranges,
@@ -88,16 +92,16 @@ def _strict_rows(routes: _Routes, options: _Options) -> _Rows:
         return ordered(out.reshape(batch, heads, length, -1), back)
 
     taken = taken_once(routes.cluster[0][..., None], routes.key_mask)
-    return _Rows(_strict_pattern(first, end, options.window), cut, join, taken.astype(jnp.float32))
+    return _Rows(_strict_pattern(backend, first, end, options.window), cut, join, taken.astype(jnp.float32))
 
 
-def _global_pattern(starts: Any, ends: Any, coordinates: Any, window: int) -> Any:
+def _global_pattern(backend: str, starts: Any, ends: Any, coordinates: Any, window: int) -> Any:
     from kernels_pallas.patterns import AllPairs
 
-    return AllPairs(starts, ends, coordinates, block=_row_block(window, window))
+    return AllPairs(starts, ends, coordinates, block=_row_block(backend, window, window))
 
 
-def _global_rows(routes: _Routes, options: _Options) -> _Rows:
+def _global_rows(backend: str, routes: _Routes, options: _Options) -> _Rows:
     window = options.window
     batch, length, heads, _ = routes.similarity[0].shape
     taken_q, taken_k = members_of_both(routes.similarity, routes.key_mask, window, options.share_qk)
@@ -108,9 +112,8 @@ def _global_rows(routes: _Routes, options: _Options) -> _Rows:
     if options.self_is_last:  # causal: others are those before
         earliest = jnp.min(jnp.where(real_k, position_k, length), axis=1, keepdims=True)
         end = jnp.where(position_q > earliest, position_q, end)
-    pattern = _global_pattern(
-        jnp.zeros_like(position_q), jnp.where(real_q, end, 0), jnp.where(real_k, position_k, -1), window
-    )
+    ends, coordinates = jnp.where(real_q, end, 0), jnp.where(real_k, position_k, -1)
+    pattern = _global_pattern(backend, jnp.zeros_like(position_q), ends, coordinates, window)
 
     def over_heads(function: Callable[..., Array]) -> Callable[..., Array]:
         return jax.vmap(jax.vmap(function))
@@ -128,7 +131,8 @@ def _global_rows(routes: _Routes, options: _Options) -> _Rows:
     return _Rows(pattern, cut, join, jnp.moveaxis(join(jnp.ones((rows, window, 1)))[..., 0], 1, 2))
 
 
-def _pallas_tpu(
+def _call(
+    backend: str,
     xla: Callable[..., Any],
     query: Array,
     key: Array,
@@ -144,13 +148,11 @@ def _pallas_tpu(
     operands: Any,
     **others: Any,
 ) -> tuple[Array, Array]:
-    from kernels_pallas.tpu.banded_flash import banded_flash_attention
-    from kernels_pallas.tpu.banded_flash_backward import banded_flash_gradients
-
+    banded_flash, banded_flash_backward = (kernel_module(backend, name) for name in _MODULES)
     options, is_strict, dtype = _Options(**others), membership == "strict", query.dtype
 
     def prepare(routes: _Routes) -> tuple[_Rows, Callable[..., Any], Callable[..., Any]]:
-        rows = (_strict_rows if is_strict else _global_rows)(routes, options)
+        rows = (_strict_rows if is_strict else _global_rows)(backend, routes, options)
 
         def cut(arrays: Any) -> Any:
             return rows.cut(*(jnp.moveaxis(x.astype(operands), 2, 1) for x in arrays))
@@ -163,7 +165,7 @@ def _pallas_tpu(
     def kernel(arrays: Any, routes: _Routes, keep: bool) -> tuple[Any, Any]:
         *tokens, scale = arrays
         rows, cut, join = prepare(routes)
-        out, lse = banded_flash_attention(*cut(tokens), pattern=rows.pattern, scale=scale)
+        out, lse = banded_flash.banded_flash_attention(*cut(tokens), pattern=rows.pattern, scale=scale)
         # Kept with the batch in front again, by which a call is spread over devices.
         return (join(out), rows.times_taken), tuple(x.reshape(arrays[0].shape[0], -1, *x.shape[1:]) for x in (out, lse))
 
@@ -173,8 +175,9 @@ def _pallas_tpu(
         kept = [x.reshape(-1, *x.shape[2:]) for x in kept]
         parts, back = jax.vjp(cut, tokens)
         (to_out,) = jax.linear_transpose(join, kept[0])(cotangents[0])
-        differentiate: Any = functools.partial(banded_flash_gradients, pattern=rows.pattern, scale=scale)
-        *to_parts, to_scale = differentiate(*parts, *kept, to_out, jnp.zeros_like(kept[1]))
+        *to_parts, to_scale = banded_flash_backward.banded_flash_gradients(
+            *parts, *kept, to_out, jnp.zeros_like(kept[1]), pattern=rows.pattern, scale=scale
+        )
         return (*back(tuple(to_parts))[0], to_scale)
 
     run: Any = functools.partial(xla, membership=membership, epsilon=epsilon, operands=operands, **others)
@@ -216,6 +219,7 @@ def _rows_of(query: Any, membership: str, options: _Options) -> tuple[int, int]:
 
 
 def _refusal(
+    backend: str,
     query: Array,
     key: Array,
     value: Array,
@@ -230,21 +234,18 @@ def _refusal(
     operands: Any,
     **others: Any,
 ) -> str | None:
-    from kernels_pallas.tpu import banded_flash, banded_flash_backward
-
     options = _Options(**others)
     if options.self_is_last and not options.is_causal:
         return "serves share_qk where it is causal: else a token's own key lies among those that it sees"
     rows, tokens = _rows_of(query, membership, options)
     bound = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
     pattern = (
-        _strict_pattern(bound, bound, options.window)
+        _strict_pattern(backend, bound, bound, options.window)
         if membership == "strict"
-        else _global_pattern(bound, bound, bound, options.window)
+        else _global_pattern(backend, bound, bound, bound, options.window)
     )
     arrays = [jax.ShapeDtypeStruct((rows, tokens, 1, x.shape[-1]), operands) for x in (query, key, value)]
-    reasons = (module.refusal(*arrays, pattern=pattern) for module in (banded_flash, banded_flash_backward))
-    return next(filter(None, reasons), None)
+    return first_refusal(backend, _MODULES, *arrays, pattern=pattern)
 
 
-KERNELS = {"pallas_tpu": Kernel(_pallas_tpu, _refusal)}
+KERNELS = on_backends(_call, _refusal)
