@@ -1,8 +1,8 @@
 """What the banded GPU kernels share: lists of tiles, tables of queries and keys, the element mask, a call's arrays.
 
-Queries and keys are cut into tiles of TILE. Of every row of tiles there is a list of the tiles that it visits, those that
-every query sees in full before those that are partly seen, which alone are masked. A kernel walks a list by steps of
-`step` keys (or queries), a part of a tile each.
+Queries and keys are cut into tiles of TILE. Of every row of tiles there is a list of the tiles that it visits, those
+that every query sees in full before those that are partly seen, which alone are masked. A kernel walks a list by steps
+of `step` keys (or queries), a part of a tile each.
 """
 
 import math
@@ -125,8 +125,8 @@ class Band:
         bounds = [] if self.diagonals else bounds
         coordinates = [(tiling.coordinates[:, axis], -1) for axis in range(self.axes)] if self.has_coordinates else []
         # Queries in the padding see nothing, and nobody sees a key in it: its number is that of no key.
-        self.query_table = _table(bounds, query_ids, self.query_tiles)
-        self.key_table = _table(coordinates, key_ids, self.key_tiles)
+        self.query_table: Any = _table(bounds, query_ids, self.query_tiles)
+        self.key_table: Any = _table(coordinates, key_ids, self.key_tiles)
 
     def queries(self, x: Array) -> Array:
         """[B, T, N, H] -> of whole tiles, padded in width."""
@@ -159,8 +159,8 @@ class Band:
 class Side(NamedTuple):
     """Queries or keys of a step, along the rows or the columns of its logits.
 
-    axis: 0 where they are rows. first: the number of the first one. numbers: rows of their table, one number each; they
-    are read one after the other.
+    axis: 0 where they are rows. first: the number of the first one. numbers: rows of their table, one number each,
+    which are read one after the other.
     """
 
     axis: int
@@ -208,7 +208,7 @@ def _padded(x: Array, length: int) -> Array:
 
 
 def factor_of(scale: float | Array) -> tuple[Array, Array]:
-    """(the scale's sign, its size times log2(e), float32 [1]): the kernels take the maximum of logits of a scale > 0."""
+    """(the scale's sign, its size times log2(e), float32 [1]): kernels take the maximum of logits of a scale > 0."""
     scale = jnp.asarray(scale, jnp.float32)
     size = jnp.clip(jnp.abs(scale), _LEAST_SCALE, _MOST_SCALE) * _LOG2_E
     return jnp.where(scale < 0, -1, 1), size.reshape(1)

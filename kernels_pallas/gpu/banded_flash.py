@@ -3,10 +3,10 @@
     out_t = sum_{s visible to t} softmax_s(scale q_t . k_s) v_s
     lse_t = log sum_{s visible to t} exp(scale q_t . k_s)
 
-A block has a tile of queries of one head, 64 for each of two warpgroups, and goes through the tiles of keys on the tile's
-list, first those that all see, then those of the edges, which are masked (FlashAttention, Dao et al. 2022). The logits of
-the next step are multiplied while the exponentials of this one are computed (FlashAttention-3, Shah et al. 2024). Arrays
-are read as they lie, [B, T, N, H].
+A block has a tile of queries of one head, 64 for each of two warpgroups, and goes through the tiles of keys on the
+tile's list, first those that all see, then those of the edges, which are masked (FlashAttention, Dao et al. 2022). The
+logits of the next step are multiplied while the exponentials of this one are computed (FlashAttention-3, Shah et al.
+2024). Arrays are read as they lie, [B, T, N, H].
 
 Numerics: 16-bit operands, float32 sums; weights are rounded to the values' dtype before they multiply them, and exp2 is
 the hardware's. Two runs give the same bits. Gradients are in banded_flash_backward.py.
@@ -148,11 +148,11 @@ def _body(band: Band, step: int, stages: int) -> Any:
 
     def body(
         factor_ref: Any, query_ref: Any, key_ref: Any, value_ref: Any, columns_ref: Any, counts_ref: Any, *refs: Any
-    ):
-        refs = list(refs)
-        query_table = refs.pop(0) if has_queries else None
-        key_table = refs.pop(0) if has_keys else None
-        out_ref, lse_ref, query_s, out_s, key_s, value_s, lse_s, numbers_s, query_ready, ready, free = refs
+    ) -> None:
+        refs_left = list(refs)
+        query_table = refs_left.pop(0) if has_queries else None
+        key_table = refs_left.pop(0) if has_keys else None
+        out_ref, lse_ref, query_s, out_s, key_s, value_s, lse_s, numbers_s, query_ready, ready, free = refs_left
         out_s = query_s if out_s is None else out_s
         batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
         tile = np.int32(band.query_tiles - 1) - lax.axis_index("tile")  # the longest lists of a causal band first
@@ -217,8 +217,8 @@ def _body(band: Band, step: int, stages: int) -> Any:
 
             return run
 
-        ring.wait(np.int32(0))
-        logits = dot(products(np.int32(0)), shape=shape)
+        ring.wait(jnp.int32(0))
+        logits = dot(products(jnp.int32(0)), shape=shape)
         wide = (ROWS, band.value_width)
         carry = (logits, full(wide, 0.0), full((ROWS,), MASKED, ROW), full((ROWS,), 0.0, ROW))
         last = count - 1

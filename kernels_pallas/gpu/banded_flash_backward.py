@@ -85,7 +85,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(step: int, own: int, late: int, early: int, numbers: int, table: int) -> _Plan:
-    """own: bytes that a block keeps. late, early: widths. numbers, table: rows of 32-bit numbers that move with them."""
+    """own: bytes that a block keeps. late, early: widths. numbers, table: rows of 32-bit numbers that move too."""
 
     def size(late_slots: int, early_slots: int, rows: int) -> int:
         tables = sum(-(-4 * step * late_slots * each // 1024) * 1024 for each in (numbers, rows))
@@ -191,26 +191,28 @@ def _shrink(value: Array, out_gradient: Array, lse_gradient: Array) -> Array:
         return jnp.float32(1)
 
     def longest(x: Array) -> Array:
-        return jnp.sqrt(jnp.max(jnp.sum(x.astype(jnp.float32) ** 2, axis=-1)))
+        x = jnp.where(jnp.isfinite(x), x, 0).astype(jnp.float32)  # others' gradients stay what they are
+        return jnp.sqrt(jnp.max(jnp.sum(x**2, axis=-1)))
 
-    bound = 2 * longest(value) * longest(out_gradient) + jnp.max(jnp.abs(lse_gradient)).astype(jnp.float32)
-    _, exponent = jnp.frexp(
-        jnp.clip(bound, np.float32(2.0**-60), np.float32(2.0**60))
-    )  # a bound of inf, or NaN: no matter
+    bound = 2 * longest(value) * longest(out_gradient) + longest(lse_gradient[..., None])
+    _, exponent = jnp.frexp(jnp.clip(bound, np.float32(2.0**-60), np.float32(2.0**60)))
     return jnp.ldexp(jnp.float32(1), 15 - exponent)
 
 
-def _rings(plan: _Plan, barriers: Sequence[Any], count: Array, late: Any, early: Any) -> tuple[Ring, Ring]:
-    """Of what is read to the end of a step, and of what is not: one and the same where they have as many slots."""
+def _rings(plan: _Plan, moved: Sequence[Any], count: Array, late: Any, early: Any) -> tuple[Ring, Ring]:
+    """Of what is read to the end of a step, and of what is not: one and the same where they have as many slots.
+
+    moved: their barriers. late, early: what fetches.
+    """
 
     def both(*where: Any) -> None:
         late(*where)
         early(*where)
 
     if not plan.is_split:
-        ring = Ring(both, count, *barriers, plan.late)
+        ring = Ring(both, count, moved[0], moved[1], plan.late)
         return ring, ring
-    return Ring(late, count, *barriers[:2], plan.late), Ring(early, count, *barriers[2:], plan.early)
+    return Ring(late, count, moved[0], moved[1], plan.late), Ring(early, count, moved[2], moved[3], plan.early)
 
 
 def _barriers(plan: _Plan, late: int, early: int) -> list[Any]:
@@ -271,8 +273,8 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
         *refs: Any,
     ) -> None:
         refs_left = list(refs)
-        query_table = refs_left.pop(0) if has_queries else None
-        key_table = refs_left.pop(0) if has_keys else None
+        query_table: Any = refs_left.pop(0) if has_queries else None
+        key_table: Any = refs_left.pop(0) if has_keys else None
         out_ref, by_scale_ref, query_s, gradient_s, key_s, value_s, by_scale_s, table_s, own, *moved = refs_left
         batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
         tile = np.int32(band.query_tiles - 1) - lax.axis_index("tile")  # the longest lists of a causal band first
@@ -353,8 +355,10 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
         plgpu.wait_smem_to_gmem(0)
 
     length = band.query_tiles * TILE
-    out = [((band.batch, length, band.heads, band.key_width), band.dtype)]
-    out.append(((band.batch, band.heads, length), jnp.float32))
+    out: list[Any] = [
+        ((band.batch, length, band.heads, band.key_width), band.dtype),
+        ((band.batch, band.heads, length), jnp.float32),
+    ]
     scratch = [
         *(half(WARPGROUPS, ROWS, width, dtype=band.dtype) for width in widths),
         half(plan.late, step, band.key_width, dtype=band.dtype),
@@ -389,8 +393,8 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
         *refs: Any,
     ) -> None:
         refs_left = list(refs)
-        query_table = refs_left.pop(0) if has_queries else None
-        key_table = refs_left.pop(0) if has_keys else None
+        query_table: Any = refs_left.pop(0) if has_queries else None
+        key_table: Any = refs_left.pop(0) if has_keys else None
         out_refs = [refs_left.pop(0) for _ in widths]
         key_s, value_s, query_s, gradient_s, numbers_s, table_s, own, *moved = refs_left
         value_s = key_s if value_s is None else value_s  # where dv alone is added up, for it
@@ -488,13 +492,10 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
         plgpu.wait_smem_to_gmem(0)
 
     length = band.key_tiles * TILE
-    name = {(True, True): "key_value_gradients", (True, False): "key_gradient", (False, True): "value_gradient"}
     out = [((band.batch, length, band.key_heads, width), band.dtype) for width in widths]
     late_width, early_width = (band.key_width, band.value_width) if of_keys else (band.value_width, band.key_width)
-    late, early = (
-        half(plan.late, step, late_width, dtype=band.dtype),
-        half(plan.early, step, early_width, dtype=band.dtype),
-    )
+    late = half(plan.late, step, late_width, dtype=band.dtype)
+    early = half(plan.early, step, early_width, dtype=band.dtype)
     has_values = of_keys or band.key_width != band.value_width
     scratch = [
         half(WARPGROUPS, ROWS, band.key_width, dtype=band.dtype),
@@ -505,5 +506,5 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
         barriers(WARPGROUPS, 1 + of_keys),
         *_barriers(plan, 2 + copies_table, 1),
     ]
-    name = f"banded_flash_{name[of_keys, of_values]}"
+    name = "_".join(["banded_flash", *["key"] * of_keys, *["value"] * of_values, "gradient"])
     return _launch(body, name, band, operands, of_keys=True, out=out, scratch=scratch)

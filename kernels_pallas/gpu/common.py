@@ -11,6 +11,7 @@ multiplies them in float32. Asynchrony of products is the one thing that a simul
 
 import contextlib
 import contextvars
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)  # of one number per row, or pe
 HALF = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 SINGLE = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
+_load: Any = plgpu.load  # its arguments depend on the version of jax
 _simulation: contextvars.ContextVar[Any] = contextvars.ContextVar("simulation", default=None)
 
 
@@ -112,7 +114,7 @@ def in_loop(number: Array) -> Array:
 # --- Registers --------------------------------------------------------------------------------------------------------
 
 
-def full(shape: tuple[int, ...], value: float, layout: Any = MATRIX) -> Array:
+def full(shape: tuple[int, ...], value: Any, layout: Any = MATRIX) -> Array:
     x = jnp.full(shape, value, jnp.float32)
     return x if is_simulated() else plgpu.layout_cast(x, layout)
 
@@ -138,11 +140,11 @@ def load(ref: Any, layout: Any) -> Array:
     """From shared or global memory into registers."""
     if is_simulated():
         return ref[...]
-    if "idx" in inspect.signature(plgpu.load).parameters:  # jax 0.10 and 0.11
-        return plgpu.load(ref, (), layout=layout, optimized=False)
+    if "idx" in inspect.signature(_load).parameters:  # jax 0.10 and 0.11
+        return _load(ref, (), layout=layout, optimized=False)
     if layout == COLUMN:  # loads by columns beside loads by rows: jax 0.12 searches for layouts until it gives up
         return plgpu.layout_cast(ref[...], layout)
-    return plgpu.load(ref, layout=layout, optimized=False)
+    return _load(ref, layout=layout, optimized=False)
 
 
 # --- Products ---------------------------------------------------------------------------------------------------------
@@ -166,7 +168,7 @@ def dot(*products: Product, shape: tuple[int, int]) -> Array:
 def dots(*sums: Sequence[Product], shape: tuple[int, int]) -> list[Array]:
     """Several sums of products at once."""
     if is_simulated():
-        return _ordered([sum(map(_simulated_product, products)) for products in sums])
+        return _ordered([functools.reduce(jnp.add, map(_simulated_product, products)) for products in sums])
 
     def scope(*refs: Any) -> list[Array]:
         for ref, products in zip(refs, sums):
@@ -250,7 +252,7 @@ class Ring(NamedTuple):
     """
 
     fetch: Callable[[Array, Array, Any], None]
-    count: Array
+    count: Any
     ready: Any
     free: Any
     slots: int

@@ -34,7 +34,7 @@ def kernels(blocked: Callable[..., Any]) -> dict[str, Kernel]:
         scale: Any,
         merge: Merge | None,
     ) -> Array:
-        attend = functools.partial(dot_product.KERNELS[backend].call, blocked)
+        attend = functools.partial(dot_product.KERNELS[f"pallas_{backend}"].call, blocked)
         agents = agents.astype(query.dtype)
         gathers, reads = None, None
         if key_mask is not None:
@@ -70,6 +70,6 @@ def _refusal(
     rounded = jax.ShapeDtypeStruct(agents.shape, query.dtype)
     gathered = jax.ShapeDtypeStruct((*agents.shape[:-1], value.shape[-1]), query.dtype)
     steps = ((rounded, key, value), (query, rounded, gathered))
-    refusal = dot_product.KERNELS[backend].refusal
+    refusal = dot_product.KERNELS[f"pallas_{backend}"].refusal
     reasons = (refusal(*step, None, None, None, is_causal=False, scale=scale) for step in steps)
     return next(filter(None, reasons), None)

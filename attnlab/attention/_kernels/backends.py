@@ -7,13 +7,12 @@ from typing import Any
 
 from attnlab.attention._dispatch.choice import Kernel
 
-# The folder of kernels_pallas, by implementation.
-_FOLDERS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
+_BACKENDS = ("tpu", "gpu")  # folders of kernels_pallas
 
 
 def kernel_module(backend: str, name: str) -> Any:
-    """backend: an implementation's name. name: of a module, without its folder."""
-    return importlib.import_module(f"kernels_pallas.{_FOLDERS[backend]}.{name}")
+    """backend: "tpu" or "gpu". name: of a module in its folder."""
+    return importlib.import_module(f"kernels_pallas.{backend}.{name}")
 
 
 def first_refusal(backend: str, names: Sequence[str], *arrays: Any, **options: Any) -> str | None:
@@ -28,4 +27,6 @@ def first_refusal(backend: str, names: Sequence[str], *arrays: Any, **options: A
 
 def on_backends(call: Callable[..., Any], refusal: Callable[..., str | None]) -> dict[str, Kernel]:
     """A Kernel for each backend; both functions take its name before the arguments of Kernel's."""
-    return {name: Kernel(functools.partial(call, name), functools.partial(refusal, name)) for name in _FOLDERS}
+    return {
+        f"pallas_{name}": Kernel(functools.partial(call, name), functools.partial(refusal, name)) for name in _BACKENDS
+    }

@@ -18,7 +18,6 @@ _MODULES = ("banded_flash", "banded_flash_backward")
 
 
 def banded_attention(
-    backend: str,
     blocked: Callable[..., tuple[Array, Array]],
     query: Array,
     key: Array,
@@ -27,10 +26,11 @@ def banded_attention(
     *,
     scale: Any,
     pattern: Any,
+    backend: str = "tpu",
 ) -> tuple[Array, Array]:
-    """(out, lse) of query [B, T, N, H], key, value and a pair of segment ids, or None.
+    """(out, lse) of query [B, T, N, H], key, value and a pair of segment ids, or None, on a "tpu" or "gpu".
 
-    backend: an implementation's name. blocked: (query, key, value, segment_ids, scale) -> the same in plain JAX. pattern: one of kernels_pallas.patterns.
+    blocked: (query, key, value, segment_ids, scale) -> the same in plain JAX. pattern: one of kernels_pallas.patterns.
     """
     banded_flash, banded_flash_backward = (kernel_module(backend, name) for name in _MODULES)
 
@@ -58,7 +58,9 @@ def banded_attention(
     )
 
 
-def banded_refusal(backend: str, query: Any, key: Any, value: Any, segment_ids: Any, pattern: Any) -> str | None:
+def banded_refusal(
+    query: Any, key: Any, value: Any, segment_ids: Any, pattern: Any, backend: str = "tpu"
+) -> str | None:
     """Why banded_attention cannot serve arrays of these shapes, or None if it can."""
     if 0 in query.shape or 0 in key.shape:
         return f"needs arrays that are not empty, got query {query.shape} and key {key.shape}"

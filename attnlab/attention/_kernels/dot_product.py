@@ -28,7 +28,7 @@ def _call(
         return xla(query, key, value, None, None, segments, is_causal=is_causal, scale=scale)
 
     pattern = window_pattern(query.shape[1], key.shape[1], is_causal=is_causal)
-    return banded_attention(backend, blocked, query, key, value, segments, scale=scale, pattern=pattern)
+    return banded_attention(blocked, query, key, value, segments, scale=scale, pattern=pattern, backend=backend)
 
 
 def _refusal(
@@ -47,7 +47,7 @@ def _refusal(
         if given is not None:
             return f"has no {name}"
     pattern = window_pattern(query.shape[1], key.shape[1], is_causal=is_causal)
-    return banded_refusal(backend, query, key, value, segments, pattern)
+    return banded_refusal(query, key, value, segments, pattern, backend)
 
 
 KERNELS = on_backends(_call, _refusal)

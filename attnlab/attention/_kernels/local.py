@@ -19,8 +19,8 @@ Array = jax.Array
 
 # Positions along each side of the kernels' tiles in several axes.
 _KERNEL_TILE = {
-    "pallas_tpu": {2: (16, 16), 3: (8, 8, 4)},
-    "pallas_gpu": {2: (16, 8), 3: (4, 4, 8)},
+    "tpu": {2: (16, 16), 3: (8, 8, 4)},
+    "gpu": {2: (16, 8), 3: (4, 4, 8)},
 }
 
 
@@ -97,8 +97,8 @@ def _call(
 
     ids = None if segment_ids is None else (layout.cut(segment_ids),) * 2
     query, key, value = map(layout.cut, (query, key, value))
-    pattern = layout.pattern(sinks)
-    out, lse = banded_attention(backend, blocked, query, key, value, ids, scale=scale, pattern=pattern)
+    of_call: Any = {"scale": scale, "pattern": layout.pattern(sinks), "backend": backend}
+    out, lse = banded_attention(blocked, query, key, value, ids, **of_call)
     return layout.join(out), layout.join(lse)
 
 
@@ -119,7 +119,7 @@ def _refusal(
     layout = _layout(backend, query.shape[1:-2], **settings)
     query, key, value = jax.eval_shape(lambda *x: tuple(map(layout.cut, x)), query, key, value)
     ids = None if segment_ids is None else (jax.eval_shape(layout.cut, segment_ids),) * 2
-    return banded_refusal(backend, query, key, value, ids, layout.pattern(sinks))
+    return banded_refusal(query, key, value, ids, layout.pattern(sinks), backend)
 
 
 KERNELS = on_backends(_call, _refusal)

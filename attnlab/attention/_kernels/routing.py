@@ -48,7 +48,7 @@ class _Rows(NamedTuple):
 
 
 _MODULES = ("banded_flash", "banded_flash_backward")
-_MOST_IN_A_BLOCK = {"pallas_tpu": 256, "pallas_gpu": 128}
+_MOST_IN_A_BLOCK = {"tpu": 256, "gpu": 128}
 
 
 def _row_block(backend: str, tokens: int, window: int) -> int:
