@@ -1,0 +1,364 @@
+"""Banded flash attention for GPUs and the mechanisms on it: values and gradients in interpret mode against float64,
+transformations, the lowering for CUDA, and what is refused."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from marks import slow_but
+
+from attnlab import (
+    agent_attention,
+    dilated_attention,
+    dot_product_attention,
+    init_routing,
+    local_attention,
+    routing_attention,
+)
+from kernels_pallas.gpu import banded_flash, banded_flash_backward
+from kernels_pallas.gpu.banded_flash import banded_flash_attention
+from kernels_pallas.gpu.banded_flash_backward import banded_flash_gradients
+from kernels_pallas.patterns import Boxes, Intervals, SortedIntervals
+
+# The spacing of the operands' dtype: that of weights, of slopes and of what is written.
+EPSILON = {jnp.bfloat16: 2.0**-8, jnp.float16: 2.0**-11}
+
+
+def draw_arrays(space, *, batch=1, heads=2, key_heads=1, head_dim=64, value_dim=64, dtype=jnp.bfloat16):
+    rng = np.random.default_rng(space)
+    shapes = [(heads, head_dim), (key_heads, head_dim), (key_heads, value_dim)]
+    return [jnp.asarray(rng.normal(size=(batch, *np.atleast_1d(space), *shape)), dtype) for shape in shapes]
+
+
+CASES = {  # length, options of local_attention, options of draw_arrays
+    "one token": (1, {"window": 1}, {}),
+    "causal": (140, {"window": 100, "is_causal": True}, {"heads": 1}),
+    "grouped heads": (300, {"window": 140, "is_causal": True}, {"heads": 4, "key_heads": 2}),
+    "full tiles": (384, {"window": 600, "is_causal": True}, {"dtype": jnp.float16}),
+    "all keys": (200, {"window": 200}, {"batch": 2, "head_dim": 80, "value_dim": 130}),
+    "negative scale": (200, {"window": 70, "is_causal": True, "scale": -0.2}, {}),
+    "head dim 128": (384, {"window": 50}, {"head_dim": 128, "value_dim": 128}),
+    "head dim 192": (260, {"window": 150}, {"head_dim": 192, "value_dim": 192, "dtype": jnp.float16}),
+    "head dim 256, clipped": (290, {"window": 31, "edge": "clip"}, {"head_dim": 256, "value_dim": 256}),
+    "head dim 256, causal": (384, {"window": 384, "is_causal": True}, {"head_dim": 256, "value_dim": 256, "heads": 1}),
+    "wide keys": (200, {"window": 101}, {"head_dim": 256, "value_dim": 128}),
+    "wide values": (200, {"window": 101}, {"head_dim": 128, "value_dim": 256}),
+    "blocks": (300, {"window": 64, "stride": 64}, {}),
+    "strided causal": (260, {"window": 9, "stride": 4, "is_causal": True}, {"heads": 3, "key_heads": 3}),
+    "sinks": (400, {"window": 20, "is_causal": True, "sinks": 3}, {}),
+    "segments": (300, {"window": 101}, {"batch": 2, "segments": True}),
+    "segments, sinks": (290, {"window": 40, "is_causal": True, "sinks": 5}, {"segments": True, "dtype": jnp.float16}),
+    "dilated": (300, {"window": 20, "dilation": 7, "is_causal": True}, {"heads": 2}),
+    "grid": ((20, 33), {"window": (5, 8), "is_causal": (True, False)}, {"heads": 1}),
+    "grid, dilated": ((34, 18), {"window": 3, "dilation": (2, 3)}, {"segments": True, "heads": 1}),
+    "volume": ((9, 5, 6), {"window": (3, 5, 4), "stride": (1, 2, 1)}, {"heads": 1, "dtype": jnp.float16}),
+    "volume, head dim 256": ((5, 5, 9), {"window": 3}, {"head_dim": 256, "value_dim": 256, "segments": True}),
+}
+QUICK = ("causal",)
+
+
+def draw_case(case):
+    """(function of query, key, value and scale, with more options; the arrays)."""
+    space, options, arrays = CASES[case]
+    arrays = dict(arrays)
+    if arrays.pop("segments", False):
+        shape = (arrays.get("batch", 1), *np.atleast_1d(space))
+        ids = np.sort(np.random.default_rng(0).integers(0, 4, shape), axis=1)
+        options = options | {"segment_ids": jnp.asarray(ids, jnp.int32)}
+    attend = functools.partial(dilated_attention if "dilation" in options else local_attention, return_lse=True)
+    scale = options.get("scale", 0.2)
+    others = {name: value for name, value in options.items() if name != "scale"}
+
+    def of_arrays(query, key, value, scale, implementation):
+        return attend(query, key, value, scale=scale, implementation=implementation, **others)
+
+    return of_arrays, (*draw_arrays(space, **arrays), jnp.float32(scale))
+
+
+def in_float64(tree):
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), tree)
+
+
+@pytest.mark.parametrize("case", slow_but(QUICK, CASES))
+def test_values_and_gradients_equal_the_reference_s(case, simulated):
+    attend, arrays = draw_case(case)
+    epsilon = EPSILON[arrays[0].dtype.type]
+    rng = np.random.default_rng(1)
+
+    def run(arrays, cotangents, implementation):
+        results, transpose = jax.vjp(functools.partial(attend, implementation=implementation), *arrays)
+        return results, transpose(cotangents)
+
+    shapes = jax.eval_shape(functools.partial(attend, implementation="reference"), *arrays)
+    cotangents = tuple(jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in shapes)
+    (out, lse), gradients = simulated(run, arrays, cotangents, "pallas_gpu")
+    with jax.enable_x64(True):
+        (want, want_lse), expected = run(in_float64(arrays), in_float64(cotangents), "reference")
+    assert (out.dtype, lse.dtype) == (arrays[0].dtype, jnp.float32)
+    # Weights are rounded, which sum to 1, and so is the output.
+    largest = np.abs(np.asarray(arrays[2], np.float64)).max()
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=0, atol=epsilon * largest)
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=1e-5)
+    # A gradient's terms are rounded once or twice, and D_t comes of a rounded output.
+    for got, right in zip(gradients[:3], expected[:3], strict=True):
+        assert got.dtype == arrays[0].dtype
+        right = np.asarray(right)
+        atol = 4 * epsilon * max(np.abs(right).max(), 1e-6)
+        np.testing.assert_allclose(np.asarray(got, np.float64), right, rtol=0, atol=atol)
+    by_query = np.abs(np.einsum("...h,...h->...", np.asarray(arrays[0], np.float64), np.asarray(expected[0])))
+    atol = 4 * epsilon * by_query.sum() / abs(float(arrays[3])) + 1e-5
+    np.testing.assert_allclose(gradients[3], expected[3], rtol=0, atol=atol)
+
+
+def routed(window, **options):
+    def attend(query, key, value, **more):
+        state = init_routing(jax.random.key(0), query.shape[2], 2, query.shape[3])
+        return routing_attention(query, key, value, state, window=window, **options, **more)[0]
+
+    return attend
+
+
+HIDDEN = jnp.arange(200)[None] % 3 > 0
+MECHANISMS = {  # function of query, key and value, lengths of queries and keys
+    "softmax": (dot_product_attention, 150, 200),
+    "softmax, causal": (functools.partial(dot_product_attention, is_causal=True), 140, 270),
+    "softmax, segments": (
+        functools.partial(
+            dot_product_attention, segment_ids=(jnp.arange(150)[None] // 70, jnp.arange(200)[None] // 140)
+        ),
+        150,
+        200,
+    ),
+    "agent": (functools.partial(agent_attention, agents=draw_arrays(9)[0]), 150, 200),
+    "agent, keys hidden": (functools.partial(agent_attention, agents=draw_arrays(9)[0], key_mask=HIDDEN), 150, 200),
+    "routing": (routed(40, is_causal=True), 150, 150),
+    "routing, global": (routed(70, membership="global", normalize="layer"), 150, 150),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_mechanisms_equal_the_reference(name, simulated):
+    """Of the same dtype: what routing takes in depends on how it is rounded."""
+    attend, queries, keys = MECHANISMS[name]
+    query, key, value = draw_arrays(queries)[0], *draw_arrays(keys, key_heads=2 if "routing" in name else 1)[1:]
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=query.shape), jnp.float32)
+
+    def run(arrays, implementation):
+        def loss(arrays):
+            out = attend(*arrays, implementation=implementation)
+            return jnp.sum(out.astype(jnp.float32) * weights), out
+
+        return jax.grad(loss, has_aux=True)(arrays)
+
+    got = simulated(run, (query, key, value), "pallas_gpu")
+    want = jax.jit(run, static_argnums=1)((query, key, value), "reference")
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-2 * max(1, np.abs(b).max()))
+
+
+def some_queries_pattern():
+    """The second tile of queries sees a part of the third of keys; others nothing."""
+    starts, ends = np.zeros(384, int), np.zeros(384, int)
+    starts[130:140], ends[130:140] = 256, 300
+    return Intervals(lambda query: (starts[query], ends[query]), 384, 384)
+
+
+@pytest.mark.slow
+def test_queries_without_keys_give_zeros_and_unread_tiles_may_be_nan(simulated):
+    query, key, value = draw_arrays(384, heads=1)
+    unseen = ((jnp.arange(384) >= 128) & (jnp.arange(384) < 256))[:, None, None]
+    key, value = (jnp.where(unseen, jnp.nan, x) for x in (key, value))
+    options = {"pattern": some_queries_pattern(), "scale": 0.125}
+
+    def run(query, key, value):
+        out, lse = banded_flash_attention(query, key, value, **options)
+        ones = jnp.ones_like(out), jnp.ones_like(lse)
+        return out, lse, *banded_flash_gradients(query, key, value, out, lse, *ones, **options)
+
+    (first, again) = (simulated(form, query, key, value) for form in (run, jax.jit(run)))
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    out, lse, by_query, by_key, by_value, by_scale = first
+    sees = np.zeros(384, bool)
+    sees[130:140] = True
+    assert np.all(out[:, ~sees] == 0)
+    assert np.all(lse[:, ~sees] == -np.inf)
+    assert np.all(np.isfinite(lse[:, sees]))
+    assert np.all(by_query[:, ~sees] == 0)
+    assert np.isfinite(by_scale)
+    for gradient in (by_key, by_value):
+        assert np.all(gradient[:, :256] == 0)
+        assert np.all(np.any(gradient[:, 256:300] != 0, axis=(0, 2, 3)))
+        assert np.all(gradient[:, 300:] == 0)
+
+
+@pytest.mark.slow
+def test_slopes_in_float16_neither_overflow_nor_vanish(simulated):
+    """dout . v is up to 60 x 1000 x 64, and in a second run 2^-13 times as large."""
+    query, key, value = draw_arrays(128, heads=1, dtype=jnp.float16)
+    value = (value * 250).astype(jnp.float16)
+    cotangent = jnp.asarray(np.random.default_rng(2).normal(size=value.shape), jnp.float16)
+    pattern = Intervals(lambda query: (0 * query, query + 1), 128, 128)
+
+    def run(query, key, value, cotangent):
+        out, lse = banded_flash_attention(query, key, value, pattern=pattern, scale=2.0**-12)
+        no_lse = jnp.zeros_like(lse)
+        return banded_flash_gradients(query, key, value, out, lse, cotangent, no_lse, pattern=pattern, scale=2.0**-12)
+
+    for factor in (2.0**4, 2.0**-9):
+        arrays = query, key, value, (cotangent * factor).astype(jnp.float16)
+        got = simulated(run, *arrays)
+        q, k, v, d = (np.asarray(x[0, :, 0], np.float64) for x in arrays)
+        logits = np.where(np.tri(128, dtype=bool), q @ k.T * 2.0**-12, -np.inf)
+        weights = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        slopes = weights * (d @ v.T - (d * (weights @ v)).sum(1, keepdims=True))
+        for x, right in zip(got[:2], (slopes @ k, slopes.T @ q), strict=True):
+            right = right * 2.0**-12
+            x = np.asarray(x[0, :, 0], np.float64)
+            # D_t comes of an output that is rounded: to 2^-11 of 250 sqrt(64) |dout_t| or so.
+            np.testing.assert_allclose(x, right, rtol=0, atol=2.0**-7 * np.abs(right).max() + 2.0**-24)
+
+
+def shapes(length=256, heads=2, key_heads=1, head_dim=64, value_dim=None, dtype=jnp.bfloat16, keys=None):
+    sizes = [(length, heads, head_dim), (keys or length, key_heads, head_dim)]
+    sizes.append((keys or length, key_heads, value_dim or head_dim))
+    return [jax.ShapeDtypeStruct((1, *size), dtype) for size in sizes]
+
+
+def both(query, key, value, ids=None, *, pattern, scale=0.1):
+    """Values and gradients."""
+    segments = None if ids is None else (ids, ids)
+    out, lse = banded_flash_attention(query, key, value, pattern=pattern, scale=scale, segment_ids=segments)
+    gradients = banded_flash_gradients(
+        query, key, value, out, lse, out, lse, pattern=pattern, scale=scale, segment_ids=segments
+    )
+    return out, lse, *gradients
+
+
+def lower(function, *arguments):
+    return export.export(jax.jit(function), platforms=["cuda"])(*arguments).mlir_module_serialized
+
+
+PATTERNS = {
+    "causal": Intervals(lambda query: (0 * query, query + 1), 512, 512),
+    "sinks": Intervals(lambda query: (query - 99, query + 1), 512, 512, sinks=4),
+    "bounds": Intervals(lambda query: (query // 100 * 90, query + 1), 512, 512),
+    "plane": Boxes(((lambda x: (x - 3, x + 4), 32), (lambda x: (x - 3, x + 4), 16)), (16, 8)),
+    "volume": Boxes(tuple((lambda x: (x - 2, x + 2), 8) for _ in range(3)), (4, 4, 8)),
+}
+LOWERED = {
+    f"{pattern}, {np.dtype(dtype)}, {widths}{', segments' * segments}": (pattern, dtype, widths, segments)
+    for pattern in PATTERNS
+    for dtype in (jnp.bfloat16, jnp.float16)
+    for widths in ((64, 64), (80, 80), (128, 128), (192, 192), (256, 256), (256, 192), (64, 256))
+    for segments in (False, True)
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    slow_but(
+        ("causal, bfloat16, (64, 64)", "volume, float16, (256, 256), segments", "plane, bfloat16, (128, 128)"), LOWERED
+    ),
+)
+def test_lowers_for_cuda(case):
+    pattern, dtype, (head_dim, value_dim), segments = LOWERED[case]
+    arrays = shapes(512, head_dim=head_dim, value_dim=value_dim, dtype=dtype)
+    ids = [jax.ShapeDtypeStruct((1, 512), jnp.int32)] if segments else []
+    with jax.enable_x64(True):
+        run = functools.partial(both, pattern=PATTERNS[pattern])
+        assert b"mosaic_gpu" in lower(run, *arrays, *ids)
+
+
+def loss(query, key, value, implementation="pallas_gpu"):
+    out, lse = local_attention(
+        query, key, value, window=100, is_causal=True, return_lse=True, implementation=implementation
+    )
+    return jnp.sum(out.astype(jnp.float32) ** 2) + jnp.sum(jnp.sin(lse))
+
+
+def scanned(query, key, value):
+    def step(total, scale):
+        return total + loss(query * scale.astype(query.dtype), key, value), None
+
+    return jax.lax.scan(step, jnp.float32(0), jnp.arange(1, 3, dtype=jnp.float32))[0]
+
+
+def sharded(query, key, value):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    by_batch, alike = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+
+    def total(*arrays):
+        return jax.lax.psum(loss(*arrays), "data")
+
+    return jax.shard_map(total, mesh=mesh, in_specs=(by_batch,) * 3, out_specs=alike)(query, key, value)
+
+
+def over_batch(query, key, value):
+    return jnp.sum(jax.vmap(loss)(*(jnp.stack([x, x + x]) for x in (query, key, value))))
+
+
+TRANSFORMED = {"vmap": over_batch, "remat": jax.checkpoint(loss), "scan": scanned, "shard_map": sharded}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_gradients_of_transformed_calls_lower(name):
+    gradient = jax.grad(TRANSFORMED[name], argnums=(0, 1, 2))
+    assert b"mosaic_gpu" in lower(gradient, *shapes(140, heads=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["remat", "scan", "shard_map"])
+def test_gradients_of_transformed_calls_equal_the_plain_ones(name, simulated):
+    arrays = draw_arrays(130, heads=1)
+    gradient = jax.jit(jax.grad(TRANSFORMED[name], argnums=(0, 1, 2)))
+    got = simulated(gradient, *arrays)
+
+    def plain(*arrays):
+        query, *others = arrays
+        if name != "scan":
+            return jax.grad(loss, argnums=(0, 1, 2))(*arrays)
+        parts = [jax.grad(loss, argnums=(0, 1, 2))(query * factor, *others) for factor in (1, 2)]
+        return (parts[0][0] + 2 * parts[1][0], *(a + b for a, b in zip(parts[0][1:], parts[1][1:])))
+
+    for a, b in zip(got, simulated(plain, *arrays), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        atol = (2.0**-7 if name == "scan" else 0) * np.abs(b).max()  # sums of two are rounded
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"dtype": jnp.float32}, "all bfloat16 or all float16, got float32"),
+        ({"length": 0}, "arrays that are not empty"),
+        ({"head_dim": 257}, "serves head dims up to 256, got 257"),
+    ],
+)
+def test_refuses_with_the_reason(arguments, reason):
+    arrays, pattern = shapes(**arguments), PATTERNS["causal"]
+    for module in (banded_flash, banded_flash_backward):
+        assert reason in module.refusal(*arrays, pattern=pattern)
+    with pytest.raises(ValueError, match=reason):
+        jax.eval_shape(functools.partial(banded_flash_attention, scale=1.0, pattern=pattern), *arrays)
+
+
+def test_refuses_other_tiles():
+    bounds = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+    pattern = SortedIntervals(bounds, bounds, 256, reach=9, block=256)
+    assert banded_flash.refusal(*shapes(), pattern=pattern) == "needs tiles of 128 queries and keys, got (256, 256)"
+
+
+def test_serves_every_width_within_shared_memory():
+    widths = (64, 128, 192, 256)
+    for key_width in widths:
+        for value_width in widths:
+            arrays = shapes(512, head_dim=key_width, value_dim=value_width)
+            for module in (banded_flash, banded_flash_backward):
+                assert module.refusal(*arrays, pattern=PATTERNS["causal"]) is None
