@@ -98,7 +98,13 @@ def launch(
         interpret=_simulation.get(),
         kernel_name=name,
     )
-    return list(kernel(*operands))
+    return [_varying_over(x, varying.varying) for x in kernel(*operands)]
+
+
+def _varying_over(x: Array, axes: frozenset[Any]) -> Array:
+    """Inside shard_map: what a kernel gives varies over the mesh as what it reads does, which its refs do not say."""
+    missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
+    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def in_loop(number: Array) -> Array:

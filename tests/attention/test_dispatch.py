@@ -8,10 +8,14 @@ import jax.experimental.pallas
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from marks import slow_but
 
 from attnlab import dilated_attention, dot_product_attention, explain, local_attention
+from attnlab.attention._dispatch import choice
+from attnlab.attention._dispatch.choice import dispatch
 from attnlab.attention._dispatch.deferred import tangent_call
+from attnlab.attention._kernels import backends
 from attnlab.catalog import MECHANISMS
 
 LINE = jax.ShapeDtypeStruct((1, 40, 2, 8), jnp.float32)
@@ -19,22 +23,58 @@ IMAGE = jax.ShapeDtypeStruct((1, 6, 6, 2, 8), jnp.float64)
 
 
 def test_explain_gives_the_choice_by_platform():
-    (choice,) = explain(local_attention, LINE, LINE, LINE, window=4)
-    assert dict(choice.by_platform) == {"tpu": "pallas_tpu", "elsewhere": "xla"}
-    assert choice.refused == {}
-    assert str(choice) == "local_attention: pallas_tpu on tpu, xla elsewhere"
-    (choice,) = explain(dot_product_attention, LINE, LINE, LINE, bias=jax.ShapeDtypeStruct((1, 1, 1, 40), jnp.float32))
-    assert dict(choice.by_platform) == {"every platform": "xla"}
-    assert "has no bias" in choice.refused["pallas_tpu"]
-    assert "pallas_tpu cannot serve" in str(choice)
-    (choice,) = explain(local_attention, LINE, LINE, LINE, window=4, implementation="reference")
-    assert str(choice) == "local_attention: reference on every platform"
+    (chosen,) = explain(local_attention, LINE, LINE, LINE, window=4)
+    assert dict(chosen.by_platform) == {"tpu": "pallas_tpu", "elsewhere": "xla"}
+    assert chosen.refused == {}
+    assert str(chosen).splitlines() == [
+        "local_attention: pallas_tpu on tpu, xla elsewhere",
+        f"  pallas_gpu is not a default: no card has checked it with jax {jax.__version__}",
+    ]
+    (chosen,) = explain(dot_product_attention, LINE, LINE, LINE, bias=jax.ShapeDtypeStruct((1, 1, 1, 40), jnp.float32))
+    assert dict(chosen.by_platform) == {"every platform": "xla"}
+    assert "has no bias" in chosen.refused["pallas_tpu"]
+    assert "pallas_tpu cannot serve" in str(chosen)
+    (chosen,) = explain(local_attention, LINE, LINE, LINE, window=4, implementation="reference")
+    assert str(chosen) == "local_attention: reference on every platform"
 
 
 def test_an_unknown_name_is_refused_with_the_allowed_ones():
-    for name in ("palas_tpu", "pallas_gpu"):
-        with pytest.raises(ValueError, match=rf"'{name}'.*one of \['reference', 'xla', 'pallas_tpu'\]"):
-            jax.eval_shape(functools.partial(local_attention, window=4, implementation=name), LINE, LINE, LINE)
+    with pytest.raises(ValueError, match=r"'palas_tpu'.*one of \['reference', 'xla', 'pallas_tpu', 'pallas_gpu'\]"):
+        jax.eval_shape(functools.partial(local_attention, window=4, implementation="palas_tpu"), LINE, LINE, LINE)
+    with pytest.raises(ValueError, match=r"'pallas_gpu' \(sum has no such form\); need None or one of \['xla'\]"):
+        dispatch("sum", {"xla": jnp.sum}, "pallas_gpu", jnp.ones(3))
+
+
+def test_a_gpu_kernel_is_chosen_only_where_a_card_has_checked_it(monkeypatch):
+    half = jax.ShapeDtypeStruct(LINE.shape, jnp.bfloat16)
+    attend = functools.partial(local_attention, window=4)
+
+    def lowered(implementation):
+        function = functools.partial(attend, implementation=implementation)
+        return export.export(jax.jit(function), platforms=["cuda"])(half, half, half).mlir_module_serialized
+
+    assert b"mosaic_gpu" in lowered("pallas_gpu")
+    assert b"mosaic_gpu" not in lowered(None)
+    monkeypatch.setattr(choice, "_CHECKED_ON_A_CARD", {("local_attention", jax.__version__)})
+    (chosen,) = explain(attend, half, half, half)
+    assert dict(chosen.by_platform) == {"tpu": "pallas_tpu", "cuda": "pallas_gpu", "elsewhere": "xla"}
+    jax.clear_caches()
+    assert b"mosaic_gpu" in lowered(None)
+    jax.clear_caches()
+    (chosen,) = explain(dot_product_attention, half, half, half)
+    assert "cuda" not in chosen.by_platform
+
+
+def test_a_gpu_kernel_that_cannot_be_loaded_is_refused_with_the_reason(monkeypatch):
+    """Mosaic GPU of jax 0.10 imports absl, which jax does not bring."""
+
+    def import_module(name):
+        raise ModuleNotFoundError("No module named 'absl'", name="absl")
+
+    monkeypatch.setattr(backends.importlib, "import_module", import_module)
+    half = jax.ShapeDtypeStruct(LINE.shape, jnp.bfloat16)
+    with pytest.raises(ValueError, match="'pallas_gpu' cannot serve this local_attention call: needs absl-py"):
+        jax.eval_shape(functools.partial(local_attention, window=4, implementation="pallas_gpu"), half, half, half)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,6 @@ CASES = {  # length, options of local_attention, options of draw_arrays
     "volume": ((9, 5, 6), {"window": (3, 5, 4), "stride": (1, 2, 1)}, {"heads": 1, "dtype": jnp.float16}),
     "volume, head dim 256": ((5, 5, 9), {"window": 3}, {"head_dim": 256, "value_dim": 256, "segments": True}),
 }
-QUICK = ("causal",)
 
 
 def draw_case(case):
@@ -82,7 +81,8 @@ def in_float64(tree):
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), tree)
 
 
-@pytest.mark.parametrize("case", slow_but(QUICK, CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_equal_the_reference_s(case, simulated):
     attend, arrays = draw_case(case)
     epsilon = EPSILON[arrays[0].dtype.type]
@@ -94,23 +94,54 @@ def test_values_and_gradients_equal_the_reference_s(case, simulated):
 
     shapes = jax.eval_shape(functools.partial(attend, implementation="reference"), *arrays)
     cotangents = tuple(jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in shapes)
-    (out, lse), gradients = simulated(run, arrays, cotangents, "pallas_gpu")
+    got = simulated(run, arrays, cotangents, "pallas_gpu")
     with jax.enable_x64(True):
-        (want, want_lse), expected = run(in_float64(arrays), in_float64(cotangents), "reference")
+        expected = run(in_float64(arrays), in_float64(cotangents), "reference")
+    assert_near(got, expected, arrays, epsilon)
+
+
+def assert_near(got, expected, arrays, epsilon):
+    """(out, lse), (gradients of query, key, value, scale), of arrays' dtype, beside the same in float64."""
+    ((out, lse), gradients), ((want, want_lse), right) = got, expected
     assert (out.dtype, lse.dtype) == (arrays[0].dtype, jnp.float32)
     # Weights are rounded, which sum to 1, and so is the output.
     largest = np.abs(np.asarray(arrays[2], np.float64)).max()
     np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=0, atol=epsilon * largest)
     np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=1e-5)
     # A gradient's terms are rounded once or twice, and D_t comes of a rounded output.
-    for got, right in zip(gradients[:3], expected[:3], strict=True):
-        assert got.dtype == arrays[0].dtype
-        right = np.asarray(right)
-        atol = 4 * epsilon * max(np.abs(right).max(), 1e-6)
-        np.testing.assert_allclose(np.asarray(got, np.float64), right, rtol=0, atol=atol)
-    by_query = np.abs(np.einsum("...h,...h->...", np.asarray(arrays[0], np.float64), np.asarray(expected[0])))
+    for x, y in zip(gradients[:3], right[:3], strict=True):
+        assert x.dtype == arrays[0].dtype
+        atol = 4 * epsilon * max(np.abs(y).max(), 1e-6)
+        np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=0, atol=atol)
+    by_query = np.abs(np.einsum("...h,...h->...", np.asarray(arrays[0], np.float64), right[0]))
     atol = 4 * epsilon * by_query.sum() / abs(float(arrays[3])) + 1e-5
-    np.testing.assert_allclose(gradients[3], expected[3], rtol=0, atol=atol)
+    np.testing.assert_allclose(gradients[3], right[3], rtol=0, atol=atol)
+
+
+def test_a_full_tile_and_an_edge_equal_the_dense_form(simulated):
+    """128 queries that see 128 keys and the earlier ones of 128 more, where jax_enable_x64 is set."""
+    query, (_, key, value) = draw_arrays(128, heads=1)[0], draw_arrays(256)
+    rng = np.random.default_rng(3)
+    cotangents = tuple(jnp.asarray(rng.normal(size=shape), query.dtype) for shape in (query.shape, (1, 128, 1)))
+    sees = np.arange(256) <= 128 + np.arange(128)[:, None]
+    pattern = Intervals(lambda query: (0 * query, 128 + query + 1), 128, 256)
+
+    def run(query, key, value, scale):
+        out, lse = banded_flash_attention(query, key, value, pattern=pattern, scale=scale)
+        of_loss = cotangents[0], cotangents[1].astype(jnp.float32)
+        arrays = query, key, value, out, lse, *of_loss
+        return (out, lse), banded_flash_gradients(*arrays, pattern=pattern, scale=scale)
+
+    def dense(query, key, value, scale):
+        logits = jnp.where(sees, jnp.einsum("btnh,bsnh->bnts", query, key) * scale, -jnp.inf)
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        return jnp.einsum("bnts,bsnh->btnh", jnp.exp(logits - lse[..., None]), value), jnp.moveaxis(lse, 1, 2)
+
+    arrays = query, key, value, jnp.float32(0.2)
+    with jax.enable_x64(True):
+        got = simulated(jax.jit(run), *arrays)
+        want, transpose = jax.vjp(dense, *in_float64(arrays))
+        assert_near(got, (want, transpose(in_float64(cotangents))), arrays, EPSILON[jnp.bfloat16])
 
 
 def routed(window, **options):
