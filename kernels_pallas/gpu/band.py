@@ -160,15 +160,19 @@ class Side(NamedTuple):
     """Queries or keys of a step, along the rows or the columns of its logits.
 
     axis: 0 where they are rows. first: the number of the first one. numbers: rows of their table, one number each,
-    which are read one after the other.
+    which are read one after the other. counted: their own numbers, where they are read rather than computed (which a
+    compiler would do before a loop, and keep them).
     """
 
     axis: int
     first: Any
     numbers: Iterable[Array]
+    counted: Any = None
 
     def own(self, shape: tuple[int, int]) -> Array:
         """Their numbers, over the matrix."""
+        if self.counted is not None:
+            return self.spread(self.counted, shape)
         return iota(shape, self.axis) + self.first
 
     def spread(self, x: Array, shape: tuple[int, int]) -> Array:

@@ -233,16 +233,19 @@ def _launch(
     operands: list[Array],
     *,
     of_keys: bool,
+    counts: bool,
     out: list[Any],
     scratch: Any,
 ) -> list[Array]:
-    """One of the kernels. of_keys: it has a block for every tile of keys, otherwise of queries."""
+    """One of the kernels. of_keys: it has a block for every tile of keys, otherwise of queries. counts: it reads the
+    moving tokens' numbers, which registers have no room for."""
     return launch(
         body,
         name,
         *operands,
         *(jnp.asarray(x) for x in (band.by_key if of_keys else band.by_query)),
         *(table for table in (band.query_table, band.key_table) if table is not None),
+        *([jnp.arange(TILE * max(band.query_tiles, band.key_tiles), dtype=jnp.int32)] if counts else []),
         out=out,
         grid={
             "batch": band.batch,
@@ -259,6 +262,7 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
     has_queries, has_keys = band.query_table is not None, band.key_table is not None
     plan = _query_plan(*widths, table=band.key_table.shape[1] if has_keys else 0)
     step, copies_table = plan.step, has_keys and plan.has_table
+    counts = plan.is_split and not band.has_coordinates
     parts = np.int32(TILE // step)
 
     def body(
@@ -275,6 +279,7 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
         refs_left = list(refs)
         query_table: Any = refs_left.pop(0) if has_queries else None
         key_table: Any = refs_left.pop(0) if has_keys else None
+        numbers_from: Any = refs_left.pop(0) if counts else None
         out_ref, by_scale_ref, query_s, gradient_s, key_s, value_s, by_scale_s, table_s, own, *moved = refs_left
         batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
         tile = np.int32(band.query_tiles - 1) - lax.axis_index("tile")  # the longest lists of a causal band first
@@ -325,7 +330,9 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
                     exponents = logits * factor - by_row(lse, shape)
                     if masked:
                         table = table_s.at[late_slot] if copies_table else table_of(number) if has_keys else None
-                        keys = Side(1, first_key(number), () if table is None else numbers_in_turn(table, 1))
+                        counted = load(numbers_from.at[pl.ds(first_key(number), step)], COLUMN) if counts else None
+                        of_keys = () if table is None else numbers_in_turn(table, 1)
+                        keys = Side(1, first_key(number), of_keys, counted)
                         sees = band.visible(Side(0, first + here, bounds), keys, shape)
                         exponents = jnp.where(sees, exponents, MASKED)
                     return jnp.exp2(exponents)
@@ -369,7 +376,7 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
         *_barriers(plan, 1 + copies_table, 1),
     ]
     name = "banded_flash_query_gradient"
-    return _launch(body, name, band, operands, of_keys=False, out=out, scratch=scratch)
+    return _launch(body, name, band, operands, of_keys=False, counts=counts, out=out, scratch=scratch)
 
 
 def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_values: bool) -> list[Array]:
@@ -460,13 +467,12 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
                 if plan.is_split:
                     early.wait(number)
                 logits = dot(Product(key_s.at[me], query_here, b_transposed=True), shape=shape)
-                exponents = logits * factor - spread(_LSE)
                 if masked:
                     table = table_s.at[late_slot] if copies_table else table_of(number) if has_queries else None
                     queries = Side(1, first_query(number), () if table is None else numbers_in_turn(table, 1))
                     sees = band.visible(queries, Side(0, first + here, coordinates), shape)
-                    exponents = jnp.where(sees, exponents, MASKED)
-                weights = jnp.exp2(exponents)
+                    logits = jnp.where(sees, logits, MASKED)  # before lse is read: fewer numbers at once
+                weights = jnp.exp2(logits * factor - spread(_LSE))
                 # One product after the other: what is live at once fits into the registers.
                 if of_values:
                     left[-1] = add_dot(left[-1], Product(weights.astype(band.dtype), gradient_here))
@@ -507,4 +513,4 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
         *_barriers(plan, 2 + copies_table, 1),
     ]
     name = "_".join(["banded_flash", *["key"] * of_keys, *["value"] * of_values, "gradient"])
-    return _launch(body, name, band, operands, of_keys=True, out=out, scratch=scratch)
+    return _launch(body, name, band, operands, of_keys=True, counts=False, out=out, scratch=scratch)

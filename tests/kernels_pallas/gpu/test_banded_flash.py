@@ -37,7 +37,7 @@ CASES = {  # length, options of local_attention, options of draw_arrays
     "one token": (1, {"window": 1}, {}),
     "causal": (140, {"window": 100, "is_causal": True}, {"heads": 1}),
     "grouped heads": (300, {"window": 140, "is_causal": True}, {"heads": 4, "key_heads": 2}),
-    "full tiles": (384, {"window": 600, "is_causal": True}, {"dtype": jnp.float16}),
+    "full tiles": (384, {"window": 384, "is_causal": True}, {"dtype": jnp.float16}),
     "all keys": (200, {"window": 200}, {"batch": 2, "head_dim": 80, "value_dim": 130}),
     "negative scale": (200, {"window": 70, "is_causal": True, "scale": -0.2}, {}),
     "head dim 128": (384, {"window": 50}, {"head_dim": 128, "value_dim": 128}),
