@@ -31,7 +31,8 @@ _WIDTHS = (64, 128, 192, 256)
 class Lists(NamedTuple):
     """Which tiles the rows visit, for every row of the batch or for all alike.
 
-    columns: int32 [lists, rows, most]. counts: int32 [lists, rows, 2], of those seen in full and of all, 1 at least.
+    columns: int32 [lists, rows, most]. counts: int32 [lists, rows, 3], of those seen in full, of all, 1 at least, and
+    of those that are looked at: a row without such lists one that is not.
     """
 
     columns: Any
@@ -51,10 +52,17 @@ def lists_of(visits: Visits, rows: int) -> Lists:
         table = np.zeros((rows, number.max()), np.int32)
         table[row[order], place] = column[order]
         columns.append(table)
-        counts.append(np.stack([np.bincount(row[full], minlength=rows), number], axis=1).astype(np.int32))
+        active = flags & ACTIVE != 0
+        each = [np.bincount(row[full], minlength=rows), number, np.bincount(row[active], minlength=rows)]
+        counts.append(np.stack(each, axis=1).astype(np.int32))
     width = max(table.shape[1] for table in columns)
     padded = [np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in columns]
     return Lists(np.stack(padded), np.stack(counts))
+
+
+def _all_partly(lists: Lists) -> Lists:
+    """The same tiles, none of which is seen in full."""
+    return lists._replace(counts=lists.counts * np.array([0, 1, 1], np.int32))
 
 
 def _traced_lists(visits: Visits, rows: int) -> tuple[Array, Array]:
@@ -66,7 +74,8 @@ def _traced_lists(visits: Visits, rows: int) -> tuple[Array, Array]:
     most = int(np.max([1, len(row) - rows + 1]))
     columns = jnp.zeros((rows, most), jnp.int32).at[row, jnp.where(listed, place, most)].set(column, mode="drop")
     number = jnp.zeros(rows, jnp.int32).at[row].add(listed.astype(jnp.int32))
-    return columns, jnp.stack([jnp.zeros_like(number), number], axis=1)
+    active = jnp.zeros(rows, jnp.int32).at[row].add((flags & ACTIVE != 0).astype(jnp.int32))
+    return columns, jnp.stack([jnp.zeros_like(number), number, active], axis=1)
 
 
 def padded_width(width: int) -> int:
@@ -114,8 +123,10 @@ class Band:
         self.group, self.dtype = self.heads // self.key_heads, query.dtype
         self.key_width, self.value_width = padded_width(head_dim), padded_width(value_dim)
         self.query_tiles, self.key_tiles = -(-self.num_queries // TILE), -(-self.num_keys // TILE)
-        self.by_query = lists_of(tiling.by_query, self.query_tiles)
-        self.by_key = lists_of(tiling.by_key, self.key_tiles)
+        by_query = lists_of(tiling.by_query, self.query_tiles)
+        by_key = lists_of(tiling.by_key, self.key_tiles)
+        # Segments cut tiles that are seen in full but for them.
+        self.by_query, self.by_key = (_all_partly(x) if segment_ids else x for x in (by_query, by_key))
         self.diagonals, self.sinks, self.axes = tiling.diagonals, tiling.sinks, tiling.starts.shape[1]
         self.has_segments = segment_ids is not None
         query_ids, key_ids = segment_ids or (None, None)

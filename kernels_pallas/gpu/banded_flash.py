@@ -228,7 +228,9 @@ def _body(band: Band, step: int, stages: int) -> Any:
         total, maximum, weight = attend(last, logits, carry, True)
         empty = maximum <= MASKED
         inverse = jnp.where(empty, np.float32(0), 1 / weight)
-        store(out_s.at[warpgroup], total * by_row(inverse, wide))
+        # What a query without keys has added up may be anything.
+        nothing = by_row(maximum, wide) <= MASKED
+        store(out_s.at[warpgroup], jnp.where(nothing, np.float32(0), total * by_row(inverse, wide)))
         store(lse_s.at[warpgroup], jnp.where(empty, np.float32(-np.inf), maximum * _LOG_2 + jnp.log(weight)))
         plgpu.copy_smem_to_gmem(out_s.at[warpgroup], out_ref.at[batch, mine, head])
         plgpu.copy_smem_to_gmem(lse_s.at[warpgroup], lse_ref.at[batch, head, mine])

@@ -285,7 +285,7 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
         tile = np.int32(band.query_tiles - 1) - lax.axis_index("tile")  # the longest lists of a causal band first
         key_head = lax.div(head, np.int32(band.group))
         in_lists = batch if columns_ref.shape[0] > 1 else np.int32(0)
-        num_full, count = (parts * counts_ref[in_lists, tile, i] for i in range(2))
+        num_full, count = (parts * counts_ref[in_lists, tile, i] for i in (0, 2))
         factor, shrink, shape = scalars[_FACTOR], scalars[_SHRINK], (ROWS, step)
         first = tile * np.int32(TILE) + warpgroup * np.int32(ROWS)
         mine = pl.ds(first, ROWS)
@@ -408,7 +408,7 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
         batch, key_head, tile, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "tile", "warpgroup"))
         in_lists = batch if columns_ref.shape[0] > 1 else np.int32(0)
         # A listed tile's parts follow each other, head by head: full tiles of all heads come before the others.
-        num_full, count = (parts * group * counts_ref[in_lists, tile, i] for i in range(2))
+        num_full, count = (parts * group * counts_ref[in_lists, tile, i] for i in (0, 2))
         factor, shrink, shape = scalars[_FACTOR], scalars[_SHRINK], (ROWS, step)
         first = tile * np.int32(TILE) + warpgroup * np.int32(ROWS)
         mine = pl.ds(first, ROWS)
