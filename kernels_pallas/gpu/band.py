@@ -45,6 +45,8 @@ def lists_of(visits: Visits, rows: int) -> Lists:
         return jax.vmap(lambda *visits: Lists(*_traced_lists(Visits(*visits), rows)))(*visits)
     columns, counts = [], []
     for row, column, flags in zip(*(np.asarray(x) for x in visits), strict=True):
+        listed = flags & (ACTIVE | FIRST) != 0  # the others fill up a list that was made with the arrays
+        row, column, flags = row[listed], column[listed], flags[listed]
         full = flags & FULL != 0
         order = np.lexsort((column, ~full, row))  # by row, full ones first
         number = np.bincount(row, minlength=rows)
