@@ -19,6 +19,7 @@ from attnlab import (
     routing_attention,
 )
 from kernels_pallas.gpu import banded_flash, banded_flash_backward
+from kernels_pallas.gpu.band import lists_of
 from kernels_pallas.gpu.banded_flash import banded_flash_attention
 from kernels_pallas.gpu.banded_flash_backward import banded_flash_gradients
 from kernels_pallas.patterns import Boxes, Intervals, SortedIntervals
@@ -344,6 +345,22 @@ def test_gradients_of_transformed_calls_lower(name):
     """Interpret mode has no rules for the effects that kernels have in it under these."""
     gradient = jax.grad(TRANSFORMED[name], argnums=(0, 1, 2))
     assert b"mosaic_gpu" in lower(gradient, *shapes(140, heads=1))
+
+
+def test_lists_of_known_and_of_traced_arrays_are_the_same():
+    end = jnp.arange(1, 301)[None].repeat(2, axis=0)
+    start = jnp.maximum(end - jnp.asarray([[40], [200]]), 0)
+
+    def lists(start, end):
+        tiling = SortedIntervals(start, end, 300, reach=200, block=128).tiled(128, 128)
+        return [lists_of(visits, 3) for visits in (tiling.by_query, tiling.by_key)]
+
+    for known, traced in zip(lists(start, end), jax.jit(lists)(start, end), strict=True):
+        np.testing.assert_array_equal(known.counts, traced.counts)
+        most = known.columns.shape[2]
+        for place in np.ndindex(known.counts.shape[:2]):
+            listed = np.arange(most) < known.counts[place][1]
+            np.testing.assert_array_equal(known.columns[place][listed], traced.columns[place][:most][listed])
 
 
 @pytest.mark.parametrize(
