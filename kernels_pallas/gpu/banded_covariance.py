@@ -64,11 +64,12 @@ STEP = 64  # keys, or queries, that are multiplied at once: three matrices of so
 _MOST_STAGES = 4
 _MOST_WIDTH = 128  # two sums of more columns do not fit into the registers
 _SPARE_BYTES = 4096  # of shared memory, for tables and barriers
-_LOG2_E = np.float32(np.log2(np.e))
+_LOG_2 = np.float32(np.log(2))
 # Rows of the table of numbers that belong to a query.
 _LSE, _KEY_MEAN, _VALUE_MEAN, _PRODUCT = range(4)
-# Powers of two that bound x . k in float16: alone, and multiplied with g . v.
-_ALONE, _IN_PRODUCTS = 14, 6
+_MEAN = _KEY_MEAN  # the only one, of either
+# In float16, powers of two: that bound x . k, alone or multiplied with g . v and weights; that raise these weights.
+_ALONE, _IN_PRODUCTS, _RAISED = 14, 1, 10
 
 
 class _Plan(NamedTuple):
@@ -87,10 +88,11 @@ class _Plan(NamedTuple):
 
 
 def _plans(keys: int, values: int, parts: int = 2) -> dict[str, _Plan]:
-    """Of the three kernels: q, x against k, v; q, x, g against k, v; k, v against q, x, g."""
+    """Of the kernels: q, x (or g) in parts against k, v; q, x, g against k, v; k, v against q, x, g."""
     return {
         "forward": _Plan([keys] * (1 + parts), [keys, values]),
-        "query": _Plan([keys, keys, *[values] * parts], [keys, values]),
+        "direction": _Plan([keys, *[values] * parts], [keys, values]),
+        "query": _Plan([keys, keys, values], [keys, values]),
         "key": _Plan([keys, values], [keys, keys, values]),
     }
 
@@ -139,25 +141,8 @@ def banded_covariance(
     Complexity: O(B N (H + V) x visited tiles) time; memory beside the arguments: x in two 16-bit numbers.
     """
     band = _band("banded_covariance", query, key, value, pattern)
-    parts, exponent, direction = _split(direction, key, _ALONE, 2 if is_exact else 1)
-    numbers = {_LSE: _finite(lse), _KEY_MEAN: _inner(direction, key_mean)}
-    out, rest = _run(
-        band,
-        "banded_covariance",
-        _plans(band.key_width, band.value_width, len(parts))["forward"],
-        functools.partial(_forward_step, is_exact=is_exact),
-        by_key=False,
-        scale=scale,
-        numbers=numbers,
-        queries=[query, *parts],
-        tokens=[key, value],
-        sums=(band.value_width,),
-        row_sums=1,
-    )
-    out = out[:, : query.shape[1], :, : value.shape[-1]]
-    if value_mean is not None:
-        out = out - rest[:, : query.shape[1], :, None] * value_mean.astype(jnp.float32)
-    return jnp.ldexp(out, exponent[..., None])
+    means = (key_mean, value_mean)
+    return _covariance(band, query, key, value, direction, lse, means, source=0, scale=scale, is_exact=is_exact)
 
 
 def banded_covariance_gradients(
@@ -183,32 +168,32 @@ def banded_covariance_gradients(
       is_exact: of direction's gradient, as there; the others have query's precision.
     """
     band = _band("banded_covariance_gradients", query, key, value, pattern)
-    gradient, out = gradient.astype(jnp.float32), out.astype(jnp.float32)
-    scale = jnp.asarray(scale, jnp.float32)
-    x, of_x, direction = _split(direction, key, _IN_PRODUCTS, 1)
-    g, of_g, exact_gradient = _split(gradient, value, _IN_PRODUCTS, 2 if is_exact else 1)
-    rounded_gradient = g[0].astype(jnp.float32)
-    numbers = {_LSE: _finite(lse), _KEY_MEAN: _inner(direction, key_mean), _VALUE_MEAN: _inner(exact_gradient, value_mean)}
-    numbers[_PRODUCT] = jnp.ldexp(_inner(exact_gradient, out), -of_x)
-    plans = _plans(band.key_width, band.value_width, len(g))
-    to_query, to_direction = _run(
+    gradient, out, scale = (jnp.asarray(x, jnp.float32) for x in (gradient, out, scale))
+    [x], of_x, direction = _split(direction, key, _IN_PRODUCTS, 1)
+    [g], of_g, rounded = _split(gradient, value, _IN_PRODUCTS, 1)
+    raised = np.int32(_RAISED if key.dtype == jnp.float16 else 0)
+    numbers = {
+        _LSE: _finite(lse) - np.float32(raised) * _LOG_2,
+        _KEY_MEAN: _inner(direction, key_mean),
+        _VALUE_MEAN: _inner(rounded, value_mean),
+        _PRODUCT: jnp.ldexp(_inner(rounded, out), -of_x),
+    }
+    plans = _plans(band.key_width, band.value_width)
+    to_query, *to_direction = _run(
         band,
         "banded_covariance_query_gradients",
         plans["query"],
-        functools.partial(_query_step, is_exact=is_exact),
+        _query_step,
         by_key=False,
         scale=scale,
         numbers=numbers,
-        queries=[query, *x, *g],
+        queries=[query, x, g],
         tokens=[key, value],
-        sums=(band.key_width, band.key_width),
+        sums=(band.key_width,) * (1 if is_exact else 2),
     )
-    # Here queries are summed over: what scales their rows of x and g goes into their weights, at most 1.
+    # Here queries are summed over: what scales their rows of x and g goes into their weights.
     row_exponent = of_x + of_g
     most = jnp.max(row_exponent)
-    numbers[_LSE] = numbers[_LSE] - (row_exponent - most).astype(jnp.float32) / _LOG2_E
-    numbers[_VALUE_MEAN] = _inner(rounded_gradient, value_mean)
-    numbers[_PRODUCT] = jnp.ldexp(_inner(rounded_gradient, out), -of_x)
     to_key, to_value = _run(
         band,
         "banded_covariance_key_value_gradients",
@@ -216,19 +201,62 @@ def banded_covariance_gradients(
         _key_step,
         by_key=True,
         scale=scale,
-        numbers=numbers,
-        queries=[query, *x, g[0]],
+        numbers=numbers | {_LSE: numbers[_LSE] + (most - row_exponent).astype(jnp.float32) * _LOG_2},
+        queries=[query, x, g],
         tokens=[key, value],
         sums=(band.key_width, band.value_width),
     )
-    to_query = jnp.ldexp(to_query[:, : query.shape[1], :, : query.shape[-1]], row_exponent[..., None])
-    to_direction = jnp.ldexp(to_direction[:, : query.shape[1], :, : query.shape[-1]], of_g[..., None])
-    to_key, to_value = (
-        jnp.ldexp(total[:, : x.shape[1], :, : x.shape[-1]], most).astype(x.dtype)
-        for total, x in ((to_key, key), (to_value, value))
-    )
+    to_query = _cut(to_query, query, row_exponent - raised)
+    if is_exact:
+        means = (value_mean, key_mean)
+        to_x = _covariance(band, query, key, value, gradient, lse, means, source=1, scale=scale, is_exact=True)
+    else:
+        to_x = _cut(*to_direction, query, of_g - raised)
+    to_key, to_value = (_cut(total, x, most - raised).astype(x.dtype) for total, x in ((to_key, key), (to_value, value)))
     to_scale = jnp.sum(query.astype(jnp.float32) * to_query)
-    return (scale * to_query).astype(query.dtype), to_key, to_value, to_direction, to_scale
+    return (scale * to_query).astype(query.dtype), to_key, to_value, to_x, to_scale
+
+
+def _covariance(
+    band: Band,
+    query: Array,
+    key: Array,
+    value: Array,
+    direction: Array,
+    lse: Array,
+    means: tuple[Array, Array | None],
+    *,
+    source: int,
+    scale: float | Array,
+    is_exact: bool,
+) -> Array:
+    """Cov_p(v, k) x, or with source 1 Cov_p(k, v) x. means: of what x is multiplied with, and of what is summed."""
+    tokens, widths = (key, value), (band.key_width, band.value_width)
+    parts, exponent, direction = _split(direction, tokens[source], _ALONE, 2 if is_exact else 1)
+    out, rest = _run(
+        band,
+        "banded_covariance" if source == 0 else "banded_covariance_direction_gradients",
+        _plans(*widths, len(parts))["forward" if source == 0 else "direction"],
+        functools.partial(_forward_step, source=source, is_exact=is_exact),
+        by_key=False,
+        scale=scale,
+        numbers={_LSE: _finite(lse), _MEAN: _inner(direction, means[0])},
+        queries=[query, *parts],
+        tokens=list(tokens),
+        sums=(widths[1 - source],),
+        row_sums=1,
+    )
+    if means[1] is not None:
+        mean = band.queries(means[1].astype(jnp.float32))
+        out = out - rest[..., None] * mean
+    shape = (*query.shape[:3], tokens[1 - source].shape[-1])
+    return _cut(out, jax.ShapeDtypeStruct(shape, jnp.float32), exponent)
+
+
+def _cut(x: Array, like: Any, exponent: Array) -> Array:
+    """x without the padding, times 2^exponent, of each row or of all."""
+    x = x[:, : like.shape[1], :, : like.shape[3]]
+    return jnp.ldexp(x, jnp.broadcast_to(exponent[..., None], x.shape))
 
 
 def _band(name: str, query: Array, key: Array, value: Array, pattern: Pattern) -> Band:
@@ -301,27 +329,33 @@ def _rounded(x: Array, dtype: Any, is_exact: bool) -> list[Array]:
     return [high, (x - high.astype(jnp.float32)).astype(dtype)] if is_exact else [high]
 
 
-def _forward_step(step: _Step, sums: list[Array], *, is_exact: bool) -> list[Array]:
+def _forward_step(step: _Step, sums: list[Array], *, source: int, is_exact: bool) -> list[Array]:
+    """source: of key and value, which one directions are multiplied with; the other one is summed."""
     query, *directions = step.own
-    key, value = step.moving
-    logits, slopes = _pairs([(query, key)], [(x, key) for x in directions])
-    tilted = step.weights(logits) * (slopes - step.number(_KEY_MEAN))
-    out, rest = sums
-    weights = _rounded(tilted, value.dtype, is_exact)
-    return [add_dot(out, *(Product(weight, value) for weight in weights)), rest + tilted.sum(axis=1)]
+    key, target = step.moving[0], step.moving[1 - source]
+    logits, slopes = _pairs([(query, key)], [(x, step.moving[source]) for x in directions])
+    tilted = step.weights(logits) * (slopes - step.number(_MEAN))
+    total, rest = sums
+    weights = _rounded(tilted, target.dtype, is_exact)
+    return [add_dot(total, *(Product(weight, target) for weight in weights)), rest + tilted.sum(axis=1)]
 
 
-def _query_step(step: _Step, sums: list[Array], *, is_exact: bool) -> list[Array]:
-    query, direction, *gradients = step.own
+def _query_step(step: _Step, sums: list[Array]) -> list[Array]:
+    query, direction, gradient = step.own
     key, value = step.moving
-    to_query, to_direction = sums
-    logits, gains = _pairs([(query, key)], [(gradient, value) for gradient in gradients])
+    logits, slopes = _pairs([(query, key)], [(direction, key)])
     weights = step.weights(logits)
-    gains = weights * (gains - step.number(_VALUE_MEAN))
-    to_direction = add_dot(to_direction, *(Product(x, key) for x in _rounded(gains, key.dtype, is_exact)))
-    [slopes] = _pairs([(direction, key)])
-    of_logits = gains * (slopes - step.number(_KEY_MEAN)) - weights * step.number(_PRODUCT)
-    return [add_dot(to_query, Product(of_logits.astype(key.dtype), key)), to_direction]
+    slopes = weights * (slopes - step.number(_KEY_MEAN))
+    # In 16 bits until the next product is there: registers are few.
+    weights, slopes = weights.astype(key.dtype), slopes.astype(key.dtype)
+    [gains] = _pairs([(gradient, value)])
+    gains = gains - step.number(_VALUE_MEAN)
+    weights = weights.astype(jnp.float32)
+    of_logits = slopes.astype(jnp.float32) * gains - weights * step.number(_PRODUCT)
+    others = [weights * gains] if len(sums) == 2 else []
+    return [
+        add_dot(total, Product(x.astype(key.dtype), key)) for total, x in zip(sums, [of_logits, *others], strict=True)
+    ]
 
 
 def _key_step(step: _Step, sums: list[Array]) -> list[Array]:
@@ -330,11 +364,13 @@ def _key_step(step: _Step, sums: list[Array]) -> list[Array]:
     to_key, to_value = sums
     logits, slopes = _pairs([(key, query)], [(key, direction)])
     weights = step.weights(logits)
-    slopes = slopes - step.number(_KEY_MEAN)
-    to_value = add_dot(to_value, Product((weights * slopes).astype(value.dtype), gradient))
+    slopes = weights * (slopes - step.number(_KEY_MEAN))
+    weights, slopes = weights.astype(key.dtype), slopes.astype(key.dtype)  # registers, as above
+    to_value = add_dot(to_value, Product(slopes, gradient))
     [gains] = _pairs([(value, gradient)])
     gains = gains - step.number(_VALUE_MEAN)
-    of_logits = step.size * weights * (slopes * gains - step.number(_PRODUCT))
+    weights = weights.astype(jnp.float32)
+    of_logits = step.size * (slopes.astype(jnp.float32) * gains - weights * step.number(_PRODUCT))
     products = Product(of_logits.astype(key.dtype), query), Product((weights * gains).astype(key.dtype), direction)
     return [add_dot(to_key, *products), to_value]
 
@@ -360,11 +396,11 @@ def _run(
     row_sums: sums of a number per row, after them, [B, T, N].
     """
     sign, factor = factor_of(scale)
-    factors = jnp.concatenate([factor, factor / _LOG2_E])
+    factors = jnp.concatenate([factor, factor * _LOG_2])
     first, *more = queries
     queries = [band.queries(x) for x in (first * sign.astype(first.dtype), *more)]
     tokens = [band.keys(x) for x in tokens]
-    numbers = numbers | {_LSE: numbers[_LSE] * _LOG2_E}
+    numbers = numbers | {_LSE: numbers[_LSE] / _LOG_2}
     length = band.query_tiles * TILE
     table = jnp.stack([jnp.moveaxis(numbers[row], 1, 2) for row in sorted(numbers)], axis=2)
     table = jnp.pad(table, ((0, 0), (0, 0), (0, 0), (0, length - table.shape[-1])))
