@@ -25,7 +25,7 @@ Deterministic: sums go in the order of the lists.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +62,8 @@ Array = jax.Array
 
 STEP = 64  # keys, or queries, that are multiplied at once: three matrices of so many columns beside two sums
 _MOST_STAGES = 4
-_MOST_WIDTH = 128  # two sums of more columns do not fit into the registers
+_MOST_WIDTH = 128  # of what fits into shared memory
+_MOST_IN_SUMS = 192  # columns of two sums for which there are registers beside a step's three matrices
 _SPARE_BYTES = 4096  # of shared memory, for tables and barriers
 _LOG_2 = np.float32(np.log(2))
 # Rows of the table of numbers that belong to a query.
@@ -72,34 +73,21 @@ _MEAN = _KEY_MEAN  # the only one, of either
 _ALONE, _IN_PRODUCTS, _RAISED = 14, 1, 10
 
 
-class _Plan(NamedTuple):
-    """Widths of the 16-bit matrices that a block keeps, and of those that move through its ring."""
-
-    own: Sequence[int]
-    moving: Sequence[int]
-
-    def stages(self) -> int:
-        """At least the two that a kernel needs."""
-        left = SMEM_BUDGET - _SPARE_BYTES - 2 * TILE * sum(self.own)
-        return max(2, min(_MOST_STAGES, left // (2 * STEP * sum(self.moving))))
-
-    def smem_bytes(self) -> int:
-        return 2 * TILE * sum(self.own) + 2 * self.stages() * STEP * sum(self.moving) + _SPARE_BYTES
-
-
-def _plans(keys: int, values: int, parts: int = 2) -> dict[str, _Plan]:
-    """Of the kernels: q, x (or g) in parts against k, v; q, x, g against k, v; k, v against q, x, g."""
-    return {
-        "forward": _Plan([keys] * (1 + parts), [keys, values]),
-        "direction": _Plan([keys, *[values] * parts], [keys, values]),
-        "query": _Plan([keys, keys, values], [keys, values]),
-        "key": _Plan([keys, values], [keys, keys, values]),
-    }
+def _stages(own: list[int], moving: list[int]) -> int:
+    """Slots of a block that keeps matrices of these widths, for those that move; two at least."""
+    left = SMEM_BUDGET - _SPARE_BYTES - 2 * TILE * sum(own)
+    return max(2, min(_MOST_STAGES, left // (2 * STEP * sum(moving))))
 
 
 def smem_bytes(key_width: int, value_width: int) -> int:
     """Shared memory of a block of the largest of the kernels, at padded widths."""
-    return max(plan.smem_bytes() for plan in _plans(key_width, value_width).values())
+    tokens, each = [key_width, value_width], 2 * max(key_width, value_width)
+    kernels = (  # own, moving
+        ([key_width, each], tokens),  # q, x or g in two parts
+        ([key_width, *tokens], tokens),  # q, x, g
+        (tokens, [key_width, *tokens]),
+    )
+    return max(2 * TILE * sum(own) + 2 * _stages(own, moving) * STEP * sum(moving) for own, moving in kernels) + _SPARE_BYTES
 
 
 def refusal(query: Any, key: Any, value: Any, *, pattern: Pattern) -> str | None:
@@ -178,40 +166,42 @@ def banded_covariance_gradients(
         _VALUE_MEAN: _inner(rounded, value_mean),
         _PRODUCT: jnp.ldexp(_inner(rounded, out), -of_x),
     }
-    plans = _plans(band.key_width, band.value_width)
+    widths, tokens, operands = (band.key_width, band.value_width), [key, value], [query, x, g]
+    is_fused = not is_exact and sum(widths) <= _MOST_IN_SUMS
     to_query, *to_direction = _run(
         band,
         "banded_covariance_query_gradients",
-        plans["query"],
         _query_step,
         by_key=False,
         scale=scale,
         numbers=numbers,
-        queries=[query, x, g],
-        tokens=[key, value],
-        sums=(band.key_width,) * (1 if is_exact else 2),
+        queries=operands,
+        tokens=tokens,
+        sums=widths[:1] * (2 if is_fused else 1),
     )
     # Here queries are summed over: what scales their rows of x and g goes into their weights.
     row_exponent = of_x + of_g
     most = jnp.max(row_exponent)
-    to_key, to_value = _run(
+    by_key: Any = functools.partial(
+        _run,
         band,
-        "banded_covariance_key_value_gradients",
-        plans["key"],
-        _key_step,
         by_key=True,
         scale=scale,
         numbers=numbers | {_LSE: numbers[_LSE] + (most - row_exponent).astype(jnp.float32) * _LOG_2},
-        queries=[query, x, g],
-        tokens=[key, value],
-        sums=(band.key_width, band.value_width),
+        queries=operands,
     )
-    to_query = _cut(to_query, query, row_exponent - raised)
-    if is_exact:
-        means = (value_mean, key_mean)
-        to_x = _covariance(band, query, key, value, gradient, lse, means, source=1, scale=scale, is_exact=True)
+    name, step = "banded_covariance_{}_gradients", functools.partial(_key_step, of_key=True, of_value=True)
+    if sum(widths) <= _MOST_IN_SUMS:
+        to_key, to_value = by_key(name.format("key_value"), step, tokens=tokens, sums=widths)
     else:
+        [to_key] = by_key(name.format("key"), functools.partial(step, of_value=False), tokens=tokens, sums=widths[:1])
+        [to_value] = by_key(name.format("value"), functools.partial(step, of_key=False), tokens=[key], sums=widths[1:])
+    to_query = _cut(to_query, query, row_exponent - raised)
+    if is_fused:
         to_x = _cut(*to_direction, query, of_g - raised)
+    else:
+        means = (value_mean, key_mean)
+        to_x = _covariance(band, query, key, value, gradient, lse, means, source=1, scale=scale, is_exact=is_exact)
     to_key, to_value = (_cut(total, x, most - raised).astype(x.dtype) for total, x in ((to_key, key), (to_value, value)))
     to_scale = jnp.sum(query.astype(jnp.float32) * to_query)
     return (scale * to_query).astype(query.dtype), to_key, to_value, to_x, to_scale
@@ -236,7 +226,6 @@ def _covariance(
     out, rest = _run(
         band,
         "banded_covariance" if source == 0 else "banded_covariance_direction_gradients",
-        _plans(*widths, len(parts))["forward" if source == 0 else "direction"],
         functools.partial(_forward_step, source=source, is_exact=is_exact),
         by_key=False,
         scale=scale,
@@ -325,8 +314,14 @@ def _pairs(*sums: list[tuple[Any, Any]]) -> list[Array]:
 
 def _rounded(x: Array, dtype: Any, is_exact: bool) -> list[Array]:
     """x in 16 bits, or as the sum of two such numbers."""
-    high = x.astype(dtype)
-    return [high, (x - high.astype(jnp.float32)).astype(dtype)] if is_exact else [high]
+    if not is_exact:
+        return [x.astype(dtype)]
+    if dtype == jnp.bfloat16:  # the upper half of a float32 number; faster than to round there and back
+        bits = lax.bitcast_convert_type(x, jnp.int32) & np.int32(-(2**16))
+        high = lax.bitcast_convert_type(bits, jnp.float32)
+    else:
+        high = x.astype(dtype).astype(jnp.float32)
+    return [high.astype(dtype), (x - high).astype(dtype)]
 
 
 def _forward_step(step: _Step, sums: list[Array], *, source: int, is_exact: bool) -> list[Array]:
@@ -341,44 +336,39 @@ def _forward_step(step: _Step, sums: list[Array], *, source: int, is_exact: bool
 
 
 def _query_step(step: _Step, sums: list[Array]) -> list[Array]:
+    """sums: of the gradients of queries, and of directions where there are two."""
     query, direction, gradient = step.own
     key, value = step.moving
-    logits, slopes = _pairs([(query, key)], [(direction, key)])
+    logits, slopes, gains = _pairs([(query, key)], [(direction, key)], [(gradient, value)])
     weights = step.weights(logits)
-    slopes = weights * (slopes - step.number(_KEY_MEAN))
-    # In 16 bits until the next product is there: registers are few.
-    weights, slopes = weights.astype(key.dtype), slopes.astype(key.dtype)
-    [gains] = _pairs([(gradient, value)])
-    gains = gains - step.number(_VALUE_MEAN)
-    weights = weights.astype(jnp.float32)
-    of_logits = slopes.astype(jnp.float32) * gains - weights * step.number(_PRODUCT)
-    others = [weights * gains] if len(sums) == 2 else []
-    return [
-        add_dot(total, Product(x.astype(key.dtype), key)) for total, x in zip(sums, [of_logits, *others], strict=True)
-    ]
+    gains = weights * (gains - step.number(_VALUE_MEAN))
+    of_logits = gains * (slopes - step.number(_KEY_MEAN)) - weights * step.number(_PRODUCT)
+    factors = [of_logits, gains][: len(sums)]
+    return [add_dot(total, Product(x.astype(key.dtype), key)) for total, x in zip(sums, factors, strict=True)]
 
 
-def _key_step(step: _Step, sums: list[Array]) -> list[Array]:
-    key, value = step.own
+def _key_step(step: _Step, sums: list[Array], *, of_key: bool, of_value: bool) -> list[Array]:
+    """sums: of the gradients of keys, of values, or of both."""
+    key, *values = step.own
     query, direction, gradient = step.moving
-    to_key, to_value = sums
+    sums = list(sums)
     logits, slopes = _pairs([(key, query)], [(key, direction)])
     weights = step.weights(logits)
     slopes = weights * (slopes - step.number(_KEY_MEAN))
-    weights, slopes = weights.astype(key.dtype), slopes.astype(key.dtype)  # registers, as above
-    to_value = add_dot(to_value, Product(slopes, gradient))
-    [gains] = _pairs([(value, gradient)])
-    gains = gains - step.number(_VALUE_MEAN)
-    weights = weights.astype(jnp.float32)
-    of_logits = step.size * (slopes.astype(jnp.float32) * gains - weights * step.number(_PRODUCT))
-    products = Product(of_logits.astype(key.dtype), query), Product((weights * gains).astype(key.dtype), direction)
-    return [add_dot(to_key, *products), to_value]
+    if of_value:
+        sums[-1] = add_dot(sums[-1], Product(slopes.astype(key.dtype), gradient))
+    if of_key:
+        [gains] = _pairs([(value, gradient) for value in values])
+        gains = gains - step.number(_VALUE_MEAN)
+        of_logits = step.size * (slopes * gains - weights * step.number(_PRODUCT))
+        products = Product(of_logits.astype(key.dtype), query), Product((weights * gains).astype(key.dtype), direction)
+        sums[0] = add_dot(sums[0], *products)
+    return sums
 
 
 def _run(
     band: Band,
     name: str,
-    plan: _Plan,
     accumulate: Callable[[_Step, list[Array]], list[Array]],
     *,
     by_key: bool,
@@ -409,7 +399,7 @@ def _run(
     lists = [jnp.asarray(x) for x in (band.by_key if by_key else band.by_query)]
     tables = [x for x in (band.query_table, band.key_table) if x is not None]
     moving_table = band.query_table if by_key else band.key_table
-    stages = plan.stages()
+    stages = _stages(*([x.shape[-1] for x in arrays] for arrays in (own, moving)))
     copies = len(moving) + by_key + (moving_table is not None)
     results = launch(
         _body(band, accumulate, by_key=by_key, own=len(own), moving=len(moving), sums=sums, row_sums=row_sums, stages=stages),
