@@ -63,7 +63,7 @@ Array = jax.Array
 STEP = 64  # keys, or queries, that are multiplied at once: three matrices of so many columns beside two sums
 _MOST_STAGES = 4
 _MOST_WIDTH = 128  # of what fits into shared memory
-_MOST_IN_SUMS = 192  # columns of two sums for which there are registers beside a step's three matrices
+_MOST_IN_SUMS = 256  # columns of two sums for which there are registers beside a step's three matrices
 _SPARE_BYTES = 4096  # of shared memory, for tables and barriers
 _LOG_2 = np.float32(np.log(2))
 # Rows of the table of numbers that belong to a query.
@@ -339,11 +339,13 @@ def _query_step(step: _Step, sums: list[Array]) -> list[Array]:
     """sums: of the gradients of queries, and of directions where there are two."""
     query, direction, gradient = step.own
     key, value = step.moving
-    logits, slopes, gains = _pairs([(query, key)], [(direction, key)], [(gradient, value)])
+    logits, slopes = _pairs([(query, key)], [(direction, key)])
     weights = step.weights(logits)
-    gains = weights * (gains - step.number(_VALUE_MEAN))
-    of_logits = gains * (slopes - step.number(_KEY_MEAN)) - weights * step.number(_PRODUCT)
-    factors = [of_logits, gains][: len(sums)]
+    slopes = weights * (slopes - step.number(_KEY_MEAN))
+    [gains] = _pairs([(gradient, value)])
+    gains = gains - step.number(_VALUE_MEAN)
+    of_logits = slopes * gains - weights * step.number(_PRODUCT)
+    factors = [of_logits, weights * gains][: len(sums)]
     return [add_dot(total, Product(x.astype(key.dtype), key)) for total, x in zip(sums, factors, strict=True)]
 
 
@@ -361,8 +363,8 @@ def _key_step(step: _Step, sums: list[Array], *, of_key: bool, of_value: bool) -
         [gains] = _pairs([(value, gradient) for value in values])
         gains = gains - step.number(_VALUE_MEAN)
         of_logits = step.size * (slopes * gains - weights * step.number(_PRODUCT))
-        products = Product(of_logits.astype(key.dtype), query), Product((weights * gains).astype(key.dtype), direction)
-        sums[0] = add_dot(sums[0], *products)
+        sums[0] = add_dot(sums[0], Product(of_logits.astype(key.dtype), query))
+        sums[0] = add_dot(sums[0], Product((weights * gains).astype(key.dtype), direction))
     return sums
 
 
@@ -519,7 +521,7 @@ def _body(
                     sides = [Side(0, first, own_numbers), Side(1, place_of(number)[1], others)]
                     sees = band.visible(sides[own_axis], sides[1 - own_axis], shape)
                 step = _Step(
-                    [s.at[warpgroup] for s in own_s],
+                    [s.at[jnp.minimum(warpgroup, number + 1)] for s in own_s],
                     [s.at[slot] for s in moving_s],
                     sees,
                     number_of,
