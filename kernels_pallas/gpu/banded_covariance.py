@@ -288,13 +288,13 @@ def _split(x: Array, tokens: Array, bound: int, parts: int) -> tuple[list[Array]
 class _Step(NamedTuple):
     """What the kernels read of a step, of which rows are a warpgroup's own tokens, and columns those that move.
 
-    own, moving: refs of 16-bit matrices. sees: bool, or None where all is seen. number: row of the table -> it, over the
+    own, moving: refs of 16-bit matrices. sees: gives bool, or is None where all is seen. number: row of the table -> it, over the
     matrix. factor, size: the scale's size in base 2, and as it is.
     """
 
     own: list[Any]
     moving: list[Any]
-    sees: Array | None
+    sees: Callable[[], Array] | None
     number: Callable[[int], Array]
     factor: Array
     size: Array
@@ -302,7 +302,7 @@ class _Step(NamedTuple):
     def weights(self, logits: Array) -> Array:
         logits = logits * self.factor
         if self.sees is not None:
-            logits = jnp.where(self.sees, logits, MASKED)
+            logits = jnp.where(self.sees(), logits, MASKED)
         return jnp.exp2(logits - self.number(_LSE))
 
 
@@ -519,7 +519,7 @@ def _body(
                 if masked:
                     others = [] if table_s is None else numbers_of(table_s.at[slot], 1)
                     sides = [Side(0, first, own_numbers), Side(1, place_of(number)[1], others)]
-                    sees = band.visible(sides[own_axis], sides[1 - own_axis], shape)
+                    sees = functools.partial(band.visible, sides[own_axis], sides[1 - own_axis], shape)
                 step = _Step(
                     [s.at[jnp.minimum(warpgroup, number + 1)] for s in own_s],
                     [s.at[slot] for s in moving_s],
