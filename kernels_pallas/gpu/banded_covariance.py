@@ -11,16 +11,16 @@ g of a loss with respect to out, c_ts = g_t . v_s and cbar_t = g_t . vbar_t,
     dq_t  = scale sum_s dl_ts k_s                     dx_t = sum_s p_ts (c_ts - cbar_t) k_s
     dk_s  = sum_t scale dl_ts q_t + p_ts (c_ts - cbar_t) x_t          dv_s = sum_t p_ts (a_ts - abar_t) g_t
 
-where lse, kbar and vbar are functions of q, k and v, and their share is in dl. A block has a tile of queries of one head,
-64 for each of two warpgroups, and goes through the tiles of keys on the tile's list as in banded_flash.py; one kernel
-gives the gradients of queries and directions, and one, whose rows are keys, those of keys and values.
+where lse, kbar and vbar are functions of q, k and v, and their share is in dl. A block has a tile of queries of one
+head, 64 for each of two warpgroups, and goes through the tiles of keys on the tile's list as in banded_flash.py; one
+kernel gives the gradients of queries and directions, and one, whose rows are keys, those of keys and values.
 
 Numerics: x and the results are float32, since conjugate gradients are made of them; products have 16-bit operands and
-float32 sums. With is_exact, x and the weights of v (and those of k in dx, and g) are each the sum of two 16-bit numbers,
-exact to about 2^-16 in bfloat16 and 2^-21 in float16; without, they are rounded to one, which is all where x and g come
-from 16-bit arrays. The means are rounded as attention's outputs are: what the rounding of kbar does to out is undone
-where vbar is given (out minus vbar times the sum of the tilted weights, which is 0 for exact means). dq, dk and dv are
-16-bit results, made of x and g rounded to 16 bits. float16 has few exponents: rows of x and g are scaled by powers of two.
+float32 sums. With is_exact, x and the weights of v (and in dx g and the weights of k) are each the sum of two 16-bit
+numbers, exact to about 2^-16 in bfloat16 and 2^-21 in float16; without, they are rounded to one, which is all that there
+is where x and g come from 16-bit arrays. kbar comes in 16 bits: what its rounding does to out is undone where vbar is
+given (out minus vbar times the sum of the tilted weights, which is 0 for the exact mean). dq, dk and dv are 16-bit
+results, made of x and g rounded to 16 bits. float16 has few exponents: rows of x and g are scaled by powers of two.
 Deterministic: sums go in the order of the lists.
 """
 
@@ -63,7 +63,6 @@ Array = jax.Array
 STEP = 64  # keys, or queries, that are multiplied at once: three matrices of so many columns beside two sums
 _MOST_STAGES = 4
 _MOST_WIDTH = 128  # of what fits into shared memory
-_MOST_IN_SUMS = 256  # columns of two sums for which there are registers beside a step's three matrices
 _SPARE_BYTES = 4096  # of shared memory, for tables and barriers
 _LOG_2 = np.float32(np.log(2))
 # Rows of the table of numbers that belong to a query.
@@ -87,7 +86,10 @@ def smem_bytes(key_width: int, value_width: int) -> int:
         ([key_width, *tokens], tokens),  # q, x, g
         (tokens, [key_width, *tokens]),
     )
-    return max(2 * TILE * sum(own) + 2 * _stages(own, moving) * STEP * sum(moving) for own, moving in kernels) + _SPARE_BYTES
+    return (
+        max(2 * TILE * sum(own) + 2 * _stages(own, moving) * STEP * sum(moving) for own, moving in kernels)
+        + _SPARE_BYTES
+    )
 
 
 def refusal(query: Any, key: Any, value: Any, *, pattern: Pattern) -> str | None:
@@ -167,7 +169,6 @@ def banded_covariance_gradients(
         _PRODUCT: jnp.ldexp(_inner(rounded, out), -of_x),
     }
     widths, tokens, operands = (band.key_width, band.value_width), [key, value], [query, x, g]
-    is_fused = not is_exact and sum(widths) <= _MOST_IN_SUMS
     to_query, *to_direction = _run(
         band,
         "banded_covariance_query_gradients",
@@ -177,32 +178,31 @@ def banded_covariance_gradients(
         numbers=numbers,
         queries=operands,
         tokens=tokens,
-        sums=widths[:1] * (2 if is_fused else 1),
+        sums=widths[:1] * (1 if is_exact else 2),
     )
     # Here queries are summed over: what scales their rows of x and g goes into their weights.
     row_exponent = of_x + of_g
     most = jnp.max(row_exponent)
-    by_key: Any = functools.partial(
-        _run,
+    to_key, to_value = _run(
         band,
+        "banded_covariance_key_value_gradients",
+        _key_step,
         by_key=True,
         scale=scale,
         numbers=numbers | {_LSE: numbers[_LSE] + (most - row_exponent).astype(jnp.float32) * _LOG_2},
         queries=operands,
+        tokens=tokens,
+        sums=widths,
     )
-    name, step = "banded_covariance_{}_gradients", functools.partial(_key_step, of_key=True, of_value=True)
-    if sum(widths) <= _MOST_IN_SUMS:
-        to_key, to_value = by_key(name.format("key_value"), step, tokens=tokens, sums=widths)
-    else:
-        [to_key] = by_key(name.format("key"), functools.partial(step, of_value=False), tokens=tokens, sums=widths[:1])
-        [to_value] = by_key(name.format("value"), functools.partial(step, of_key=False), tokens=[key], sums=widths[1:])
     to_query = _cut(to_query, query, row_exponent - raised)
-    if is_fused:
-        to_x = _cut(*to_direction, query, of_g - raised)
-    else:
+    if is_exact:
         means = (value_mean, key_mean)
-        to_x = _covariance(band, query, key, value, gradient, lse, means, source=1, scale=scale, is_exact=is_exact)
-    to_key, to_value = (_cut(total, x, most - raised).astype(x.dtype) for total, x in ((to_key, key), (to_value, value)))
+        to_x = _covariance(band, query, key, value, gradient, lse, means, source=1, scale=scale, is_exact=True)
+    else:
+        to_x = _cut(to_direction[0], query, of_g - raised)
+    to_key, to_value = (
+        _cut(total, x, most - raised).astype(x.dtype) for total, x in ((to_key, key), (to_value, value))
+    )
     to_scale = jnp.sum(query.astype(jnp.float32) * to_query)
     return (scale * to_query).astype(query.dtype), to_key, to_value, to_x, to_scale
 
@@ -288,8 +288,8 @@ def _split(x: Array, tokens: Array, bound: int, parts: int) -> tuple[list[Array]
 class _Step(NamedTuple):
     """What the kernels read of a step, of which rows are a warpgroup's own tokens, and columns those that move.
 
-    own, moving: refs of 16-bit matrices. sees: gives bool, or is None where all is seen. number: row of the table -> it, over the
-    matrix. factor, size: the scale's size in base 2, and as it is.
+    own, moving: refs of 16-bit matrices. sees: gives bool, or is None where all is seen. number: row of the table -> it,
+    over the matrix. factor, size: the scale's size in base 2, and as it is.
     """
 
     own: list[Any]
@@ -349,23 +349,20 @@ def _query_step(step: _Step, sums: list[Array]) -> list[Array]:
     return [add_dot(total, Product(x.astype(key.dtype), key)) for total, x in zip(sums, factors, strict=True)]
 
 
-def _key_step(step: _Step, sums: list[Array], *, of_key: bool, of_value: bool) -> list[Array]:
-    """sums: of the gradients of keys, of values, or of both."""
-    key, *values = step.own
+def _key_step(step: _Step, sums: list[Array]) -> list[Array]:
+    key, value = step.own
     query, direction, gradient = step.moving
-    sums = list(sums)
+    to_key, to_value = sums
     logits, slopes = _pairs([(key, query)], [(key, direction)])
     weights = step.weights(logits)
     slopes = weights * (slopes - step.number(_KEY_MEAN))
-    if of_value:
-        sums[-1] = add_dot(sums[-1], Product(slopes.astype(key.dtype), gradient))
-    if of_key:
-        [gains] = _pairs([(value, gradient) for value in values])
-        gains = gains - step.number(_VALUE_MEAN)
-        of_logits = step.size * (slopes * gains - weights * step.number(_PRODUCT))
-        sums[0] = add_dot(sums[0], Product(of_logits.astype(key.dtype), query))
-        sums[0] = add_dot(sums[0], Product((weights * gains).astype(key.dtype), direction))
-    return sums
+    to_value = add_dot(to_value, Product(slopes.astype(key.dtype), gradient))
+    [gains] = _pairs([(value, gradient)])
+    gains = gains - step.number(_VALUE_MEAN)
+    of_logits = step.size * (slopes * gains - weights * step.number(_PRODUCT))
+    to_key = add_dot(to_key, Product(of_logits.astype(key.dtype), query))
+    to_key = add_dot(to_key, Product((weights * gains).astype(key.dtype), direction))
+    return [to_key, to_value]
 
 
 def _run(
@@ -404,7 +401,16 @@ def _run(
     stages = _stages(*([x.shape[-1] for x in arrays] for arrays in (own, moving)))
     copies = len(moving) + by_key + (moving_table is not None)
     results = launch(
-        _body(band, accumulate, by_key=by_key, own=len(own), moving=len(moving), sums=sums, row_sums=row_sums, stages=stages),
+        _body(
+            band,
+            accumulate,
+            by_key=by_key,
+            own=len(own),
+            moving=len(moving),
+            sums=sums,
+            row_sums=row_sums,
+            stages=stages,
+        ),
         name,
         factors,
         table,
@@ -464,23 +470,18 @@ def _body(
 
         def place(number: Array) -> tuple[Array, Array]:
             """(head, first token) of what moves: for every head the tiles seen in full, then for every head others."""
-            is_edge = (number >= full_steps).astype(jnp.int32)
-            within = jnp.maximum(num_full + is_edge * (num_all - 2 * num_full), 1)
-            rest = number - is_edge * full_steps
-            item = lax.rem(rest, within) + is_edge * num_full
-            column = columns_ref[in_lists, tile, lax.div(item, np.int32(parts))]
-            token = column * np.int32(TILE) + lax.rem(item, np.int32(parts)) * np.int32(STEP)
-            return head * np.int32(group) + lax.div(rest, within), token
-
-        def place_of(number: Array) -> tuple[Array, Array]:
+            of_head, item = (head if by_key else lax.div(head, np.int32(group))), number
             if by_key and group > 1:
-                return place(number)
-            column = columns_ref[in_lists, tile, lax.div(number, np.int32(parts))]
-            token = column * np.int32(TILE) + lax.rem(number, np.int32(parts)) * np.int32(STEP)
-            return (head if by_key else lax.div(head, np.int32(group))), token
+                is_edge = (number >= full_steps).astype(jnp.int32)
+                of_each = jnp.maximum(num_full + is_edge * (num_all - 2 * num_full), 1)
+                item = number - is_edge * full_steps
+                of_head = head * np.int32(group) + lax.div(item, of_each)
+                item = lax.rem(item, of_each) + is_edge * num_full
+            column = columns_ref[in_lists, tile, lax.div(item, np.int32(parts))]
+            return of_head, column * np.int32(TILE) + lax.rem(item, np.int32(parts)) * np.int32(STEP)
 
         def fetch(number: Array, slot: Array, barrier: Any) -> None:
-            of_head, token = place_of(number)
+            of_head, token = place(number)
             rows = pl.ds(token, STEP)
             for ref, s in zip(moving_refs, moving_s, strict=True):
                 plgpu.copy_gmem_to_smem(ref.at[batch, rows, of_head], s.at[slot], barrier)
@@ -509,6 +510,8 @@ def _body(
             def run(number: Array, carry: list[Array]) -> list[Array]:
                 ring.wait(number)
                 slot = ring.slot(number)
+                # The warpgroup. As if it depended on the step: else addresses take 48 registers throughout the loop.
+                own_slot = jnp.minimum(warpgroup, number + 1)
 
                 def number_of(row: int) -> Array:
                     if by_key:
@@ -518,10 +521,10 @@ def _body(
                 sees = None
                 if masked:
                     others = [] if table_s is None else numbers_of(table_s.at[slot], 1)
-                    sides = [Side(0, first, own_numbers), Side(1, place_of(number)[1], others)]
+                    sides = [Side(0, first, own_numbers), Side(1, place(number)[1], others)]
                     sees = functools.partial(band.visible, sides[own_axis], sides[1 - own_axis], shape)
                 step = _Step(
-                    [s.at[jnp.minimum(warpgroup, number + 1)] for s in own_s],
+                    [s.at[own_slot] for s in own_s],
                     [s.at[slot] for s in moving_s],
                     sees,
                     number_of,
