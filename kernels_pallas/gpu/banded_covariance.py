@@ -510,8 +510,9 @@ def _body(
             def run(number: Array, carry: list[Array]) -> list[Array]:
                 ring.wait(number)
                 slot = ring.slot(number)
-                # The warpgroup. As if it depended on the step: else addresses take 48 registers throughout the loop.
-                own_slot = jnp.minimum(warpgroup, number + 1)
+                # 0, as if it depended on the step: else addresses of what a block owns, and much of the mask, are
+                # computed before the loop and kept in registers that there are not.
+                hidden = lax.shift_right_arithmetic(number, np.int32(30))
 
                 def number_of(row: int) -> Array:
                     if by_key:
@@ -521,10 +522,10 @@ def _body(
                 sees = None
                 if masked:
                     others = [] if table_s is None else numbers_of(table_s.at[slot], 1)
-                    sides = [Side(0, first, own_numbers), Side(1, place(number)[1], others)]
+                    sides = [Side(0, first + hidden, own_numbers), Side(1, place(number)[1], others)]
                     sees = functools.partial(band.visible, sides[own_axis], sides[1 - own_axis], shape)
                 step = _Step(
-                    [s.at[own_slot] for s in own_s],
+                    [s.at[warpgroup + hidden] for s in own_s],
                     [s.at[slot] for s in moving_s],
                     sees,
                     number_of,
