@@ -47,7 +47,7 @@ SLOTS = 64  # of the cache, that are multiplied at once
 _ALIGNED = 8  # slots that a copy to shared memory begins at a multiple of
 _MOST_WIDTH = 256
 _BLOCKS = 264  # two for each of the card's 132 multiprocessors, which hide each other's waits
-_SPARE_BYTES = 4096  # of shared memory, for masks and barriers
+_SPARE_BYTES = 2048  # of shared memory, for masks and barriers
 
 
 def _own_bytes(key_width: int, value_width: int) -> int:
@@ -87,7 +87,7 @@ def cached_flash_attention(
 
     Args:
       query: [B, 1, N, H], bfloat16 or float16.
-      key: [B, S, K, H] of the same dtype, S slots. K divides N, by 64 at most: query head n reads key head n // (N / K).
+      key: [B, S, K, H] of the same dtype, S slots. Query head n reads key head n // (N / K), where N / K is at most 64.
       value: [B, S, K, V] of the same dtype. H and V up to 256.
       visible: bool [B, S].
       used: int [], at least 1; no slot from this one on is visible.
@@ -216,7 +216,7 @@ def _body(slots: int, parts: int, rows: int, stages: int, value_width: int, dtyp
             ring.release(number)
             return total, new, weight
 
-        carry = full((ROWS, value_width), 0.0), full((ROWS,), MASKED, ROW), full((ROWS,), 0.0, ROW)
+        carry = full((ROWS, value_width), 0.0), full((ROWS,), float(MASKED), ROW), full((ROWS,), 0.0, ROW)
         total, maximum, weight = lax.fori_loop(jnp.int32(0), count, attend, carry)
         store(out_s, total)
         store(totals_s.at[0], maximum)
