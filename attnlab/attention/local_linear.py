@@ -97,7 +97,8 @@ def local_linear_attention(
       scale: factor on the logits; None means H ** -0.5.
       tolerance: a query's iterations stop once |A x - b| <= tolerance |b|, b = q - kbar; or after max_iterations.
       return_residuals: return (out, LocalLinearResiduals).
-      implementation: None, "reference", "xla", or "pallas_tpu" (bfloat16 or float32).
+      implementation: None, "reference", "xla", "pallas_tpu" (bfloat16 or float32), or "pallas_gpu" (bfloat16 or
+        float16, head dims up to 128).
 
     Returns:
       [B, T, N, V] in query's dtype. Solved in float32 (float64 for float64 inputs). Derivatives are those of the exact

@@ -59,7 +59,8 @@ def parallax_attention(
       is_causal: a query sees itself and earlier keys.
       window: it sees this many keys at most, as in local_attention. None: all.
       scale: factor on the logits; None means H ** -0.5.
-      implementation: None, "reference", "xla", or "pallas_tpu" (bfloat16 or float32).
+      implementation: None, "reference", "xla", "pallas_tpu" (bfloat16 or float32), or "pallas_gpu" (bfloat16 or
+        float16, head dims up to 128).
 
     Returns:
       [B, T, N, V] in query's dtype.
@@ -132,7 +133,7 @@ def _by_weights(
 IMPLEMENTATIONS: Implementations = {
     "reference": _reference,
     "xla": functools.partial(_by_weights, blocked_weights),
-    **covariance.kernels(_by_weights, blocked_weights),
+    **covariance.kernels(_by_weights, blocked_weights, is_exact=False),  # its output has query's dtype
 }
 
 

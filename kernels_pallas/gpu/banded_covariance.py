@@ -272,7 +272,8 @@ def _split(x: Array, tokens: Array, bound: int, parts: int) -> tuple[list[Array]
     x, dtype = x.astype(jnp.float32), tokens.dtype
     exponent = jnp.zeros(x.shape[:-1], jnp.int32)
     if dtype == jnp.float16:
-        longest = jnp.sqrt(jnp.max(jnp.sum(jnp.square(tokens.astype(jnp.float32)), axis=-1)))
+        squares = jnp.sum(jnp.square(tokens.astype(jnp.float32)), axis=-1)
+        longest = jnp.sqrt(jnp.max(jnp.where(jnp.isfinite(squares), squares, 0)))
         largest = jnp.max(jnp.abs(x), axis=-1)
         shrunk = x / jnp.where(largest > 0, largest, 1)[..., None]  # whose squares are in range
         reach = jnp.sqrt(jnp.sum(jnp.square(shrunk), axis=-1)) * largest * longest

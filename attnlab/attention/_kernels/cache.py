@@ -1,5 +1,7 @@
 """A token's attention to a cache as a kernel."""
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +13,25 @@ from attnlab.attention._dispatch.kernel_call import kernel_call, like
 Array = jax.Array
 
 
-def _pallas_tpu(
-    xla: Callable[..., Array], query: Array, key: Array, value: Array, visible: Array, used: Array, scale: Array
+def _module(backend: str) -> Any:
+    return importlib.import_module(f"kernels_pallas.{backend}.cached_flash")
+
+
+def _attend(
+    backend: str,
+    xla: Callable[..., Array],
+    query: Array,
+    key: Array,
+    value: Array,
+    visible: Array,
+    used: Array,
+    scale: Array,
 ) -> Array:
-    from kernels_pallas.tpu.cached_flash import cached_flash_attention
+    module = _module(backend)
 
     def kernel(arrays: Any, fixed: Any, _: bool) -> tuple[Array, Any]:
         *tokens, scale = arrays
-        return cached_flash_attention(*tokens, *fixed, scale=scale), ()
+        return module.cached_flash_attention(*tokens, *fixed, scale=scale), ()
 
     def plain(arrays: Any, fixed: Any) -> Array:
         query, key, value, scale = arrays
@@ -30,10 +43,16 @@ def _pallas_tpu(
     return kernel_call(kernel, None, plain, arrays, fixed, results=results, layouts=layouts)
 
 
-def _refusal(query: Any, key: Any, value: Any, *_: Any) -> str | None:
-    from kernels_pallas.tpu.cached_flash import refusal
+def _refusal(backend: str, query: Any, key: Any, value: Any, *_: Any) -> str | None:
+    try:
+        module = _module(backend)
+    except ImportError as error:  # jax 0.10's Mosaic GPU needs it
+        return f"needs absl-py ({error})"
+    return module.refusal(query, key, value)
 
-    return refusal(query, key, value)
+
+def _kernel(backend: str) -> Kernel:
+    return Kernel(functools.partial(_attend, backend), functools.partial(_refusal, backend))
 
 
-KERNELS = {"pallas_tpu": Kernel(_pallas_tpu, _refusal)}
+KERNELS = {"pallas_tpu": _kernel("tpu"), "pallas_gpu": _kernel("gpu")}
