@@ -133,7 +133,7 @@ def _by_weights(
 IMPLEMENTATIONS: Implementations = {
     "reference": _reference,
     "xla": functools.partial(_by_weights, blocked_weights),
-    **covariance.kernels(_by_weights, blocked_weights, is_exact=False),  # its output has query's dtype
+    **covariance.parallax_kernels(_by_weights, blocked_weights),
 }
 
 

@@ -68,9 +68,10 @@ def stages_of(own: list[int], moving: list[int]) -> int:
 
 def smem_bytes(key_width: int, value_width: int) -> int:
     """Shared memory of a block of the largest of the kernels, at padded widths."""
-    tokens, each = [key_width, value_width], 2 * max(key_width, value_width)
+    tokens, most = [key_width, value_width], max(key_width, value_width)
     kernels = (  # own, moving
-        ([key_width, each], tokens),  # q, x or g in two parts
+        ([key_width, most, most], tokens),  # q, x or g in two parts
+        ([key_width] * 2 + ([] if key_width == value_width else [value_width] * 2), tokens),  # q, r, results
         ([key_width, *tokens], tokens),  # q, x, g
         (tokens, [key_width, *tokens]),
     )
@@ -299,7 +300,11 @@ def run(
     lists = [jnp.asarray(x) for x in (band.by_key if by_key else band.by_query)]
     tables = [x for x in (band.query_table, band.key_table) if x is not None]
     moving_table = band.query_table if by_key else band.key_table
-    stages = stages_of(*([x.shape[-1] for x in arrays] for arrays in (own, moving)))
+    own_widths, moving_widths = ([x.shape[-1] for x in arrays] for arrays in (own, moving))
+    # 16-bit results pass through shared memory, float32 ones go to global memory by sectors of whole rows.
+    is_staged = out_dtype != jnp.float32
+    staged = [width for width, old in zip(sums, own_widths) if is_staged and width != old]
+    stages = stages_of([*own_widths, *staged], moving_widths)
     row_results = len(row_sums) if row_results is None else row_results
     copies = len(moving) + by_key + (moving_table is not None)
     results = launch(
@@ -313,6 +318,7 @@ def run(
             row_sums=row_sums,
             finish=finish or (lambda carry, rows: carry),
             row_results=row_results,
+            is_staged=is_staged,
             stages=stages,
         ),
         name,
@@ -331,6 +337,7 @@ def run(
             *[half(WARPGROUPS, ROWS, x.shape[-1], dtype=band.dtype) for x in own],
             *[half(stages, STEP, x.shape[-1], dtype=band.dtype) for x in moving],
             *[plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32) for _ in range(row_results)],
+            *[half(WARPGROUPS, ROWS, width, dtype=band.dtype) for width in staged],
             plgpu.SMEM((stages, table.shape[2], STEP), jnp.float32) if by_key else None,
             None if moving_table is None else plgpu.SMEM((stages, moving_table.shape[1], STEP), jnp.int32),
             barriers(WARPGROUPS, len(own)),
@@ -352,6 +359,7 @@ def _body(
     row_sums: Sequence[float],
     finish: Callable[[list[Array], list[Array]], list[Array]],
     row_results: int,
+    is_staged: bool,
     stages: int,
 ) -> Callable[..., None]:
     own_axis, parts, group = int(by_key), TILE // STEP, band.group
@@ -363,7 +371,7 @@ def _body(
         key_table = None if band.key_table is None else next(left)
         out_refs, row_refs = ([next(left) for _ in range(many)] for many in (len(sums), row_results))
         own_s, moving_s, row_s = ([next(left) for _ in range(many)] for many in (own, moving, row_results))
-        numbers_s, table_s, own_ready, ready, free = left
+        *staged_s, numbers_s, table_s, own_ready, ready, free = left
         own_table, moving_table = (key_table, query_table) if by_key else (query_table, key_table)
         batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
         tile = lax.axis_index("tile")
@@ -448,12 +456,17 @@ def _body(
         carry = lax.fori_loop(jnp.int32(0), full_steps, iterate(False), carry)
         carry = lax.fori_loop(full_steps, count, iterate(True), carry)
         results = finish(carry, rows)
-        for ref, result in zip(out_refs, results):
-            ref[batch, mine, head] = result.astype(ref.dtype)
+        for ref, s, result in zip(out_refs, own_s, results):
+            if is_staged:  # in the place of what the block has no more use for, where that is as wide
+                s = s if s.shape[-1] == ref.shape[-1] else staged_s.pop(0)
+                store(s.at[warpgroup], result)
+                plgpu.copy_smem_to_gmem(s.at[warpgroup], ref.at[batch, mine, head])
+            else:
+                ref[batch, mine, head] = result
         for ref, s, total in zip(row_refs, row_s, results[len(sums) :], strict=True):
             store(s.at[warpgroup], total)
             plgpu.copy_smem_to_gmem(s.at[warpgroup], ref.at[batch, head, mine])
-        if row_results:
+        if row_results or is_staged:
             plgpu.wait_smem_to_gmem(0)
 
     return body

@@ -19,12 +19,12 @@ Array = jax.Array
 WeightsOf = Callable[..., SoftmaxWeights]
 
 
-def kernels(by_weights: Callable[..., Any], blocked_weights: WeightsOf, *, is_exact: bool = True) -> dict[str, Kernel]:
+def kernels(by_weights: Callable[..., Any], blocked_weights: WeightsOf) -> dict[str, Kernel]:
     """by_weights(weights of (query, key, value, *, scale, is_causal, window), query, key, value, ...): a mechanism.
-    blocked_weights: these in plain JAX. is_exact: whether it needs covariances of more than 16-bit precision."""
+    blocked_weights: these in plain JAX."""
 
     def kernel(backend: str) -> Kernel:
-        weights = functools.partial(_weights, blocked_weights, backend, is_exact)
+        weights = functools.partial(_weights, blocked_weights, backend)
 
         def call(xla: Any, *arrays: Any, **options: Any) -> Any:
             return by_weights(weights, *arrays, **options)
@@ -34,6 +34,47 @@ def kernels(by_weights: Callable[..., Any], blocked_weights: WeightsOf, *, is_ex
     return {"pallas_tpu": kernel("tpu"), "pallas_gpu": kernel("gpu")}
 
 
+def parallax_kernels(by_weights: Callable[..., Any], blocked_weights: WeightsOf) -> dict[str, Kernel]:
+    """Parallax's: on a GPU a kernel of its own, of one pass over the keys."""
+    of_weights = kernels(by_weights, blocked_weights)
+    return of_weights | {"pallas_gpu": Kernel(_parallax_on_gpu, of_weights["pallas_gpu"].refusal)}
+
+
+def _parallax_on_gpu(
+    xla: Callable[..., Array],
+    query: Array,
+    key: Array,
+    value: Array,
+    probe: Array,
+    *,
+    is_causal: bool,
+    window: int | None,
+    scale: Any,
+) -> Array:
+    from kernels_pallas.gpu.banded_parallax import banded_parallax, banded_parallax_gradients
+
+    pattern = window_pattern(query.shape[1], query.shape[1], is_causal=is_causal, window=window)
+
+    def kernel(arrays: Any, fixed: Any, keep: bool) -> tuple[Any, Any]:
+        *tokens, scale = arrays
+        results = banded_parallax(*tokens, pattern=pattern, scale=scale)
+        return results[0], results
+
+    def gradients(arrays: Any, fixed: Any, kept: Any, cotangent: Any) -> Any:
+        *tokens, scale = arrays
+        return banded_parallax_gradients(*tokens, *kept, cotangent, pattern=pattern, scale=scale)
+
+    def plain(arrays: Any, _: Any) -> Array:
+        *tokens, scale = arrays
+        return xla(*tokens, is_causal=is_causal, window=window, scale=scale)
+
+    arrays = (query, key, value, probe, jnp.asarray(scale, jnp.float32))
+    out, number = like(query, width=value.shape[-1]), jax.ShapeDtypeStruct(query.shape[:3], jnp.float32)
+    layouts = (("B.N.", "B.K.", "B.K.", "B.N.", ""), None, "B.N.", ("B.N.", "B.N", "B.N", "B.N."))
+    kept = (out, number, number, out)
+    return kernel_call(kernel, gradients, plain, arrays, results=out, kept=kept, layouts=layouts)
+
+
 def _module(backend: str) -> Any:
     return importlib.import_module(f"kernels_pallas.{backend}.banded_covariance")
 
@@ -41,7 +82,6 @@ def _module(backend: str) -> Any:
 def _weights(
     blocked_weights: WeightsOf,
     backend: str,
-    is_exact: bool,
     query: Array,
     key: Array,
     value: Array,
@@ -60,24 +100,25 @@ def _weights(
         out = blocked_weights(query, key, values, scale=scale, **settings).value_mean().astype(query.dtype)
         return out, jnp.zeros(query.shape[:3], jnp.float32)  # the lse's derivative is not asked for
 
-    of_call = {"scale": scale, "pattern": pattern, "backend": backend}
-    attend = functools.partial(banded_attention, attend_blocked, query, key, **of_call)
+    attend = functools.partial(
+        banded_attention, attend_blocked, query, key, scale=scale, pattern=pattern, backend=backend
+    )
     key_mean, lse = attend(key, None)
     value_mean, _ = attend(value, None)
-    # The GPU's kernels make up for the rounding of key_mean by the values' mean, and can do with fewer digits.
-    of_kernels: Any = {"pattern": pattern} | ({"is_exact": is_exact} if backend == "gpu" else {})
-    num_means = 3 if backend == "gpu" else 2
+    # The GPU's kernel takes the values' mean too, and makes up for the rounding of key_mean by it.
+    num_fixed = 3 if backend == "gpu" else 2
     # Constants below: that they depend on query, key and value is part of the covariance's own gradients.
     fixed_lse, fixed_key_mean = lax.stop_gradient((lse, key_mean))
 
     def kernel(arrays: Any, fixed: Any, keep: bool) -> tuple[Any, Any]:
         *tokens, scale = arrays
-        out = module.banded_covariance(*tokens, *fixed[:num_means], scale=scale, **of_kernels)
+        out = module.banded_covariance(*tokens, *fixed[:num_fixed], pattern=pattern, scale=scale)
         return out, out
 
     def gradients(arrays: Any, fixed: Any, kept: Any, cotangent: Any) -> Any:
         *tokens, scale = arrays
-        return module.banded_covariance_gradients(*tokens, *fixed, kept, cotangent, scale=scale, **of_kernels)
+        run = module.banded_covariance_gradients
+        return run(*tokens, *fixed, kept, cotangent, pattern=pattern, scale=scale)
 
     def blocked(arrays: Any, _: Any) -> Any:
         query, key, values, x, scale = arrays
