@@ -62,7 +62,8 @@ def _parallax_on_gpu(
 
     def gradients(arrays: Any, fixed: Any, kept: Any, cotangent: Any) -> Any:
         *tokens, scale = arrays
-        return banded_parallax_gradients(*tokens, *kept, cotangent, pattern=pattern, scale=scale)
+        run: Any = banded_parallax_gradients
+        return run(*tokens, *kept, cotangent, pattern=pattern, scale=scale)
 
     def plain(arrays: Any, _: Any) -> Array:
         *tokens, scale = arrays
