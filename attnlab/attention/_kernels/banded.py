@@ -1,6 +1,5 @@
 """Banded flash attention's kernels: values, gradients, and what they refuse."""
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +32,7 @@ def banded_attention(
 
     blocked: (query, key, value, segment_ids, scale) -> the same in plain JAX. pattern: one of kernels_pallas.patterns.
     """
-    banded_flash, banded_flash_backward = _modules(backend)
+    banded_flash, banded_flash_backward = (kernel_module(backend, name) for name in _MODULES)
 
     def kernel(arrays: Any, segment_ids: Any, keep: bool) -> tuple[Any, Any]:
         *tokens, scale = arrays
@@ -59,11 +58,6 @@ def banded_attention(
     )
 
 
-def _modules(backend: str) -> list[Any]:
-    names = ("banded_flash", "banded_flash_backward")
-    return [importlib.import_module(f"kernels_pallas.{backend}.{name}") for name in names]
-
-
 def banded_refusal(
     query: Any, key: Any, value: Any, segment_ids: Any, pattern: Any, backend: str = "tpu"
 ) -> str | None:
@@ -73,12 +67,7 @@ def banded_refusal(
     tokens = max(query.shape[1], key.shape[1])
     if tokens > MOST_TOKENS:
         return f"serves up to {MOST_TOKENS} tokens, got {tokens}"
-    try:
-        modules = _modules(backend)
-    except ImportError as error:  # jax 0.10's Mosaic GPU needs it
-        return f"needs absl-py ({error})"
-    reasons = (module.refusal(query, key, value, pattern=pattern, segment_ids=segment_ids) for module in modules)
-    return next(filter(None, reasons), None)
+    return first_refusal(backend, _MODULES, query, key, value, pattern=pattern, segment_ids=segment_ids)
 
 
 def window_pattern(queries: int, keys: int, *, is_causal: bool, window: int | None = None) -> Any:

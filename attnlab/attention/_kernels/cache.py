@@ -1,23 +1,17 @@
 """A token's attention to a cache as a kernel."""
 
-import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from attnlab.attention._dispatch.choice import Kernel
 from attnlab.attention._dispatch.kernel_call import kernel_call, like
+from attnlab.attention._kernels.backends import first_refusal, kernel_module, on_backends
 
 Array = jax.Array
 
 
-def _module(backend: str) -> Any:
-    return importlib.import_module(f"kernels_pallas.{backend}.cached_flash")
-
-
-def _attend(
+def _call(
     backend: str,
     xla: Callable[..., Array],
     query: Array,
@@ -27,7 +21,7 @@ def _attend(
     used: Array,
     scale: Array,
 ) -> Array:
-    module = _module(backend)
+    module = kernel_module(backend, "cached_flash")
 
     def kernel(arrays: Any, fixed: Any, _: bool) -> tuple[Array, Any]:
         *tokens, scale = arrays
@@ -44,15 +38,7 @@ def _attend(
 
 
 def _refusal(backend: str, query: Any, key: Any, value: Any, *_: Any) -> str | None:
-    try:
-        module = _module(backend)
-    except ImportError as error:  # jax 0.10's Mosaic GPU needs it
-        return f"needs absl-py ({error})"
-    return module.refusal(query, key, value)
+    return first_refusal(backend, ["cached_flash"], query, key, value)
 
 
-def _kernel(backend: str) -> Kernel:
-    return Kernel(functools.partial(_attend, backend), functools.partial(_refusal, backend))
-
-
-KERNELS = {"pallas_tpu": _kernel("tpu"), "pallas_gpu": _kernel("gpu")}
+KERNELS = on_backends(_call, _refusal)

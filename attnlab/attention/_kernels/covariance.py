@@ -1,7 +1,6 @@
 """Local linear attention and Parallax: sums under the softmax weights, by banded flash attention and covariances."""
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from jax import lax
 from attnlab.attention._dispatch.choice import Kernel
 from attnlab.attention._dispatch.deferred import vary_alike
 from attnlab.attention._dispatch.kernel_call import kernel_call, like
+from attnlab.attention._kernels.backends import first_refusal, kernel_module, on_backends
 from attnlab.attention._kernels.banded import banded_attention, banded_refusal, window_pattern
 from attnlab.attention._shared.softmax_weights import SoftmaxWeights
 
@@ -23,15 +23,10 @@ def kernels(by_weights: Callable[..., Any], blocked_weights: WeightsOf) -> dict[
     """by_weights(weights of (query, key, value, *, scale, is_causal, window), query, key, value, ...): a mechanism.
     blocked_weights: these in plain JAX."""
 
-    def kernel(backend: str) -> Kernel:
-        weights = functools.partial(_weights, blocked_weights, backend)
+    def call(backend: str, xla: Any, *arrays: Any, **options: Any) -> Any:
+        return by_weights(functools.partial(_weights, blocked_weights, backend), *arrays, **options)
 
-        def call(xla: Any, *arrays: Any, **options: Any) -> Any:
-            return by_weights(weights, *arrays, **options)
-
-        return Kernel(call, functools.partial(_refusal, backend))
-
-    return {"pallas_tpu": kernel("tpu"), "pallas_gpu": kernel("gpu")}
+    return on_backends(call, _refusal)
 
 
 def parallax_kernels(by_weights: Callable[..., Any], blocked_weights: WeightsOf) -> dict[str, Kernel]:
@@ -76,10 +71,6 @@ def _parallax_on_gpu(
     return kernel_call(kernel, gradients, plain, arrays, results=out, kept=kept, layouts=layouts)
 
 
-def _module(backend: str) -> Any:
-    return importlib.import_module(f"kernels_pallas.{backend}.banded_covariance")
-
-
 def _weights(
     blocked_weights: WeightsOf,
     backend: str,
@@ -91,7 +82,7 @@ def _weights(
     is_causal: bool,
     window: int | None,
 ) -> SoftmaxWeights:
-    module = _module(backend)
+    module = kernel_module(backend, "banded_covariance")
     pattern = window_pattern(query.shape[1], query.shape[1], is_causal=is_causal, window=window)
     settings: Any = {"is_causal": is_causal, "window": window}
     # Before a solver's loop closes over it: inside, JAX could not make it vary over a mesh as the query does.
@@ -145,8 +136,8 @@ def _refusal(
 ) -> str | None:
     pattern = window_pattern(query.shape[1], query.shape[1], is_causal=is_causal, window=window)
     for values in (key, value):
-        reason = banded_refusal(query, key, values, None, pattern, backend=backend)
-        reason = reason or _module(backend).refusal(query, key, values, pattern=pattern)
+        reason = banded_refusal(query, key, values, None, pattern, backend)
+        reason = reason or first_refusal(backend, ["banded_covariance"], query, key, values, pattern=pattern)
         if reason is not None:
             return reason
     return None
