@@ -171,14 +171,18 @@ def dot(*products: Product, shape: tuple[int, int]) -> Array:
     return out
 
 
-def dots(*sums: Sequence[Product], shape: tuple[int, int]) -> list[Array]:
-    """Several sums of products at once."""
+def dots(*sums: Sequence[Product], shape: tuple[int, int], work: Callable[[], None] | None = None) -> list[Array]:
+    """Several sums of products at once. `work` stores something beside them."""
     if is_simulated():
-        return _ordered([functools.reduce(jnp.add, map(_simulated_product, products)) for products in sums])
+        if work is not None:
+            work()
+        return _ordered([sum(map(_simulated_product, products)) for products in sums])
 
     def scope(*refs: Any) -> list[Array]:
         for ref, products in zip(refs, sums):
             _issue(ref, products)
+        if work is not None:
+            work()
         return [ref[...] for ref in refs]
 
     return pl.run_scoped(scope, *[plgpu.ACC(shape, jnp.float32)] * len(sums))
@@ -254,7 +258,7 @@ class Ring(NamedTuple):
     """Slots of shared memory that warpgroup 0 fills with what comes next, and all warpgroups read.
 
     fetch(number, slot, barrier): issues the copies of that number into a slot. count: how many there are. ready, free:
-    barriers per slot, of as many arrivals as there are copies, and warpgroups.
+    barriers per slot, of as many arrivals as there are copies, and warpgroups; a warpgroup alone needs no `free`.
     """
 
     fetch: Callable[[Array, Array, Any], None]
@@ -288,6 +292,14 @@ class Ring(NamedTuple):
     def release(self, number: Array) -> None:
         """This warpgroup has read that number; when all have, its slot is filled anew."""
         slot = self.slot(number)
+        if self.free is None:
+            plgpu.commit_smem()  # all threads have read it
+
+            @pl.when(number + self.slots < self.count)
+            def _() -> None:
+                self._fetch(number + self.slots)
+
+            return
         plgpu.barrier_arrive(self.free.at[slot])
 
         @pl.when(lax.axis_index("warpgroup") == 0)

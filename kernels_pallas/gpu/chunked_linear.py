@@ -1,0 +1,556 @@
+"""Chunked linear attention for Hopper: states chunk after chunk, all else for every chunk at once.
+
+    S~  = e^{g_t} S_{t-1}
+    u_t = v_t                        or, with the delta rule,        u_t = beta_t (v_t - S~^T k_t)
+    S_t = S~ + k_t u_t^T             o_t = q_t^T S_t
+
+g_t <= 0 is absent, one number per token, or one per channel of the key (RetNet, Mamba-2, GLA, DeltaNet, Gated
+DeltaNet). chunk.py gives a chunk's formulas. Three kernels, of one warpgroup a block:
+
+- weights: tril(QK^T * e^D) and the inverse X of a chunk, where decays per channel or the delta rule make them costly.
+- states: a block goes through a head's chunks with 64 of the value channels, and writes the state before each of them.
+  The state is kept transposed, [V, F], in registers. Every product of the chain from one state to the next then has
+  its left operand in registers, as the last one left it: nothing on that way goes through shared memory.
+- outputs: every chunk's from its state.
+
+Numerics: 16-bit operands, float32 sums; what is computed (states, weights, inverses, updates) is rounded to the
+operands' dtype before it is multiplied: in float16, states beyond 65504 overflow. Inverses are computed in float32. The
+order of sums is fixed: two runs give the same bits. Gradients are in chunked_linear_backward.py.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.gpu.band import padded_width
+from kernels_pallas.gpu.chunk import (
+    BETA,
+    CHUNK,
+    COLUMN,
+    INTO,
+    LEVELS,
+    ONWARD,
+    ROW,
+    SQUARE,
+    WIDEST,
+    Call,
+    inverse,
+    ones_to_middle,
+    pairs,
+    place_of,
+    run,
+    split,
+)
+from kernels_pallas.gpu.common import (
+    MATRIX,
+    ROWS,
+    SMEM_BUDGET,
+    Product,
+    Ring,
+    add_dot,
+    barriers,
+    by_column,
+    by_row,
+    dot,
+    dots,
+    full,
+    half,
+    iota,
+    load,
+    single,
+    store,
+)
+
+Array = jax.Array
+
+_MOST_STAGES = 3
+_RESERVED = 2**10  # of shared memory, for barriers and alignment
+
+
+def refusal(query: Any, key: Any, value: Any, log_decay: Any = None, beta: Any = None) -> str | None:
+    """Why chunked_linear_attention cannot serve these arguments (arrays may be shape structs), or None if it can."""
+    dtype = jnp.dtype(query.dtype)
+    if dtype not in (jnp.bfloat16, jnp.float16) or not dtype == key.dtype == value.dtype:
+        return f"needs query, key and value all bfloat16 or all float16, got {dtype}, {key.dtype} and {value.dtype}"
+    if 0 in query.shape or 0 in value.shape:
+        return f"needs arrays that are not empty, got query {query.shape} and value {value.shape}"
+    if max(query.shape[-1], value.shape[-1]) > WIDEST:
+        return f"serves up to {WIDEST} features and value channels, got {query.shape[-1]} and {value.shape[-1]}"
+    decay = None if log_decay is None else "token" if log_decay.ndim == 3 else "channel"
+    needed = smem_bytes(query.shape[-1], value.shape[-1], decay=decay, delta=beta is not None)
+    if needed > SMEM_BUDGET:
+        return f"takes {needed / 2**10:.0f} KiB of shared memory, more than {SMEM_BUDGET / 2**10:.0f} KiB"
+    return None
+
+
+def smem_bytes(features: int, value_dim: int, *, decay: str | None = None, delta: bool = False) -> int:
+    """Shared memory of a block of the kernel that takes most, gradients among them.
+
+    features, value_dim: before padding. decay: None, "token" or "channel".
+    """
+    features, values = padded_width(features), padded_width(value_dim)
+    stage = _stage_bytes(features, decay, delta, backwards=True)
+    states = stage * max(1, _stages(features, decay, delta, backwards=True)) + _state_bytes(features)
+    part = _value_part(values)
+    outputs = 2 * (2 * CHUNK * features + features * part + CHUNK * part) + 4 * CHUNK * part + 2 * CHUNK * CHUNK
+    tokens = 2 * CHUNK * (values * (5 if delta else 4) + 2 * CHUNK) + 2 * 4 * CHUNK * CHUNK + 3 * 2 * CHUNK * CHUNK
+    weights = 2 * CHUNK * (2 * features + 6 * CHUNK)
+    return max(states, outputs, tokens, weights) + _RESERVED
+
+
+def _state_bytes(features: int) -> int:
+    """Of a block of the states' kernels, beside its stages: the state in 16 bits and in float32, updates, identity."""
+    return ROWS * features * (2 + 4) + 2 * 2 * CHUNK * CHUNK
+
+
+def _stage_bytes(features: int, decay: str | None, delta: bool, *, backwards: bool) -> int:
+    keys = (1 + (decay == "channel") if delta else 1) + (backwards and delta)
+    squares = 1 + delta * (2 if backwards else 1)
+    vectors = 4 * 5 * CHUNK + (4 * features if decay == "channel" else 0)
+    return 2 * CHUNK * (keys * features + squares * CHUNK) + vectors
+
+
+def _stages(features: int, decay: str | None, delta: bool, *, backwards: bool) -> int:
+    each = _stage_bytes(features, decay, delta, backwards=backwards)
+    return min(_MOST_STAGES, (SMEM_BUDGET - _RESERVED - _state_bytes(features)) // each)
+
+
+def stages_of(call: Call, *, backwards: bool) -> int:
+    decay = "token" if call.per_token else "channel" if call.per_channel else None
+    return max(1, _stages(call.features, decay, call.delta, backwards=backwards))
+
+
+def _value_part(values: int) -> int:
+    """Of the value channels, those of a block of outputs."""
+    return 128 if values % 128 == 0 else 64
+
+
+def kept_shapes(query: Any, value: Any, log_decay: Any = None, beta: Any = None) -> list[jax.ShapeDtypeStruct]:
+    """What chunked_linear_attention keeps for gradients: states before each chunk; with decays per channel or the delta
+    rule weights of queries and keys; with the delta rule inverses and updates."""
+    call = Call(query, query, value, log_decay, beta)
+    shapes = [(call.batch, call.heads, call.chunks, call.values, call.features)]
+    if call.per_channel or call.delta:
+        shapes.append((call.batch, call.heads, call.padded, CHUNK))
+    if call.delta:
+        shapes += [shapes[1], (call.batch, call.heads, call.values, call.padded)]
+    return [jax.ShapeDtypeStruct(shape, call.dtype) for shape in shapes]
+
+
+def chunked_linear_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    log_decay: Array | None,
+    beta: Array | None,
+    state: Array,
+    *,
+    out_dtype: Any = None,
+    keep: bool = False,
+) -> tuple[Any, ...]:
+    """Causal linear attention, as in this module's docstring.
+
+    Args:
+      query: [B, T, N, F], bfloat16 or float16, after the feature map and the scale.
+      key: [B, T, K, F] of the same dtype. K divides N: query head n reads key head n // (N / K).
+      value: [B, T, K, V] of the same dtype. F and V up to 256; others than 64, 128, 192 and 256 are padded.
+      log_decay: [B, T, N] or [B, T, N, F], finite, or None.
+      beta: [B, T, N] or None.
+      state: [B, N, F, V], before the first token.
+      out_dtype: of the output, of 16 or 32 bits; query's by default.
+      keep: also return what chunked_linear_gradients needs.
+
+    Returns:
+      out [B, T, N, V], the state after the last token [B, N, F, V] float32, and with keep arrays of kept_shapes().
+
+    Raises:
+      ValueError: with refusal()'s reason.
+
+    Complexity, per head: O(T (C (F + V) + F V)) time with C = 64, and O(T log(C) C (C + F)) more with the delta rule or
+    decays per channel. Memory beside the arguments: a state per chunk, 16 bit; with decays per channel three decayed
+    copies of queries and keys.
+    """
+    reason = refusal(query, key, value, log_decay, beta)
+    if reason is not None:
+        raise ValueError(f"chunked_linear_attention: {reason}")
+    call = Call(query, key, value, log_decay, beta)
+    query, key, value = (call.tokens(x, width) for x, width in
+                         ((query, call.features), (key, call.features), (value, call.values)))
+    gates = call.gates(log_decay, beta)
+    into, key_into, key_onward, through, weights, inverses = query, key, key, None, None, None
+    if call.per_channel:
+        log_decay = call.tokens(log_decay, call.features, jnp.float32)
+        into, key_into, key_onward, through = call.decayed(query, key, log_decay)
+        weights, inverses = channel_weights(call, query, key, log_decay, gates)
+    elif call.delta:
+        weights, inverses = token_weights(call, query, key, gates)
+    states, last, updates = _states(call, key_into, key_onward, value, inverses, gates, through, call.state(state))
+    out = outputs(call, into, key, states, value if updates is None else updates, weights, gates, out_dtype or call.dtype)
+    results = out[:, : call.length, :, : call.value_width], call.from_state(last)
+    return (*results, *(x for x in (states, weights, inverses, updates) if x is not None)) if keep else results
+
+
+def token_weights(call: Call, query: Array, key: Array, gates: Array) -> tuple[Array, Array]:
+    """tril(QK^T * e^D) and X of every chunk, [B, N, T', C]: with the delta rule, without decays per channel."""
+
+    def body(ref: Any) -> None:
+        batch, head, chunk = place_of("batch", "head", "chunk")
+        tokens = pl.ds(chunk * np.int32(CHUNK), CHUNK)
+        for source, target in ((ref.query, ref.query_s), (ref.key, ref.key_s)):
+            plgpu.copy_gmem_to_smem(source.at[batch, tokens, call.head_of(source, head)], target, ref.ready.at[0])
+        plgpu.copy_gmem_to_smem(ref.gates.at[batch, head, :, tokens], ref.gates_s, ref.ready.at[0])
+        plgpu.barrier_wait(ref.ready.at[0])
+        decays = call.decays(ref.gates_s)
+        weights = dot(Product(ref.query_s, ref.key_s, b_transposed=True), shape=SQUARE)
+        store(ref.weights_s, weights * decays)
+        plgpu.copy_smem_to_gmem(ref.weights_s, ref.weights.at[batch, head, tokens])
+        beta = by_row(call.vector(ref.gates_s, BETA, ROW), SQUARE)
+        system = dot(Product(ref.key_s, ref.key_s, b_transposed=True), shape=SQUARE) * decays * beta
+        _invert(ref, system, ref.inverse.at[batch, head, tokens])
+        plgpu.wait_smem_to_gmem(0)
+
+    tile = half(CHUNK, call.features, dtype=call.dtype)
+    results = run(
+        body,
+        "linear_weights",
+        {"query": query, "key": key, "gates": gates},
+        out=_weights_out(call),
+        grid={"batch": call.batch, "head": call.heads, "chunk": call.chunks},
+        scratch={
+            "query_s": tile,
+            "key_s": tile,
+            "gates_s": plgpu.SMEM((len(call.rows), CHUNK), jnp.float32),
+            **_weights_scratch(call),
+            "ready": barriers(1, 3),
+        },
+    )
+    return results["weights"], results["inverse"]
+
+
+def channel_weights(
+    call: Call, query: Array, key: Array, log_decay: Array, gates: Array | None
+) -> tuple[Array, Array | None]:
+    """The same with decays per channel, log_decay [B, T', N, F'], and X only with the delta rule.
+
+    A block goes through 64 channels after another, and level by level through each: what decays in a token of the
+    later or of the earlier block of each pair is a product of 0 and 1 with the log decays, of which three bfloat16 parts
+    make float32.
+    """
+    parts = call.features // ROWS
+
+    def body(ref: Any) -> None:
+        batch, head, chunk = place_of("batch", "head", "chunk")
+        tokens = pl.ds(chunk * np.int32(CHUNK), CHUNK)
+        if call.delta:
+            plgpu.copy_gmem_to_smem(ref.gates.at[batch, head, :, tokens], ref.gates_s, ref.gates_ready.at[0])
+
+        def fetch(number: Array, slot: Array, barrier: Any) -> None:
+            columns = pl.ds(number * np.int32(ROWS), ROWS)
+            for source, target in ((ref.query, ref.query_s), (ref.key, ref.key_s), (ref.log_decay, ref.decay_s)):
+                here = source.at[batch, tokens, call.head_of(source, head), columns]
+                plgpu.copy_gmem_to_smem(here, target.at[slot], barrier)
+
+        ring = Ring(fetch, jnp.int32(parts), ref.ready, None, 1)
+        ring.start()
+
+        def part(number: Array, carry: Any) -> Any:
+            ring.wait(number)
+            slot = ring.slot(number)
+            query_s, key_s = ref.query_s.at[slot], ref.key_s.at[slot]
+            decay = load(ref.decay_s.at[slot], MATRIX)
+            for i, x in enumerate(split(decay, jnp.bfloat16, 3)):
+                store(ref.split_s.at[i], x)
+            query, key = (load(x, MATRIX).astype(jnp.float32) for x in (query_s, key_s))
+            diagonal = iota(SQUARE, 0) == iota(SQUARE, 1)
+            found = list(carry)
+            products = dot(Product(query_s, key_s, b_transposed=True), shape=SQUARE)
+            found[0] += jnp.where(diagonal, products, np.float32(0))
+            for block in LEVELS:
+                between = ones_to_middle(block, jnp.bfloat16)
+                exponents = dot(*(Product(between, ref.split_s.at[i]) for i in range(3)), shape=SQUARE)
+                factor = jnp.exp(exponents)
+                ref.into_s[...] = (query * factor).astype(call.dtype)
+                store(ref.onward_s, key * factor)
+                left = [ref.into_s] + ([ref.onward_s] if call.delta else [])
+                both = dots(*([Product(x, ref.onward_s, b_transposed=True)] for x in left), shape=SQUARE)
+                found = [x + jnp.where(pairs(block), y, np.float32(0)) for x, y in zip(found, both, strict=True)]
+            ring.release(number)
+            return tuple(found)
+
+        carry = tuple(full(SQUARE, 0.0) for _ in range(1 + call.delta))
+        weights, *system = lax.fori_loop(jnp.int32(0), jnp.int32(parts), part, carry)
+        store(ref.weights_s, weights)
+        plgpu.copy_smem_to_gmem(ref.weights_s, ref.weights.at[batch, head, tokens])
+        if call.delta:
+            plgpu.barrier_wait(ref.gates_ready.at[0])
+            beta = by_row(call.vector(ref.gates_s, BETA, ROW), SQUARE)
+            _invert(ref, system[0] * beta, ref.inverse.at[batch, head, tokens])
+        plgpu.wait_smem_to_gmem(0)
+
+    tile = half(CHUNK, ROWS, dtype=call.dtype)
+    tiles = half(1, CHUNK, ROWS, dtype=call.dtype)
+    results = run(
+        body,
+        "linear_channel_weights",
+        {"query": query, "key": key, "log_decay": log_decay, "gates": gates},
+        out=_weights_out(call),
+        grid={"batch": call.batch, "head": call.heads, "chunk": call.chunks},
+        scratch={
+            "query_s": tiles,
+            "key_s": tiles,
+            "decay_s": single(1, CHUNK, ROWS),
+            "split_s": half(3, CHUNK, ROWS, dtype=jnp.bfloat16),
+            "into_s": tile,
+            "onward_s": tile,
+            "gates_s": plgpu.SMEM((max(1, len(call.rows)), CHUNK), jnp.float32),
+            **_weights_scratch(call),
+            "ready": barriers(1, 3),
+            "gates_ready": barriers(1, 1),
+        },
+    )
+    return results["weights"], results.get("inverse")
+
+
+def _weights_out(call: Call) -> dict[str, Any]:
+    shape = (call.batch, call.heads, call.padded, CHUNK), call.dtype
+    return {"weights": shape, **({"inverse": shape} if call.delta else {})}
+
+
+def _weights_scratch(call: Call) -> dict[str, Any]:
+    tile, parts = half(*SQUARE, dtype=call.dtype), half(2, *SQUARE, dtype=jnp.float16)
+    delta = {"inverse_s": tile, "system_parts": parts, "inverse_parts": parts} if call.delta else {}
+    return {"weights_s": tile, **delta}
+
+
+def _invert(ref: Any, system: Array, target: Any) -> None:
+    """Writes the inverse of the system's strict lower triangle."""
+    system = jnp.where(iota(SQUARE, 0) > iota(SQUARE, 1), system, np.float32(0))
+    store(ref.inverse_s, inverse(system, ref.system_parts, ref.inverse_parts))
+    plgpu.copy_smem_to_gmem(ref.inverse_s, target)
+
+
+def _states(
+    call: Call,
+    key_into: Array,
+    key_onward: Array,
+    value: Array,
+    inverses: Array | None,
+    gates: Array | None,
+    through: Array | None,
+    state: Array,
+) -> tuple[Array, Array, Array | None]:
+    """The states before each chunk [B, N, chunks, V, F], the last one [B, N, V, F] float32, updates U [B, N, V, T'].
+
+    A chunk's chain is, transposed: S^T K^T, R^T = beta (V^T - that), U^T = R^T X^T, S^T + U^T K.
+    """
+    delta, slots = call.delta, stages_of(call, backwards=False)
+    # Without decays per channel the two keys are one.
+    inputs = {"key": key_onward, "key_into": key_into if delta and call.per_channel else None, "value": value}
+    inputs |= {"inverse": inverses, "gates": gates, "through": through, "state": state}
+
+    def body(ref: Any) -> None:
+        batch, head, part = place_of("batch", "head", "part")
+        channels = pl.ds(part * np.int32(ROWS), ROWS)
+
+        def fetch(number: Array, slot: Array, barrier: Any) -> None:
+            tokens = pl.ds(number * np.int32(CHUNK), CHUNK)
+            fetch_chunk(call, ref, (batch, head, number), tokens, slot, barrier, ("key", "key_into"))
+            here = ref.value.at[batch, tokens, call.head_of(ref.value, head), channels]
+            plgpu.copy_gmem_to_smem(here, ref.value_s.at[slot], barrier)
+            if delta:
+                plgpu.copy_gmem_to_smem(ref.inverse.at[batch, head, tokens], ref.inverse_s.at[slot], barrier)
+
+        ring = Ring(fetch, jnp.int32(call.chunks), ref.ready, None, slots)
+        ring.start()
+        plgpu.copy_gmem_to_smem(ref.state.at[batch, head, channels], ref.wide_s, ref.first.at[0])
+        store(ref.identity_s, identity())
+        plgpu.barrier_wait(ref.first.at[0])
+
+        def chunk(number: Array, now: Array) -> Array:
+            slot, rounded = ring.slot(number), now.astype(call.dtype)
+            tokens = pl.ds(number * np.int32(CHUNK), CHUNK)
+            key_s, value_s = ref.key_s.at[slot], ref.value_s.at[slot]
+
+            def keep_state() -> None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk stored has been read
+                store(ref.state_s, rounded)
+                plgpu.copy_smem_to_gmem(ref.state_s, ref.states.at[batch, head, number, channels])
+
+            ring.wait(number)
+            values = Product(value_s, ref.identity_s, a_transposed=True)
+            gates_s = ref.gates_s.at[slot] if gates is not None else None
+            if delta:
+                from_key_s = ref.key_into_s.at[slot] if call.per_channel else key_s
+                old = Product(rounded, from_key_s, b_transposed=True)
+                new, read = dots([values], [old], shape=SQUARE, work=keep_state)
+                if call.per_token:
+                    read *= by_column(call.vector(gates_s, INTO, COLUMN), SQUARE)
+                wanted = (new - read) * by_column(call.vector(gates_s, BETA, COLUMN), SQUARE)
+                wanted = wanted.astype(call.dtype)
+                update = dot(Product(wanted, ref.inverse_s.at[slot], b_transposed=True), shape=SQUARE)
+                store(ref.update_s, update)
+                plgpu.copy_smem_to_gmem(ref.update_s, ref.updates.at[batch, head, channels, tokens])
+            elif call.per_token:
+                [update] = dots([values], shape=SQUARE, work=keep_state)
+            else:
+                keep_state()
+            if call.per_token:
+                update *= by_column(call.vector(gates_s, ONWARD, COLUMN), SQUARE)
+            if call.per_token or delta:
+                write = Product(update.astype(call.dtype), key_s)
+            else:
+                write = Product(value_s, key_s, a_transposed=True)
+            after = add_dot(decayed_state(call, ref, now, slot), write)
+            ring.release(number)
+            return after
+
+        last = lax.fori_loop(jnp.int32(0), jnp.int32(call.chunks), chunk, load(ref.wide_s, MATRIX))
+        store(ref.wide_s, last)
+        plgpu.copy_smem_to_gmem(ref.wide_s, ref.last.at[batch, head, channels])
+        plgpu.wait_smem_to_gmem(0)
+
+    square = half(*SQUARE, dtype=call.dtype)
+    out = {
+        "states": ((call.batch, call.heads, call.chunks, call.values, call.features), call.dtype),
+        "last": (state.shape, jnp.float32),
+    }
+    scratch = chunk_scratch(call, inputs, ("key", "key_into"), slots)
+    scratch |= {"value_s": half(slots, *SQUARE, dtype=call.dtype), "identity_s": square}
+    copies = len(scratch) - 1
+    if delta:
+        out["updates"] = ((call.batch, call.heads, call.values, call.padded), call.dtype)
+        scratch |= {"inverse_s": half(slots, *SQUARE, dtype=call.dtype), "update_s": square}
+        copies += 1
+    scratch |= {
+        "state_s": half(ROWS, call.features, dtype=call.dtype),
+        "wide_s": single(ROWS, call.features),
+        "ready": barriers(slots, copies),
+        "first": barriers(1, 1),
+    }
+    grid = {"batch": call.batch, "head": call.heads, "part": call.values // ROWS}
+    results = run(body, "linear_states", inputs, out=out, grid=grid, scratch=scratch)
+    return results["states"], results["last"], results.get("updates")
+
+
+def identity() -> Array:
+    """[C, C]: a product with it transposes what lies in shared memory into registers."""
+    return jnp.where(iota(SQUARE, 0) == iota(SQUARE, 1), np.float32(1), np.float32(0))
+
+
+def chunk_scratch(call: Call, inputs: dict[str, Any], tokens: tuple[str, ...], slots: int) -> dict[str, Any]:
+    """Slots for a chunk of these inputs [B, T', heads, F'], its gates and its decay, as far as there are any."""
+    scratch = {f"{x}_s": half(slots, CHUNK, call.features, dtype=call.dtype) for x in tokens if inputs[x] is not None}
+    if inputs["gates"] is not None:
+        scratch["gates_s"] = plgpu.SMEM((slots, len(call.rows), CHUNK), jnp.float32)
+    if inputs["through"] is not None:
+        scratch["through_s"] = plgpu.SMEM((slots, call.features), jnp.float32)
+    return scratch
+
+
+def fetch_chunk(call: Call, ref: Any, place: Any, tokens: Any, slot: Array, barrier: Any, names: tuple[str, ...]) -> None:
+    """Issues the copies into chunk_scratch. place: (batch, head, chunk)."""
+    batch, head, number = place
+    for name in names:
+        if hasattr(ref, name):
+            source, target = getattr(ref, name), getattr(ref, f"{name}_s")
+            plgpu.copy_gmem_to_smem(source.at[batch, tokens, call.head_of(source, head)], target.at[slot], barrier)
+    if hasattr(ref, "gates"):
+        plgpu.copy_gmem_to_smem(ref.gates.at[batch, head, :, tokens], ref.gates_s.at[slot], barrier)
+    if hasattr(ref, "through"):
+        plgpu.copy_gmem_to_smem(ref.through.at[batch, head, number], ref.through_s.at[slot], barrier)
+
+
+def decayed_state(call: Call, ref: Any, state: Array, slot: Array) -> Array:
+    """A state [V, F] times the decay over the chunk."""
+    if call.per_token:
+        return state * ref.gates_s[slot, call.rows.index(INTO), CHUNK - 1]
+    if call.per_channel:
+        return state * by_column(load(ref.through_s.at[slot], COLUMN), state.shape)
+    return state
+
+
+def outputs(
+    call: Call,
+    query: Array,
+    key: Array,
+    states: Array,
+    value: Array,
+    weights: Array | None,
+    gates: Array | None,
+    dtype: Any,
+    *,
+    backwards: bool = False,
+) -> Array:
+    """tril(QK^T * e^D) U + e^{D_i0} Q S of every chunk, [B, T', N, V'].
+
+    value: [B, T', heads, V'], or updates [B, N, V', T']. weights: the triangle, where there is one already.
+    backwards: triu(QK^T * (e^D)^T) U + e^{D_Ci} Q S, with the transposed weights: gradients of values are outputs whose
+    queries are keys, and whose keys are queries.
+    """
+    width, is_update = _value_part(call.values), call.delta and not backwards
+
+    def body(ref: Any) -> None:
+        batch, head, chunk, part = place_of("batch", "head", "chunk", "part")
+        tokens, channels = pl.ds(chunk * np.int32(CHUNK), CHUNK), pl.ds(part * np.int32(width), width)
+
+        def fetch(source: Any, target: Any) -> None:
+            plgpu.copy_gmem_to_smem(source, target, ref.ready.at[0])
+
+        fetch(ref.query.at[batch, tokens, call.head_of(ref.query, head)], ref.query_s)
+        if weights is None:
+            fetch(ref.key.at[batch, tokens, call.head_of(ref.key, head)], ref.key_s)
+        else:
+            fetch(ref.weights.at[batch, head, tokens], ref.weights_s)
+        fetch(ref.states.at[batch, head, chunk, channels], ref.states_s)
+        if is_update:
+            fetch(ref.value.at[batch, head, channels, tokens], ref.value_s)
+        else:
+            fetch(ref.value.at[batch, tokens, call.head_of(ref.value, head), channels], ref.value_s)
+        if call.per_token:
+            fetch(ref.gates.at[batch, head, :, tokens], ref.gates_s)
+        plgpu.barrier_wait(ref.ready.at[0])
+        shape = (CHUNK, width)
+        out = dot(Product(ref.query_s, ref.states_s, b_transposed=True), shape=shape)
+        if call.per_token:
+            out *= by_row(call.vector(ref.gates_s, ONWARD if backwards else INTO, ROW), shape)
+        if weights is None:
+            products = dot(Product(ref.query_s, ref.key_s, b_transposed=True), shape=SQUARE)
+            own = (products * call.decays(ref.gates_s if call.per_token else None, backwards)).astype(call.dtype)
+            out = add_dot(out, Product(own, ref.value_s, b_transposed=is_update))
+        else:
+            out = add_dot(out, Product(ref.weights_s, ref.value_s, backwards, is_update))
+        store(ref.out_s, out)
+        plgpu.copy_smem_to_gmem(ref.out_s, ref.out.at[batch, tokens, head, channels])
+        plgpu.wait_smem_to_gmem(0)
+
+    tile = half(CHUNK, call.features, dtype=call.dtype)
+    wide = jnp.dtype(dtype).itemsize == 4
+    scratch = {"query_s": tile}
+    scratch |= {"key_s": tile} if weights is None else {"weights_s": half(*SQUARE, dtype=call.dtype)}
+    scratch["states_s"] = half(width, call.features, dtype=call.dtype)
+    scratch["value_s"] = half(*((width, CHUNK) if is_update else (CHUNK, width)), dtype=call.dtype)
+    if call.per_token:
+        scratch["gates_s"] = plgpu.SMEM((len(call.rows), CHUNK), jnp.float32)
+    scratch["ready"] = barriers(1, len(scratch))
+    scratch["out_s"] = single(CHUNK, width) if wide else half(CHUNK, width, dtype=dtype)
+    results = run(
+        body,
+        "linear_outputs",
+        {
+            "query": query,
+            "key": key if weights is None else None,
+            "weights": weights,
+            "states": states,
+            "value": value,
+            "gates": gates if call.per_token else None,
+        },
+        out={"out": ((call.batch, call.padded, call.heads, call.values), dtype)},
+        grid={"batch": call.batch, "head": call.heads, "chunk": call.chunks, "part": call.values // width},
+        scratch=scratch,
+    )
+    return results["out"]
