@@ -65,6 +65,7 @@ class Call:
         self.features, self.values = padded_width(self.key_width), padded_width(self.value_width)
         self.chunks = -(-self.length // CHUNK)
         self.padded = self.chunks * CHUNK
+        self.part_dtype = self.dtype if self.group == 1 else jnp.float32  # of what is added up over a group's heads
         self.delta = beta is not None
         self.per_token = log_decay is not None and log_decay.ndim == 3
         self.per_channel = log_decay is not None and log_decay.ndim == 4
@@ -129,6 +130,16 @@ class Call:
         arrays = [(x.astype(jnp.float32) * factor).astype(self.dtype) for x, factor in
                   ((query, into), (key, into), (key, onward))]
         return *arrays, jnp.moveaxis(jnp.exp(sums[:, :, -1]), 1, 2)
+
+    def row(self, gates: Array, name: str) -> Array:
+        """One of the vectors, [B, N, T']."""
+        return gates[:, :, self.rows.index(name)]
+
+    def to_key_heads(self, x: Array) -> Array:
+        """[B, T', N, W] -> [B, T', K, W], added up over each group of heads."""
+        if self.group == 1:
+            return x
+        return jnp.sum(x.reshape(*x.shape[:2], self.key_heads, self.group, x.shape[-1]), axis=3)
 
     # --- Inside a kernel ---
 
