@@ -45,7 +45,7 @@ Array = jax.Array
 
 CHUNK = ROWS  # tokens
 SQUARE = (CHUNK, CHUNK)
-LEVELS = (1, 2, 4, 8, 16, 32)  # tokens of the blocks that are joined in pairs
+LEVELS = 6  # blocks of 1, 2, 4, ... 32 tokens are joined in pairs
 WIDEST = 256  # of keys and values
 _LEAST = np.float32(-104)  # float32's exp of less is 0
 # Vectors of a head's tokens, as far as the call has them.
@@ -204,20 +204,26 @@ def place_of(*names: str) -> list[Array]:
     return [lax.axis_index(name) for name in names]
 
 
-def pairs(block: int) -> Array:
-    """bool [C, C]: where a later block's row meets a column of the earlier block of its pair."""
-    rows, columns = (lax.div(iota(SQUARE, axis), np.int32(block)) for axis in (0, 1))
-    return (rows == columns + 1) & (lax.rem(rows, np.int32(2)) == 1)
+# Masks of a level are intervals of columns, whose ends depend on the row alone: that takes few registers.
+def pairs(block: Any) -> Array:
+    """bool [C, C]: where a later block's row meets a column of the earlier block of its pair. block: a power of two."""
+    row, column = iota(SQUARE, 0), iota(SQUARE, 1)
+    start = row & (-2 * block)
+    return (column >= start) & (column < start + (row & block))
 
 
-def ones_to_middle(block: int, dtype: Any, transposed: bool = False) -> Array:
+def ones_to_middle(block: Any, dtype: Any, transposed: bool = False) -> Array:
     """[C, C] of 0 and 1: row i sums what lies between i and its pair's middle, before which i itself is left out."""
     token, other = (iota(SQUARE, axis) for axis in ((1, 0) if transposed else (0, 1)))
-    number = lax.div(token, np.int32(block))
-    is_late = lax.rem(number, np.int32(2)) == 1
-    between = jnp.where(is_late, (other <= token).astype(jnp.int32), (other > token).astype(jnp.int32))
-    inside = (lax.div(other, np.int32(block)) == number) & (between == 1)
-    return jnp.where(inside, np.float32(1), np.float32(0)).astype(dtype)
+    first, next_token = token & -block, token + np.int32(1)
+    is_late = (token & block) != 0
+    start, end = jnp.where(is_late, first, next_token), jnp.where(is_late, next_token, first + block)
+    return jnp.where((other >= start) & (other < end), np.float32(1), np.float32(0)).astype(dtype)
+
+
+def over_levels(body: Callable[[Array, Any], Any], carry: Any) -> Any:
+    """body(tokens of a block, carry) -> carry for each level: a loop, since masks of all levels would take registers."""
+    return lax.fori_loop(jnp.int32(0), jnp.int32(LEVELS), lambda level, carry: body(jnp.int32(1) << level, carry), carry)
 
 
 def split(x: Array, dtype: Any, parts: int) -> list[Array]:
@@ -252,9 +258,9 @@ def inverse(system: Array, system_s: Any, inverse_s: Any) -> Array:
     put(system_s, system)
     zero = np.float32(0)
     unit = jnp.where(iota(SQUARE, 0) == iota(SQUARE, 1), np.float32(1), zero)
-    result = unit - jnp.where(pairs(1), system, zero)
-    for block in LEVELS[1:]:
+    result = unit - jnp.where(pairs(np.int32(1)), system, zero)
+    for level in range(1, LEVELS):
         put(inverse_s, result)
-        leads = jnp.where(pairs(block), times(result, system_s), zero)  # X A at the pairs is X L: X is block diagonal
+        leads = jnp.where(pairs(np.int32(1 << level)), times(result, system_s), zero)  # X A at the pairs is X L: X is block diagonal
         result = result - times(leads, inverse_s)
     return result

@@ -33,7 +33,6 @@ from kernels_pallas.gpu.chunk import (
     CHUNK,
     COLUMN,
     INTO,
-    LEVELS,
     ONWARD,
     ROW,
     SQUARE,
@@ -41,6 +40,7 @@ from kernels_pallas.gpu.chunk import (
     Call,
     inverse,
     ones_to_middle,
+    over_levels,
     pairs,
     place_of,
     run,
@@ -265,22 +265,26 @@ def channel_weights(
             decay = load(ref.decay_s.at[slot], MATRIX)
             for i, x in enumerate(split(decay, jnp.bfloat16, 3)):
                 store(ref.split_s.at[i], x)
-            query, key = (load(x, MATRIX).astype(jnp.float32) for x in (query_s, key_s))
             diagonal = iota(SQUARE, 0) == iota(SQUARE, 1)
             found = list(carry)
             products = dot(Product(query_s, key_s, b_transposed=True), shape=SQUARE)
             found[0] += jnp.where(diagonal, products, np.float32(0))
-            for block in LEVELS:
+
+            def level(block: Array, found: Any) -> Any:
                 between = ones_to_middle(block, jnp.bfloat16)
                 exponents = dot(*(Product(between, ref.split_s.at[i]) for i in range(3)), shape=SQUARE)
                 factor = jnp.exp(exponents)
+                query, key = (load(x, MATRIX).astype(jnp.float32) for x in (query_s, key_s))
                 ref.into_s[...] = (query * factor).astype(call.dtype)
                 store(ref.onward_s, key * factor)
                 left = [ref.into_s] + ([ref.onward_s] if call.delta else [])
                 both = dots(*([Product(x, ref.onward_s, b_transposed=True)] for x in left), shape=SQUARE)
-                found = [x + jnp.where(pairs(block), y, np.float32(0)) for x, y in zip(found, both, strict=True)]
+                where = pairs(block)
+                return tuple(x + jnp.where(where, y, np.float32(0)) for x, y in zip(found, both, strict=True))
+
+            found = over_levels(level, tuple(found))
             ring.release(number)
-            return tuple(found)
+            return found
 
         carry = tuple(full(SQUARE, 0.0) for _ in range(1 + call.delta))
         weights, *system = lax.fori_loop(jnp.int32(0), jnp.int32(parts), part, carry)

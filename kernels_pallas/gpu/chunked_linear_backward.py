@@ -31,12 +31,12 @@ from kernels_pallas.gpu.chunk import (
     CHUNK,
     COLUMN,
     INTO,
-    LEVELS,
     ONWARD,
     ROW,
     SQUARE,
     Call,
     ones_to_middle,
+    over_levels,
     pairs,
     place_of,
     run,
@@ -62,6 +62,7 @@ from kernels_pallas.gpu.common import (
     by_row,
     dot,
     dots,
+    full,
     half,
     iota,
     load,
@@ -472,7 +473,6 @@ def _channel_gradients(
         for i, x in enumerate(split(load(ref.decay_s, MATRIX), jnp.bfloat16, 3)):
             store(ref.split_s.at[i], x)
         zero, diagonal = np.float32(0), iota(SQUARE, 0) == iota(SQUARE, 1)
-        beta = by_row(call.vector(ref.gates_s, BETA, ROW), SQUARE) if delta else None
 
         def masked(source: Any, where: Array) -> Array:
             return jnp.where(where, load(source, MATRIX).astype(jnp.float32), zero)
@@ -481,43 +481,55 @@ def _channel_gradients(
         to_query, to_key = dots(
             [Product(ref.masked_s, ref.key_s)], [Product(ref.masked_s, ref.query_s)], shape=SQUARE
         )
-        to_decay = to_query * zero
-        strength = to_decay
-        for block in LEVELS:
+
+        def level(block: Array, carry: Any) -> Any:
+            to_query, *strength = carry
             between, where = ones_to_middle(block, jnp.bfloat16), pairs(block)
             exponents = dot(*(Product(between, ref.split_s.at[i]) for i in range(3)), shape=SQUARE)
             factor = jnp.exp(exponents)
-            query, key = (load(x, MATRIX).astype(jnp.float32) * factor for x in (ref.query_s, ref.key_s))
-            ref.into_s[...] = query.astype(call.dtype)
-            ref.onward_s[...] = key.astype(call.dtype)
+
+            def decayed(source: Any) -> Array:  # read again where it is used: it would not fit into registers
+                return load(source, MATRIX).astype(jnp.float32) * factor
+
+            ref.into_s[...] = decayed(ref.query_s).astype(call.dtype)
+            ref.onward_s[...] = decayed(ref.key_s).astype(call.dtype)
             store(ref.masked_s, masked(ref.weights_s, where))
-            sums = [[Product(ref.masked_s, ref.onward_s)], [Product(ref.masked_s, ref.into_s, a_transposed=True)]]
+            of_onward = [Product(ref.masked_s, ref.into_s, a_transposed=True)]
             if delta:
                 of_system = masked(ref.system_s, where)
                 ref.inner_s[...] = of_system.astype(call.dtype)
-                store(ref.strong_s, of_system * beta)
-                sums[1].append(Product(ref.strong_s, ref.onward_s, a_transposed=True))
-                sums.append([Product(ref.inner_s, ref.onward_s)])
-            to_into, to_onward, *forth = dots(*sums, shape=SQUARE)
-            if delta:
-                strength += forth[0] * key
-                to_onward += forth[0] * beta
+                store(ref.strong_s, of_system * by_row(call.vector(ref.gates_s, BETA, ROW), SQUARE))
+                of_onward.append(Product(ref.strong_s, ref.onward_s, a_transposed=True))
+                forth = dot(Product(ref.inner_s, ref.onward_s), shape=SQUARE)
+                strength = [strength[0] + (forth * decayed(ref.key_s)).sum(axis=1)]
+                to_onward = add_dot(forth * by_row(call.vector(ref.gates_s, BETA, ROW), SQUARE), *of_onward)
+            else:
+                to_onward = dot(*of_onward, shape=SQUARE)
+            ref.to_key_s[...] = load(ref.to_key_s, MATRIX) + to_onward * factor
+            of_exponents = to_onward * decayed(ref.key_s)
+            to_into = dot(Product(ref.masked_s, ref.onward_s), shape=SQUARE)
             to_query += to_into * factor
-            to_key += to_onward * factor
-            of_exponents = to_into * query + to_onward * key
-            for i, x in enumerate(split(of_exponents, jnp.bfloat16, 2)):
-                store(ref.exponents_s.at[i], x)
+            of_exponents += to_into * decayed(ref.query_s)
+            high, low = split(of_exponents, jnp.bfloat16, 2)
+            ref.exponents_s[...] = high
+            store(ref.exponents_low_s, low)
             back = ones_to_middle(block, jnp.bfloat16, transposed=True)
-            to_decay = add_dot(to_decay, *(Product(back, ref.exponents_s.at[i]) for i in range(2)))
+            parts = (Product(back, x) for x in (ref.exponents_s, ref.exponents_low_s))
+            ref.decay_s[...] = add_dot(load(ref.decay_s, MATRIX), *parts)
+            return to_query, *strength
+
+        # Two of the sums are in shared memory: they would not fit into registers.
+        ref.decay_s[...] = full(SQUARE, 0.0)
+        ref.to_key_s[...] = to_key
+        carry = (to_query, *([full((CHUNK,), 0.0, ROW)] if delta else []))
+        to_query, *strength = over_levels(level, carry)
         here = (batch, tokens, head, columns)
         store(ref.to_query_s, to_query)
-        store(ref.to_key_s, to_key)
-        store(ref.decay_s, to_decay)
         plgpu.copy_smem_to_gmem(ref.to_query_s, ref.to_query.at[here])
         plgpu.copy_smem_to_gmem(ref.to_key_s, ref.to_key.at[here])
         plgpu.copy_smem_to_gmem(ref.decay_s, ref.to_decay.at[here])
         if delta:
-            store(ref.numbers_s.at[0], strength.sum(axis=1))
+            store(ref.numbers_s.at[0], strength[0])
             plgpu.copy_smem_to_gmem(ref.numbers_s, ref.numbers.at[batch, head, part, :, tokens])
         plgpu.wait_smem_to_gmem(0)
 
@@ -528,15 +540,16 @@ def _channel_gradients(
     scratch["ready"] = barriers(1, len(scratch))
     scratch |= {
         "split_s": half(3, *SQUARE, dtype=jnp.bfloat16),
-        "exponents_s": half(2, *SQUARE, dtype=jnp.bfloat16),
+        "exponents_s": half(*SQUARE, dtype=jnp.bfloat16),
+        "exponents_low_s": half(*SQUARE, dtype=jnp.bfloat16),
         "masked_s": square,
         "into_s": square,
         "onward_s": square,
         "to_query_s": square,
-        "to_key_s": wide if call.part_dtype == jnp.float32 else square,
+        "to_key_s": wide,
     }
     tokens, parts = (call.batch, call.padded, call.heads, call.features), call.features // ROWS
-    out = {"to_query": (tokens, call.dtype), "to_key": (tokens, call.part_dtype), "to_decay": (tokens, jnp.float32)}
+    out = {"to_query": (tokens, call.dtype), "to_key": (tokens, jnp.float32), "to_decay": (tokens, jnp.float32)}
     if delta:
         scratch |= {"inner_s": square, "strong_s": square, "numbers_s": plgpu.SMEM((1, CHUNK), jnp.float32)}
         out["numbers"] = ((call.batch, call.heads, parts, 1, call.padded), jnp.float32)
