@@ -18,6 +18,7 @@ operands' dtype before it is multiplied: in float16, states beyond 65504 overflo
 order of sums is fixed: two runs give the same bits. Gradients are in chunked_linear_backward.py.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -96,16 +97,17 @@ def smem_bytes(features: int, value_dim: int, *, decay: str | None = None, delta
     features, values = padded_width(features), padded_width(value_dim)
     stage = _stage_bytes(features, decay, delta, backwards=True)
     states = stage * max(1, _stages(features, decay, delta, backwards=True)) + _state_bytes(features)
-    part = _value_part(values)
+    part = wide_part(values)
     outputs = 2 * (2 * CHUNK * features + features * part + CHUNK * part) + 4 * CHUNK * part + 2 * CHUNK * CHUNK
-    tokens = 2 * CHUNK * (values * (5 if delta else 4) + 2 * CHUNK) + 2 * 4 * CHUNK * CHUNK + 3 * 2 * CHUNK * CHUNK
+    tokens = 2 * CHUNK * values * (5 if delta else 4) + 8 * CHUNK * CHUNK
     weights = 2 * CHUNK * (2 * features + 6 * CHUNK)
-    return max(states, outputs, tokens, weights) + _RESERVED
+    channels = 2 * CHUNK * CHUNK * (16 if delta else 13) if decay == "channel" else 0
+    return max(states, outputs, tokens, weights, channels) + 4 * 8 * CHUNK + _RESERVED
 
 
 def _state_bytes(features: int) -> int:
     """Of a block of the states' kernels, beside its stages: the state in 16 bits and in float32, updates, identity."""
-    return ROWS * features * (2 + 4) + 2 * 2 * CHUNK * CHUNK
+    return ROWS * (2 * features + 4 * wide_part(features)) + 2 * 2 * CHUNK * CHUNK
 
 
 def _stage_bytes(features: int, decay: str | None, delta: bool, *, backwards: bool) -> int:
@@ -125,9 +127,9 @@ def stages_of(call: Call, *, backwards: bool) -> int:
     return max(1, _stages(call.features, decay, call.delta, backwards=backwards))
 
 
-def _value_part(values: int) -> int:
-    """Of the value channels, those of a block of outputs."""
-    return 128 if values % 128 == 0 else 64
+def wide_part(width: int) -> int:
+    """Of so many channels, those that are done at once: the columns of a product."""
+    return 128 if width % 128 == 0 else 64
 
 
 def kept_shapes(query: Any, value: Any, log_decay: Any = None, beta: Any = None) -> list[jax.ShapeDtypeStruct]:
@@ -371,18 +373,16 @@ def _states(
 
         ring = Ring(fetch, jnp.int32(call.chunks), ref.ready, None, slots)
         ring.start()
-        plgpu.copy_gmem_to_smem(ref.state.at[batch, head, channels], ref.wide_s, ref.first.at[0])
         store(ref.identity_s, identity())
-        plgpu.barrier_wait(ref.first.at[0])
 
-        def chunk(number: Array, now: Array) -> Array:
-            slot, rounded = ring.slot(number), now.astype(call.dtype)
+        def chunk(number: Array, now: Any) -> Any:
+            slot, rounded = ring.slot(number), [x.astype(call.dtype) for x in now]
             tokens = pl.ds(number * np.int32(CHUNK), CHUNK)
             key_s, value_s = ref.key_s.at[slot], ref.value_s.at[slot]
 
             def keep_state() -> None:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk stored has been read
-                store(ref.state_s, rounded)
+                store_parts(ref.state_s, rounded)
                 plgpu.copy_smem_to_gmem(ref.state_s, ref.states.at[batch, head, number, channels])
 
             ring.wait(number)
@@ -390,8 +390,9 @@ def _states(
             gates_s = ref.gates_s.at[slot] if gates is not None else None
             if delta:
                 from_key_s = ref.key_into_s.at[slot] if call.per_channel else key_s
-                old = Product(rounded, from_key_s, b_transposed=True)
-                new, read = dots([values], [old], shape=SQUARE, work=keep_state)
+                sources = state_operands(call, ref, rounded, keep_state)
+                old = [Product(x, columns(from_key_s, i), b_transposed=True) for i, x in enumerate(sources)]
+                new, read = dots([values], old, shape=SQUARE, work=keep_state if state_fits(call) else None)
                 if call.per_token:
                     read *= by_column(call.vector(gates_s, INTO, COLUMN), SQUARE)
                 wanted = (new - read) * by_column(call.vector(gates_s, BETA, COLUMN), SQUARE)
@@ -405,18 +406,17 @@ def _states(
                 keep_state()
             if call.per_token:
                 update *= by_column(call.vector(gates_s, ONWARD, COLUMN), SQUARE)
-            if call.per_token or delta:
-                write = Product(update.astype(call.dtype), key_s)
-            else:
-                write = Product(value_s, key_s, a_transposed=True)
-            after = add_dot(decayed_state(call, ref, now, slot), write)
+            write = (update.astype(call.dtype), False) if call.per_token or delta else (value_s, True)
+            after = tuple(
+                add_dot(decayed_state(call, ref, x, slot, i), Product(write[0], columns(key_s, i), write[1]))
+                for i, x in enumerate(now)
+            )
             ring.release(number)
             return after
 
-        last = lax.fori_loop(jnp.int32(0), jnp.int32(call.chunks), chunk, load(ref.wide_s, MATRIX))
-        store(ref.wide_s, last)
-        plgpu.copy_smem_to_gmem(ref.wide_s, ref.last.at[batch, head, channels])
-        plgpu.wait_smem_to_gmem(0)
+        first = read_parts(call, ref.state.at[batch, head, channels], ref.wide_s, ref.first.at[0])
+        last = lax.fori_loop(jnp.int32(0), jnp.int32(call.chunks), chunk, first)
+        write_parts(last, ref.wide_s, ref.last.at[batch, head, channels])
 
     square = half(*SQUARE, dtype=call.dtype)
     out = {
@@ -432,7 +432,7 @@ def _states(
         copies += 1
     scratch |= {
         "state_s": half(ROWS, call.features, dtype=call.dtype),
-        "wide_s": single(ROWS, call.features),
+        "wide_s": single(ROWS, wide_part(call.features)),
         "ready": barriers(slots, copies),
         "first": barriers(1, 1),
     }
@@ -469,12 +469,57 @@ def fetch_chunk(call: Call, ref: Any, place: Any, tokens: Any, slot: Array, barr
         plgpu.copy_gmem_to_smem(ref.through.at[batch, head, number], ref.through_s.at[slot], barrier)
 
 
-def decayed_state(call: Call, ref: Any, state: Array, slot: Array) -> Array:
-    """A state [V, F] times the decay over the chunk."""
+def columns(ref: Any, part: int) -> Any:
+    """A part of the columns of a ref [rows, width]."""
+    width = wide_part(ref.shape[-1])
+    return ref if width == ref.shape[-1] else ref.at[:, part * width : (part + 1) * width]
+
+
+def read_parts(call: Call, source: Any, wide_s: Any, barrier: Any) -> tuple[Array, ...]:
+    """A float32 state [V, F] in registers, in parts of its columns."""
+    parts = []
+    for part in range(call.features // wide_s.shape[-1]):
+        plgpu.copy_gmem_to_smem(columns(source, part), wide_s, barrier)
+        plgpu.barrier_wait(barrier)
+        parts.append(load(wide_s, MATRIX))
+        plgpu.commit_smem()
+    return tuple(parts)
+
+
+def write_parts(parts: Any, wide_s: Any, target: Any) -> None:
+    """The reverse of read_parts; waits for all stores."""
+    for part, x in enumerate(parts):
+        store(wide_s, x)
+        plgpu.copy_smem_to_gmem(wide_s, columns(target, part))
+        plgpu.wait_smem_to_gmem(0)
+
+
+def state_fits(call: Call) -> bool:
+    """Whether registers hold a state twice, in float32 and in 16 bits, and three products."""
+    return call.features <= 128
+
+
+def state_operands(call: Call, ref: Any, rounded: list[Array], keep_state: Callable[[], None]) -> list[Any]:
+    """The left operands of a state's products: in registers, or in shared memory after keep_state()."""
+    if state_fits(call):
+        return rounded
+    keep_state()
+    return [columns(ref.state_s, part) for part in range(len(rounded))]
+
+
+def store_parts(ref: Any, parts: Any) -> None:
+    for part, x in enumerate(parts):
+        store(columns(ref, part), x)
+
+
+def decayed_state(call: Call, ref: Any, state: Array, slot: Array, part: int) -> Array:
+    """A part of the columns of a state [V, F] times the decay over the chunk."""
     if call.per_token:
         return state * ref.gates_s[slot, call.rows.index(INTO), CHUNK - 1]
     if call.per_channel:
-        return state * by_column(load(ref.through_s.at[slot], COLUMN), state.shape)
+        width = state.shape[1]
+        through = load(ref.through_s.at[slot, part * width : (part + 1) * width], COLUMN)
+        return state * by_column(through, state.shape)
     return state
 
 
@@ -496,7 +541,7 @@ def outputs(
     backwards: triu(QK^T * (e^D)^T) U + e^{D_Ci} Q S, with the transposed weights: gradients of values are outputs whose
     queries are keys, and whose keys are queries.
     """
-    width, is_update = _value_part(call.values), call.delta and not backwards
+    width, is_update = wide_part(call.values), call.delta and not backwards
 
     def body(ref: Any) -> None:
         batch, head, chunk, part = place_of("batch", "head", "chunk", "part")

@@ -44,12 +44,19 @@ from kernels_pallas.gpu.chunk import (
 )
 from kernels_pallas.gpu.chunked_linear import (
     chunk_scratch,
+    columns,
     decayed_state,
     fetch_chunk,
     identity,
     outputs,
+    read_parts,
     refusal,
     stages_of,
+    state_fits,
+    state_operands,
+    store_parts,
+    wide_part,
+    write_parts,
 )
 from kernels_pallas.gpu.common import (
     MATRIX,
@@ -186,7 +193,7 @@ def _state_gradients(
 ) -> tuple[Array, Array, Array | None]:
     """The gradients of the states after each chunk [B, N, chunks, V, F], that of the first state [B, N, V, F] float32,
     and dR [B, N, V, T'] with the delta rule; everything transposed, as in the states' kernel."""
-    delta, slots = call.delta, stages_of(call, backwards=True)
+    delta, slots, fits = call.delta, stages_of(call, backwards=True), state_fits(call)
     inputs = {"query": query_into, "key": key_onward if delta else None}
     inputs |= {"key_into": key_into if delta and call.per_channel else None, "out_gradient": out_gradient}
     inputs |= {"weights": weights if delta else None, "inverse": inverses}
@@ -215,30 +222,32 @@ def _state_gradients(
 
         ring = Ring(fetch, jnp.int32(call.chunks), ref.ready, None, slots)
         ring.start()
-        plgpu.copy_gmem_to_smem(ref.last.at[batch, head, channels], ref.wide_s, ref.first_ready.at[0])
         store(ref.identity_s, identity())
-        plgpu.barrier_wait(ref.first_ready.at[0])
 
-        def step(number: Array, now: Array) -> Array:
-            slot, chunk, rounded = ring.slot(number), chunk_of(number), now.astype(call.dtype)
+        def step(number: Array, now: Any) -> Any:
+            slot, chunk, rounded = ring.slot(number), chunk_of(number), [x.astype(call.dtype) for x in now]
             query_s, out_s = ref.query_s.at[slot], ref.out_gradient_s.at[slot]
             gates_s = ref.gates_s.at[slot] if gates is not None else None
 
             def keep_state() -> None:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last step stored has been read
-                store(ref.state_s, rounded)
+                store_parts(ref.state_s, rounded)
                 plgpu.copy_smem_to_gmem(ref.state_s, ref.states.at[batch, head, chunk, channels])
 
             def vector(name: str) -> Array:
                 return by_column(call.vector(gates_s, name, COLUMN), SQUARE)
 
             ring.wait(number)
-            outs = [Product(out_s, ref.identity_s, a_transposed=True)] if delta or call.per_token else []
-            products = []
+            outs, writes = [Product(out_s, ref.identity_s, a_transposed=True)], []
             if delta:
                 from_outs = Product(out_s, ref.weights_s.at[slot], a_transposed=True)
-                from_state = Product(rounded, ref.key_s.at[slot], b_transposed=True)
-                out, update, more = dots(outs, [from_outs], [from_state], shape=SQUARE, work=keep_state)
+                sources = state_operands(call, ref, rounded, keep_state)
+                after_s = ref.key_s.at[slot]
+                from_state = [Product(x, columns(after_s, i), b_transposed=True) for i, x in enumerate(sources)]
+                if fits:
+                    out, update, more = dots(outs, [from_outs], from_state, shape=SQUARE, work=keep_state)
+                else:
+                    update, more = dots([from_outs], from_state, shape=SQUARE)
                 update += more * vector(ONWARD) if call.per_token else more
                 rest = dot(Product(update.astype(call.dtype), ref.inverse_s.at[slot]), shape=SQUARE)
                 store(ref.rest_s, rest)
@@ -246,23 +255,27 @@ def _state_gradients(
                 rest *= -vector(BETA)
                 rest *= vector(INTO) if call.per_token else np.float32(1)
                 key_s = ref.key_into_s.at[slot] if call.per_channel else ref.key_s.at[slot]
-                products.append(Product(rest.astype(call.dtype), key_s))
+                writes.append((rest.astype(call.dtype), key_s, False))
             elif call.per_token:
                 [out] = dots(outs, shape=SQUARE, work=keep_state)
             else:
                 keep_state()
+            if delta and not fits and call.per_token:
+                out = dot(*outs, shape=SQUARE)
             if call.per_token:
-                products.append(Product((out * vector(INTO)).astype(call.dtype), query_s))
+                writes.append(((out * vector(INTO)).astype(call.dtype), query_s, False))
             else:
-                products.append(Product(out_s, query_s, a_transposed=True))
-            before = add_dot(decayed_state(call, ref, now, slot), *products)
+                writes.append((out_s, query_s, True))
+            before = tuple(
+                add_dot(decayed_state(call, ref, x, slot, i), *(Product(a, columns(b, i), t) for a, b, t in writes))
+                for i, x in enumerate(now)
+            )
             ring.release(number)
             return before
 
-        first = lax.fori_loop(jnp.int32(0), jnp.int32(call.chunks), step, load(ref.wide_s, MATRIX))
-        store(ref.wide_s, first)
-        plgpu.copy_smem_to_gmem(ref.wide_s, ref.first.at[batch, head, channels])
-        plgpu.wait_smem_to_gmem(0)
+        last = read_parts(call, ref.last.at[batch, head, channels], ref.wide_s, ref.first_ready.at[0])
+        first = lax.fori_loop(jnp.int32(0), jnp.int32(call.chunks), step, last)
+        write_parts(first, ref.wide_s, ref.first.at[batch, head, channels])
 
     square, squares = (half(*shape, dtype=call.dtype) for shape in (SQUARE, (slots, *SQUARE)))
     out = {
@@ -279,7 +292,7 @@ def _state_gradients(
     scratch |= {
         "identity_s": square,
         "state_s": half(ROWS, call.features, dtype=call.dtype),
-        "wide_s": single(ROWS, call.features),
+        "wide_s": single(ROWS, wide_part(call.features)),
         "ready": barriers(slots, copies),
         "first_ready": barriers(1, 1),
     }
@@ -350,13 +363,17 @@ def _token_gradients(
             sums.append([Product(ref.rests_s, ref.states_s, a_transposed=True)])
         of_weights, into, onward, *rest = dots(*sums, shape=SQUARE)
         strict = iota(SQUARE, 0) > iota(SQUARE, 1)
+        # What was multiplied makes room.
+        first_rows = pl.ds(0, CHUNK)
+        states_s, state_gradients_s = ref.states_s.at[first_rows], ref.state_gradients_s.at[first_rows]
+        rests_s = ref.rests_s.at[first_rows] if delta else None
 
         def vector(name: str) -> Array:
             return by_row(call.vector(ref.gates_s, name, ROW), SQUARE)
 
-        def put(name: str, x: Array, target: Any) -> None:
-            store(getattr(ref, f"{name}_s"), x)
-            plgpu.copy_smem_to_gmem(getattr(ref, f"{name}_s"), target)
+        def put(x: Array, smem: Any, target: Any) -> None:
+            store(smem, x)
+            plgpu.copy_smem_to_gmem(smem, target)
 
         def put_numbers(named: dict[str, Array]) -> None:
             for i, row in enumerate(rows):
@@ -365,52 +382,52 @@ def _token_gradients(
 
         here = (batch, tokens, head, columns)
         if channel:
-            put("into", into, ref.into.at[here])
-            put("key_onward", onward, ref.key_onward.at[here])
+            put(into, states_s, ref.into.at[here])
+            put(onward, state_gradients_s, ref.key_onward.at[here])
             if delta:
-                put("key_into", -(rest[1] * vector(BETA)), ref.key_into.at[here])
+                put(-(rest[1] * vector(BETA)), ref.written_s.at[first_rows], ref.key_into.at[here])
                 put_numbers({_STRENGTH: -rest[1] * load(ref.key_s, MATRIX).astype(jnp.float32)})
 
             @pl.when(part == 0)
             def _() -> None:
                 keep = iota(SQUARE, 0) >= iota(SQUARE, 1)
-                put("weights", jnp.where(keep, of_weights, np.float32(0)), ref.weights.at[batch, head, tokens])
+                put(jnp.where(keep, of_weights, np.float32(0)), ref.weights_s, ref.weights.at[batch, head, tokens])
                 if delta:
                     system = jnp.where(strict, -rest[0], np.float32(0))
-                    put("system", system, ref.system.at[batch, head, tokens])
+                    put(system, rests_s, ref.system.at[batch, head, tokens])
 
             plgpu.wait_smem_to_gmem(0)
             return
 
         decays = call.decays(ref.gates_s if call.per_token else None)
-        store(ref.weights_s, of_weights * decays)
-        backs = [Product(ref.weights_s, ref.query_s, a_transposed=True)]
+        store(states_s, of_weights * decays)
+        backs = [Product(states_s, ref.query_s, a_transposed=True)]
         if call.per_token:
             into, onward = into * vector(INTO), onward * vector(ONWARD)
         if delta:
             system = jnp.where(strict, -rest[0] * decays, np.float32(0))
-            store(ref.system_s, system)
-            store(ref.strong_s, system * vector(BETA))
-            backs.append(Product(ref.strong_s, ref.key_s, a_transposed=True))
-        to_query = add_dot(into, Product(ref.weights_s, ref.key_s))
+            store(state_gradients_s, system)
+            store(rests_s, system * vector(BETA))
+            backs.append(Product(rests_s, ref.key_s, a_transposed=True))
+        to_query = add_dot(into, Product(states_s, ref.key_s))
         back = dot(*backs, shape=SQUARE)
         query, key = (load(x, MATRIX).astype(jnp.float32) for x in (ref.query_s, ref.key_s))
         to_key = onward + back
         named = {_EARLY: query * to_query - key * back, _LATE: key * onward}
         if delta:
-            forth = dot(Product(ref.system_s, ref.key_s), shape=SQUARE)
+            forth = dot(Product(state_gradients_s, ref.key_s), shape=SQUARE)
             forth -= rest[1] * vector(INTO) if call.per_token else rest[1]
             named[_STRENGTH] = key * forth
             forth *= vector(BETA)
             to_key += forth
             named[_EARLY] += key * forth
-        put("to_query", to_query, ref.to_query.at[here])
-        put("to_key", to_key, ref.to_key.at[here])
+        put(to_query, ref.query_s, ref.to_query.at[here])
+        put(to_key, ref.key_s if ref.to_key.dtype == call.dtype else ref.to_key_s, ref.to_key.at[here])
         if rows:
             put_numbers(named)
         plgpu.wait_smem_to_gmem(0)
 
-    square, wide = half(*SQUARE, dtype=call.dtype), single(*SQUARE)
+    square = half(*SQUARE, dtype=call.dtype)
     tall, updates = (half(*shape, dtype=call.dtype) for shape in ((call.values, ROWS), (call.values, CHUNK)))
     scratch = {f"{name}_s": square for name in ("query", "key") if inputs[name] is not None}
     scratch |= {"out_gradient_s": half(CHUNK, call.values, dtype=call.dtype), "states_s": tall, "state_gradients_s": tall}
@@ -424,12 +441,12 @@ def _token_gradients(
     parts = call.features // ROWS
     if channel:
         out = {name: (tokens, call.dtype) for name in ("into", "key_onward", *(["key_into"] if delta else []))}
+        scratch["weights_s"] = square
         out |= {name: (inner, call.dtype) for name in ("weights", *(["system"] if delta else []))}
-        scratch |= {f"{name}_s": square for name in out}
     else:
         out = {"to_query": (tokens, call.dtype), "to_key": (tokens, call.part_dtype)}
-        scratch |= {"to_query_s": square, "to_key_s": wide if call.part_dtype == jnp.float32 else square}
-        scratch |= {f"{name}_s": square for name in ("weights", *(["system", "strong"] if delta else []))}
+        if call.part_dtype == jnp.float32:
+            scratch["to_key_s"] = single(*SQUARE)
     if rows:
         out["numbers"] = ((call.batch, call.heads, parts, len(rows), call.padded), jnp.float32)
         scratch["numbers_s"] = plgpu.SMEM((len(rows), CHUNK), jnp.float32)
@@ -524,8 +541,8 @@ def _channel_gradients(
         carry = (to_query, *([full((CHUNK,), 0.0, ROW)] if delta else []))
         to_query, *strength = over_levels(level, carry)
         here = (batch, tokens, head, columns)
-        store(ref.to_query_s, to_query)
-        plgpu.copy_smem_to_gmem(ref.to_query_s, ref.to_query.at[here])
+        store(ref.into_s, to_query)
+        plgpu.copy_smem_to_gmem(ref.into_s, ref.to_query.at[here])
         plgpu.copy_smem_to_gmem(ref.to_key_s, ref.to_key.at[here])
         plgpu.copy_smem_to_gmem(ref.decay_s, ref.to_decay.at[here])
         if delta:
@@ -545,7 +562,6 @@ def _channel_gradients(
         "masked_s": square,
         "into_s": square,
         "onward_s": square,
-        "to_query_s": square,
         "to_key_s": wide,
     }
     tokens, parts = (call.batch, call.padded, call.heads, call.features), call.features // ROWS
