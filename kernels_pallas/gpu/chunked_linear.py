@@ -97,7 +97,7 @@ def smem_bytes(features: int, value_dim: int, *, decay: str | None = None, delta
     features, values = padded_width(features), padded_width(value_dim)
     stage = _stage_bytes(features, decay, delta, backwards=True)
     states = stage * max(1, _stages(features, decay, delta, backwards=True)) + _state_bytes(features)
-    part = wide_part(values)
+    part = _value_part(values)
     outputs = 2 * (2 * CHUNK * features + features * part + CHUNK * part) + 4 * CHUNK * part + 2 * CHUNK * CHUNK
     tokens = 2 * CHUNK * values * (5 if delta else 4) + 8 * CHUNK * CHUNK
     weights = 2 * CHUNK * (2 * features + 6 * CHUNK)
@@ -107,7 +107,7 @@ def smem_bytes(features: int, value_dim: int, *, decay: str | None = None, delta
 
 def _state_bytes(features: int) -> int:
     """Of a block of the states' kernels, beside its stages: the state in 16 bits and in float32, updates, identity."""
-    return ROWS * (2 * features + 4 * wide_part(features)) + 2 * 2 * CHUNK * CHUNK
+    return ROWS * (2 * features + 4 * state_part(features)) + 2 * 2 * CHUNK * CHUNK
 
 
 def _stage_bytes(features: int, decay: str | None, delta: bool, *, backwards: bool) -> int:
@@ -127,9 +127,14 @@ def stages_of(call: Call, *, backwards: bool) -> int:
     return max(1, _stages(call.features, decay, call.delta, backwards=backwards))
 
 
-def wide_part(width: int) -> int:
-    """Of so many channels, those that are done at once: the columns of a product."""
-    return 128 if width % 128 == 0 else 64
+def _value_part(values: int) -> int:
+    """Of the value channels, those of a block of outputs."""
+    return 128 if values % 128 == 0 else 64
+
+
+def state_part(features: int) -> int:
+    """Columns of a state that one product changes: a larger one leaves no registers beside it."""
+    return 128 if features % 128 == 0 else 64
 
 
 def kept_shapes(query: Any, value: Any, log_decay: Any = None, beta: Any = None) -> list[jax.ShapeDtypeStruct]:
@@ -432,7 +437,7 @@ def _states(
         copies += 1
     scratch |= {
         "state_s": half(ROWS, call.features, dtype=call.dtype),
-        "wide_s": single(ROWS, wide_part(call.features)),
+        "wide_s": single(ROWS, state_part(call.features)),
         "ready": barriers(slots, copies),
         "first": barriers(1, 1),
     }
@@ -471,7 +476,7 @@ def fetch_chunk(call: Call, ref: Any, place: Any, tokens: Any, slot: Array, barr
 
 def columns(ref: Any, part: int) -> Any:
     """A part of the columns of a ref [rows, width]."""
-    width = wide_part(ref.shape[-1])
+    width = state_part(ref.shape[-1])
     return ref if width == ref.shape[-1] else ref.at[:, part * width : (part + 1) * width]
 
 
@@ -541,7 +546,7 @@ def outputs(
     backwards: triu(QK^T * (e^D)^T) U + e^{D_Ci} Q S, with the transposed weights: gradients of values are outputs whose
     queries are keys, and whose keys are queries.
     """
-    width, is_update = wide_part(call.values), call.delta and not backwards
+    width, is_update = _value_part(call.values), call.delta and not backwards
 
     def body(ref: Any) -> None:
         batch, head, chunk, part = place_of("batch", "head", "chunk", "part")

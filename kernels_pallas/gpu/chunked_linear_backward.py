@@ -54,8 +54,8 @@ from kernels_pallas.gpu.chunked_linear import (
     stages_of,
     state_fits,
     state_operands,
+    state_part,
     store_parts,
-    wide_part,
     write_parts,
 )
 from kernels_pallas.gpu.common import (
@@ -238,17 +238,27 @@ def _state_gradients(
                 return by_column(call.vector(gates_s, name, COLUMN), SQUARE)
 
             ring.wait(number)
-            outs, writes = [Product(out_s, ref.identity_s, a_transposed=True)], []
+            transpose, out = Product(out_s, ref.identity_s, a_transposed=True), []
+
+            def with_written(states: Any, *writes: tuple[Any, Any, bool]) -> tuple[Array, ...]:
+                return tuple(
+                    add_dot(x, *(Product(left, columns(right, i), flag) for left, right, flag in writes))
+                    for i, x in enumerate(states)
+                )
+
+            writes = []
             if delta:
                 from_outs = Product(out_s, ref.weights_s.at[slot], a_transposed=True)
                 sources = state_operands(call, ref, rounded, keep_state)
                 after_s = ref.key_s.at[slot]
                 from_state = [Product(x, columns(after_s, i), b_transposed=True) for i, x in enumerate(sources)]
                 if fits:
-                    out, update, more = dots(outs, [from_outs], from_state, shape=SQUARE, work=keep_state)
+                    sums = [from_state, [from_outs], *([[transpose]] if call.per_token else [])]
+                    more, update, *out = dots(*sums, shape=SQUARE, work=keep_state)
+                    update += more * vector(ONWARD) if call.per_token else more
                 else:
-                    update, more = dots([from_outs], from_state, shape=SQUARE)
-                update += more * vector(ONWARD) if call.per_token else more
+                    more = dot(*from_state, shape=SQUARE)
+                    update = add_dot(more * vector(ONWARD) if call.per_token else more, from_outs)
                 rest = dot(Product(update.astype(call.dtype), ref.inverse_s.at[slot]), shape=SQUARE)
                 store(ref.rest_s, rest)
                 plgpu.copy_smem_to_gmem(ref.rest_s, ref.rests.at[batch, head, channels, tokens_of(chunk)])
@@ -256,20 +266,17 @@ def _state_gradients(
                 rest *= vector(INTO) if call.per_token else np.float32(1)
                 key_s = ref.key_into_s.at[slot] if call.per_channel else ref.key_s.at[slot]
                 writes.append((rest.astype(call.dtype), key_s, False))
-            elif call.per_token:
-                [out] = dots(outs, shape=SQUARE, work=keep_state)
-            else:
-                keep_state()
-            if delta and not fits and call.per_token:
-                out = dot(*outs, shape=SQUARE)
+            before = tuple(decayed_state(call, ref, x, slot, i) for i, x in enumerate(now))
+            if delta and not fits:
+                before = with_written(before, writes.pop())
             if call.per_token:
+                [out] = out or dots([transpose], shape=SQUARE, work=None if delta else keep_state)
                 writes.append(((out * vector(INTO)).astype(call.dtype), query_s, False))
             else:
+                if not delta:
+                    keep_state()
                 writes.append((out_s, query_s, True))
-            before = tuple(
-                add_dot(decayed_state(call, ref, x, slot, i), *(Product(a, columns(b, i), t) for a, b, t in writes))
-                for i, x in enumerate(now)
-            )
+            before = with_written(before, *writes)
             ring.release(number)
             return before
 
@@ -292,7 +299,7 @@ def _state_gradients(
     scratch |= {
         "identity_s": square,
         "state_s": half(ROWS, call.features, dtype=call.dtype),
-        "wide_s": single(ROWS, wide_part(call.features)),
+        "wide_s": single(ROWS, state_part(call.features)),
         "ready": barriers(slots, copies),
         "first_ready": barriers(1, 1),
     }
