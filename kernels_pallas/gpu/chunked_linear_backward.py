@@ -53,7 +53,6 @@ from kernels_pallas.gpu.chunked_linear import (
     refusal,
     stages_of,
     state_fits,
-    state_operands,
     state_part,
     store_parts,
     write_parts,
@@ -238,7 +237,7 @@ def _state_gradients(
                 return by_column(call.vector(gates_s, name, COLUMN), SQUARE)
 
             ring.wait(number)
-            transpose, out = Product(out_s, ref.identity_s, a_transposed=True), []
+            transpose = Product(out_s, ref.identity_s, a_transposed=True)
 
             def with_written(states: Any, *writes: tuple[Any, Any, bool]) -> tuple[Array, ...]:
                 return tuple(
@@ -246,37 +245,44 @@ def _state_gradients(
                     for i, x in enumerate(states)
                 )
 
-            writes = []
-            if delta:
-                from_outs = Product(out_s, ref.weights_s.at[slot], a_transposed=True)
-                sources = state_operands(call, ref, rounded, keep_state)
-                after_s = ref.key_s.at[slot]
-                from_state = [Product(x, columns(after_s, i), b_transposed=True) for i, x in enumerate(sources)]
-                if fits:
-                    sums = [from_state, [from_outs], *([[transpose]] if call.per_token else [])]
-                    more, update, *out = dots(*sums, shape=SQUARE, work=keep_state)
-                    update += more * vector(ONWARD) if call.per_token else more
-                else:
-                    more = dot(*from_state, shape=SQUARE)
-                    update = add_dot(more * vector(ONWARD) if call.per_token else more, from_outs)
+            def decayed() -> tuple[Array, ...]:
+                return tuple(decayed_state(call, ref, x, slot, i) for i, x in enumerate(now))
+
+            def of_outs(out: Array | None) -> tuple[Any, Any, bool]:
+                """What the outputs' gradients write into the state's."""
+                if out is None:
+                    return out_s, query_s, True
+                return (out * vector(INTO)).astype(call.dtype), query_s, False
+
+            def of_updates(update: Array) -> tuple[Any, Any, bool]:
+                """What the updates' gradients write."""
                 rest = dot(Product(update.astype(call.dtype), ref.inverse_s.at[slot]), shape=SQUARE)
                 store(ref.rest_s, rest)
                 plgpu.copy_smem_to_gmem(ref.rest_s, ref.rests.at[batch, head, channels, tokens_of(chunk)])
                 rest *= -vector(BETA)
                 rest *= vector(INTO) if call.per_token else np.float32(1)
                 key_s = ref.key_into_s.at[slot] if call.per_channel else ref.key_s.at[slot]
-                writes.append((rest.astype(call.dtype), key_s, False))
-            before = tuple(decayed_state(call, ref, x, slot, i) for i, x in enumerate(now))
-            if delta and not fits:
-                before = with_written(before, writes.pop())
-            if call.per_token:
-                [out] = out or dots([transpose], shape=SQUARE, work=None if delta else keep_state)
-                writes.append(((out * vector(INTO)).astype(call.dtype), query_s, False))
+                return rest.astype(call.dtype), key_s, False
+
+            if delta and fits:
+                of_state = [Product(x, columns(ref.key_s.at[slot], i), b_transposed=True) for i, x in enumerate(rounded)]
+                from_outs = [Product(out_s, ref.weights_s.at[slot], a_transposed=True)]
+                sums = [of_state, from_outs, *([[transpose]] if call.per_token else [])]
+                more, update, *out = dots(*sums, shape=SQUARE, work=keep_state)
+                update += more * vector(ONWARD) if call.per_token else more
+                before = with_written(decayed(), of_outs(out[0] if out else None), of_updates(update))
             else:
-                if not delta:
-                    keep_state()
-                writes.append((out_s, query_s, True))
-            before = with_written(before, *writes)
+                out = dots([transpose], shape=SQUARE, work=keep_state) if call.per_token else [keep_state()]
+                before = with_written(decayed(), of_outs(out[0]))
+                if delta:
+                    of_state = [
+                        Product(columns(ref.state_s, i), columns(ref.key_s.at[slot], i), b_transposed=True)
+                        for i in range(len(now))
+                    ]
+                    more = dot(*of_state, shape=SQUARE)
+                    more = more * vector(ONWARD) if call.per_token else more
+                    update = add_dot(more, Product(out_s, ref.weights_s.at[slot], a_transposed=True))
+                    before = with_written(before, of_updates(update))
             ring.release(number)
             return before
 
