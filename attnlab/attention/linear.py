@@ -120,7 +120,8 @@ def linear_attention(
         the id changes. The initial state goes into the row's first segment, the returned state is the last segment's.
       chunk_size: tokens taken at once by "xla".
       implementation: "reference" (a scan over tokens; where not causal, dense weights), "xla" (a scan over chunks),
-        "pallas_tpu" (causal; bfloat16 or float32; chunks of 128) or None to choose by platform.
+        "pallas_tpu" (causal; bfloat16 or float32; chunks of 128), "pallas_gpu" (Hopper; causal; bfloat16 or float16; up
+        to 256 features and value channels; chunks of 64) or None to choose by platform.
 
     Returns:
       [B, T, N, V] in query's dtype, or (that, LinearState) with return_state. A token that is not finite makes NaN of

@@ -199,7 +199,7 @@ def chunked_linear_attention(
     states, last, updates = _states(call, key_into, key_onward, value, inverses, gates, through, call.state(state))
     out = outputs(call, into, key, states, value if updates is None else updates, weights, gates, out_dtype or call.dtype)
     results = out[:, : call.length, :, : call.value_width], call.from_state(last)
-    return (*results, *(x for x in (states, weights, inverses, updates) if x is not None)) if keep else results
+    return (*results, [x for x in (states, weights, inverses, updates) if x is not None]) if keep else results
 
 
 def token_weights(call: Call, query: Array, key: Array, gates: Array) -> tuple[Array, Array]:

@@ -62,11 +62,14 @@ def refusal(query: Any, key: Any, value: Any, log_decay: Any = None, beta: Any =
     return None
 
 
-def states_shape(query: Any, value: Any) -> tuple[int, ...]:
-    """The shape of the states that keep_states gives: [B, N, chunks, F, V], padded as the kernels take them."""
+def kept_shapes(query: Any, value: Any, log_decay: Any = None, beta: Any = None) -> jax.ShapeDtypeStruct:
+    """What chunked_linear_attention keeps for gradients: the states before each chunk, [B, N, chunks, F, V], padded as
+    the kernels take them."""
+    del log_decay, beta
     batch, length, heads, features = query.shape
     chunks = round_up(length, CHUNK) // CHUNK
-    return batch, heads, chunks, common.padded_width(features), common.padded_width(value.shape[-1])
+    widths = common.padded_width(features), common.padded_width(value.shape[-1])
+    return jax.ShapeDtypeStruct((batch, heads, chunks, *widths), jnp.float32)
 
 
 def chunked_linear_attention(
@@ -78,7 +81,7 @@ def chunked_linear_attention(
     state: Array,
     *,
     out_dtype: Any = None,
-    keep_states: bool = False,
+    keep: bool = False,
 ) -> tuple[Array, ...]:
     """Causal linear attention, as in this module's docstring.
 
@@ -90,11 +93,11 @@ def chunked_linear_attention(
       beta: [B, T, N] or None.
       state: [B, N, F, V], before the first token.
       out_dtype: of the output; query's by default.
-      keep_states: also return the states before each chunk, for chunked_linear_gradients.
+      keep: also return what chunked_linear_gradients needs.
 
     Returns:
-      out [B, T, N, V], the state after the last token [B, N, F, V] float32, and with keep_states
-      [B, N, chunks, F, V] float32, of states_shape().
+      out [B, T, N, V], the state after the last token [B, N, F, V] float32, and with keep an
+      array of kept_shapes().
 
     Raises:
       ValueError: with refusal()'s reason.
@@ -114,7 +117,7 @@ def chunked_linear_attention(
             running[...] = state_ref[...]
 
         before = running[...]
-        if keep_states:
+        if keep:
             outs[2][...] = before
         after, out = chunk(before, *call.read(inputs))
         running[...] = after
@@ -125,7 +128,7 @@ def chunked_linear_attention(
             outs[1][...] = after
 
     out_dtype = out_dtype or query.dtype
-    results = [call.tokens(value_dim, out_dtype), call.state()] + ([call.states()] if keep_states else [])
+    results = [call.tokens(value_dim, out_dtype), call.state()] + ([call.states()] if keep else [])
     out, last, *kept = call.run(kernel, "chunked_linear_attention", [call.state()[0]], [call.first], results)
     return call.from_tokens(out, value.shape[-1]), call.from_state(last), *kept
 
@@ -143,7 +146,7 @@ def chunked_linear_gradients(
     """Gradients of chunked_linear_attention with respect to query, key, value, log_decay, beta and state.
 
     Args:
-      query .. beta: as there. states: what keep_states gave.
+      query .. beta: as there. states: what keep gave.
       out_gradient: [B, T, N, V]. state_gradient: [B, N, F, V], of the state after the last token.
     """
     call = _Call(query, key, value, log_decay, beta, state_gradient, backwards=True)

@@ -1,5 +1,6 @@
 """Linear attention by the chunked kernels, and its step by the kernel that changes a state in place."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,22 +43,29 @@ def _operands(inputs: LinearInputs, options: LinearOptions) -> tuple[Any, ...]:
     return query, key, value, log_decay, beta, kv
 
 
-def _pallas_tpu(xla: Xla, inputs: LinearInputs, options: LinearOptions) -> tuple[Array, LinearState]:
-    from kernels_pallas.tpu.chunked_linear import (
-        chunked_linear_attention,
-        chunked_linear_gradients,
-        states_shape,
-    )
+def _modules(name: str) -> tuple[Any, Any]:
+    """kernels_pallas's modules of a backend: with the kernel, and with that of its gradients."""
+    if name == "pallas_tpu":
+        from kernels_pallas.tpu import chunked_linear as of_tpu
 
+        return of_tpu, of_tpu
+    from kernels_pallas.gpu import chunked_linear, chunked_linear_backward
+
+    return chunked_linear, chunked_linear_backward
+
+
+def _chunked(name: str, xla: Xla, inputs: LinearInputs, options: LinearOptions) -> tuple[Array, LinearState]:
+    """name: of the backend."""
+    forward, backward = _modules(name)
     out_dtype = inputs.query.dtype
     sums = jnp.float32 if options.normalize else out_dtype
 
     def kernel(arrays: Any, _: Any, keep: bool) -> tuple[Any, Any]:
-        out, state, *kept = chunked_linear_attention(*arrays, out_dtype=sums, keep_states=keep)
+        out, state, *kept = forward.chunked_linear_attention(*arrays, out_dtype=sums, keep=keep)
         return (out, state), kept
 
     def gradients(arrays: Any, _: Any, kept: Any, cotangents: Any) -> Any:
-        return chunked_linear_gradients(*arrays[:-1], *kept, *cotangents)
+        return backward.chunked_linear_gradients(*arrays[:-1], *kept, *cotangents)
 
     def blocked(arrays: Any, _: Any) -> Any:
         query, key, value, log_decay, beta, kv = arrays
@@ -68,9 +76,10 @@ def _pallas_tpu(xla: Xla, inputs: LinearInputs, options: LinearOptions) -> tuple
     arrays = _operands(inputs, options)
     query, _, value, log_decay, beta, kv = arrays
     results = (like(query, width=value.shape[-1], dtype=sums), like(kv, dtype=jnp.float32))
-    kept = [jax.ShapeDtypeStruct(states_shape(query, value), jnp.float32)]
+    kept = [forward.kept_shapes(query, value, log_decay, beta)]
     gates = (None if log_decay is None else "B.N." if log_decay.ndim == 4 else "B.N", None if beta is None else "B.N")
-    layouts = (("B.N.", "B.K.", "B.K.", *gates, "BN.."), None, ("B.N.", "BN.."), ["BN..."])
+    of_kept = jax.tree.map(lambda x: "BN" + "." * (len(x.shape) - 2), kept)
+    layouts = (("B.N.", "B.K.", "B.K.", *gates, "BN.."), None, ("B.N.", "BN.."), of_kept)
     out, kv = kernel_call(kernel, gradients, blocked, arrays, results=results, kept=kept, layouts=layouts)
     width = inputs.value.shape[-1]
     k_sum = None if inputs.state.k_sum is None else kv[..., width]
@@ -81,20 +90,29 @@ def _pallas_tpu(xla: Xla, inputs: LinearInputs, options: LinearOptions) -> tuple
 
 def pallas_tpu_refusal(query: Any, key: Any, value: Any, log_decay: Any = None, beta: Any = None) -> str | None:
     """Why the kernel cannot serve operands of these shapes, or None if it can."""
-    from kernels_pallas.tpu.chunked_linear import refusal
+    forward, _ = _modules("pallas_tpu")
+    return forward.refusal(query, key, value, log_decay, beta)
 
-    return refusal(query, key, value, log_decay, beta)
 
-
-def _refusal(inputs: LinearInputs, options: LinearOptions) -> str | None:
+def _refusal(name: str, inputs: LinearInputs, options: LinearOptions) -> str | None:
     if not options.is_causal:
         return "serves causal calls; the others are two products of XLA"
+    try:
+        forward, _ = _modules(name)
+    except ImportError as error:  # of what Mosaic GPU takes: jax does not bring it before 0.11
+        if error.name is None or not error.name.startswith("absl"):
+            raise
+        return "needs absl-py"
     # The scale may be traced with the call, and no shape depends on it.
     options = options._replace(scale=1.0)
-    return pallas_tpu_refusal(*jax.eval_shape(lambda inputs: _operands(inputs, options), inputs)[:-1])
+    return forward.refusal(*jax.eval_shape(lambda inputs: _operands(inputs, options), inputs)[:-1])
 
 
-KERNELS = {"pallas_tpu": Kernel(_pallas_tpu, _refusal)}
+def _kernel(name: str) -> Kernel:
+    return Kernel(functools.partial(_chunked, name), functools.partial(_refusal, name))
+
+
+KERNELS = {name: _kernel(name) for name in ("pallas_tpu", "pallas_gpu")}
 
 
 def _pallas_tpu_step(xla: Xla, inputs: LinearInputs, options: LinearOptions) -> tuple[Array, LinearState]:
