@@ -127,9 +127,11 @@ class Call:
         after = jnp.swapaxes(_sums_after(jnp.swapaxes(decay, 2, -1)), 2, -1)
         into, onward = (jnp.exp(x).reshape(query.shape) for x in (sums, after))
         key = jnp.repeat(key, self.group, axis=2)
-        arrays = [(x.astype(jnp.float32) * factor).astype(self.dtype) for x, factor in
-                  ((query, into), (key, into), (key, onward))]
-        return *arrays, jnp.moveaxis(jnp.exp(sums[:, :, -1]), 1, 2)
+        arrays = [
+            (x.astype(jnp.float32) * factor).astype(self.dtype)
+            for x, factor in ((query, into), (key, into), (key, onward))
+        ]
+        return arrays[0], arrays[1], arrays[2], jnp.moveaxis(jnp.exp(sums[:, :, -1]), 1, 2)
 
     def row(self, gates: Array, name: str) -> Array:
         """One of the vectors, [B, N, T']."""
@@ -222,8 +224,10 @@ def ones_to_middle(block: Any, dtype: Any, transposed: bool = False) -> Array:
 
 
 def over_levels(body: Callable[[Array, Any], Any], carry: Any) -> Any:
-    """body(tokens of a block, carry) -> carry for each level: a loop, since masks of all levels would take registers."""
-    return lax.fori_loop(jnp.int32(0), jnp.int32(LEVELS), lambda level, carry: body(jnp.int32(1) << level, carry), carry)
+    """body(tokens of a block, carry) -> carry for each level: a loop, as masks of all levels would take registers."""
+    return lax.fori_loop(
+        jnp.int32(0), jnp.int32(LEVELS), lambda level, carry: body(jnp.int32(1) << level, carry), carry
+    )
 
 
 def split(x: Array, dtype: Any, parts: int) -> list[Array]:
@@ -261,6 +265,8 @@ def inverse(system: Array, system_s: Any, inverse_s: Any) -> Array:
     result = unit - jnp.where(pairs(np.int32(1)), system, zero)
     for level in range(1, LEVELS):
         put(inverse_s, result)
-        leads = jnp.where(pairs(np.int32(1 << level)), times(result, system_s), zero)  # X A at the pairs is X L: X is block diagonal
+        leads = jnp.where(
+            pairs(np.int32(1 << level)), times(result, system_s), zero
+        )  # X A at the pairs is X L: X is block diagonal
         result = result - times(leads, inverse_s)
     return result

@@ -141,11 +141,10 @@ def kept_shapes(query: Any, value: Any, log_decay: Any = None, beta: Any = None)
     """What chunked_linear_attention keeps for gradients: states before each chunk; with decays per channel or the delta
     rule weights of queries and keys; with the delta rule inverses and updates."""
     call = Call(query, query, value, log_decay, beta)
-    shapes = [(call.batch, call.heads, call.chunks, call.values, call.features)]
-    if call.per_channel or call.delta:
-        shapes.append((call.batch, call.heads, call.padded, CHUNK))
-    if call.delta:
-        shapes += [shapes[1], (call.batch, call.heads, call.values, call.padded)]
+    square = (call.batch, call.heads, call.padded, CHUNK)
+    shapes: list[tuple[int, ...]] = [(call.batch, call.heads, call.chunks, call.values, call.features)]
+    shapes += [square] if call.per_channel or call.delta else []
+    shapes += [square, (call.batch, call.heads, call.values, call.padded)] if call.delta else []
     return [jax.ShapeDtypeStruct(shape, call.dtype) for shape in shapes]
 
 
@@ -186,18 +185,21 @@ def chunked_linear_attention(
     if reason is not None:
         raise ValueError(f"chunked_linear_attention: {reason}")
     call = Call(query, key, value, log_decay, beta)
-    query, key, value = (call.tokens(x, width) for x, width in
-                         ((query, call.features), (key, call.features), (value, call.values)))
+    query, key, value = (
+        call.tokens(x, width) for x, width in ((query, call.features), (key, call.features), (value, call.values))
+    )
     gates = call.gates(log_decay, beta)
     into, key_into, key_onward, through, weights, inverses = query, key, key, None, None, None
-    if call.per_channel:
+    if log_decay is not None and call.per_channel:
         log_decay = call.tokens(log_decay, call.features, jnp.float32)
         into, key_into, key_onward, through = call.decayed(query, key, log_decay)
         weights, inverses = channel_weights(call, query, key, log_decay, gates)
-    elif call.delta:
+    elif gates is not None and call.delta:
         weights, inverses = token_weights(call, query, key, gates)
     states, last, updates = _states(call, key_into, key_onward, value, inverses, gates, through, call.state(state))
-    out = outputs(call, into, key, states, value if updates is None else updates, weights, gates, out_dtype or call.dtype)
+    out = outputs(
+        call, into, key, states, value if updates is None else updates, weights, gates, out_dtype or call.dtype
+    )
     results = out[:, : call.length, :, : call.value_width], call.from_state(last)
     return (*results, [x for x in (states, weights, inverses, updates) if x is not None]) if keep else results
 
@@ -245,8 +247,8 @@ def channel_weights(
     """The same with decays per channel, log_decay [B, T', N, F'], and X only with the delta rule.
 
     A block goes through 64 channels after another, and level by level through each: what decays in a token of the
-    later or of the earlier block of each pair is a product of 0 and 1 with the log decays, of which three bfloat16 parts
-    make float32.
+    later or of the earlier block of each pair is a product of 0 and 1 with the log decays, of which three bfloat16
+    parts make float32.
     """
     parts = call.features // ROWS
 
@@ -424,7 +426,7 @@ def _states(
         write_parts(last, ref.wide_s, ref.last.at[batch, head, channels])
 
     square = half(*SQUARE, dtype=call.dtype)
-    out = {
+    out: dict[str, Any] = {
         "states": ((call.batch, call.heads, call.chunks, call.values, call.features), call.dtype),
         "last": (state.shape, jnp.float32),
     }
@@ -453,7 +455,9 @@ def identity() -> Array:
 
 def chunk_scratch(call: Call, inputs: dict[str, Any], tokens: tuple[str, ...], slots: int) -> dict[str, Any]:
     """Slots for a chunk of these inputs [B, T', heads, F'], its gates and its decay, as far as there are any."""
-    scratch = {f"{x}_s": half(slots, CHUNK, call.features, dtype=call.dtype) for x in tokens if inputs[x] is not None}
+    scratch: dict[str, Any] = {
+        f"{x}_s": half(slots, CHUNK, call.features, dtype=call.dtype) for x in tokens if inputs[x] is not None
+    }
     if inputs["gates"] is not None:
         scratch["gates_s"] = plgpu.SMEM((slots, len(call.rows), CHUNK), jnp.float32)
     if inputs["through"] is not None:
@@ -461,7 +465,9 @@ def chunk_scratch(call: Call, inputs: dict[str, Any], tokens: tuple[str, ...], s
     return scratch
 
 
-def fetch_chunk(call: Call, ref: Any, place: Any, tokens: Any, slot: Array, barrier: Any, names: tuple[str, ...]) -> None:
+def fetch_chunk(
+    call: Call, ref: Any, place: Any, tokens: Any, slot: Array, barrier: Any, names: tuple[str, ...]
+) -> None:
     """Issues the copies into chunk_scratch. place: (batch, head, chunk)."""
     batch, head, number = place
     for name in names:
@@ -524,7 +530,7 @@ def decayed_state(call: Call, ref: Any, state: Array, slot: Array, part: int) ->
     if call.per_channel:
         width = state.shape[1]
         through = load(ref.through_s.at[slot, part * width : (part + 1) * width], COLUMN)
-        return state * by_column(through, state.shape)
+        return state * by_column(through, (ROWS, width))
     return state
 
 
@@ -584,7 +590,7 @@ def outputs(
 
     tile = half(CHUNK, call.features, dtype=call.dtype)
     wide = jnp.dtype(dtype).itemsize == 4
-    scratch = {"query_s": tile}
+    scratch: dict[str, Any] = {"query_s": tile}
     scratch |= {"key_s": tile} if weights is None else {"weights_s": half(*SQUARE, dtype=call.dtype)}
     scratch["states_s"] = half(width, call.features, dtype=call.dtype)
     scratch["value_s"] = half(*((width, CHUNK) if is_update else (CHUNK, width)), dtype=call.dtype)

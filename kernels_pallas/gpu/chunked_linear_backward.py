@@ -12,12 +12,13 @@ With G the gradient of the state after a chunk, dO that of its outputs, and chun
 - token gradients: every chunk's and 64 channels' of the key, from S, G, U and dR.
 - channel gradients: with decays per channel, what goes through the products within a chunk.
 
-Gradients of log decays: per token by the identity dg_t = sum_{i >= t} (q_i . dq_i - k_i . dk_i) within the chunk, to which
-what goes to or from the states is added where it counts, rather than where it cancels; per channel level by level.
+Gradients of log decays: per token by the identity dg_t = sum_{i >= t} (q_i . dq_i - k_i . dk_i) within the chunk, to
+which what goes to or from the states is added where it counts, rather than where it cancels; per channel level by
+level.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -107,32 +108,30 @@ def chunked_linear_gradients(
     if reason is not None:
         raise ValueError(f"chunked_linear_gradients: {reason}")
     call = Call(query, key, value, log_decay, beta)
-    states, weights, inverses, updates = (*kept, None, None, None)[:4]
+    states, weights, inverses, updates = cast(Any, (*kept, None, None, None)[:4])
     arrays = query, key, value
     query, key, value, out_gradient = (
         call.tokens(x, width)
         for x, width in zip((*arrays, out_gradient), (call.features,) * 2 + (call.values,) * 2, strict=True)
     )
-    gates = call.gates(log_decay, beta)
-    into, key_into, key_onward, through, pull = query, key, key, None, None
-    if call.per_channel:
+    gates: Any = call.gates(log_decay, beta)
+    into, key_into, key_onward = query, key, key
+    through, pull, to_through, to_decay = (cast(Any, None) for _ in range(4))
+    if log_decay is not None and call.per_channel:
         decay = call.tokens(log_decay, call.features, jnp.float32)
-        (into, key_into, key_onward, through), pull = jax.vjp(call.decayed, query, key, decay)
+        (into, key_into, key_onward, through), pull = jax.vjp(cast(Any, call.decayed), query, key, decay)
     state_gradients, first, rests = _state_gradients(
         call, into, key_into, key_onward, out_gradient, weights, inverses, gates, through, call.state(state_gradient)
     )
-    to_through = None
     if log_decay is not None:
         over = "BNCVF,BNCVF->BNCF" if call.per_channel else "BNCVF,BNCVF->BNC"
         to_through = jnp.einsum(over, states, state_gradients, preferred_element_type=jnp.float32)
     written = value if updates is None else updates
     own_key = key_into if call.per_channel else key
-    found = _token_gradients(
-        call, query, own_key, written, out_gradient, rests, states, state_gradients, gates
-    )
+    found = _token_gradients(call, query, own_key, written, out_gradient, rests, states, state_gradients, gates)
     numbers = _named(call, found.get("numbers"), _rows(call))
-    strength = numbers.get(_STRENGTH)
-    if call.delta:
+    strength: Any = numbers.get(_STRENGTH)
+    if rests is not None:
         rest = jnp.swapaxes(jnp.swapaxes(rests, 2, 3), 1, 2).astype(jnp.float32)  # [B, T', N, V']
         to_value = rest * jnp.swapaxes(call.row(gates, BETA), 1, 2)[..., None]
         per_head = jnp.repeat(value, call.group, axis=2).astype(jnp.float32)
@@ -141,8 +140,7 @@ def chunked_linear_gradients(
         to_value = outputs(
             call, key_onward, query, state_gradients, out_gradient, weights, gates, call.part_dtype, backwards=True
         )
-    to_decay = None
-    if call.per_channel:
+    if log_decay is not None and call.per_channel:
         through_key = found["key_into"] if call.delta else jnp.zeros_like(key_into)
         outer = pull((found["into"], through_key, found["key_onward"], to_through))
         inner = _channel_gradients(call, query, key, decay, found["weights"], found.get("system"), gates)
@@ -153,13 +151,13 @@ def chunked_linear_gradients(
             strength += _named(call, inner["numbers"], [_STRENGTH])[_STRENGTH]
     else:
         to_query, to_key = found["to_query"], call.to_key_heads(found["to_key"])
-    if call.per_token:
+    if log_decay is not None and call.per_token:
         into_last = call.row(gates, INTO).reshape(*to_through.shape, CHUNK)[..., -1:]
         late = jnp.cumsum(numbers[_LATE], axis=-1)
         before = jnp.pad(late[..., :-1], ((0, 0), (0, 0), (0, 0), (1, 0)))
         total = lax.cumsum(numbers[_EARLY], axis=3, reverse=True) + before + to_through[..., None] * into_last
         to_decay = call.from_chunks(total, log_decay)
-    to_beta = call.from_chunks(strength, beta) if call.delta else None
+    to_beta = None if beta is None else call.from_chunks(strength, beta)
     results = zip((to_query, to_key, call.to_key_heads(to_value)), arrays, strict=True)
     tokens = [x[:, : call.length, :, : like.shape[-1]].astype(like.dtype) for x, like in results]
     return *tokens, to_decay, to_beta, call.from_state(first)
@@ -265,15 +263,21 @@ def _state_gradients(
                 return rest.astype(call.dtype), key_s, False
 
             if delta and fits:
-                of_state = [Product(x, columns(ref.key_s.at[slot], i), b_transposed=True) for i, x in enumerate(rounded)]
+                of_state = [
+                    Product(x, columns(ref.key_s.at[slot], i), b_transposed=True) for i, x in enumerate(rounded)
+                ]
                 from_outs = [Product(out_s, ref.weights_s.at[slot], a_transposed=True)]
                 sums = [of_state, from_outs, *([[transpose]] if call.per_token else [])]
                 more, update, *out = dots(*sums, shape=SQUARE, work=keep_state)
                 update += more * vector(ONWARD) if call.per_token else more
                 before = with_written(decayed(), of_outs(out[0] if out else None), of_updates(update))
             else:
-                out = dots([transpose], shape=SQUARE, work=keep_state) if call.per_token else [keep_state()]
-                before = with_written(decayed(), of_outs(out[0]))
+                out = []
+                if call.per_token:
+                    out = dots([transpose], shape=SQUARE, work=keep_state)
+                else:
+                    keep_state()
+                before = with_written(decayed(), of_outs(out[0] if out else None))
                 if delta:
                     of_state = [
                         Product(columns(ref.state_s, i), columns(ref.key_s.at[slot], i), b_transposed=True)
@@ -291,7 +295,7 @@ def _state_gradients(
         write_parts(first, ref.wide_s, ref.first.at[batch, head, channels])
 
     square, squares = (half(*shape, dtype=call.dtype) for shape in (SQUARE, (slots, *SQUARE)))
-    out = {
+    out: dict[str, Any] = {
         "states": ((call.batch, call.heads, call.chunks, call.values, call.features), call.dtype),
         "first": (last.shape, jnp.float32),
     }
@@ -325,8 +329,8 @@ def _token_gradients(
     state_gradients: Array,
     gates: Array | None,
 ) -> dict[str, Array]:
-    """Without decays per channel dq, dk ("to_query", "to_key"; [B, T', N, F']) and vectors of decays and betas ("numbers",
-    [B, N, parts, rows, T'], to be added up).
+    """Without decays per channel dq, dk ("to_query", "to_key"; [B, T', N, F']) and vectors of decays and betas
+    ("numbers", [B, N, parts, rows, T'], to be added up).
 
     With them, gradients of decayed queries and keys ("into", "key_into", "key_onward"), and of weights and A / beta
     before they are decayed ("weights", "system", [B, N, T', C]); `key` is the one that decays from before the chunk.
@@ -442,8 +446,12 @@ def _token_gradients(
 
     square = half(*SQUARE, dtype=call.dtype)
     tall, updates = (half(*shape, dtype=call.dtype) for shape in ((call.values, ROWS), (call.values, CHUNK)))
-    scratch = {f"{name}_s": square for name in ("query", "key") if inputs[name] is not None}
-    scratch |= {"out_gradient_s": half(CHUNK, call.values, dtype=call.dtype), "states_s": tall, "state_gradients_s": tall}
+    scratch: dict[str, Any] = {f"{name}_s": square for name in ("query", "key") if inputs[name] is not None}
+    scratch |= {
+        "out_gradient_s": half(CHUNK, call.values, dtype=call.dtype),
+        "states_s": tall,
+        "state_gradients_s": tall,
+    }
     scratch["written_s"] = updates if delta else half(CHUNK, call.values, dtype=call.dtype)
     if delta:
         scratch["rests_s"] = updates
@@ -453,9 +461,11 @@ def _token_gradients(
     tokens, inner = (call.batch, call.padded, call.heads, call.features), (call.batch, call.heads, call.padded, CHUNK)
     parts = call.features // ROWS
     if channel:
-        out = {name: (tokens, call.dtype) for name in ("into", "key_onward", *(["key_into"] if delta else []))}
+        out: dict[str, Any] = dict.fromkeys(
+            ("into", "key_onward", *(["key_into"] if delta else [])), (tokens, call.dtype)
+        )
         scratch["weights_s"] = square
-        out |= {name: (inner, call.dtype) for name in ("weights", *(["system"] if delta else []))}
+        out |= dict.fromkeys(("weights", *(["system"] if delta else [])), (inner, call.dtype))
     else:
         out = {"to_query": (tokens, call.dtype), "to_key": (tokens, call.part_dtype)}
         if call.part_dtype == jnp.float32:
@@ -476,11 +486,11 @@ def _channel_gradients(
     system: Array | None,
     gates: Array | None,
 ) -> dict[str, Array]:
-    """With decays per channel: the gradients of queries, keys and log decays ("to_query", "to_key", "to_decay"; [B, T', N, F'])
-    through products within a chunk, and of betas ("numbers").
+    """With decays per channel: the gradients of queries, keys and log decays ("to_query", "to_key", "to_decay"; [B, T',
+    N, F']) through products within a chunk, and of betas ("numbers").
 
-    weights, system: gradients of weights and of A / beta before they are decayed, [B, N, T', C]. A block has 64 channels,
-    and makes the operands of each level anew.
+    weights, system: gradients of weights and of A / beta before they are decayed, [B, N, T', C]. A block has 64
+    channels, and makes the operands of each level anew.
     """
     inputs = {"query": query, "key": key, "log_decay": log_decay, "weights": weights, "system": system, "gates": gates}
     delta = call.delta
@@ -508,9 +518,7 @@ def _channel_gradients(
             return jnp.where(where, load(source, MATRIX).astype(jnp.float32), zero)
 
         store(ref.masked_s, masked(ref.weights_s, diagonal))
-        to_query, to_key = dots(
-            [Product(ref.masked_s, ref.key_s)], [Product(ref.masked_s, ref.query_s)], shape=SQUARE
-        )
+        to_query, to_key = dots([Product(ref.masked_s, ref.key_s)], [Product(ref.masked_s, ref.query_s)], shape=SQUARE)
 
         def level(block: Array, carry: Any) -> Any:
             to_query, *strength = carry
@@ -564,7 +572,7 @@ def _channel_gradients(
         plgpu.wait_smem_to_gmem(0)
 
     square, wide = half(*SQUARE, dtype=call.dtype), single(*SQUARE)
-    scratch = {"query_s": square, "key_s": square, "decay_s": wide, "weights_s": square}
+    scratch: dict[str, Any] = {"query_s": square, "key_s": square, "decay_s": wide, "weights_s": square}
     if delta:
         scratch |= {"system_s": square, "gates_s": plgpu.SMEM((len(call.rows), CHUNK), jnp.float32)}
     scratch["ready"] = barriers(1, len(scratch))
@@ -578,7 +586,11 @@ def _channel_gradients(
         "to_key_s": wide,
     }
     tokens, parts = (call.batch, call.padded, call.heads, call.features), call.features // ROWS
-    out = {"to_query": (tokens, call.dtype), "to_key": (tokens, jnp.float32), "to_decay": (tokens, jnp.float32)}
+    out: dict[str, Any] = {
+        "to_query": (tokens, call.dtype),
+        "to_key": (tokens, jnp.float32),
+        "to_decay": (tokens, jnp.float32),
+    }
     if delta:
         scratch |= {"inner_s": square, "strong_s": square, "numbers_s": plgpu.SMEM((1, CHUNK), jnp.float32)}
         out["numbers"] = ((call.batch, call.heads, parts, 1, call.padded), jnp.float32)
