@@ -438,6 +438,7 @@ def _token_gradients(
             forth *= vector(BETA)
             to_key += forth
             named[_EARLY] += key * forth
+        plgpu.commit_smem()  # all threads have read queries and keys, whose place the gradients take
         put(to_query, ref.query_s, ref.to_query.at[here])
         put(to_key, ref.key_s if ref.to_key.dtype == call.dtype else ref.to_key_s, ref.to_key.at[here])
         if rows:
