@@ -286,6 +286,13 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     tokenize.add_argument("--tokenizer", type=_path, metavar="FILE", help="use this tokenizer.json, and learn none")
     tokenize.set_defaults(run=_tokenize, reads_config=False, name="tokenize")
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what works on this machine",
+        description="Say which devices, kernels and optional parts work on this machine, and what the others need.",
+    )
+    doctor.set_defaults(run=_doctor, reads_config=False, name="doctor")
+
     listing = commands.add_parser(
         "list", help="list mixers, tasks and configs", description="List mixers, tasks and the configs that come along."
     )
@@ -629,6 +636,13 @@ def _bench_device(command: argparse.Namespace) -> int:
     print(f"\n{shown}\n\n{command.workdir / 'device.png'}")
     if left:
         print(f"{left} cases are left; the same command continues")
+    return 0
+
+
+def _doctor(command: argparse.Namespace, overrides: list[str]) -> int:
+    from attnlab import doctor
+
+    print(doctor.shown(doctor.findings()))
     return 0
 
 

@@ -19,10 +19,11 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention._dispatch.choice import Implementations, Kernel, dispatch
+from attnlab.attention._dispatch.choice import Implementations, dispatch
 from attnlab.attention._dispatch.exchange import Parts, over_positions, positions_below, states_before
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import linear as kernels
+from attnlab.attention._kernels.backends import on_backends
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
     check_array,
@@ -94,7 +95,8 @@ def causal_agent_attention(
       lengths: integers [B], 0 to T: the row's tokens, padding after them, which the state does not see. Outputs of
         padding mean nothing. Default: T in all rows.
       chunk_size: tokens taken at once by "xla".
-      implementation: None, "reference" (a scan over tokens), "xla" or "pallas_tpu" (linear attention's forms).
+      implementation: None, "reference" (a scan over tokens), "xla", or "pallas_tpu" and "pallas_gpu" (linear
+        attention's kernels).
 
     Returns:
       [B, T, N, V] in query's dtype, or (that, AgentState) with return_state.
@@ -358,7 +360,8 @@ def _weights_far(shares: Array, logits: Array, state: AgentState, unit: Array) -
     return jax.tree.map(functools.partial(jnp.where, far), weights, _weights(shares, logits, state, unit))
 
 
-def _pallas_tpu(
+def _pallas(
+    backend: str,
     xla: Any,
     query: Array,
     key: Array,
@@ -388,7 +391,7 @@ def _pallas_tpu(
         initial_state=LinearState(numerator / divisor[..., None]),
         return_state=True,
         chunk_size=chunk_size,
-        implementation="pallas_tpu",
+        implementation=f"pallas_{backend}",
     )
 
     new_largest = jnp.maximum(largest, jax.lax.stop_gradient(jnp.max(logits, axis=1, initial=-jnp.inf)))
@@ -397,7 +400,8 @@ def _pallas_tpu(
     return out.astype(query.dtype), AgentState(new_largest, denominator, gathered.kv * denominator[..., None])
 
 
-def _pallas_tpu_refusal(
+def _pallas_refusal(
+    backend: str,
     query: Array,
     key: Array,
     value: Array,
@@ -410,13 +414,13 @@ def _pallas_tpu_refusal(
 ) -> str | None:
     shares = jax.ShapeDtypeStruct((*query.shape[:3], agents.shape[1]), query.dtype)
     repeated = jax.ShapeDtypeStruct((*query.shape[:3], value.shape[-1]), query.dtype)
-    return kernels.pallas_tpu_refusal(shares, shares, repeated, shares)
+    return kernels.chunked_refusal(backend, shares, shares, repeated, shares)
 
 
 IMPLEMENTATIONS: Implementations = {
     "reference": _reference,
     "xla": _xla,
-    "pallas_tpu": Kernel(_pallas_tpu, _pallas_tpu_refusal),
+    **on_backends(_pallas, _pallas_refusal),
 }
 
 

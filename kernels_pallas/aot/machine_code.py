@@ -1,7 +1,7 @@
 """What the machine code of a Hopper kernel says of its speed, without a GPU.
 
 ptxas assembles the PTX that Mosaic compiles a kernel to; it says how many registers a thread takes and how many bytes
-are spilled. nvdisasm lists the instructions, each with the cycles for which its warp waits before it issues the next one
+are spilled. nvdisasm lists the instructions, each with the cycles that its warp waits before it issues the next one
 (bits 41 to 44 of the upper half of its code). Of the loops that multiply matrices:
 
     tensor    cycles of the tensor cores: a wgmma of 64 x n x 16 takes n / 2

@@ -48,6 +48,8 @@ Array = jax.Array
 
 _LOG_2 = np.float32(math.log(2))
 _MOST_STAGES = 4
+_MOST_NUMBERS = 4  # that a key brings: coordinates on three axes, and a segment
+_BARRIERS = 512  # bytes that they take at most
 
 
 def step_of(key_width: int, value_width: int) -> int:
@@ -60,15 +62,21 @@ def _own_bytes(key_width: int, value_width: int) -> int:
     return 2 * TILE * (key_width + (value_width if value_width != key_width else 0)) + 4 * TILE
 
 
-def _stages(key_width: int, value_width: int) -> int:
-    each = 2 * step_of(key_width, value_width) * (key_width + value_width)
-    return min(_MOST_STAGES, (SMEM_BUDGET - 1024 - _own_bytes(key_width, value_width)) // each)
+def _stage_bytes(key_width: int, value_width: int, numbers: int) -> int:
+    """Of a step's keys and values. numbers: that each key brings, for the mask."""
+    return step_of(key_width, value_width) * (2 * (key_width + value_width) + 4 * numbers)
 
 
-def smem_bytes(key_width: int, value_width: int) -> int:
+def _stages(key_width: int, value_width: int, numbers: int) -> int:
+    room = SMEM_BUDGET - _BARRIERS - _own_bytes(key_width, value_width)
+    return min(_MOST_STAGES, max(2, room // _stage_bytes(key_width, value_width, numbers)))
+
+
+def smem_bytes(key_width: int, value_width: int, numbers: int = _MOST_NUMBERS) -> int:
     """Shared memory of a block, at padded widths."""
-    stages = max(_stages(key_width, value_width), 2)
-    return _own_bytes(key_width, value_width) + 2 * stages * step_of(key_width, value_width) * (key_width + value_width)
+    stages = _stages(key_width, value_width, numbers)
+    own = _own_bytes(key_width, value_width)
+    return own + stages * _stage_bytes(key_width, value_width, numbers) + _BARRIERS
 
 
 def refusal(query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None) -> str | None:
@@ -113,7 +121,8 @@ def banded_flash_attention(
     tables = [table for table in (band.query_table, band.key_table) if table is not None]
     lists = [jnp.asarray(x) for x in band.by_query]
     widths, length = (band.key_width, band.value_width), band.query_tiles * TILE
-    step, stages = step_of(*widths), _stages(*widths)
+    numbers = 0 if band.key_table is None else band.key_table.shape[1]
+    step, stages = step_of(*widths), _stages(*widths, numbers)
     out, lse = launch(
         _body(band, step, stages),
         "banded_flash_attention",

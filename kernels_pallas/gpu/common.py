@@ -176,7 +176,7 @@ def dots(*sums: Sequence[Product], shape: tuple[int, int], work: Callable[[], No
     if is_simulated():
         if work is not None:
             work()
-        return _ordered([sum(map(_simulated_product, products)) for products in sums])
+        return _ordered([functools.reduce(jnp.add, map(_simulated_product, products)) for products in sums])
 
     def scope(*refs: Any) -> list[Array]:
         for ref, products in zip(refs, sums):

@@ -1,12 +1,10 @@
-"""Which GPU a program is for, and whether it and what compiles for it are such as the kernels need; and which kernels a
-card has checked. Imports nothing that a machine without a GPU may lack."""
+"""Which GPU a program is for, and whether it and what compiles for it are such as the kernels need."""
 
 import ctypes.util
 import importlib.util
 import os
 import shutil
 import sysconfig
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +12,6 @@ import jax
 from jax.extend import backend
 
 CAPABILITY = "9.0"  # of Hopper, whose instructions (sm_90a) no other generation has
-# By kernel, the versions of jax with which `attnlab bench --device gpu` has checked it on a card: a simulation does not
-# model everything. The others serve by name alone.
-CHECKED: Mapping[str, frozenset[str]] = {}
-
-
-def unchecked(kernel: str) -> str | None:
-    """Why a kernel is no default, or None if a card has checked it."""
-    versions = CHECKED.get(kernel, frozenset())
-    if jax.__version__ in versions:
-        return None
-    return f"serves by name: no card has checked it with jax {jax.__version__}"
 
 
 def refusal() -> str | None:

@@ -11,12 +11,13 @@ import pytest
 from jax import export
 from marks import slow_but
 
+import attnlab
 from attnlab import dilated_attention, dot_product_attention, explain, local_attention
 from attnlab.attention._dispatch import choice
 from attnlab.attention._dispatch.choice import dispatch
 from attnlab.attention._dispatch.deferred import tangent_call
-from attnlab.attention._kernels import backends
 from attnlab.catalog import MECHANISMS
+from kernels_pallas.gpu import target
 
 LINE = jax.ShapeDtypeStruct((1, 40, 2, 8), jnp.float32)
 IMAGE = jax.ShapeDtypeStruct((1, 6, 6, 2, 8), jnp.float64)
@@ -65,16 +66,31 @@ def test_a_gpu_kernel_is_chosen_only_where_a_card_has_checked_it(monkeypatch):
     assert "cuda" not in chosen.by_platform
 
 
-def test_a_gpu_kernel_that_cannot_be_loaded_is_refused_with_the_reason(monkeypatch):
-    """Mosaic GPU of jax 0.10 imports absl, which jax does not bring."""
+class Gpu:
+    """A device that programs are lowered for."""
 
-    def import_module(name):
-        raise ModuleNotFoundError("No module named 'absl'", name="absl")
+    device_kind = "NVIDIA A100"
+    compute_capability = "8.0"
 
-    monkeypatch.setattr(backends.importlib, "import_module", import_module)
+
+@pytest.mark.parametrize("call", [local_attention, attnlab.linear_attention])
+def test_gpu_kernels_are_refused_where_they_cannot_be_compiled(call, monkeypatch):
+    options = {"window": 4} if call is local_attention else {}
     half = jax.ShapeDtypeStruct(LINE.shape, jnp.bfloat16)
-    with pytest.raises(ValueError, match="'pallas_gpu' cannot serve this local_attention call: needs absl-py"):
-        jax.eval_shape(functools.partial(local_attention, window=4, implementation="pallas_gpu"), half, half, half)
+
+    def refused():
+        with pytest.raises(ValueError, match=f"'pallas_gpu' cannot serve this {call.__name__} call: ") as caught:
+            jax.eval_shape(functools.partial(call, implementation="pallas_gpu", **options), half, half, half)
+        return str(caught.value).partition("call: ")[2]
+
+    monkeypatch.setattr(target, "_target", Gpu)
+    assert refused() == "needs a GPU of compute capability 9.0 (Hopper), and NVIDIA A100 has 8.0"
+    monkeypatch.setattr(Gpu, "compute_capability", "9.0")
+    monkeypatch.setattr(target, "_has_compiler", lambda: False)
+    assert refused() == "needs ptxas, or nvJitLink with jax 0.12, and finds neither"
+    monkeypatch.setattr(target.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(target.jax, "__version_info__", (0, 10, 2))
+    assert refused().startswith("needs absl-py, which jax 0.")
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,8 @@ def test_after_the_budget_no_case_is_begun(tmp_path):
 def test_without_a_gpu_it_is_a_line(tmp_path, capsys):
     assert cli.main(["bench", "--device", "gpu", "--workdir", str(tmp_path)]) == 2
     assert "device: JAX finds no GPU (cpu alone)" in capsys.readouterr().err
-    assert cli.main(["bench", "--device", "gpu", "--prompts"]) == 2
-    assert cli.main(["bench", "--device", "gpu", "--budget", "0"]) == 2
+    assert cli.main(["bench", "--device", "gpu", "--prompts", "--workdir", str(tmp_path)]) == 2
+    assert cli.main(["bench", "--device", "gpu", "--budget", "0", "--workdir", str(tmp_path)]) == 2
 
 
 @pytest.fixture(scope="module")

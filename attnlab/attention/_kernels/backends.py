@@ -16,13 +16,16 @@ def kernel_module(backend: str, name: str) -> Any:
 
 
 def first_refusal(backend: str, names: Sequence[str], *arrays: Any, **options: Any) -> str | None:
-    """Why one of these modules cannot be loaded, or cannot serve the arguments; None if all can."""
-    try:
-        modules = [kernel_module(backend, name) for name in names]
-    except ImportError as error:
-        missing = (error.name or "").partition(".")[0]
-        return "needs absl-py, which jax 0.10 does not bring" if missing == "absl" else f"cannot be loaded: {error}"
+    """Why one of these modules cannot serve the arguments, or none can serve on this machine; None if all can."""
+    if backend == "gpu" and (reason := gpu_refusal()) is not None:
+        return reason
+    modules = (kernel_module(backend, name) for name in names)
     return next(filter(None, (module.refusal(*arrays, **options) for module in modules)), None)
+
+
+def gpu_refusal() -> str | None:
+    """Why no GPU kernel can be compiled for the GPU that programs are for, if there is one; None if they can."""
+    return importlib.import_module("kernels_pallas.gpu.target").refusal()
 
 
 def on_backends(call: Callable[..., Any], refusal: Callable[..., str | None]) -> dict[str, Kernel]:

@@ -1,6 +1,5 @@
 """Linear attention by the chunked kernels, and its step by the kernel that changes a state in place."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 
 from attnlab.attention._dispatch.choice import Kernel
 from attnlab.attention._dispatch.kernel_call import kernel_call, like
+from attnlab.attention._kernels.backends import first_refusal, kernel_module, on_backends
 from attnlab.attention._shared.chunks import RESET, drop_at_starts
 from attnlab.attention._shared.feature_maps import apply_feature_map, normalizer_epsilon
 from attnlab.attention._shared.heads import repeat_key_heads
@@ -43,20 +43,12 @@ def _operands(inputs: LinearInputs, options: LinearOptions) -> tuple[Any, ...]:
     return query, key, value, log_decay, beta, kv
 
 
-def _modules(name: str) -> tuple[Any, Any]:
-    """kernels_pallas's modules of a backend: with the kernel, and with that of its gradients."""
-    if name == "pallas_tpu":
-        from kernels_pallas.tpu import chunked_linear as of_tpu
-
-        return of_tpu, of_tpu
-    from kernels_pallas.gpu import chunked_linear, chunked_linear_backward
-
-    return chunked_linear, chunked_linear_backward
+# Of kernels_pallas, by backend: with the kernel, and with that of its gradients.
+_MODULES = {"tpu": ("chunked_linear", "chunked_linear"), "gpu": ("chunked_linear", "chunked_linear_backward")}
 
 
-def _chunked(name: str, xla: Xla, inputs: LinearInputs, options: LinearOptions) -> tuple[Array, LinearState]:
-    """name: of the backend."""
-    forward, backward = _modules(name)
+def _chunked(backend: str, xla: Xla, inputs: LinearInputs, options: LinearOptions) -> tuple[Array, LinearState]:
+    forward, backward = (kernel_module(backend, name) for name in _MODULES[backend])
     out_dtype = inputs.query.dtype
     sums = jnp.float32 if options.normalize else out_dtype
 
@@ -88,31 +80,22 @@ def _chunked(name: str, xla: Xla, inputs: LinearInputs, options: LinearOptions) 
     return out[..., :width].astype(out_dtype), LinearState(kv[..., :width], k_sum)
 
 
-def pallas_tpu_refusal(query: Any, key: Any, value: Any, log_decay: Any = None, beta: Any = None) -> str | None:
+def chunked_refusal(
+    backend: str, query: Any, key: Any, value: Any, log_decay: Any = None, beta: Any = None
+) -> str | None:
     """Why the kernel cannot serve operands of these shapes, or None if it can."""
-    forward, _ = _modules("pallas_tpu")
-    return forward.refusal(query, key, value, log_decay, beta)
+    return first_refusal(backend, ["chunked_linear"], query, key, value, log_decay, beta)
 
 
-def _refusal(name: str, inputs: LinearInputs, options: LinearOptions) -> str | None:
+def _refusal(backend: str, inputs: LinearInputs, options: LinearOptions) -> str | None:
     if not options.is_causal:
         return "serves causal calls; the others are two products of XLA"
-    try:
-        forward, _ = _modules(name)
-    except ImportError as error:  # of what Mosaic GPU takes: jax does not bring it before 0.11
-        if error.name is None or not error.name.startswith("absl"):
-            raise
-        return "needs absl-py"
     # The scale may be traced with the call, and no shape depends on it.
     options = options._replace(scale=1.0)
-    return forward.refusal(*jax.eval_shape(lambda inputs: _operands(inputs, options), inputs)[:-1])
+    return chunked_refusal(backend, *jax.eval_shape(lambda inputs: _operands(inputs, options), inputs)[:-1])
 
 
-def _kernel(name: str) -> Kernel:
-    return Kernel(functools.partial(_chunked, name), functools.partial(_refusal, name))
-
-
-KERNELS = {name: _kernel(name) for name in ("pallas_tpu", "pallas_gpu")}
+KERNELS = on_backends(_chunked, _refusal)
 
 
 def _pallas_tpu_step(xla: Xla, inputs: LinearInputs, options: LinearOptions) -> tuple[Array, LinearState]:

@@ -10,7 +10,6 @@ import pytest
 from marks import slow_but
 
 from attnlab import linear_attention
-from attnlab.attention._kernels import linear as adapter
 from kernels_pallas.gpu import common
 from kernels_pallas.gpu.chunked_linear import chunked_linear_attention, kept_shapes, refusal, smem_bytes
 from kernels_pallas.gpu.chunked_linear_backward import chunked_linear_gradients
@@ -317,13 +316,3 @@ def test_refuses_what_is_not_causal():
     arrays, _ = draw(9)
     with pytest.raises(ValueError, match="serves causal calls"):
         linear_attention(*arrays[:3], is_causal=False, implementation="pallas_gpu")
-
-
-def test_says_what_jax_0_10_lacks(monkeypatch):
-    def missing(name):
-        raise ModuleNotFoundError("No module named 'absl'", name="absl")
-
-    monkeypatch.setattr(adapter, "_modules", missing)
-    arrays, _ = draw(9)
-    with pytest.raises(ValueError, match="needs absl-py"):
-        linear_attention(*arrays[:3], implementation="pallas_gpu")
