@@ -110,7 +110,7 @@ def refusal(
         return f"needs tiles of {TILE} queries and keys, got {pattern.blocks((TILE, TILE))}"
     needed = footprint(padded_width(query.shape[-1]), padded_width(value.shape[-1]))
     if needed > SMEM_BUDGET:
-        return f"takes {needed / 2**10:.0f} KiB of shared memory, more than {SMEM_BUDGET / 2**10:.0f} KiB"
+        return f"takes {-(-needed // 2**10)} KiB of shared memory, more than {SMEM_BUDGET / 2**10:.0f} KiB"
     return None
 
 

@@ -12,6 +12,7 @@ Numerics: 16-bit operands, float32 sums; weights are rounded to the values' dtyp
 the hardware's. Two runs give the same bits. Gradients are in banded_flash_backward.py.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -42,14 +43,13 @@ from kernels_pallas.gpu.common import (
     launch,
     store,
 )
-from kernels_pallas.patterns import Pattern
+from kernels_pallas.patterns import Boxes, Pattern
 
 Array = jax.Array
 
 _LOG_2 = np.float32(math.log(2))
 _MOST_STAGES = 4
-_MOST_NUMBERS = 4  # that a key brings: coordinates on three axes, and a segment
-_BARRIERS = 512  # bytes that they take at most
+_BARRIERS = 128  # bytes that they take at most
 
 
 def step_of(key_width: int, value_width: int) -> int:
@@ -57,31 +57,30 @@ def step_of(key_width: int, value_width: int) -> int:
     return 128 if max(key_width, value_width) <= 128 else 64
 
 
-def _own_bytes(key_width: int, value_width: int) -> int:
-    """Of shared memory, for what a block keeps: queries, and outputs where they are of another width; lse."""
-    return 2 * TILE * (key_width + (value_width if value_width != key_width else 0)) + 4 * TILE
-
-
-def _stage_bytes(key_width: int, value_width: int, numbers: int) -> int:
-    """Of a step's keys and values. numbers: that each key brings, for the mask."""
-    return step_of(key_width, value_width) * (2 * (key_width + value_width) + 4 * numbers)
+def _bytes(key_width: int, value_width: int, numbers: int, stages: int) -> int:
+    """Of shared memory, where each array begins at a multiple of 1024. numbers: that a key brings for the mask."""
+    queries, keys = 2 * TILE, 2 * stages * step_of(key_width, value_width)
+    outputs = queries * value_width if value_width != key_width else 0  # else they take the queries' place
+    parts = [queries * key_width, outputs, keys * key_width, keys * value_width, 4 * TILE, 2 * keys * numbers]
+    return sum(-(-part // 1024) * 1024 for part in parts) + _BARRIERS
 
 
 def _stages(key_width: int, value_width: int, numbers: int) -> int:
-    room = SMEM_BUDGET - _BARRIERS - _own_bytes(key_width, value_width)
-    return min(_MOST_STAGES, max(2, room // _stage_bytes(key_width, value_width, numbers)))
+    """As many as fit, and two at least."""
+    fitting = (n for n in range(_MOST_STAGES, 2, -1) if _bytes(key_width, value_width, numbers, n) <= SMEM_BUDGET)
+    return next(fitting, 2)
 
 
-def smem_bytes(key_width: int, value_width: int, numbers: int = _MOST_NUMBERS) -> int:
-    """Shared memory of a block, at padded widths."""
-    stages = _stages(key_width, value_width, numbers)
-    own = _own_bytes(key_width, value_width)
-    return own + stages * _stage_bytes(key_width, value_width, numbers) + _BARRIERS
+def smem_bytes(key_width: int, value_width: int, numbers: int = 0) -> int:
+    """Shared memory of a block, at padded widths. numbers: that a key brings for the mask, coordinates and segment."""
+    return _bytes(key_width, value_width, numbers, _stages(key_width, value_width, numbers))
 
 
 def refusal(query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None) -> str | None:
     """Why banded_flash_attention cannot serve these arguments (arrays may be shape structs), or None if it can."""
-    return band_refusal(query, key, value, pattern=pattern, segment_ids=segment_ids, footprint=smem_bytes)
+    axes = len(pattern.axes) if isinstance(pattern, Boxes) else 1
+    footprint = functools.partial(smem_bytes, numbers=axes * pattern.has_coordinates + (segment_ids is not None))
+    return band_refusal(query, key, value, pattern=pattern, segment_ids=segment_ids, footprint=footprint)
 
 
 def banded_flash_attention(

@@ -85,7 +85,7 @@ def refusal(query: Any, key: Any, value: Any, log_decay: Any = None, beta: Any =
     decay = None if log_decay is None else "token" if log_decay.ndim == 3 else "channel"
     needed = smem_bytes(query.shape[-1], value.shape[-1], decay=decay, delta=beta is not None)
     if needed > SMEM_BUDGET:
-        return f"takes {needed / 2**10:.0f} KiB of shared memory, more than {SMEM_BUDGET / 2**10:.0f} KiB"
+        return f"takes {-(-needed // 2**10)} KiB of shared memory, more than {SMEM_BUDGET / 2**10:.0f} KiB"
     return None
 
 

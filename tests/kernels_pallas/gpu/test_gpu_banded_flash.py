@@ -304,9 +304,13 @@ def test_lowers_for_cuda(case):
     pattern, dtype, (head_dim, value_dim), segments = LOWERED[case]
     arrays = shapes(512, head_dim=head_dim, value_dim=value_dim, dtype=dtype)
     ids = [jax.ShapeDtypeStruct((1, 512), jnp.int32)] if segments else []
+    run = functools.partial(both, pattern=PATTERNS[pattern])
     with jax.enable_x64(True):
-        run = functools.partial(both, pattern=PATTERNS[pattern])
-        assert b"mosaic_gpu" in lower(run, *arrays, *ids)
+        if (head_dim, value_dim) == (256, 192) and pattern in ("plane", "volume")[not segments :]:
+            with pytest.raises(ValueError, match="takes 228 KiB of shared memory, more than 227 KiB"):
+                lower(run, *arrays, *ids)
+        else:
+            assert b"mosaic_gpu" in lower(run, *arrays, *ids)
 
 
 def loss(query, key, value, implementation="pallas_gpu"):
