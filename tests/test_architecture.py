@@ -93,6 +93,12 @@ ATTENTION = [name for name in OURS if name.startswith("attnlab.attention")]
 KERNELS = sorted(set(SOURCES) - set(OURS))
 
 
+@pytest.mark.parametrize("module", [*ATTENTION, *KERNELS])
+def test_what_a_run_executes_is_imported_by_statements(module):
+    """An ablation finds it by them; a module that is imported by a computed name would change and reuse stale runs."""
+    assert "importlib.import_module" not in SOURCES[module].read_text()
+
+
 @pytest.mark.parametrize("module", OURS)
 def test_imports_go_one_way(module):
     for name in imports(module):

@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from attnlab import __version__, bench, cli, config, regress
+from attnlab import __version__, cli, config, regress
 from attnlab.ablate import speed
+from attnlab.bench import lengths
 
 TINY = [
     "--gin.STEPS=4",
@@ -326,7 +327,7 @@ def test_a_mistake_gives_one_line_and_status_2(mistake, tmp_path, capsys, monkey
 
 @pytest.mark.parametrize("command", ["bench", "regress"])
 def test_a_folder_for_figures_is_looked_at_before_anything_is_measured(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "bench", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(lengths, "time_lengths", lambda *_, **__: pytest.fail("measured"))
     monkeypatch.setattr(regress, "write", lambda *_, **__: pytest.fail("measured"))
     (tmp_path / "file").write_text("")
     assert cli.main([command, "--workdir", str(tmp_path / "file")]) == 2

@@ -15,7 +15,15 @@ import jax.numpy as jnp
 
 from kernels_pallas.aot import machine_code
 from kernels_pallas.aot.compile import compile_for_gpu
-from kernels_pallas.gpu import banded_flash
+from kernels_pallas.gpu import (
+    banded_covariance,
+    banded_flash,
+    banded_flash_backward,
+    banded_parallax,
+    cached_flash,
+    chunked_linear,
+    chunked_linear_backward,
+)
 from kernels_pallas.gpu.common import SMEM_BUDGET
 from kernels_pallas.shapes import SHAPES, Shape
 
@@ -28,13 +36,55 @@ class Row(NamedTuple):
     smem: int | None
 
 
-def _banded_flash(shape: Shape) -> Row:
-    pattern, widths = shape.pattern(), (shape.head_dim, shape.head_dim)
+def _banded_flash(shape: Shape, *, backward: bool = False) -> Row:
+    module: Any = banded_flash_backward if backward else banded_flash
+    run: Any = module.banded_flash_gradients if backward else module.banded_flash_attention
+    query, *_ = arrays = shape.arrays()
+    lse = shape.array(shape.heads, dtype=jnp.float32)
+    arrays = [*arrays, query, lse, query, lse] if backward else arrays
+    settings: Any = {"pattern": shape.pattern(), "scale": shape.head_dim**-0.5}
+    return Row(functools.partial(run, **settings), arrays, module.smem_bytes(shape.head_dim, shape.head_dim))
 
-    def attend(query: Any, key: Any, value: Any) -> Any:
-        return banded_flash.banded_flash_attention(query, key, value, pattern=pattern, scale=shape.head_dim**-0.5)
 
-    return Row(attend, shape.arrays(), banded_flash.smem_bytes(*widths))
+def _covariance(shape: Shape, *, backward: bool = False) -> Row:
+    run: Any = banded_covariance.banded_covariance_gradients if backward else banded_covariance.banded_covariance
+    wide, lse = shape.array(shape.heads, shape.head_dim, dtype=jnp.float32), shape.array(shape.heads, dtype=jnp.float32)
+    arrays = [*shape.arrays(), wide, lse, wide, *([wide] * 3 if backward else [])]
+    settings: Any = {"pattern": shape.pattern(), "scale": shape.head_dim**-0.5}
+    smem = banded_covariance.smem_bytes(shape.head_dim, shape.head_dim)
+    return Row(functools.partial(run, **settings), arrays, smem)
+
+
+def _parallax(shape: Shape, *, backward: bool = False) -> Row:
+    run: Any = banded_parallax.banded_parallax_gradients if backward else banded_parallax.banded_parallax
+    query, *_ = arrays = shape.arrays()
+    number = shape.array(shape.heads, dtype=jnp.float32)
+    arrays = [*arrays, query, *([query, number, number, query, query] if backward else [])]
+    settings: Any = {"pattern": shape.pattern(), "scale": shape.head_dim**-0.5}
+    return Row(functools.partial(run, **settings), arrays, banded_parallax.smem_bytes(shape.head_dim, shape.head_dim))
+
+
+def _chunked_linear(shape: Shape, *, decay: str | None, delta: bool, backward: bool) -> Row:
+    query, key, value = shape.arrays()
+    gates = {"token": shape.array(shape.heads, dtype=jnp.float32)}
+    gates["channel"] = shape.array(shape.heads, shape.head_dim, dtype=jnp.float32)
+    log_decay, beta = gates.get(decay or ""), gates["token"] if delta else None
+    state = jax.ShapeDtypeStruct((1, shape.heads, shape.head_dim, shape.head_dim), jnp.float32)
+    smem = chunked_linear.smem_bytes(shape.head_dim, shape.head_dim, decay=decay, delta=delta)
+    if not backward:
+        return Row(chunked_linear.chunked_linear_attention, [query, key, value, log_decay, beta, state], smem)
+    kept = chunked_linear.kept_shapes(query, value, log_decay, beta)
+    arrays = [query, key, value, log_decay, beta, kept, query, state]
+    return Row(chunked_linear_backward.chunked_linear_gradients, arrays, smem)
+
+
+def _cached_flash(shape: Shape) -> Row:
+    """A step with a full cache of the window."""
+    cache = [jax.ShapeDtypeStruct((1, shape.window, shape.key_heads, shape.head_dim), shape.dtype)] * 2
+    query = jax.ShapeDtypeStruct((1, 1, shape.heads, shape.head_dim), shape.dtype)
+    visible, used = jax.ShapeDtypeStruct((1, shape.window), jnp.bool), jax.ShapeDtypeStruct((), jnp.int32)
+    run = functools.partial(cached_flash.cached_flash_attention, scale=shape.head_dim**-0.5)
+    return Row(run, [query, *cache, visible, used], cached_flash.smem_bytes(shape.head_dim, shape.head_dim))
 
 
 def _jax_flash(shape: Shape, *, backward: bool = False) -> Row:
@@ -57,7 +107,25 @@ def _jax_flash(shape: Shape, *, backward: bool = False) -> Row:
     return Row(gradients if backward else attend, arrays, None)
 
 
-KERNELS: dict[str, Callable[[Shape], Row]] = {"banded flash": _banded_flash}
+_LINEAR: dict[str, dict[str, Any]] = {
+    "linear": {"decay": None, "delta": False},
+    "linear, decay": {"decay": "token", "delta": False},
+    "linear, channels": {"decay": "channel", "delta": False},
+    "linear, delta": {"decay": None, "delta": True},
+    "linear, gated delta": {"decay": "token", "delta": True},
+    "linear, gated delta by channel": {"decay": "channel", "delta": True},
+}
+_BOTH: dict[str, Callable[..., Row]] = {
+    "banded flash": _banded_flash,
+    **{name: functools.partial(_chunked_linear, **options) for name, options in _LINEAR.items()},
+    "covariance": _covariance,
+    "parallax": _parallax,
+}
+KERNELS: dict[str, Callable[[Shape], Row]] = {
+    f"{name}{' gradients' * backward}": functools.partial(build, backward=backward)
+    for name, build in _BOTH.items()
+    for backward in (False, True)
+} | {"decode, cache": _cached_flash}
 OTHERS: dict[str, Callable[[Shape], Row]] = {
     "jax attention_mgpu, all tokens": _jax_flash,
     "jax attention_mgpu gradients, all tokens": functools.partial(_jax_flash, backward=True),
@@ -133,7 +201,7 @@ def compiled_kernels(row: Row, gpu: str) -> list[tuple[str, str]]:
         compile_for_gpu(row.function, *row.arrays, gpu=gpu)
     modules = [f".version{part}" for part in printed[0].split(".version")[1:]]
     named = [(re.search(r"\.entry (\w+?)(?:_mosaic_gpu_kernel)?\(", module), module) for module in modules]
-    found = [(name[1], module[: module.rindex("\n}") + 3]) for name, module in named if name is not None]
+    found = [(name[1], module) for name, module in named if name is not None]
     if not found:
         raise ValueError("no Mosaic kernel was compiled")
     return found
@@ -141,14 +209,14 @@ def compiled_kernels(row: Row, gpu: str) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def _printed() -> Iterator[list[str]]:
-    """What the compiler prints: the PTX of the kernels, which it hands out in no other way."""
+    """What the compiler prints: the PTX of the kernels, which it hands out in no other way. Its log is left out."""
     printed: list[str] = []
     libc = ctypes.CDLL(None)
     os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as log:
         kept = [(stream, os.dup(stream)) for stream in (1, 2)]
         try:
-            for stream, _ in kept:
+            for (stream, _), file in zip(kept, (output, log)):
                 os.dup2(file.fileno(), stream)
             yield printed
         finally:
@@ -157,5 +225,5 @@ def _printed() -> Iterator[list[str]]:
                 os.dup2(copy, stream)
                 os.close(copy)
             del os.environ["MOSAIC_GPU_DUMP_PTX"]
-            file.seek(0)
-            printed.append(file.read().decode(errors="replace"))
+            output.seek(0)
+            printed.append(output.read().decode(errors="replace"))
