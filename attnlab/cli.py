@@ -510,7 +510,7 @@ def _ablate(command: argparse.Namespace, overrides: list[str]) -> int:
     if signals.HELPER not in os.environ and (reason := measure_speed(command.config, overrides, workdir, rows)):
         print(f"speed: not measured ({reason})")
     page = write_report(rows, workdir)
-    print(f"\n{(workdir / 'results.md').read_text()}\nreport: {page if store.is_remote(page) else page.resolve()}")
+    print(f"\n{(workdir / 'results.md').read_text()}\nreport: {store.whole(page)}")
     return 1 if any(row["status"] == "failed" for row in rows) else 0
 
 
@@ -519,8 +519,7 @@ def _report(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.train import store
 
     workdir = store.find(command.workdir)
-    page = write_report(read_rows(workdir), workdir)
-    print(f"report: {page if store.is_remote(page) else page.resolve()}")
+    print(f"report: {store.whole(write_report(read_rows(workdir), workdir))}")
     return 0
 
 

@@ -434,8 +434,8 @@ def cases() -> list[Case]:
     """Kernels, then XLA's forms, then other libraries, problem by problem."""
     found = []
     for problem in problems():
+        numbers = _numbers(problem)
         for passes, times in (("forward", 1.0), ("backward", 2.5)):
-            numbers = _numbers(problem)
             size: Any = {"flops": times * problem.flops(problem.tokens), "tokens": problem.batch * problem.tokens}
             size |= {"passes": passes, "numbers": numbers}
             for implementation in ("pallas_gpu", "xla"):

@@ -38,6 +38,11 @@ def is_remote(path: Path) -> bool:
     return not isinstance(path, Path)
 
 
+def whole(path: Path) -> Path:
+    """From the root of this machine, or of the store."""
+    return path if is_remote(path) else path.resolve()
+
+
 def replace_text(path: Path, text: str) -> None:
     """Writes a file in one step, so that it is never half there. Several processes may write one."""
     if is_remote(path):

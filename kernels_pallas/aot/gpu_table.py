@@ -133,11 +133,6 @@ OTHERS: dict[str, Callable[[Shape], Row]] = {
 ROWS = {**KERNELS, **OTHERS}
 # Lines of the compilers that none of our kernels may cause: setmaxnreg ignored, no launch bounds, products one by one.
 FORBIDDEN = ("C7504", "C7508", "wgmma.mma_async instructions are serialized")
-HELP = """
-With --gpu: registers per thread and bytes spilled by ptxas (jax 0.10, 0.11) and by nvJitLink (jax 0.12, where it is);
-of each loop that multiplies matrices, cycles of the tensor cores, stalls, and the share of its time in which they are
-busy, at most (kernels_pallas/aot/machine_code.py). Nothing runs. Needs the extra gpu-aot.
-"""
 
 
 def print_table(gpus: Sequence[str], shapes: Sequence[str], kernels: Sequence[str]) -> None:

@@ -172,6 +172,10 @@ _HELP = """
 VMEM is the kernels' own model, by which a call is refused before it is compiled. HBM is what the compiled program reads
 and writes. Bundles per tile, cycles and the share of bundles that issue a matrix product come from the compiler's
 schedule (one bundle per cycle, in order, on one core): nothing runs, and waiting for memory is not in them.
+
+With --gpu: registers per thread and bytes spilled by ptxas (jax 0.10, 0.11) and by nvJitLink (jax 0.12, where it is);
+of each loop that multiplies matrices, cycles of the tensor cores, stalls, and the share of its time in which they are
+busy, at most (kernels_pallas/aot/machine_code.py). Nothing runs. Needs the extra gpu-aot.
 """
 
 

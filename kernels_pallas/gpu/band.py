@@ -196,7 +196,7 @@ class Side(NamedTuple):
 
 def numbers_of(ref: Any, axis: int) -> list[Array]:
     """A table's rows in registers. ref: int32 [rows, tokens]."""
-    return [load(ref.at[row], ROW if axis == 0 else COLUMN) for row in range(ref.shape[0])]
+    return list(numbers_in_turn(ref, axis))
 
 
 def numbers_in_turn(ref: Any, axis: int) -> Iterator[Array]:

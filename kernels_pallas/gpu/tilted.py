@@ -41,6 +41,7 @@ from kernels_pallas.gpu.common import (
     dots,
     full,
     half,
+    in_loop,
     launch,
     load,
     store,
@@ -424,9 +425,7 @@ def _body(
             def run(number: Array, carry: list[Array]) -> list[Array]:
                 ring.wait(number)
                 slot = ring.slot(number)
-                # 0, as if it depended on the step: else addresses of what a block owns, and much of the mask, are
-                # computed before the loop and kept in registers that there are not.
-                hidden = lax.shift_right_arithmetic(number, np.int32(30))
+                here = in_loop(number)
 
                 def number_of(row: int) -> Array:
                     if by_key:
@@ -436,10 +435,10 @@ def _body(
                 sees = None
                 if masked:
                     others = [] if table_s is None else numbers_of(table_s.at[slot], 1)
-                    sides = [Side(0, first + hidden, own_numbers), Side(1, place(number)[1], others)]
+                    sides = [Side(0, first + here, own_numbers), Side(1, place(number)[1], others)]
                     sees = functools.partial(band.visible, sides[own_axis], sides[1 - own_axis], shape)
                 step = Step(
-                    [s.at[warpgroup + hidden] for s in own_s],
+                    [s.at[warpgroup + here] for s in own_s],
                     [s.at[slot] for s in moving_s],
                     sees,
                     number_of,
