@@ -254,7 +254,7 @@ def test_a_second_call_without_jit_costs_what_it_costs_with_it(name):
         return _resident() - before
 
     if sys.platform == "linux":
-        assert min(left_behind() for _ in range(3)) < 2**20
+        assert any(left_behind() < 2**20 for _ in range(3))
 
 
 def _resident():
