@@ -10,12 +10,13 @@ Weights of out on v: p_s (1 + (k_s - kbar) . x), which sum to 1 and can be negat
 attention; ridge -> 0 reproduces values that are an affine function of the keys. Paper: Local Linear Attention (Zuo et
 al. 2025), whose uncentred solution is rho = -x / (1 + (q - kbar) . x).
 
-Nothing of the size of T x S or T x H x H is made. The covariances are derivatives of softmax attention: adding
-e x . k_s to the logits tilts the weights, so that with f(q) = (kbar, vbar)
+Nothing of the size of T x S or T x H x H is made. Conjugate gradients take products with the covariances alone. "xla"
+holds the weights of a few queries while their regressions are solved. Kernels and rings know attention, of which
+covariances are derivatives: adding e x . k_s to the logits tilts the weights, so that with f(q) = (kbar, vbar)
 
     d/de f(scale q + e x) at e = 0    =    Cov_p(k, k) x, Cov_p(v, k) x
 
-and a forward derivative of attention, one pass over the keys, is the product that conjugate gradients take.
+and a forward derivative of attention, one pass over the keys, is that product.
 """
 
 import functools
@@ -49,10 +50,17 @@ from attnlab.attention._shared.checks import (
     require,
     shape_text,
 )
-from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, spoilt_by_weights, where_spoilt
+from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, spoilt_by_weights
 from attnlab.attention._shared.heads import repeat_key_heads
-from attnlab.attention._shared.softmax import dense_attention
-from attnlab.attention._shared.softmax_weights import SoftmaxWeights, check_window, dense_weights, weights_of
+from attnlab.attention._shared.softmax_weights import (
+    SoftmaxWeights,
+    by_blocks,
+    check_window,
+    dense_weights,
+    held_weights,
+    sees_spoilt,
+    weights_of,
+)
 from attnlab.attention.dot_product import DotProductCache, init_dot_product_cache, prefill_dot_product_cache
 
 Array = jax.Array
@@ -107,7 +115,7 @@ def local_linear_attention(
     Raises:
       ValueError, TypeError: at trace time, naming the argument.
 
-    Complexity of "xla", with S keys seen (T, or the window) and i iterations: O(T S (H (1 + i) + V)) time, O(T) memory.
+    Complexity of "xla", with S keys seen (T, or the window) and i iterations: O(T S (H (1 + i) + V)) time, O(T + S) memory.
     """
     check_query_key_value(query, key, value)
     batch, length, heads, head_dim = query.shape
@@ -252,13 +260,29 @@ def _in_ring(
     return spoil(out, where), LocalLinearResiduals(solution, tangent, *residuals[2:])
 
 
-def _xla(query: Array, key: Array, value: Array, ridge: Array, **settings: Any) -> tuple[Array, LocalLinearResiduals]:
-    """By blocked weights, of finite numbers: a gradient through the solves of a query that is NaN would reach the keys
-    that it sees."""
+def _xla(
+    query: Array,
+    key: Array,
+    value: Array,
+    ridge: Array,
+    *,
+    is_causal: bool,
+    window: int | None,
+    scale: Any,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Array, LocalLinearResiduals]:
+    """Block by block of queries, of finite numbers: a gradient through the solves of a query that is NaN would reach
+    the keys that it sees."""
+    solve = _solve_with(tolerance, max_iterations)
+
+    def regress(attention: SoftmaxWeights, wide: Array, ridge: Array) -> tuple[Array, LocalLinearResiduals]:
+        return _regress(attention, wide, ridge, solve, query.dtype)
+
+    sees: Any = {"is_causal": is_causal, "window": window}
     q, k, v = map(finite_or_zero, (query, key, value))
-    out, residuals = _by_weights(blocked_weights, q, k, v, ridge, **settings)
-    sees = {name: settings[name] for name in ("scale", "is_causal", "window")}
-    where = where_spoilt(query, key, value, lambda *arrays: blocked_weights(*arrays, **sees).value_mean())
+    out, residuals = by_blocks(regress, q, k, v, ridge, scale=scale, **sees)
+    where = sees_spoilt(query, key, value, **sees)
     solution, tangent = (spoil(x, where) for x in residuals[:2])
     return spoil(out, where), LocalLinearResiduals(solution, tangent, *residuals[2:])
 
@@ -441,25 +465,24 @@ def local_linear_step(
     ridge = _per_query(ridge, (query.shape[0], 1, query.shape[2]), wide.dtype)
     tolerance, max_iterations = _check_solve(tolerance, max_iterations)
     cache, attention, fits = append(cache, default_scale(scale, query.shape[-1]) * wide, key, value, window)
+    wide, ridge = (x.reshape(x.shape[0], key.shape[2], -1, x.shape[-1]) for x in (wide, ridge))
     out, _ = _regress(attention, wide, ridge, _solve_with(tolerance, max_iterations), query.dtype)
-    return jnp.where(fits, out, jnp.nan), cache
+    return jnp.where(fits, out.reshape(*query.shape[:3], -1), jnp.nan), cache
 
 
 def append(
     cache: DotProductCache, query: Array, key: Array, value: Array, window: int | None
 ) -> tuple[DotProductCache, SoftmaxWeights, Array]:
-    """Adds a token: (cache, weights of the scaled query over the keys cached now, whether the token still fitted, bool
-    [B or 1, 1, 1, 1])."""
+    """Adds a token: (cache, weights of the scaled query over the keys cached now, of arrays [B, K, G, ...], whether the
+    token still fitted, bool [B or 1, 1, 1, 1])."""
     slots, window = cache.key.shape[1], _check_window(cache, window)
     check_position("cache.length", cache.length, key.shape[0])
     slot, count = cache.length if window is None else cache.length % slots, cache.length + 1
     cache = DotProductCache(put(cache.key, key, slot), put(cache.value, value, slot), count)
     visible = (jnp.arange(slots)[None] < by_row(count))[:, None, None]
+    query = query.reshape(query.shape[0], key.shape[2], -1, query.shape[-1])
+    keys, values = (jnp.swapaxes(x, 1, 2).astype(query.dtype) for x in cache[:2])
     # A linear solve takes what its product closes over to vary alike already.
-    query, keys, values, visible = vary_alike((query, cache.key, cache.value, visible))
-
-    def attend(query: Array, values: Array) -> Array:
-        return dense_attention(query, keys, values, visible=visible, scale=1.0)[0]
-
+    query, keys, values, visible = vary_alike((query, keys, values, visible))
     fits = (by_row(count) <= slots) | (window is not None)
-    return cache, weights_of(attend, query, keys, values), fits[..., None, None]
+    return cache, held_weights(query, keys, values, visible), fits[..., None, None]

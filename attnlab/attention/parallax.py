@@ -163,5 +163,6 @@ def parallax_step(
     dtype = accumulator_dtype(query, probe, key, value)
     scaled = default_scale(scale, query.shape[-1]) * query.astype(dtype)
     cache, attention, fits = append(cache, scaled, key, value, window)
-    out = attention.value_mean() - attention.value_covariance(probe.astype(dtype))
-    return jnp.where(fits, out, jnp.nan).astype(query.dtype), cache
+    probe = probe.astype(dtype).reshape(probe.shape[0], key.shape[2], -1, probe.shape[-1])
+    out = attention.value_mean() - attention.value_covariance(probe)
+    return jnp.where(fits, out.reshape(*query.shape[:3], -1), jnp.nan).astype(query.dtype), cache

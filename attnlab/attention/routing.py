@@ -72,8 +72,8 @@ Array = jax.Array
 Membership = Literal["strict", "global"]
 
 _COUNT_EPSILON = {"unit": 1e-5, "layer": 1e-2}
-# Queries and key tiles whose logits "xla" holds at once, per head: 2^16 numbers of the strict form.
-_LOGITS_AT_ONCE = 2**16
+# Logits that "xla" holds at once, per head.
+_STRICT_AT_ONCE, _GLOBAL_AT_ONCE = 2**15, 2**16
 
 
 class RoutingAux(NamedTuple):
@@ -165,11 +165,14 @@ def routing_attention(
         dtype = accumulator_dtype(query, key, value)
         state = jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf.astype(dtype), state))
         query_tokens, key_tokens, query_heads, key_heads = _normalized(query, key, normalize, share_qk)
-        similarity_q = jnp.einsum("BTNH,NcH->BTNc", jax.lax.stop_gradient(query_tokens), state.centroids)
-        similarity_k = similarity_q
-        if not share_qk:
-            similarity_k = jnp.einsum("BTNH,NcH->BTNc", jax.lax.stop_gradient(key_tokens), state.centroids)
-        cluster_q, cluster_k = (jnp.argmax(x, axis=-1).astype(jnp.int32) for x in (similarity_q, similarity_k))
+
+        def similarity(tokens: Array) -> Array:
+            return jnp.einsum("BTNH,NcH->BNcT", jax.lax.stop_gradient(tokens), state.centroids)
+
+        similarity_q = similarity(query_tokens)
+        similarity_k = similarity_q if share_qk else similarity(key_tokens)
+        nearest = (jnp.argmax(x, axis=2).astype(jnp.int32) for x in (similarity_q, similarity_k))
+        cluster_q, cluster_k = (jnp.swapaxes(x, 1, 2) for x in nearest)
         routed = [(query_tokens, cluster_q)] if share_qk else [(query_tokens, cluster_q), (key_tokens, cluster_k)]
         out, taken = dispatch(
             "routing_attention",
@@ -370,9 +373,8 @@ def _reference(
 
 
 def _taken(similarity: Array, window: int, real: Array) -> Array:
-    """[B, T, N, c] -> bool [B, N, c, T]: the `window` tokens most similar to each centroid; of equals, the earlier."""
-    similarity = jnp.where(real[:, :, None, None], similarity, -jnp.inf)
-    order = jnp.argsort(-einops.rearrange(similarity, "B T N c -> B N c T"), axis=-1)
+    """bool [B, N, c, T]: the `window` tokens most similar to each centroid; of equals, the earlier."""
+    order = jnp.argsort(-jnp.where(real[:, None, None], similarity, -jnp.inf), axis=-1)
     rank = jnp.argsort(order, axis=-1)
     return (rank < window) & real[:, None, None, :]
 
@@ -460,21 +462,19 @@ def _strict_head(
         cluster_q, cluster_k, key_mask, num_clusters=num_clusters, window=window, is_causal=is_causal
     )
     blocks = _block_queries(jnp.maximum(ranges.end - 1, 0) // size, tiles, size)
+    seen = (back + 1) * size
 
     def slots(x: Array) -> Array:
         """[T, ...] -> [blocks, tile, ...], 0 in empty slots."""
         return x.at[blocks.query].get(mode="fill", fill_value=0)
 
-    def windows(x: Array) -> Array:
-        """[T, ...] of keys -> [blocks, (back + 1) tile, ...]: the tiles that a block sees."""
-        x = jnp.pad(x[ranges.order_k], ((back * size, tiles * size - length), *((0, 0),) * (x.ndim - 1)))
-        x = x.reshape(back + tiles, size, *x.shape[1:])[blocks.tile[:, None] + jnp.arange(back + 1)[None]]
-        return x.reshape(len(blocks.tile), (back + 1) * size, *x.shape[3:])
+    keys, values = (jnp.pad(x[ranges.order_k], ((back * size, tiles * size - length), (0, 0))) for x in (key, value))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend(block: tuple[Array, ...]) -> Array:
-        query, key, value, first, end, itself, number = block
-        rank = ((number - back) * size + jnp.arange(key.shape[0]))[None]
+        query, first, end, itself, number = block
+        key, value = (lax.dynamic_slice_in_dim(x, number * size, seen) for x in (keys, values))
+        rank = ((number - back) * size + jnp.arange(seen))[None]
         visible = (first[:, None] <= rank) & (rank < end[:, None])
         if self_is_last:
             visible = _others_if_any(visible, rank == itself[:, None])
@@ -482,9 +482,9 @@ def _strict_head(
         numerators, denominator, _ = softmax_parts(query @ key.T, visible)
         return (numerators @ value) / denominator
 
-    at_once = max(1, _LOGITS_AT_ONCE // (size * (back + 1) * size))
+    at_once = max(1, _STRICT_AT_ONCE // (size * seen))
     of_queries = (slots(x) for x in (ranges.first, ranges.end, ranges.rank_k))
-    inputs = (slots(query), windows(key), windows(value), *of_queries, blocks.tile)
+    inputs = (slots(query), *of_queries, blocks.tile)
     out = jax.lax.map(attend, inputs, batch_size=min(at_once, len(blocks.tile)))
     return out.reshape(-1, out.shape[-1])[blocks.slot]
 
@@ -531,7 +531,7 @@ def _global_xla(
             x.at[positions].get(mode="fill", fill_value=0)
             for x, positions in ((query, taken_q), (key, taken_k), (value, taken_k))
         ]
-        at_once = max(1, _LOGITS_AT_ONCE // window**2)
+        at_once = max(1, _GLOBAL_AT_ONCE // window**2)
         out = jax.lax.map(attend, (*gathered, taken_q, taken_k), batch_size=min(at_once, num_clusters))
         total = jnp.zeros_like(value).at[taken_q.ravel()].add(out.reshape(-1, value.shape[-1]), mode="drop")
         return total, jnp.zeros(length, jnp.int32).at[taken_q.ravel()].add(1, mode="drop")
@@ -558,7 +558,8 @@ def _spoiling(form: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[A
     return call
 
 
-# All take query, key, value [B, T, N, ...], similarities, clusters, the mask and what is spoilt, and give (out, taken).
+# All take query, key, value [B, T, N, ...], similarities [B, N, c, T], clusters, the mask and what is spoilt, and give
+# (out, taken).
 IMPLEMENTATIONS: Implementations = {
     "reference": _spoiling(_reference),
     "xla": _spoiling(_xla),

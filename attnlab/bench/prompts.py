@@ -42,7 +42,8 @@ _MIXERS: dict[str, Callable[[int], Callable[..., nn.Attention]]] = {
 }
 MIXERS = list(_MIXERS)
 _FEATURES, _DEPTH = 768, 12  # of GPT-2 small: a step reads 340 MB of weights, as those of models that people use do
-_STEPS = 32  # that are timed; the others cost the same
+_STEPS = 32  # that are timed, in the middle of the prompt
+_PATIENCE = 120  # seconds of the first round, which compiles: after a longer one there is one more, else three
 
 
 def time_prompts(
@@ -54,7 +55,7 @@ def time_prompts(
 
     Returns:
       Rows {"mixer", "length", "seconds" (at once), "loop_seconds" and "call_seconds" (one step's)}, each the best of
-      three that are timed in turn.
+      three that are timed in turn (of minutes: of one).
     """
     reuse_freed_memory()
     rows = []
@@ -63,20 +64,23 @@ def time_prompts(
         model = LanguageModel(vocabulary=256, mixers=[_MIXERS[name](length)], depth=_DEPTH, features=_FEATURES)
         values = nn.initialize(model, jax.random.key(0))
         tokens = jax.random.randint(jax.random.key(1), (1, length), 0, 256)
-        ways = _ways_to_read(model, values, tokens)
-        times = [[_seconds(way) for way in ways] for _ in range(4)][1:]
+        ways = _ways_to_read(model, values, tokens, steps := min(length, _STEPS))
+        compiling = sum(map(_seconds, ways))
+        times = [[_seconds(way) for way in ways] for _ in range(3 if compiling < _PATIENCE else 1)]
         once, loop, calls = np.min(times, axis=0).tolist()
-        steps = min(length, _STEPS)
         row = {"mixer": name, "length": length, "seconds": once, "loop_seconds": loop / steps}
         rows.append(row | {"call_seconds": calls / steps})
         report(table(rows[-1:]).splitlines()[-1])
     return rows
 
 
-def _ways_to_read(model: LanguageModel, values: nn.Parameters, tokens: jax.Array) -> list[Callable[[], Any]]:
-    """At once, and some steps in a loop and call by call."""
+def _ways_to_read(
+    model: LanguageModel, values: nn.Parameters, tokens: jax.Array, steps: int
+) -> list[Callable[[], Any]]:
+    """At once, and so many steps in a loop and call by call: those in the middle, as some grow with the prompt."""
     length = tokens.shape[1]
-    first = tokens[:, :_STEPS].T
+    start = (length - steps) // 2
+    middle = tokens[:, start : start + steps].T
 
     def at_once(values: nn.Parameters, tokens: jax.Array) -> Any:
         return nn.bind(model, values).prefill(tokens, max_length=length)
@@ -84,20 +88,20 @@ def _ways_to_read(model: LanguageModel, values: nn.Parameters, tokens: jax.Array
     def step(values: nn.Parameters, cache: Any, token: jax.Array) -> Any:
         return nn.bind(model, values).step(cache, token)
 
-    def in_loop(values: nn.Parameters, tokens: jax.Array) -> Any:
-        cache = model.init_cache(1, length)
+    def in_loop(values: nn.Parameters, cache: Any, tokens: jax.Array) -> Any:
         return jax.lax.scan(lambda cache, token: step(values, cache, token)[::-1], cache, tokens)
 
     compiled = jax.jit(step, donate_argnums=1)
 
     def by_calls() -> Any:
-        cache = jax.tree.map(jnp.array, model.init_cache(1, length))
-        for token in first:
+        cache = jax.tree.map(jnp.array, begun)
+        for token in middle:
             logits, cache = compiled(values, cache, token)
         return logits, cache
 
     whole, loop = jax.jit(at_once), jax.jit(in_loop)
-    return [lambda: whole(values, tokens), lambda: loop(values, first), by_calls]
+    begun = whole(values, tokens[:, :start])[1] if start else model.init_cache(1, length)
+    return [lambda: whole(values, tokens), lambda: loop(values, begun, middle), by_calls]
 
 
 def _seconds(way: Callable[[], Any]) -> float:
@@ -126,6 +130,6 @@ def write(rows: Sequence[dict[str, Any]], folder: Path, title: str) -> None:
     setting = (
         f"Milliseconds. A language model of {_DEPTH} layers of width {_FEATURES}, float32, one prompt. Windows are "
         f"{WINDOW} (dilated: 64 of every 8th), agents {AGENTS}, clusters and their windows the root of the length. Of "
-        f"the steps {_STEPS} are timed; the others cost the same. Made by `attnlab bench --prompts`."
+        f"the steps the {_STEPS} in the middle of the prompt are timed. Made by `attnlab bench --prompts`."
     )
     (folder / "prompts.md").write_text(f"# {title}\n\n{setting}\n\n{table(rows)}\n")

@@ -103,7 +103,7 @@ def _global_pattern(backend: str, starts: Any, ends: Any, coordinates: Any, wind
 
 def _global_rows(backend: str, routes: _Routes, options: _Options) -> _Rows:
     window = options.window
-    batch, length, heads, _ = routes.similarity[0].shape
+    batch, heads, _, length = routes.similarity[0].shape
     taken_q, taken_k = members_of_both(routes.similarity, routes.key_mask, window, options.share_qk)
     rows = batch * heads * options.num_clusters
     position_q, position_k = (x.reshape(rows, window) for x in (taken_q, taken_k))
@@ -197,7 +197,7 @@ def _call(
         jax.ShapeDtypeStruct((batch, rows // batch, tokens, 1), jnp.float32),
     )
     routes = _Routes(similarity, cluster, key_mask)
-    of_routes = _Routes._make((("B.N.",) * 2, ("B.N",) * 2, None if key_mask is None else "B."))
+    of_routes = _Routes._make((("BN..",) * 2, ("B.N",) * 2, None if key_mask is None else "B."))
     layouts = (("B.N.", "B.N.", "B.N.", ""), of_routes, ("B.N.", "B.N"), ("BN...", "BN.."))
     out, count = kernel_call(kernel, gradients, blocked, arrays, routes, results=results, kept=kept, layouts=layouts)
     if not is_strict:

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import einops
 import jax
 import jax.numpy as jnp
 
@@ -64,13 +63,13 @@ def members_of_both(
     similarity: tuple[Array, Array], key_mask: Array | None, window: int, share_qk: bool
 ) -> tuple[Array, Array]:
     """Positions [B, N, c, w] of the queries and of the keys that each centroid takes; T, which no token has, for
-    padding. similarity: [B, T, N, c], twice."""
-    length = similarity[0].shape[1]
+    padding. similarity: [B, N, c, T], twice."""
+    length = similarity[0].shape[3]
 
     def members(similarity: Array) -> Array:
         if key_mask is not None:
-            similarity = jnp.where(key_mask[:, :, None, None], similarity, -jnp.inf)
-        found, index = jax.lax.top_k(einops.rearrange(similarity, "B T N c -> B N c T"), window)
+            similarity = jnp.where(key_mask[:, None, None], similarity, -jnp.inf)
+        found, index = jax.lax.top_k(similarity, window)
         return jnp.where(found == -jnp.inf, length, index)
 
     taken_q = members(similarity[0])
