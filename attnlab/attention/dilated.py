@@ -131,7 +131,7 @@ def dilated_step(
     Args:
       cache: from init_dilated_cache with the same window and dilation.
       query, key, value: the token's, [B, 1, N, H], [B, 1, K, H], [B, 1, K, V].
-      implementation: "xla", "pallas_tpu" or None.
+      implementation: "xla", "pallas_tpu", "pallas_gpu" or None.
 
     Returns:
       (out [B, 1, N, V], the cache with the token added). For stride > 1 see local_step.

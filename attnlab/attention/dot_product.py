@@ -317,7 +317,7 @@ def dot_product_step(
     Args:
       cache: of the tokens before.
       query, key, value: the token's, [B, 1, N, H], [B, 1, K, H], [B, 1, K, V].
-      implementation: "xla", "pallas_tpu" or None.
+      implementation: "xla", "pallas_tpu", "pallas_gpu" or None.
 
     Returns:
       (out [B, 1, N, V], the cache with the token added). Past max_length, which a compiled program cannot refuse, out

@@ -225,7 +225,7 @@ def linear_step(
       state: from init_linear_cache, an earlier step, or linear_attention(..., return_state=True).
       query, key, value: [B, 1, N, H], [B, 1, K, H], [B, 1, K, V].
       log_decay: [N], [B, 1, N] or [B, 1, N, F]. beta: [B, 1, N]. The rest as in linear_attention.
-      implementation: "xla", "pallas_tpu" or None.
+      implementation: "xla", "pallas_tpu", "pallas_gpu" or None.
 
     Returns:
       ([B, 1, N, V] in query's dtype, the state after this token).

@@ -510,7 +510,7 @@ def local_step(
     Args:
       cache: from init_local_cache with the same window and sinks.
       query, key, value: the token's, [B, 1, N, H], [B, 1, K, H], [B, 1, K, V].
-      implementation: "xla", "pallas_tpu" or None.
+      implementation: "xla", "pallas_tpu", "pallas_gpu" or None.
 
     Returns:
       (out [B, 1, N, V], the cache with the token added).

@@ -115,7 +115,8 @@ def local_linear_attention(
     Raises:
       ValueError, TypeError: at trace time, naming the argument.
 
-    Complexity of "xla", with S keys seen (T, or the window) and i iterations: O(T S (H (1 + i) + V)) time, O(T + S) memory.
+    Complexity of "xla", with S keys seen (T, or the window) and i iterations: O(T S (H (1 + i) + V)) time, O(T + S)
+    memory.
     """
     check_query_key_value(query, key, value)
     batch, length, heads, head_dim = query.shape

@@ -23,6 +23,7 @@ from kernels_pallas.gpu import (
     cached_flash,
     chunked_linear,
     chunked_linear_backward,
+    linear_step,
 )
 from kernels_pallas.gpu.common import SMEM_BUDGET
 from kernels_pallas.shapes import SHAPES, Shape
@@ -87,6 +88,14 @@ def _cached_flash(shape: Shape) -> Row:
     return Row(run, [query, *cache, visible, used], cached_flash.smem_bytes(shape.head_dim, shape.head_dim))
 
 
+def _linear_step(shape: Shape) -> Row:
+    state = jax.ShapeDtypeStruct((1, shape.heads, shape.head_dim, shape.head_dim), jnp.float32)
+    row = jax.ShapeDtypeStruct(state.shape[:3], jnp.float32)
+    beta = jax.ShapeDtypeStruct(state.shape[:2], jnp.float32)
+    smem = linear_step.smem_bytes(shape.head_dim, shape.head_dim)
+    return Row(linear_step.linear_step, [state, row, row, row, row, beta], smem)
+
+
 def _jax_flash(shape: Shape, *, backward: bool = False) -> Row:
     """JAX's own kernel. It is float16 alone, sees all tokens without gradients, and pads nothing."""
     from jax.experimental.pallas.ops.gpu import attention_mgpu
@@ -125,7 +134,7 @@ KERNELS: dict[str, Callable[[Shape], Row]] = {
     f"{name}{' gradients' * backward}": functools.partial(build, backward=backward)
     for name, build in _BOTH.items()
     for backward in (False, True)
-} | {"decode, cache": _cached_flash}
+} | {"decode, cache": _cached_flash, "decode, state": _linear_step}
 OTHERS: dict[str, Callable[[Shape], Row]] = {
     "jax attention_mgpu, all tokens": _jax_flash,
     "jax attention_mgpu gradients, all tokens": functools.partial(_jax_flash, backward=True),

@@ -22,9 +22,10 @@ def _tpu_modules() -> dict[str, Any]:
         banded_flash_backward,
         cached_flash,
         chunked_linear,
+        linear_step,
     )
 
-    return _by_name(banded_covariance, banded_flash, banded_flash_backward, cached_flash, chunked_linear)
+    return _by_name(banded_covariance, banded_flash, banded_flash_backward, cached_flash, chunked_linear, linear_step)
 
 
 def _gpu_modules() -> dict[str, Any]:
@@ -35,9 +36,10 @@ def _gpu_modules() -> dict[str, Any]:
         cached_flash,
         chunked_linear,
         chunked_linear_backward,
+        linear_step,
     )
 
-    of_linear = chunked_linear, chunked_linear_backward
+    of_linear = chunked_linear, chunked_linear_backward, linear_step
     return _by_name(banded_covariance, banded_flash, banded_flash_backward, cached_flash, *of_linear)
 
 

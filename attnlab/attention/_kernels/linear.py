@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention._dispatch.choice import Kernel
 from attnlab.attention._dispatch.kernel_call import kernel_call, like
 from attnlab.attention._kernels.backends import first_refusal, kernel_module, on_backends
 from attnlab.attention._shared.chunks import RESET, drop_at_starts
@@ -98,9 +97,7 @@ def _refusal(backend: str, inputs: LinearInputs, options: LinearOptions) -> str 
 KERNELS = on_backends(_chunked, _refusal)
 
 
-def _pallas_tpu_step(xla: Xla, inputs: LinearInputs, options: LinearOptions) -> tuple[Array, LinearState]:
-    from kernels_pallas.tpu.linear_step import linear_step
-
+def _step(backend: str, xla: Xla, inputs: LinearInputs, options: LinearOptions) -> tuple[Array, LinearState]:
     query, key, value, log_decay, beta, state, _ = inputs
     out_dtype, heads = query.dtype, query.shape[2]
     query, key = (x[:, 0] for x in apply_feature_map(options.feature_map, query, key, options.scale, jnp.float32))
@@ -120,7 +117,7 @@ def _pallas_tpu_step(xla: Xla, inputs: LinearInputs, options: LinearOptions) -> 
     def kernel(arrays: Any, _: Any, keep: bool) -> Any:
         kv, query, key, value, log_decay, beta = arrays
         decay = None if log_decay is None else jnp.exp(log_decay)
-        return linear_step(kv, query, key, value, decay, beta), ()
+        return kernel_module(backend, "linear_step").linear_step(kv, query, key, value, decay, beta), ()
 
     arrays = (state.kv, query, key, value, log_decay, beta)
     gates = (None if log_decay is None else "BN.", None if beta is None else "BN")
@@ -135,10 +132,8 @@ def _pallas_tpu_step(xla: Xla, inputs: LinearInputs, options: LinearOptions) -> 
     return out[:, None].astype(out_dtype), LinearState(kv, k_sum)
 
 
-def _step_refusal(inputs: LinearInputs, options: LinearOptions) -> str | None:
-    from kernels_pallas.tpu.linear_step import refusal
-
-    return refusal(inputs.state.kv)
+def _step_refusal(backend: str, inputs: LinearInputs, options: LinearOptions) -> str | None:
+    return first_refusal(backend, ["linear_step"], inputs.state.kv)
 
 
-STEP_KERNELS = {"pallas_tpu": Kernel(_pallas_tpu_step, _step_refusal)}
+STEP_KERNELS = on_backends(_step, _step_refusal)
