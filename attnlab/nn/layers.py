@@ -100,8 +100,11 @@ def _(
     def transpose(x: jax.Array, y_cotangent: jax.Array) -> jax.Array:
         x, y_cotangent, tokens = x.astype(factors), y_cotangent.astype(factors), tuple(range(x.ndim - 1))
         over_tokens = functools.partial(jnp.tensordot, axes=(tokens, tokens), preferred_element_type=sums)
-        wider = x.shape[-1] > y_cotangent.shape[-1]
-        return (over_tokens(y_cotangent, x).T if wider else over_tokens(x, y_cotangent)).astype(kernel.dtype)
+        turned = x.shape[-1] > y_cotangent.shape[-1]
+        gradient = over_tokens(y_cotangent, x) if turned else over_tokens(x, y_cotangent)
+        if factors.itemsize < 4:  # XLA has no transposed product of 16-bit numbers on a CPU, but makes one if it can
+            gradient = jax.lax.optimization_barrier(gradient)
+        return (gradient.T if turned else gradient).astype(kernel.dtype)
 
     changes = []
     if x_tangent is not None:

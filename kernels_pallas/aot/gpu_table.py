@@ -134,7 +134,7 @@ KERNELS: dict[str, Callable[[Shape], Row]] = {
     f"{name}{' gradients' * backward}": functools.partial(build, backward=backward)
     for name, build in _BOTH.items()
     for backward in (False, True)
-} | {"decode, cache": _cached_flash, "decode, state": _linear_step}
+} | {"decode, cache": _cached_flash, "decode, linear": _linear_step}
 OTHERS: dict[str, Callable[[Shape], Row]] = {
     "jax attention_mgpu, all tokens": _jax_flash,
     "jax attention_mgpu gradients, all tokens": functools.partial(_jax_flash, backward=True),

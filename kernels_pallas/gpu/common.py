@@ -3,17 +3,15 @@
 Kernels are written for Mosaic GPU on Hopper (sm_90a). Two warpgroups of 128 threads compute, and the first one also has
 the memory system bring tiles into shared memory (TMA): with no third warpgroup every thread may hold 255 registers.
 
-`simulated()` has kernels that are traced inside it run in Pallas's interpret mode on a CPU. That mode has no rule for a
-product whose left operand is in registers, none for one that adds to an accumulator, and its products are invisible to
-the detector of races. So a simulated product loads its operands from shared memory, where the detector sees it, and
+A simulation (simulation.py) is Pallas's interpret mode on a CPU. That mode has no rule for a product whose left operand
+is in registers, none for one that adds to an accumulator, and its products are invisible to the detector of races. So a
+simulated product loads its operands from shared memory, where the detector sees it, and
 multiplies them in float32. Asynchrony of products is the one thing that a simulation does not model.
 """
 
-import contextlib
-import contextvars
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +20,8 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.experimental.xla_metadata import set_xla_metadata
+
+from kernels_pallas.gpu.simulation import interpretation, is_simulated
 
 Array = jax.Array
 
@@ -36,36 +35,6 @@ HALF = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 SINGLE = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
 _load: Any = plgpu.load  # its arguments depend on the version of jax
-_simulation: contextvars.ContextVar[Any] = contextvars.ContextVar("simulation", default=None)
-
-
-@contextlib.contextmanager
-def simulated(**options: Any) -> Iterator[None]:
-    """Kernels that are traced inside run in interpret mode. options: of InterpretGPUParams, such as detect_races=True.
-
-    After an exception inside a kernel the simulation is reset, so that the next one starts clean.
-    """
-    params, reset = _interpreter()
-    token = _simulation.set(params(**options))
-    try:
-        # What was traced for a GPU is traced again under metadata that it was not traced under.
-        with set_xla_metadata(kernels_simulated="gpu"):
-            yield
-    except BaseException:
-        reset()
-        raise
-    finally:
-        _simulation.reset(token)
-
-
-def is_simulated() -> bool:
-    return _simulation.get() is not None
-
-
-def _interpreter() -> tuple[Any, Callable[[], None]]:
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, params
-
-    return params.InterpretGPUParams, interpret_pallas_call.reset_gpu_interpret_mode_state
 
 
 def launch(
@@ -95,7 +64,7 @@ def launch(
         scratch_types=list(scratch),
         # Reductions stay within warps: they need no shared memory.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        interpret=_simulation.get(),
+        interpret=interpretation(),
         kernel_name=name,
     )
     return [_varying_over(x, varying.varying) for x in kernel(*operands)]

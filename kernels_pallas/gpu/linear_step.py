@@ -18,7 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.gpu.common import SMEM_BUDGET, barriers, is_simulated, launch, load
+from kernels_pallas.gpu.common import SMEM_BUDGET, barriers, launch, load
+from kernels_pallas.gpu.simulation import is_simulated
 
 Array = jax.Array
 

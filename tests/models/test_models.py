@@ -31,6 +31,18 @@ def compiled(model):
     return jax.jit(lambda values, *inputs, **options: nn.bind(model, values)(*inputs, **options))
 
 
+def test_gradients_in_bfloat16_are_about_those_in_float32(tokens):
+    def gradients(dtype):
+        mixers = [functools.partial(mixer, dtype=dtype) for mixer in HYBRID]
+        model = LanguageModel(vocabulary=17, mixers=mixers, depth=2, features=16, dtype=dtype)
+        values = nn.initialize(model, jax.random.key(0))
+        found = jax.jit(jax.grad(lambda values: jnp.sum(jnp.sin(nn.bind(model, values)(tokens)))))(values)
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found)])
+
+    narrow, wide = gradients(jnp.bfloat16), gradients(jnp.float32)
+    assert np.linalg.norm(narrow - wide) < 0.1 * np.linalg.norm(wide)
+
+
 def test_layers_take_the_mixers_in_turn(hybrid):
     kinds = [type(block.mixer).__name__ for block in hybrid[0].layers]
     assert kinds == ["LocalAttention", "LinearAttention", "LocalAttention"]

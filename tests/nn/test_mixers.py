@@ -409,3 +409,25 @@ def test_a_mixer_on_explicit_axes_lies_as_its_input_does_and_learns():
     for got, expected in ((y, want), (buffers, want_buffers), (loss, want_loss)):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), got, expected)
     assert buffers["batches"] == 1
+
+
+@pytest.mark.parametrize("dtype", slow_but([jnp.bfloat16], [jnp.bfloat16, jnp.float16]))
+@pytest.mark.parametrize("name", slow_but({"local_sinks"}, MIXERS))
+def test_gradients_in_16_bits_are_about_those_in_32(name, dtype):
+    space = (5, 6) if name in GRIDS else (LENGTH,)
+    x, weights = (jax.random.normal(jax.random.key(seed), (BATCH, *space, FEATURES)) for seed in (1, 2))
+
+    def gradients(dtype):
+        mixer = MIXERS[name](FEATURES, dtype=dtype)
+        values = nn.initialize(mixer, jax.random.key(0))
+        loss = jax.jit(lambda values, x: jnp.sum(weights * nn.bind(mixer, values)(x)))
+        return jax.grad(loss, (0, 1))(values, x.astype(dtype))
+
+    def flat(tree):
+        return np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in jax.tree.leaves(tree)])
+
+    narrow, wide = flat(gradients(dtype)), flat(gradients(jnp.float32))
+    assert np.isfinite(narrow).all()
+    # Rounded tokens may be nearest to another centroid, and a rounded sum of weights below its floor.
+    if name != "l2vit" and not name.startswith("routing"):
+        assert np.linalg.norm(narrow - wide) < 0.1 * np.linalg.norm(wide)

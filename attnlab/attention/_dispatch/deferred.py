@@ -22,6 +22,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from kernels_pallas.gpu.simulation import is_simulated
+
 _call_p = Primitive("deferred_call")
 _call_p.multiple_results = True
 _deferring: contextvars.ContextVar[bool] = contextvars.ContextVar("attnlab_deferring", default=False)
@@ -115,8 +117,15 @@ def _impl(*leaves: jax.Array, function: Callable, **_: Any) -> Any:
     return function(*leaves)
 
 
-@_call_p.def_abstract_eval
+@_call_p.def_effectful_abstract_eval
 def _abstract_eval(*avals: Any, function: Callable, results: Any, **_: Any) -> Any:
+    if is_simulated():  # by callbacks, which are effects
+        traced = jax.make_jaxpr(function)(*avals)
+        return traced.out_avals, traced.effects
+    return _result_types(avals, function, results), frozenset()
+
+
+def _result_types(avals: Any, function: Callable, results: Any) -> Any:
     if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
         return jax.make_jaxpr(function)(*avals).out_avals  # how results are sharded follows from the function alone
     # Like an operand: inside shard_map all vary alike, over axes of the one mesh.

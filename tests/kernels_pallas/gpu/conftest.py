@@ -2,7 +2,7 @@ import jax
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
-from kernels_pallas.gpu import common
+from kernels_pallas.gpu import simulation
 
 
 @pytest.fixture
@@ -11,7 +11,7 @@ def simulated():
     and memory begins as NaN."""
 
     def run(function, *args, **options):
-        with common.simulated(detect_races=True):
+        with simulation.simulated(detect_races=True):
             results = jax.block_until_ready(function(*args, **options))
             races = interpret_pallas_call.get_races()  # jax 0.10 tells of them, later ones raise
             assert not getattr(races, "races_found", False)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.gpu import banded_flash, common
+from kernels_pallas.gpu import banded_flash, simulation
 from kernels_pallas.gpu.banded_flash import banded_flash_attention
 from kernels_pallas.gpu.banded_flash_backward import banded_flash_gradients
 from kernels_pallas.patterns import Intervals
@@ -68,7 +68,7 @@ def _run(connection, kernel, kind, number):
     count = leave_out(kind, number)
     banded_flash._MOST_STAGES = 2
     try:
-        with common.simulated(detect_races=True):
+        with simulation.simulated(detect_races=True):
             results = jax.block_until_ready(KERNELS[kernel]())
     except Exception as error:
         connection.send((type(error).__name__, None))
