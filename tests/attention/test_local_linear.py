@@ -199,6 +199,17 @@ def test_float32_is_within_1e_4_of_a_dense_solve_in_float64(ridge):
     assert np.all((residuals.residual <= 1e-6) | (residuals.iterations == 32))
 
 
+@every_form
+def test_keys_far_from_zero_and_close_together_are_told_apart(form):
+    rng = np.random.default_rng(0)
+    inputs = [(rng.normal(size=(1, 64, 2, 8)) + offset).astype(np.float32) for offset in (50, 50, 0)]
+    options = {"ridge": 0.3, "scale": 0.02}
+    with jax.enable_x64(True):
+        want = attend(*(x.astype(np.float64) for x in inputs), implementation="reference", **options)
+    got = attend(*inputs, implementation=form, **options)
+    np.testing.assert_allclose(got, want, rtol=0, atol=5e-4 * np.abs(want).max())
+
+
 @pytest.mark.slow
 def test_each_query_stops_on_its_own_and_a_larger_ridge_stops_sooner():
     inputs = arrays(60)

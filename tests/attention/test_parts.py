@@ -292,6 +292,34 @@ def mapped(case, mesh, check_vma):
     return lambda **arrays: own(arrays)
 
 
+@pytest.mark.parametrize(
+    ("name", "space_axis", "message"),
+    [
+        ("data", 0, r"name: got 'data'; need one of context\b"),
+        (None, 0, r"name: got None; need one of context\b"),
+        ("context", 3, r"space_axis: got 3; need 0, 1 or 2\b"),
+        ("context", True, r"space_axis: got True; need 0, 1 or 2\b"),
+        ("context", "0", r"space_axis: got '0'; need 0, 1 or 2\b"),
+    ],
+)
+def test_a_wrong_axis_is_named(name, space_axis, message):
+    def own_part(x):
+        with positions_over(name, space_axis=space_axis):
+            return x
+
+    axis = P("context")
+    with pytest.raises(ValueError, match=message):
+        jax.shard_map(own_part, mesh=mesh_of(2), in_specs=axis, out_specs=axis)(np.zeros(2))
+
+
+def test_without_a_shard_map_no_axis_is_shared():
+    with (
+        pytest.raises(ValueError, match=r"name: got 'context'; no jax.shard_map is around it$"),
+        positions_over("context"),
+    ):
+        pass
+
+
 def collectives(call, arrays):
     text = jax.jit(lambda arrays: call(**arrays)).lower(arrays).compile().as_text()
     return dict(collections.Counter(re.findall(COUNTED, text)))

@@ -65,7 +65,7 @@ def positions_over(name: str, *, space_axis: int = 0) -> Iterator[None]:
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if name not in manual:
         allowed = f"need one of {', '.join(manual)}" if manual else "no jax.shard_map is around it"
-        raise ValueError(f"positions_over: got {name!r}; {allowed}")
+        raise ValueError(f"name: got {name!r}; {allowed}")
     if isinstance(space_axis, bool) or not isinstance(space_axis, int) or not 0 <= space_axis < 3:
         raise ValueError(f"space_axis: got {space_axis!r}; need 0, 1 or 2")
     token = _given.set((name, space_axis))

@@ -58,14 +58,20 @@ def held_weights(query: Array, key: Array, value: Array, visible: Array) -> Soft
     def mean(values: Array) -> Array:
         return jnp.einsum("BKTS,BKSV->BKTV", weights, values)
 
-    key_mean = mean(key)
+    key_mean, value_mean = mean(key), mean(value)
 
-    def covariance(x: Array, values: Array) -> Array:
+    def covariance(x: Array, values: Array, values_mean: Array) -> Array:
         scores = jnp.einsum("BKTH,BKSH->BKTS", x, key) - jnp.sum(x * key_mean, axis=-1, keepdims=True)
-        return jnp.einsum("BKTS,BKSV->BKTV", weights * scores, values)
+        changes = weights * scores
+        # Their sum is 0 but for rounding, which counts where keys lie far from 0 and close together.
+        rest = jnp.sum(changes, axis=-1, keepdims=True) * values_mean
+        return jnp.einsum("BKTS,BKSV->BKTV", changes, values) - rest
 
     return SoftmaxWeights(
-        lambda: key_mean, lambda: mean(value), lambda x: covariance(x, key), lambda x: covariance(x, value)
+        lambda: key_mean,
+        lambda: value_mean,
+        lambda x: covariance(x, key, key_mean),
+        lambda x: covariance(x, value, value_mean),
     )
 
 
