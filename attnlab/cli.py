@@ -25,6 +25,10 @@ _HOSTS = """\
 Start the same command on each, with a --workdir that all see. The config's Mesh has to take all of their devices.
 """
 _HEARTBEAT = "without a sign of life from a process after which the others end"
+_SHARED = (
+    "without --coordinator they share the runs (default 1): all are started here, and the same command on other hosts "
+    "that see the folders joins them"
+)
 _TRUST = "run the code of modules that the run's config imports; without it, only attnlab's own is run"
 _PICTURES = (".png", ".svg", ".pdf")
 # Of a sample: what is drawn at once; of a seed: as in training; of a picture: weights of all pairs are computed whole.
@@ -131,12 +135,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     train.add_argument(
         "--workdir", type=_folder, help="folder, or gs://..., for checkpoints and metrics (default runs/train/NAME)"
     )
-    hosts = train.add_argument_group("several processes, of one or more hosts", description=_HOSTS)
-    hosts.add_argument("--distributed", action="store_true", help="as the cluster's environment says: TPU pods, SLURM")
-    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="where the first process is to listen")
-    hosts.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    hosts.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
-    hosts.add_argument("--heartbeat", type=int, metavar="SECONDS", help=f"{_HEARTBEAT} (default {_DEFAULT_HEARTBEAT})")
+    _add_hosts(train)
     train.add_argument(
         "--profile",
         type=int,
@@ -190,13 +189,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
         metavar="DIR",
         help="folder of the runs themselves, which sweeps can share (default WORKDIR/runs)",
     )
-    ablate.add_argument(
-        "--processes",
-        type=int,
-        default=1,
-        metavar="N",
-        help="share the runs among N processes here; the same command on other hosts that see the folders joins them",
-    )
+    _add_hosts(ablate, f"; {_SHARED}")
     ablate.add_argument("--dry-run", action="store_true", help="list what would run, and its cost; run nothing")
     ablate.set_defaults(run=_ablate, reads_config=True)
 
@@ -300,6 +293,16 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     return parser, parser.parse_args(rest), overrides
 
 
+def _add_hosts(command: argparse.ArgumentParser, alone: str = "") -> None:
+    """The options of processes that train a run together. alone: what --processes says without the others."""
+    hosts = command.add_argument_group("several processes, of one or more hosts", description=_HOSTS)
+    hosts.add_argument("--distributed", action="store_true", help="as the cluster's environment says: TPU pods, SLURM")
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="where the first process is to listen")
+    hosts.add_argument("--processes", type=int, metavar="N", help=f"how many there are{alone}")
+    hosts.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    hosts.add_argument("--heartbeat", type=int, metavar="SECONDS", help=f"{_HEARTBEAT} (default {_DEFAULT_HEARTBEAT})")
+
+
 def _train(command: argparse.Namespace, overrides: list[str]) -> int:
     is_distributed = _is_distributed(command)
     from attnlab import config
@@ -310,9 +313,7 @@ def _train(command: argparse.Namespace, overrides: list[str]) -> int:
     name = "-".join(Path(source).stem for source in command.configs)
     workdir = store.find(command.workdir or f"runs/train/{name}")
     if is_distributed:
-        heartbeat = _DEFAULT_HEARTBEAT if command.heartbeat is None else command.heartbeat
-        hosts.join(command.coordinator, command.processes, command.process, heartbeat)
-        command.leave = hosts.leave
+        _join(command)
     if any(thing.__name__ == "Ablation" for thing, _ in config.named(command.configs, overrides)):
         raise UserError(f"train: {' '.join(command.configs)} is a sweep of several runs; `attnlab ablate` runs it")
     built = config.build(command.configs, overrides, root="Experiment")
@@ -356,10 +357,24 @@ def _spent(experiment: Any, result: Any) -> str:
     return f"time: {', '.join(f'{name} {of:.1f} s' for name, of in seconds.items())}; {speed}"
 
 
+def _join(command: argparse.Namespace) -> None:
+    """Joins the other processes, which `main` leaves in the end."""
+    from attnlab.train import hosts
+
+    heartbeat = _DEFAULT_HEARTBEAT if command.heartbeat is None else command.heartbeat
+    hosts.join(command.coordinator, command.processes, command.process, heartbeat)
+    command.leave = hosts.leave
+
+
 def _is_distributed(command: argparse.Namespace) -> bool:
-    """Whether this is one of several processes. Raises UserError where the options do not say which."""
+    """Whether this is one of several processes that train a run together.
+
+    Raises UserError where the options do not say which.
+    """
     named = {name: getattr(command, name) for name in ("coordinator", "processes", "process")}
     given = [name for name, value in named.items() if value is not None]
+    if command.run is _ablate and given == ["processes"] and not command.distributed:
+        given = []  # they share the runs
     if command.distributed and given:
         raise UserError(f"{given[0]}: got {named[given[0]]} with --distributed, which takes it from the environment")
     if given and len(given) < len(named):
@@ -493,24 +508,35 @@ def _check_out(out: Path, is_picture: bool, option: str = "out") -> None:
 
 
 def _ablate(command: argparse.Namespace, overrides: list[str]) -> int:
+    is_distributed = _is_distributed(command)
     from attnlab.ablate import dry_run, measure_speed, run_ablation, write_report
     from attnlab.ablate.spread import helpers
-    from attnlab.train import store
+    from attnlab.train import hosts, store
 
     workdir = store.find(command.workdir or f"runs/ablate/{Path(command.config).stem}")
     runs = store.find(command.cache) if command.cache else workdir / "runs"
-    if not 1 <= command.processes <= _MOST_PROCESSES:
-        raise UserError(f"processes: got {command.processes}; need at least 1, at most {_MOST_PROCESSES}")
+    sharing = 1 if command.processes is None or is_distributed else command.processes
+    if not 1 <= sharing <= _MOST_PROCESSES:
+        raise UserError(f"processes: got {sharing}; need at least 1, at most {_MOST_PROCESSES}")
     if command.dry_run:
+        if is_distributed:
+            raise UserError("dry_run: got it with --distributed or --coordinator; one process alone lists the runs")
         print(dry_run(command.config, overrides, runs))
         return 0
     arguments = [command.config, "--workdir", str(workdir), "--cache", str(runs), *(f"--gin.{o}" for o in overrides)]
-    with helpers(command.processes - 1, arguments, workdir):
+    if is_distributed:
+        _join(command)
+    with helpers(sharing - 1, arguments, workdir):
         rows = run_ablation(command.config, overrides, workdir, runs=runs)
-    if signals.HELPER not in os.environ and (reason := measure_speed(command.config, overrides, workdir, rows)):
-        print(f"speed: not measured ({reason})")
-    page = write_report(rows, workdir)
-    print(f"\n{(workdir / 'results.md').read_text()}\nreport: {store.whole(page)}")
+    reason = None if signals.HELPER in os.environ else measure_speed(command.config, overrides, workdir, rows)
+
+    def report() -> None:
+        if reason:
+            print(f"speed: not measured ({reason})")
+        page = write_report(rows, workdir)
+        print(f"\n{(workdir / 'results.md').read_text()}\nreport: {store.whole(page)}")
+
+    hosts.by_first(report)
     return 1 if any(row["status"] == "failed" for row in rows) else 0
 
 

@@ -60,6 +60,9 @@ def _parts(devices_per_run: int | None) -> list[Sequence[jax.Device]]:
     size = len(devices) if devices_per_run is None else devices_per_run
     if size > len(devices):
         raise UserError(f"devices_per_run: got {size}, and there are {len(devices)} devices")
+    if size < len(devices) and jax.process_count() > 1:
+        together = f"{jax.process_count()} processes, which train each run together on {len(devices)} devices"
+        raise UserError(f"devices_per_run: got {size} with {together}; leave it out")
     return [devices[start : start + size] for start in range(0, len(devices) - size + 1, size)]
 
 

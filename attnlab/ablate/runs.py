@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from attnlab.ablate.results import are_rows
 from attnlab.errors import OwnedError, RunError, UserError, parse_json
 from attnlab.train import Experiment, store, train
 from attnlab.train.claims import claim, forget
+from attnlab.train.hosts import all_failed, by_first, is_first, lost_process
 from attnlab.train.mesh import devices_of_runs, on_devices
 from attnlab.train.step import loss_shapes
 from attnlab.train.store import replace_text
@@ -54,6 +56,9 @@ def run_ablation(
     A run that fails leaves a row with its error, and the others continue. One that failed for a reason outside it, such
     as memory or a full disk, is tried again by the same command.
 
+    Of several processes that train each run together (jax.distributed) each calls it alike. The first one alone reads
+    and writes beside the runs, and decides; what fails in another one alone ends all.
+
     Args:
       file: the sweep's config. overrides: as in config.build, for every arm.
       workdir: takes the results.
@@ -65,19 +70,16 @@ def run_ablation(
     runs = workdir / "runs" if runs is None else runs
     if store.is_remote(runs) != store.is_remote(workdir):
         raise UserError(f"cache: got {runs} with the workdir {workdir}; need both in a store, or both here")
-    try:
-        check_path(workdir).mkdir(parents=True, exist_ok=True)
-        (check_path(runs) / "claims").mkdir(parents=True, exist_ok=True)
-        if signals.HELPER not in os.environ:  # what a helper finds failed since, it need not try again
-            cache.forget_failures(runs)
-    except OSError as error:
-        raise UserError(f"workdir: cannot write to {error.filename} ({error.strerror}); give another") from error
+    by_first(functools.partial(_open, workdir, runs))
     command = shlex.join(["attnlab", "ablate", file, *(f"--gin.{override}" for override in overrides)])
+    if not is_first():
+        report = _say_nothing
     report(f"{plan.ablation.question}\n{len(plan.arms)} arms, {plan.size} runs in {workdir}")
 
     outcomes: dict[str, dict[str, Any]] = {}
     has_waited = False
-    with tqdm(total=plan.size, desc="runs", unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+    hidden = not (is_first() and sys.stderr.isatty())
+    with tqdm(total=plan.size, desc="runs", unit="run", disable=hidden, dynamic_ncols=True) as bar:
         while left := [run for run in plan.runs(outcomes) if run.digest not in outcomes]:
             before = len(outcomes)
             for run, outcome in _outcomes(left, plan.parts, runs):
@@ -88,20 +90,33 @@ def run_ablation(
                 done = [run for run in plan.runs(outcomes) if run.digest in outcomes]
                 bar.update(len(done) - bar.n)
                 report(f"[{len(done)}/{plan.size}] {_summary(plan, run, outcome)}")
-                rows = [
-                    _row(plan, run, outcomes, command) | _attended(plan, run, outcomes[run.digest], runs, workdir)
-                    for run in plan.compared(outcomes)
-                    if run in done
-                ]
-                write_rows(workdir / "results.jsonl", rows)
+                compared = [run for run in plan.compared(outcomes) if run in done]
+                found = by_first(functools.partial(_attended, plan, compared, outcomes, runs, workdir))
+                rows = [_row(plan, run, outcomes, command) | more for run, more in zip(compared, found)]
+                by_first(functools.partial(write_rows, workdir / "results.jsonl", rows))
             if len(outcomes) == before:
                 if not has_waited:
                     report(f"waiting for other processes, which have the runs that are left: {len(left)}")
                 has_waited = True
                 time.sleep(_LOOK_AGAIN_AFTER)
     if searches := [run for arm in plan.arms for run in plan.searches(arm)]:
-        write_rows(workdir / "search.jsonl", [_row(plan, run, outcomes, command) for run in searches])
+        found = [_row(plan, run, outcomes, command) for run in searches]
+        by_first(functools.partial(write_rows, workdir / "search.jsonl", found))
     return rows
+
+
+def _open(workdir: Path, runs: Path) -> None:
+    try:
+        check_path(workdir).mkdir(parents=True, exist_ok=True)
+        (check_path(runs) / "claims").mkdir(parents=True, exist_ok=True)
+        if signals.HELPER not in os.environ:  # what a helper finds failed since, it need not try again
+            cache.forget_failures(runs)
+    except OSError as error:
+        raise UserError(f"workdir: cannot write to {error.filename} ({error.strerror}); give another") from error
+
+
+def _say_nothing(line: str) -> None:
+    """What `report` is in processes other than the first."""
 
 
 def _outcomes(
@@ -141,19 +156,13 @@ def _outcomes(
 def _obtain(run: Run, runs: Path) -> dict[str, Any] | None:
     """What the run gave, trained here unless it is over already; None while another process has it."""
     try:
-        if (outcome := _known(run, runs)) is not None:
-            forget(runs / "claims", run.digest)
-            return outcome
-        with claim(runs / "claims", run.digest) as is_ours:
-            if not is_ours:
-                return None
-            if (outcome := _known(run, runs)) is not None:  # another finished it in between
+        with contextlib.ExitStack() as claimed:
+            outcome, folder = by_first(functools.partial(_begin, run, runs, claimed))
+            if folder is None:
                 return outcome
-            folder = cache.folder(runs, run.name, run.digest)
-            cache.write_machine(folder, _machine(run))
             fingerprint = {**run.built.values, "code": run.code}
-            train(run.experiment, workdir=folder, fingerprint=fingerprint, config_text=run.built.text)
-            return _known(run, runs)
+            train(run.experiment, workdir=runs / folder, fingerprint=fingerprint, config_text=run.built.text)
+            return by_first(functools.partial(_known, run, runs))
     except OwnedError:
         return None
     except SystemExit as error:
@@ -162,6 +171,20 @@ def _obtain(run: Run, runs: Path) -> dict[str, Any] | None:
         return _failed(run, runs, RuntimeError(f"it called sys.exit({error.code!r})"))
     except Exception as error:
         return _failed(run, runs, error)
+
+
+def _begin(run: Run, runs: Path, claimed: contextlib.ExitStack) -> tuple[dict[str, Any] | None, str | None]:
+    """(What the run gave, None), or (None, the folder's name) of a run that is ours to train, or (None, None)."""
+    if (outcome := _known(run, runs)) is not None:
+        forget(runs / "claims", run.digest)
+        return outcome, None
+    if not claimed.enter_context(claim(runs / "claims", run.digest)):
+        return None, None
+    if (outcome := _known(run, runs)) is not None:  # another finished it in between
+        return outcome, None
+    folder = cache.folder(runs, run.name, run.digest)
+    cache.write_machine(folder, _machine(run))
+    return None, folder.name
 
 
 def _known(run: Run, runs: Path) -> dict[str, Any] | None:
@@ -179,6 +202,13 @@ def _known(run: Run, runs: Path) -> dict[str, Any] | None:
 
 
 def _failed(run: Run, runs: Path, error: Exception) -> dict[str, Any]:
+    """The outcome of a run that raised in all processes; what this one alone raised is raised again."""
+    if lost_process(error) or not all_failed():
+        raise error
+    return by_first(functools.partial(_keep_failure, run, runs, error))
+
+
+def _keep_failure(run: Run, runs: Path, error: Exception) -> dict[str, Any]:
     """The outcome of a run that raised, kept where it can be, with the traceback where it is no known reason."""
     folder = cache.folder(runs, run.name, run.digest)
     text = " ".join(str(error).split()) or "no message"
@@ -235,16 +265,22 @@ def _row(plan: Plan, run: Run, outcomes: Mapping[str, Mapping[str, Any]], comman
     }
 
 
-def _attended(plan: Plan, run: Run, outcome: Mapping[str, Any], runs: Path, workdir: Path) -> dict[str, Any]:
-    """Where the run's folder is, seen from the results, and of an arm's first seed what it attends to."""
-    folder = runs / outcome["run"]
-    found: dict[str, Any] = {"folder": store.relative(folder, workdir)}
-    if outcome["status"] == "finished" and run.experiment.seed == plan.ablation.seeds[0]:
-        try:
-            found["attending"] = attend(run.experiment, folder)
-        except Exception as error:  # a user's mixer, no room, a damaged checkpoint: the run is there all the same
-            found["attending"] = {"skipped": " ".join(str(error).split()) or type(error).__name__}
-    return found
+def _attended(
+    plan: Plan, compared: Sequence[Run], outcomes: Mapping[str, Mapping[str, Any]], runs: Path, workdir: Path
+) -> list[dict[str, Any]]:
+    """Of each run where its folder is, seen from the results, and of an arm's first seed what it attends to."""
+    rows: list[dict[str, Any]] = []
+    for run in compared:
+        outcome = outcomes[run.digest]
+        folder = runs / outcome["run"]
+        rows.append({"folder": store.relative(folder, workdir)})
+        if outcome["status"] == "finished" and run.experiment.seed == plan.ablation.seeds[0]:
+            try:
+                with on_devices(jax.local_devices()):  # the others only wait
+                    rows[-1]["attending"] = attend(run.experiment, folder)
+            except Exception as error:  # a user's mixer, no room, a damaged checkpoint: the run is there all the same
+                rows[-1]["attending"] = {"skipped": " ".join(str(error).split()) or type(error).__name__}
+    return rows
 
 
 def implementations(experiment: Experiment) -> list[str]:

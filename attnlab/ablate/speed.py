@@ -3,6 +3,8 @@
 What the runs themselves took depends on what else the machine did at that time, and is compared with nothing.
 """
 
+import contextlib
+import functools
 import json
 import math
 import statistics
@@ -18,6 +20,8 @@ from attnlab.ablate.results import Row, arms_of, finished
 from attnlab.errors import parse_json
 from attnlab.train import Experiment
 from attnlab.train.claims import claim
+from attnlab.train.hosts import all_failed, by_first, lost_process
+from attnlab.train.loop import batches_of
 from attnlab.train.memory import memory
 from attnlab.train.mesh import on_devices, placed
 from attnlab.train.step import initial_state, make_optimizer, make_step
@@ -34,6 +38,7 @@ _STATE_BYTES = 4 * 4
 
 def measure_speed(file: str, overrides: Sequence[str], workdir: Path, rows: Sequence[Row]) -> str | None:
     """Writes workdir/speed.json, with the speed of every arm that has a finished run, unless these are there already.
+    Processes that train each run together call it alike.
 
     Args:
       file, overrides, workdir: as in run_ablation. rows: what it gave.
@@ -42,22 +47,25 @@ def measure_speed(file: str, overrides: Sequence[str], workdir: Path, rows: Sequ
       why nothing was measured; None: it was, or there is nothing to measure.
     """
     first = {arm: done[0] for arm in arms_of(rows) if (done := finished(rows, arm))}
-    if not first or _kept(workdir, first) is not None:
+    if not first or by_first(lambda: _kept(workdir, first) is not None):
         return None
     plan = Plan(file, overrides)
     experiments = {arm: plan.run(arm, plan.ablation.seeds[0], plan.rates[0]).experiment for arm in first}
-    if reason := _refusal(rows, experiments):
+    if reason := by_first(functools.partial(_refusal, rows, experiments)):
         return reason
     try:
-        with claim(workdir, "speed") as is_ours:  # two processes that time at once would slow each other
-            if not is_ours:
+        with contextlib.ExitStack() as claimed:  # two processes that time at once would slow each other
+            if not by_first(lambda: claimed.enter_context(claim(workdir, "speed"))):
                 return "another process measures it"
             with on_devices(plan.parts[0]):
                 speeds = time_in_turn(experiments)
             device = f"{len(plan.parts[0])} x {plan.parts[0][0].device_kind}"
             arms = {arm: {"run": first[arm]["run"], "items_per_second": speeds[arm]} for arm in first}
-            replace_text(workdir / "speed.json", json.dumps({"device": device, "arms": arms}))
+            kept = json.dumps({"device": device, "arms": arms})
+            by_first(functools.partial(replace_text, workdir / "speed.json", kept))
     except Exception as error:  # the runs' results are there all the same
+        if lost_process(error) or not all_failed():
+            raise
         return " ".join(str(error).split()) or type(error).__name__
     return None
 
@@ -129,18 +137,23 @@ def _timer(experiment: Experiment) -> Callable[[], float]:
     optimizer, key = make_optimizer(experiment.optimizer, experiment.steps), jax.random.key(experiment.seed)
     mesh = experiment.mesh.build()
     state = initial_state(model, task, batch_size, optimizer, key, mesh)
-    batch = placed(next(iter(task.batches("train", batch_size, experiment.seed))), mesh)
+    batch = placed(next(iter(batches_of(experiment, "train", mesh))), mesh)
     step = make_step(model, task, optimizer, key, mesh, experiment.accumulation, experiment.gradient_dtype)
     items = batch_size * task.costs(model)["units"]
+    # CPUs of several processes block for ever where two programs with collectives overlap.
+    is_waiting = jax.process_count() > 1 and jax.default_backend() == "cpu"
 
     def run(steps: int) -> float:
         nonlocal state
         start = time.perf_counter()
         for _ in range(steps):
             state = step(state, batch)
+            if is_waiting:
+                jax.block_until_ready(state)
         jax.block_until_ready(state)
         return time.perf_counter() - start
 
     run(1)
-    steps = math.ceil(_ROUND_TAKES / run(1))
+    takes = run(1)
+    steps = by_first(lambda: math.ceil(_ROUND_TAKES / takes))  # by whose clock all take as many
     return lambda: steps * items / run(steps)

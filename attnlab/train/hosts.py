@@ -1,10 +1,11 @@
-"""Several processes that train one run, by jax.distributed: how they come together, agree and part.
+"""Several processes that train a run together, by jax.distributed: how they come together, agree and part.
 
 All of them compute, and write their shards of a checkpoint. The first (jax.process_index() 0) alone owns the run's
 folder, writes everything else there, and prints. What it decides it tells the others, so that all do the same.
 """
 
 import collections
+import contextvars
 import itertools
 import json
 from collections.abc import Callable
@@ -21,8 +22,11 @@ from attnlab.errors import OwnedError, RunError, UserError
 
 _LONGEST = 7 * 86400  # seconds that the first process may take for something, such as waiting for another run's end
 _DELAY = 2  # steps that the devices may be behind the host
+_TOGETHER = 60  # seconds within which processes fail that fail alike
 _KINDS = {kind.__name__: kind for kind in (OwnedError, UserError)}
-_barriers = itertools.count()
+_barriers, _failures = itertools.count(), itertools.count()
+# Whether the first process acts for all, who wait for what it gives: nothing that it calls there may wait for them.
+_acting: contextvars.ContextVar[bool] = contextvars.ContextVar("attnlab_acting", default=False)
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None, heartbeat: int) -> None:
@@ -81,22 +85,30 @@ def _first_line(error: Exception) -> str:
 
 def by_first(action: Callable[[], Any]) -> Any:
     """What `action` gives, as JSON, called by the first process alone; what it raises is raised by all."""
-    if jax.process_count() == 1:
+    if _is_alone():
         return action()
     answer: dict[str, Any] = {}
     failure: Exception | None = None
     if is_first():
+        token = _acting.set(True)
         try:
             answer = {"result": action()}
         except Exception as error:
             failure = error
             answer = {"error": str(error), "kind": type(error).__name__}
+        finally:
+            _acting.reset(token)
     answer = _told(answer)
     if failure is not None:
         raise failure
     if "error" in answer:
         raise _KINDS.get(answer["kind"], RunError)(answer["error"])
     return answer["result"]
+
+
+def _is_alone() -> bool:
+    """Whether there is no other process to ask or to wait for."""
+    return jax.process_count() == 1 or _acting.get()
 
 
 def _told(value: Any) -> Any:
@@ -111,13 +123,27 @@ def _told(value: Any) -> Any:
 
 def meet() -> None:
     """Waits for the other processes, however long they take; a collective of their devices may not wait long."""
-    if jax.process_count() > 1:
+    if not _is_alone():
         ocp.multihost.get_barrier_sync_fn()(key=f"attnlab {next(_barriers)}", timeout_ms=1000 * _LONGEST)
+
+
+def all_failed() -> bool:
+    """Whether what failed here has failed in the other processes too, so that all can go on with something else.
+
+    The others come here within _TOGETHER then; else they wait for this process where nothing but its end ends that.
+    """
+    if _is_alone():
+        return True
+    try:
+        ocp.multihost.get_barrier_sync_fn()(key=f"attnlab failure {next(_failures)}", timeout_ms=1000 * _TOGETHER)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def first_failure(failure: str | None) -> str | None:
     """What failed in the first of the processes in which something did; None if nothing did anywhere."""
-    if jax.process_count() == 1:
+    if _is_alone():
         return failure
     meet()
     text = np.frombuffer((failure or "").encode()[:200], np.uint8)

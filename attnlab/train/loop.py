@@ -7,6 +7,7 @@ checkpoint, so a run that was stopped, however abruptly, continues bit for bit a
 
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
 import threading
@@ -26,7 +27,7 @@ from attnlab.attention._shared.checks import check_dtype, check_int, keep, requi
 from attnlab.data.batches import MOST_SEED
 from attnlab.errors import UserError
 from attnlab.train import store
-from attnlab.train.hosts import is_first, make_agreement, meet
+from attnlab.train.hosts import by_first, is_first, make_agreement, meet
 from attnlab.train.memory import check_memory
 from attnlab.train.mesh import (
     Mesh,
@@ -198,7 +199,7 @@ def _run(experiment: Experiment, folder: Workdir | None, profiled: int = 0) -> R
     evaluate_function = make_evaluation(model, task, mesh)
     unit, units = (task.costs(model)[name] for name in ("unit", "units"))
 
-    batches: grain.DatasetIterator = iter(_batches(experiment, "train", mesh))
+    batches: grain.DatasetIterator = iter(batches_of(experiment, "train", mesh))
     history: list[dict[str, Any]] = []
     # Of the steps since the last row: evaluating and saving are not in their seconds, waiting for data is.
     pending = dict.fromkeys(_PENDING, 0.0)
@@ -219,7 +220,7 @@ def _run(experiment: Experiment, folder: Workdir | None, profiled: int = 0) -> R
     def record(row: dict[str, Any]) -> None:
         history.append(row)
         if folder is not None:
-            folder.write_row(row)
+            by_first(functools.partial(folder.write_row, row))
 
     def refuse_diverged(name: str, loss: float, step: int) -> None:
         if not math.isfinite(loss):
@@ -294,12 +295,11 @@ def _run(experiment: Experiment, folder: Workdir | None, profiled: int = 0) -> R
     if folder is not None:
         if isinstance(task, Illustrated):
             _illustrate(task, model, nn.merge(state.parameters, state.buffers), mesh, folder.path, key)
-        folder.finish(history, dataclasses.asdict(result))
-        meet()  # the first process, which draws and writes
+        by_first(functools.partial(folder.finish, history, dataclasses.asdict(result)))
     return result
 
 
-def _batches(experiment: Experiment, split: str, mesh: jax.sharding.Mesh) -> grain.IterDataset:
+def batches_of(experiment: Experiment, split: str, mesh: jax.sharding.Mesh) -> grain.IterDataset:
     """Of each batch what this process's devices hold."""
     rows = own_rows(mesh, experiment.batch_size)
     some = () if rows is None else (rows,)
@@ -311,11 +311,13 @@ def _illustrate(
 ) -> None:
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     whole = jax.jit(lambda values: values, out_shardings=everywhere)(values)
-    if is_first():
+
+    def draw() -> None:
         values = jax.tree.map(lambda value: value.addressable_data(0), whole)
-        key = jax.random.fold_in(key, _SAMPLES)
         with store.here(folder / "samples.png") as picture:
-            task.illustrate(model, values, picture, key=key, count=64, temperature=1.0)
+            task.illustrate(model, values, picture, key=jax.random.fold_in(key, _SAMPLES), count=64, temperature=1.0)
+
+    by_first(draw)
 
 
 def restore_values(experiment: Experiment, path: Path) -> nn.Parameters:
@@ -335,7 +337,7 @@ def evaluate(
     """Validation metrics: means over examples, the fillers of the last batch left out."""
     totals: dict[str, float] = {}
     weight, mesh = 0.0, experiment.mesh.build()
-    for number, own in enumerate(_batches(experiment, "validation", mesh)):
+    for number, own in enumerate(batches_of(experiment, "validation", mesh)):
         if number == experiment.evaluation_batches:
             break
         batch = placed(own, mesh)

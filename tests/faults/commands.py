@@ -63,6 +63,7 @@ def write_configs(folder: Path) -> None:
     (folder / "train.gin").write_text(TRAIN)
     (folder / "hosts.gin").write_text(HOSTS)
     (folder / "sweep.gin").write_text(SWEEP)
+    (folder / "hosts_sweep.gin").write_text(SWEEP.replace("train.gin", "hosts.gin"))
 
 
 HOSTS = """
