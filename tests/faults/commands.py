@@ -12,7 +12,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +150,13 @@ def _run(folder, log, arguments, prepare):
     cli.run()
 
 
-def devices(count: int, keep: bool = False, environment: Mapping[str, str] | None = None) -> None:
-    """Of a CPU. keep: what is compiled."""
+def devices(
+    count: int,
+    keep: bool = False,
+    environment: Mapping[str, str] | None = None,
+    then: Callable[[], None] = lambda: None,
+) -> None:
+    """Of a CPU. keep: what is compiled. then: further preparation."""
     import jax
 
     os.environ.update(environment or {})
@@ -159,6 +164,7 @@ def devices(count: int, keep: bool = False, environment: Mapping[str, str] | Non
     jax.config.update("jax_num_cpu_devices", count)
     if keep:
         keep_compiled()
+    then()
 
 
 def free_port() -> int:
@@ -248,14 +254,17 @@ def clock_set(days: float) -> None:
     time.time = lambda: true_time() + (86400 * days if time.monotonic() - begun > 1 else 0)
 
 
-def one_that_fails(error: BaseException) -> None:
-    """Every training of the arm `linear` raises this."""
-    from attnlab.ablate import runs
+def one_that_fails(error: BaseException, process: int | None = None) -> None:
+    """Every training of the arm `linear` raises this, of several processes in this one alone."""
+    import jax
 
-    train = runs.train
+    from attnlab.ablate import runs
+    from attnlab.train import hosts
+
+    train, hosts._TOGETHER = runs.train, 3
 
     def fail(experiment, *, workdir, **options):
-        if workdir.name.startswith("linear"):
+        if workdir.name.startswith("linear") and process in (None, jax.process_index()):
             raise error
         return train(experiment, workdir=workdir, **options)
 

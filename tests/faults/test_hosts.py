@@ -1,5 +1,5 @@
-"""Two processes of two devices on this machine: they train one run, stop together, and continue as if nothing had
-happened, whichever of them is killed."""
+"""Two processes of two devices on this machine: they train one run, or a sweep's, stop together, and continue as if
+nothing had happened, whichever of them is killed."""
 
 import functools
 import json
@@ -18,9 +18,12 @@ import pytest
 from test_kills import moment
 
 from attnlab import config
+from attnlab.ablate import cache
+from attnlab.ablate.plan import Plan
 from attnlab.train import restore_values
 
 RUN = ("train", "hosts.gin", "--workdir", "run")
+SWEEP = ("ablate", "hosts_sweep.gin", "--workdir", "run")
 NUMBERS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
@@ -183,6 +186,120 @@ def test_a_second_pair_is_refused_while_the_first_trains(folder, untouched_pair)
     assert first.wait() == (0, 0), [command.printed for command in first.both]
     assert json.loads((folder / "run" / "result.json").read_text())["final"]["loss"]
     commands.assert_equal_runs(folder / "run", untouched_pair)
+
+
+def sweep_rows(workdir):
+    """results.jsonl without times."""
+
+    def timeless(value):
+        if isinstance(value, list):
+            return [timeless(each) for each in value]
+        if not isinstance(value, dict):
+            return value
+        return {name: timeless(each) for name, each in value.items() if not name.endswith(("seconds", "_per_second"))}
+
+    return [timeless(json.loads(line)) for line in (workdir / "results.jsonl").read_text().splitlines()]
+
+
+def assert_close(x, y, within):
+    """Two rows, or parts of them."""
+    if isinstance(x, float) and isinstance(y, float):
+        assert x == pytest.approx(y, rel=0, abs=within)
+    elif isinstance(x, list) and isinstance(y, list):
+        for each, other in zip(x, y, strict=True):
+            assert_close(each, other, within)
+    elif isinstance(x, dict) and isinstance(y, dict):
+        assert x.keys() == y.keys()
+        for name, value in x.items():
+            assert_close(value, y[name], within)
+    else:
+        assert x == y
+
+
+def test_two_processes_take_what_is_known_and_fail_together(folder, untouched, monkeypatch):
+    monkeypatch.chdir(folder)
+    run = Plan("sweep.gin", []).run("softmax", 0, None)
+    softmax = cache.folder(folder / "run" / "runs", run.name, run.digest)
+    shutil.copytree(untouched / "train", softmax)
+    fail = functools.partial(commands.one_that_fails, OSError(28, "No space left on device"))
+    pair = commands.Pair(folder, *SWEEP, "--gin.Ablation.seeds=[0]", then=fail)
+    assert pair.wait() == (1, 1), [command.printed for command in pair.both]
+    first, other = (command.printed for command in pair.both)
+    assert "linear-seed0 failed: [Errno 28] No space left on device" in first
+    assert not any(word in other for word in ("seed0", "Traceback", "report"))
+    rows = sweep_rows(folder / "run")
+    assert [(row["arm"], row["status"]) for row in rows] == [("softmax", "finished"), ("linear", "failed")]
+    known = rows[0]
+    assert known["final"] == json.loads((softmax / "result.json").read_text())["final"]
+    assert len(known["attending"]["distance"]) == 1
+    assert json.loads((folder / "run" / "speed.json").read_text())["device"] == "4 x cpu"
+    assert not list((folder / "run" / "runs" / "claims").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_what_fails_in_one_alone_ends_both(folder, process):
+    fail = functools.partial(commands.one_that_fails, OSError(5, "Input/output error"), process)
+    arm = "--gin.Ablation.arms={'linear': 'experiments/mixers/linear.gin'}", "--gin.Ablation.baseline=linear"
+    command = (*SWEEP, *arm, "--gin.Ablation.seeds=[0]")
+    pair = commands.Pair(folder, *command, then=fail)
+    statuses = pair.wait(120)
+    assert statuses[process] == 1, pair.both[process].printed
+    assert all(statuses)
+    assert "Input/output error" in pair.both[process].printed
+    assert commands.Pair(folder, *command).wait() == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def untouched_sweep_of_two(untouched):
+    """A folder with a sweep `sweep-of-two` of two processes that nothing happened to."""
+    pair = commands.Pair(untouched, "ablate", "hosts_sweep.gin", "--workdir", "sweep-of-two", keep=True)
+    assert pair.wait() == (0, 0), [command.printed for command in pair.both]
+    first, other = (command.printed for command in pair.both)
+    assert "report: " in first
+    assert not any(word in other for word in ("seed", "validation", "report"))
+    return untouched / "sweep-of-two"
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_processes_has_the_rows_of_one(folder, untouched_sweep_of_two):
+    commands.run(folder, *SWEEP, prepare=functools.partial(commands.devices, 4)).check(0)
+    rows = sweep_rows(folder / "run")
+    arms = [(row["arm"], row["seed"]) for row in rows]
+    assert arms == [(arm, seed) for seed in (0, 1) for arm in ("softmax", "linear")]
+    assert_close(sweep_rows(untouched_sweep_of_two), rows, 1e-6)
+    for workdir in (folder / "run", untouched_sweep_of_two):
+        assert (workdir / "report.html").exists()
+        speeds = json.loads((workdir / "speed.json").read_text())
+        assert (speeds["device"], list(speeds["arms"])) == ("4 x cpu", ["softmax", "linear"])
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_processes_that_are_killed_continues(folder, untouched_sweep_of_two):
+    """One of them, then both, then one by a signal at which both save; each in another run."""
+
+    def begin(run):
+        pair = commands.Pair(folder, *SWEEP)
+        while not list(folder.glob(f"run/runs/{run}-*/checkpoints/4")):
+            assert pair.is_running(), [command.printed for command in pair.both]
+            time.sleep(0.002)
+        return pair
+
+    for run, victims, number in (
+        ("softmax-seed0", (1,), signal.SIGKILL),
+        ("linear-seed0", (0, 1), signal.SIGKILL),
+        ("softmax-seed1", (1,), signal.SIGTERM),
+    ):
+        pair = begin(run)
+        for victim in victims:
+            pair.both[victim].send(number)
+        statuses = ended(pair)
+        assert all(statuses), [command.printed for command in pair.both]
+        assert all(statuses[victim] == NUMBERS[number] for victim in victims)
+        if number == signal.SIGTERM:
+            pair.check(143, "terminated; step ", " is kept in ")
+    assert commands.Pair(folder, *SWEEP).wait() == (0, 0)
+    assert sweep_rows(folder / "run") == sweep_rows(untouched_sweep_of_two)
 
 
 ROWS = """
