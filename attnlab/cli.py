@@ -1,6 +1,8 @@
 """The command line: `attnlab train | sample | ablate | report | compile | show | bench | regress | tokenize | list`."""
 
 import argparse
+import contextlib
+import dataclasses
 import io
 import math
 import os
@@ -148,7 +150,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     sample = commands.add_parser(
         "sample",
         help="draw images, or continue a text, with a trained model",
-        description="Draw images, or continue texts as they are printed, from a run's newest checkpoint.",
+        description="Draw images, or continue texts as they are printed, from a run's newest checkpoint: over the "
+        "devices of its mesh where there are as many, else on one (--gin.Mesh.fsdp=4 and the like name another mesh).",
     )
     sample.add_argument(
         "workdir", type=_folder, metavar="WORKDIR", help="the folder of a run, which may still be running"
@@ -408,7 +411,7 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
     if not (workdir / "config.gin").is_file():
         raise UserError(f"sample: {workdir} has no config.gin; give the folder of a run (`attnlab train`)")
     with store.here(workdir / "config.gin") as resolved:
-        built = config.build([str(resolved)], overrides, root="Experiment", trusts=command.trust)
+        built = _built_here(str(resolved), overrides, command.trust)
     config.check_read(overrides, built)
     experiment = built.value
     model, task = experiment.model, experiment.task
@@ -423,37 +426,55 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
     if isinstance(task, Illustrated) and (given := [name for name in of_texts if getattr(command, name) is not None]):
         raise UserError(f"{given[0]}: got {getattr(command, given[0])!r}; it is for texts, and this run draws images")
     prompts, length = _prompts(command, task, model) if isinstance(task, LanguageTask) else ([], 0)
-    values = restore_values(experiment, workdir)
+    mesh = experiment.mesh.build()
+    values = restore_values(experiment, workdir, mesh)
     print(f"step {last_step(workdir)} of {experiment.steps}", file=sys.stderr)
-    options = {"key": jax.random.key(command.seed), "temperature": command.temperature}
-    if isinstance(task, Illustrated):
-        assert out is not None
-        with store.here(out) as path:
-            task.illustrate(model, values, path, count=command.count or 64, **options)
-        print(out)
-        return 0
-    texts = [f"--- after {task.corpus.decode(prompt)!r}\n" for prompt in prompts]
-    if out is None:
-        print(texts[0], end="", flush=True)
-    tokens, start = 0, time.perf_counter()
-    draws = {"top_k": command.top_k, "top_p": command.top_p, "stop": command.stop or (), **options}
-    for number, added in enumerate(task.continued(model, values, prompts, length=length, **draws)):
+    if mesh.size > 1:
+        print(f"sampling on {mesh.size} devices, {experiment.mesh}", file=sys.stderr)
+    with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+        options = {"key": jax.random.key(command.seed), "temperature": command.temperature}
+        if isinstance(task, Illustrated):
+            assert out is not None
+            with store.here(out) as path:
+                task.illustrate(model, values, path, count=command.count or 64, **options)
+            print(out)
+            return 0
+        texts = [f"--- after {task.corpus.decode(prompt)!r}\n" for prompt in prompts]
         if out is None:
-            print(added[0] or "", end="", flush=True)
-        texts = [text + (more or "") for text, more in zip(texts, added)]
-        if number < 2:  # which read the prompts, and compile
-            tokens, start = 0, time.perf_counter()
+            print(texts[0], end="", flush=True)
+        tokens, start = 0, time.perf_counter()
+        draws = {"top_k": command.top_k, "top_p": command.top_p, "stop": command.stop or (), **options}
+        for number, added in enumerate(task.continued(model, values, prompts, length=length, **draws)):
+            if out is None:
+                print(added[0] or "", end="", flush=True)
+            texts = [text + (more or "") for text, more in zip(texts, added)]
+            if number < 2:  # which read the prompts, and compile
+                tokens, start = 0, time.perf_counter()
+            else:
+                tokens += sum(more is not None for more in added)
+        rate = tokens / (time.perf_counter() - start)
+        if out is None:
+            print("".join(f"\n\n{text}" for text in texts[1:]))
         else:
-            tokens += sum(more is not None for more in added)
-    rate = tokens / (time.perf_counter() - start)
-    if out is None:
-        print("".join(f"\n\n{text}" for text in texts[1:]))
-    else:
-        out.write_text("\n\n".join(texts) + "\n")
-        print(out)
-    if tokens:
-        print(f"{rate:.0f} tokens per second", file=sys.stderr)
+            out.write_text("\n\n".join(texts) + "\n")
+            print(out)
+        if tokens:
+            print(f"{rate:.0f} tokens per second", file=sys.stderr)
     return 0
+
+
+def _built_here(path: str, overrides: list[str], trusts: bool) -> Any:
+    """A run's config as built for the devices that are here: where its mesh does not fit them, for one of them."""
+    from attnlab import config
+    from attnlab.train import Mesh
+
+    try:
+        return config.build([path], overrides, root="Experiment", trusts=trusts)
+    except UserError:  # of whatever kind: if it is not the mesh's, it comes again
+        if any("mesh" in override.partition("=")[0].lower() for override in overrides):
+            raise
+        one = [f"Mesh.{axis.name}=1" for axis in dataclasses.fields(Mesh)]
+        return config.build([path], [*overrides, *one], root="Experiment", trusts=trusts)
 
 
 def _prompts(command: argparse.Namespace, task: Any, model: Any) -> tuple[list[Any], int]:

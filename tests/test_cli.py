@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from attnlab import __version__, cli, config, regress
 from attnlab.ablate import speed
 from attnlab.bench import lengths
+from attnlab.train.mesh import on_devices
+from attnlab.train.tasks import language
 
 TINY = [
     "--gin.STEPS=4",
@@ -128,6 +131,34 @@ def test_sample_continues_the_text_of_a_run(tmp_path, capsys):
     for option, message in PROMPTED.items():
         assert cli.main(["sample", str(run), *option.split(" ")]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_sample_lays_the_model_over_the_devices_of_its_mesh_and_draws_what_one_draws(tmp_path, capsys, monkeypatch):
+    seen = []
+
+    def noting(model, *arguments, **options):
+        shards = model.embedding.get_value().addressable_shards
+        seen.append((jax.sharding.get_abstract_mesh().size, [shard.data.shape for shard in shards]))
+        return stream(model, *arguments, **options)
+
+    stream = language.stream
+    monkeypatch.setattr(language, "stream", noting)
+    run = str(tmp_path / "run")
+    mesh = ["experiments/meshes/data.gin", "--gin.Mesh.data=2", "--gin.Mesh.tensor=2"]
+    assert cli.main(["train", LM, *mesh, "--workdir", run, *TINY]) == 0
+    capsys.readouterr()
+    for options in (["--count", "3"], ["--prompt", "def ", "--prompt", "naïve", "--length", "9"]):
+        assert cli.main(["sample", run, *options]) == 0
+        of_four = capsys.readouterr()
+        assert "\nsampling on 4 devices, data 2 x tensor 2\n" in of_four.err
+        with on_devices(jax.devices()[:1]):
+            assert cli.main(["sample", run, *options]) == 0
+            of_one = capsys.readouterr()
+        assert "sampling on" not in of_one.err
+        assert seen[-2:] == [(4, 4 * [(128, 16)]), (0, [(256, 16)])]
+        assert of_one.out == of_four.out
+    assert cli.main(["sample", run, "--gin.Mesh.tensor=16"]) == 2
+    assert "mesh: got data 2 x tensor 16, and there are 8 devices" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # the fast tests hold it of the task, in train/tasks/test_pixel_tasks.py
@@ -258,6 +289,16 @@ MISTAKES = {
             "--coordinator h:1 --processes 2 --process 2": "process: got 2; need 0 to 1",
             "--heartbeat 5": "heartbeat: got 5 for a single process",
             "--distributed --heartbeat 0": "heartbeat: got 0; need 1 to 86400 seconds",
+        }.items()
+    },
+    **{
+        f"processes of a sweep: {options}": (lambda path, options=options: ["ablate", SWEEP, *options.split()], message)
+        for options, message in {
+            "--coordinator h:1 --processes 2": "process: need it with --coordinator",
+            "--processes 2 --process 1": "coordinator: need it with --processes",
+            "--distributed --processes 2": "processes: got 2 with --distributed",
+            "--processes 2 --heartbeat 5": "heartbeat: got 5 for a single process",
+            "--distributed --dry-run": "dry_run: got it with --distributed or --coordinator; one process alone lists",
         }.items()
     },
     "no sweep": (lambda path: ["ablate", LM], "configures no Ablation"),

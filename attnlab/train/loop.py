@@ -320,14 +320,16 @@ def _illustrate(
     by_first(draw)
 
 
-def restore_values(experiment: Experiment, path: Path) -> nn.Parameters:
+def restore_values(experiment: Experiment, path: Path, mesh: jax.sharding.Mesh | None = None) -> nn.Parameters:
     """The model's values, buffers too, from the newest checkpoint in the folder of a run of this experiment.
+
+    mesh: over which they lie as in training, each device reading its part; None: one device.
 
     Raises UserError: there is none, or it cannot be read.
     """
     model, task, batch_size = experiment.model, experiment.task, experiment.batch_size
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
-    state = newest_state(path, state_shapes(model, task, batch_size, optimizer, Mesh().build()))
+    state = newest_state(path, state_shapes(model, task, batch_size, optimizer, mesh or Mesh().build()))
     return nn.merge(state.parameters, state.buffers)
 
 

@@ -254,6 +254,20 @@ def clock_set(days: float) -> None:
     time.time = lambda: true_time() + (86400 * days if time.monotonic() - begun > 1 else 0)
 
 
+def no_room_for_rows() -> None:
+    """The first row of the arm `linear` with seed 0 cannot be written."""
+    from attnlab.train.workdir import Workdir
+
+    write_row = Workdir.write_row
+
+    def fail(self, row):
+        if self.path.name.startswith("linear-seed0"):
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+        write_row(self, row)
+
+    Workdir.write_row = fail
+
+
 def one_that_fails(error: BaseException, process: int | None = None) -> None:
     """Every training of the arm `linear` raises this, of several processes in this one alone."""
     import jax

@@ -24,6 +24,7 @@ from attnlab.train import restore_values
 
 RUN = ("train", "hosts.gin", "--workdir", "run")
 SWEEP = ("ablate", "hosts_sweep.gin", "--workdir", "run")
+LINEAR = (*SWEEP, "--gin.Ablation.arms={'linear': 'experiments/mixers/linear.gin'}", "--gin.Ablation.baseline=linear")
 NUMBERS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
@@ -63,6 +64,11 @@ def test_what_the_first_refuses_ends_both_with_a_line(folder):
     (folder / "run").mkdir()
     (folder / "run" / "run.json").write_text('{"a": "1"}')
     commands.Pair(folder, *RUN).check(2, "run holds a run with Experiment.accumulation None there, 1 now, ", "; give ")
+
+
+def test_a_sweep_s_runs_need_all_devices_of_two_processes(folder):
+    pair = commands.Pair(folder, *SWEEP, "--gin.Ablation.devices_per_run=2")
+    pair.check(2, "devices_per_run: got 2 with 2 processes, which train each run together on 4 devices; leave it out")
 
 
 def test_without_a_cluster_it_is_a_line(folder):
@@ -240,14 +246,21 @@ def test_two_processes_take_what_is_known_and_fail_together(folder, untouched, m
 @pytest.mark.parametrize("process", [0, 1])
 def test_what_fails_in_one_alone_ends_both(folder, process):
     fail = functools.partial(commands.one_that_fails, OSError(5, "Input/output error"), process)
-    arm = "--gin.Ablation.arms={'linear': 'experiments/mixers/linear.gin'}", "--gin.Ablation.baseline=linear"
-    command = (*SWEEP, *arm, "--gin.Ablation.seeds=[0]")
-    pair = commands.Pair(folder, *command, then=fail)
+    pair = commands.Pair(folder, *LINEAR, "--gin.Ablation.seeds=[0]", then=fail)
     statuses = pair.wait(120)
     assert statuses[process] == 1, pair.both[process].printed
     assert all(statuses)
     assert "Input/output error" in pair.both[process].printed
-    assert commands.Pair(folder, *command).wait() == (0, 0)
+    assert commands.Pair(folder, *LINEAR, "--gin.Ablation.seeds=[0]").wait() == (0, 0)
+
+
+@pytest.mark.slow
+def test_what_the_first_alone_cannot_write_fails_the_run_in_both(folder):
+    pair = commands.Pair(folder, *LINEAR, then=commands.no_room_for_rows)
+    assert pair.wait() == (1, 1), [command.printed for command in pair.both]
+    failed, finished = sweep_rows(folder / "run")
+    assert (failed["status"], finished["status"]) == ("failed", "finished")
+    assert "metrics.jsonl: No space left on device; no checkpoint is in " in failed["error"]
 
 
 @pytest.fixture(scope="module")
