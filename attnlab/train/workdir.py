@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -422,7 +422,23 @@ def _is_committed(path: Path) -> bool:
 
 def _checkpointer() -> ocp.Checkpointer:
     """Writes before it returns, so that what fails is raised here and nothing is waited for in the end."""
-    return ocp.Checkpointer(_handler())
+    handler = _handler()
+    handler.save = functools.partial(_save_in_all, handler.save)
+    return ocp.Checkpointer(handler)
+
+
+def _save_in_all(save: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    """What one process cannot write fails in all, who would else wait for it in the Checkpointer."""
+    failure: Exception | None = None
+    try:
+        save(*arguments, **options)
+    except Exception as error:
+        if lost_process(error):
+            raise
+        failure = error
+    reason = first_failure(None if failure is None else _reason(failure))
+    if reason is not None:
+        raise failure or OSError(reason)
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:

@@ -254,18 +254,23 @@ def clock_set(days: float) -> None:
     time.time = lambda: true_time() + (86400 * days if time.monotonic() - begun > 1 else 0)
 
 
-def no_room_for_rows() -> None:
-    """The first row of the arm `linear` with seed 0 cannot be written."""
+def no_room(what: str, process: int) -> None:
+    """A "row" or "checkpoint" of the arm `linear` with seed 0 cannot be written by this process."""
+    import jax
+    import orbax.checkpoint as ocp
+
     from attnlab.train.workdir import Workdir
 
-    write_row = Workdir.write_row
+    owner, name = (Workdir, "write_row") if what == "row" else (ocp.CompositeCheckpointHandler, "save")
+    write = getattr(owner, name)
 
-    def fail(self, row):
-        if self.path.name.startswith("linear-seed0"):
-            raise OSError(28, "No space left on device", "metrics.jsonl")
-        write_row(self, row)
+    def fail(self, *arguments, **options):
+        write(self, *arguments, **options)
+        path = str(self.path if what == "row" else arguments[0])
+        if "linear-seed0" in path and jax.process_index() == process:
+            raise OSError(28, "No space left on device", path)
 
-    Workdir.write_row = fail
+    setattr(owner, name, fail)
 
 
 def one_that_fails(error: BaseException, process: int | None = None) -> None:

@@ -255,12 +255,14 @@ def test_what_fails_in_one_alone_ends_both(folder, process):
 
 
 @pytest.mark.slow
-def test_what_the_first_alone_cannot_write_fails_the_run_in_both(folder):
-    pair = commands.Pair(folder, *LINEAR, then=commands.no_room_for_rows)
+@pytest.mark.parametrize(("what", "process"), [("row", 0), ("checkpoint", 0), ("checkpoint", 1)])
+def test_what_one_alone_cannot_write_fails_the_run_in_both(folder, what, process):
+    pair = commands.Pair(folder, *LINEAR, then=functools.partial(commands.no_room, what, process))
     assert pair.wait() == (1, 1), [command.printed for command in pair.both]
     failed, finished = sweep_rows(folder / "run")
     assert (failed["status"], finished["status"]) == ("failed", "finished")
-    assert "metrics.jsonl: No space left on device; no checkpoint is in " in failed["error"]
+    assert "No space left on device" in failed["error"]
+    assert "; no checkpoint is in " in failed["error"]
 
 
 @pytest.fixture(scope="module")
