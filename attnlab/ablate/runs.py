@@ -57,7 +57,8 @@ def run_ablation(
     as memory or a full disk, is tried again by the same command.
 
     Of several processes that train each run together (jax.distributed) each calls it alike. The first one alone reads
-    and writes beside the runs, and decides; what fails in another one alone ends all.
+    and writes beside the runs, and decides. A run fails in all of them; what fails in one, and the others do not hear
+    of, is raised.
 
     Args:
       file: the sweep's config. overrides: as in config.build, for every arm.

@@ -46,7 +46,7 @@ class Ablation:
       knobs: the integer option (a binding) that `match` sets, for all arms or {arm: binding}; arms left out stay as
         they are.
       devices_per_run: devices that each run has to itself, for its mesh; as many runs train at once as there are parts
-        of so many. None: one run after the other, over all devices.
+        of so many. None: one run after the other, over all devices, those of several processes too.
     """
 
     question: str

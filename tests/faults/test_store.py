@@ -175,6 +175,17 @@ def test_two_processes_train_in_a_store(folder, server, bucket):
 
 
 @pytest.mark.slow
+def test_two_processes_run_a_sweep_in_a_store(folder, server, bucket):
+    sweep = ("ablate", "hosts_sweep.gin", *RUN[2:], "--gin.Ablation.seeds=[0]")
+    pair = commands.Pair(folder, *sweep, environment=server.environment)
+    assert pair.wait() == (0, 0), [command.printed for command in pair.both]
+    rows = [json.loads(line) for line in bucket["runs/run/results.jsonl"][0].splitlines()]
+    assert [(row["arm"], row["status"]) for row in rows] == [("softmax", "finished"), ("linear", "finished")]
+    assert all(row["attending"]["distance"] for row in rows)
+    assert "runs/run/report.html" in bucket
+
+
+@pytest.mark.slow
 def test_an_ablation_in_a_store_is_that_of_a_folder_and_is_reported_and_sampled_there(
     folder, untouched_sweep, server, bucket, tmp_path
 ):
