@@ -429,16 +429,14 @@ def _checkpointer() -> ocp.Checkpointer:
 
 def _save_in_all(save: Callable[..., None], *arguments: Any, **options: Any) -> None:
     """What one process cannot write fails in all, who would else wait for it in the Checkpointer."""
-    failure: Exception | None = None
     try:
         save(*arguments, **options)
     except Exception as error:
-        if lost_process(error):
-            raise
-        failure = error
-    reason = first_failure(None if failure is None else _reason(failure))
-    if reason is not None:
-        raise failure or OSError(reason)
+        if not lost_process(error):
+            first_failure(_reason(error))
+        raise
+    if (reason := first_failure(None)) is not None:
+        raise OSError(reason)
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:
