@@ -643,8 +643,13 @@ def _bench(command: argparse.Namespace, overrides: list[str]) -> int:
     if command.device is not None:
         return _bench_device(command)
     if command.prompts:
-        rows = prompts.time_prompts(chosen, only=command.only)
-        prompts.write(rows, command.workdir, f"Reading a prompt, on {jax.devices()[0].device_kind}")
+        title = f"Reading a prompt, on {jax.devices()[0].device_kind}"
+
+        def keep(rows: list[Any]) -> None:
+            prompts.write(rows, command.workdir, title)
+            print(prompts.table(rows[-1:]).splitlines()[-1], flush=True)
+
+        rows = prompts.time_prompts(chosen, only=command.only, report=keep)
         print(f"\n{prompts.table(rows)}\n\n{command.workdir / 'prompts.md'}")
         return 0
     rows = lengths.time_lengths(chosen, only=command.only, backward=command.backward)

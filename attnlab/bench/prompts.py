@@ -47,11 +47,11 @@ _PATIENCE = 120  # seconds of the first round, which compiles: after a longer on
 
 
 def time_prompts(
-    lengths: Sequence[int], *, only: Sequence[str] = (), report: Callable[[str], None] = print
+    lengths: Sequence[int], *, only: Sequence[str] = (), report: Callable[[list[dict[str, Any]]], None]
 ) -> list[dict[str, Any]]:
     """Times how a language model of 85 M parameters reads a prompt: at once, in a compiled loop, and by calls of step.
 
-    only: MIXERS, whole or up to a comma; without any, all. report: takes a line as the numbers of a mixer come.
+    only: MIXERS, whole or up to a comma; without any, all. report: takes all rows so far, whenever one comes.
 
     Returns:
       Rows {"mixer", "length", "seconds" (at once), "loop_seconds" and "call_seconds" (one step's)}, each the best of
@@ -70,7 +70,7 @@ def time_prompts(
         once, loop, calls = np.min(times, axis=0).tolist()
         row = {"mixer": name, "length": length, "seconds": once, "loop_seconds": loop / steps}
         rows.append(row | {"call_seconds": calls / steps})
-        report(table(rows[-1:]).splitlines()[-1])
+        report(rows)
     return rows
 
 
