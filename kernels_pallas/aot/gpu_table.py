@@ -142,6 +142,8 @@ OTHERS: dict[str, Callable[[Shape], Row]] = {
 ROWS = {**KERNELS, **OTHERS}
 # Lines of the compilers that none of our kernels may cause: setmaxnreg ignored, no launch bounds, products one by one.
 FORBIDDEN = ("C7504", "C7508", "wgmma.mma_async instructions are serialized")
+# Sums in an order that depends on the moment: two runs would give different bits.
+ATOMIC = re.compile(r"^\s*(?:@!?%\w+\s+)?((?:atom|red|cp\.reduce)\.[\w.:]+)", re.MULTILINE)
 
 
 def print_table(gpus: Sequence[str], shapes: Sequence[str], kernels: Sequence[str]) -> None:
@@ -182,6 +184,7 @@ def measure(build: Callable[[Shape], Row], shape: Shape, gpu: str) -> Iterator[l
     for name, ptx in kernels:
         codes = [machine_code.assemble(ptx, linked=linked) for linked in (False, True)]
         forbidden = [line for line in FORBIDDEN if any(line in code.said for code in codes)]
+        forbidden += sorted(set(ATOMIC.findall(ptx)))
         loops = [f"{loop.tensor} + {loop.stalls}, {loop.share:.0%}" for loop in codes[0].loops]
         yield [
             name + "".join(f" ({line})" for line in forbidden),

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from kernels_pallas.aot import machine_code
+from kernels_pallas.aot.gpu_table import ATOMIC
 
 needs_plugin = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
@@ -44,6 +45,23 @@ def test_loops_that_multiply_are_found_and_counted():
     [(first, last)] = machine_code._loops(code, labels)
     assert machine_code._measure(code[first : last + 1], 2) == (4, 1, 64, 20, 1.0)
     assert machine_code._measure(code[first : last + 1], 1).share == 64 / 84
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("\t@%p1 atom.global.add.f32 %f1, [%rd1], %f2;", ["atom.global.add.f32"]),
+        ("\tred.async.relaxed.cluster.global.add.u32 [%rd1], %r1;", ["red.async.relaxed.cluster.global.add.u32"]),
+        (
+            "\tcp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%rd1, {%r1, %r2}], [%r3];",
+            ["cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group"],
+        ),
+        ("\tcp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {%r1, %r2}], [%r3];", []),
+        ("\tmbarrier.arrive.shared.b64 %rd2, [%r1];", []),
+    ],
+)
+def test_sums_without_an_order_are_found(line, found):
+    assert ATOMIC.findall(f".entry kernel()\n{line}\n") == found
 
 
 def test_what_is_not_there_is_named(monkeypatch):
