@@ -93,6 +93,7 @@ def _(
     narrow = _gradient_dtype.get()  # now: the transpose is traced where it is lowered
     factors = x.dtype if narrow is None or narrow.itemsize >= x.dtype.itemsize else narrow
     sums = jnp.promote_types(factors, kernel.dtype if narrow is None else narrow)
+    kernel_dtype = kernel.dtype  # the transpose outlives the trace, and may hold no array of it
 
     def change(x: jax.Array, kernel_tangent: jax.Array) -> jax.Array:
         return product(x, kernel_tangent, dtype, layout)
@@ -104,7 +105,7 @@ def _(
         gradient = over_tokens(y_cotangent, x) if turned else over_tokens(x, y_cotangent)
         if factors.itemsize < 4:  # XLA has no transposed product of 16-bit numbers on a CPU, but makes one if it can
             gradient = jax.lax.optimization_barrier(gradient)
-        return (gradient.T if turned else gradient).astype(kernel.dtype)
+        return (gradient.T if turned else gradient).astype(kernel_dtype)
 
     changes = []
     if x_tangent is not None:
