@@ -11,9 +11,10 @@ is a `tangent_call`, jvp uses the tangent map (plain JAX) and grad its transpose
 jax.custom_derivatives.linear_call has the same aim but no batching rule (jax 0.12), hence this primitive.
 """
 
+import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,11 +23,23 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kernels_pallas.gpu.simulation import is_simulated
-
 _call_p = Primitive("deferred_call")
 _call_p.multiple_results = True
 _deferring: contextvars.ContextVar[bool] = contextvars.ContextVar("attnlab_deferring", default=False)
+
+
+_effectful: contextvars.ContextVar[bool] = contextvars.ContextVar("attnlab_effectful", default=False)
+
+
+@contextlib.contextmanager
+def with_effects() -> Iterator[None]:
+    """In the block, calls state the effects of their functions, which therefore are traced at once: kernels that are
+    simulated on a CPU have some, their callbacks. Tangents and transposes of these calls do, too."""
+    token = _effectful.set(True)
+    try:
+        yield
+    finally:
+        _effectful.reset(token)
 
 
 def is_deferring() -> bool:
@@ -97,7 +110,8 @@ def tangent_call(
 
 def _bind(leaves: Sequence[Any], results: Any, **rules: Any) -> Any:
     shapes, tree = jax.tree.flatten(results)
-    out = _call_p.bind(*vary_alike(leaves), results=tuple((x.shape, jnp.dtype(x.dtype)) for x in shapes), **rules)
+    rules |= {"results": tuple((x.shape, jnp.dtype(x.dtype)) for x in shapes), "effectful": _effectful.get()}
+    out = _call_p.bind(*vary_alike(leaves), **rules)
     return jax.tree.unflatten(tree, out)
 
 
@@ -118,8 +132,8 @@ def _impl(*leaves: jax.Array, function: Callable, **_: Any) -> Any:
 
 
 @_call_p.def_effectful_abstract_eval
-def _abstract_eval(*avals: Any, function: Callable, results: Any, **_: Any) -> Any:
-    if is_simulated():  # by callbacks, which are effects
+def _abstract_eval(*avals: Any, function: Callable, results: Any, effectful: bool, **_: Any) -> Any:
+    if effectful:
         traced = jax.make_jaxpr(function)(*avals)
         return traced.out_avals, traced.effects
     return _result_types(avals, function, results), frozenset()
@@ -146,7 +160,13 @@ def _shapes(avals: Any) -> tuple[tuple[tuple[int, ...], Any], ...]:
 
 
 def _transpose(
-    cotangents: Any, *leaves: Any, function: Callable, transpose: Callable, num_residuals: int, results: Any
+    cotangents: Any,
+    *leaves: Any,
+    function: Callable,
+    transpose: Callable,
+    num_residuals: int,
+    results: Any,
+    effectful: bool,
 ) -> Any:
     residuals, tangents = leaves[:num_residuals], leaves[num_residuals:]
     dense = [ad.instantiate_zeros(ct) for ct in cotangents]
@@ -156,6 +176,7 @@ def _transpose(
         function=transpose,
         transpose=function,
         num_residuals=num_residuals,
+        effectful=effectful,
         results=_shapes(leaf.aval if ad.is_undefined_primal(leaf) else jax.typeof(leaf) for leaf in tangents),
     )
     wanted = [out if ad.is_undefined_primal(leaf) else None for leaf, out in zip(tangents, transposed)]
@@ -166,7 +187,7 @@ def _jvp(primals: Any, tangents: Any, *, function: Callable, **_: Any) -> Any:
     return jax.jvp(function, tuple(primals), tuple(ad.instantiate_zeros(t) for t in tangents))
 
 
-def _batch(leaves: Any, axes: Any, *, function: Callable, transpose: Any, num_residuals: int, results: Any) -> Any:
+def _batch(leaves: Any, axes: Any, *, function: Callable, transpose: Any, results: Any, **others: Any) -> Any:
     size = next(leaf.shape[axis] for leaf, axis in zip(leaves, axes) if axis is not None)
     front = [
         jnp.broadcast_to(leaf, (size, *leaf.shape)) if axis is None else jnp.moveaxis(leaf, axis, 0)
@@ -176,7 +197,7 @@ def _batch(leaves: Any, axes: Any, *, function: Callable, transpose: Any, num_re
         *front,
         function=jax.vmap(function),
         transpose=None if transpose is None else jax.vmap(transpose),
-        num_residuals=num_residuals,
+        **others,
         results=tuple(((size, *shape), dtype) for shape, dtype in results),
     )
     return out, [0] * len(out)

@@ -1,12 +1,12 @@
 """Kernels of a family that has the same functions on several backends: modules of kernels_pallas by name."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from attnlab.attention._dispatch.choice import Kernel
-
-_BACKENDS = ("tpu", "gpu")  # folders of kernels_pallas
+from attnlab.attention._dispatch.deferred import with_effects
 
 
 def kernel_module(backend: str, name: str) -> Any:
@@ -64,6 +64,18 @@ def gpu_refusal() -> str | None:
 
 def on_backends(call: Callable[..., Any], refusal: Callable[..., str | None]) -> dict[str, Kernel]:
     """A Kernel for each backend; both functions take its name before the arguments of Kernel's."""
-    return {
-        f"pallas_{name}": Kernel(functools.partial(call, name), functools.partial(refusal, name)) for name in _BACKENDS
-    }
+    of_tpu, of_gpu = ((functools.partial(call, name), functools.partial(refusal, name)) for name in ("tpu", "gpu"))
+    return {"pallas_tpu": Kernel(*of_tpu), "pallas_gpu": on_gpu(*of_gpu)}
+
+
+def on_gpu(call: Callable[..., Any], refusal: Callable[..., str | None]) -> Kernel:
+    """A Kernel for GPUs, which may be simulated."""
+
+    @functools.wraps(call)
+    def run(*arguments: Any, **options: Any) -> Any:
+        from kernels_pallas.gpu.simulation import is_simulated
+
+        with with_effects() if is_simulated() else contextlib.nullcontext():
+            return call(*arguments, **options)
+
+    return Kernel(run, refusal)

@@ -11,7 +11,7 @@ from jax import lax
 from attnlab.attention._dispatch.choice import Kernel
 from attnlab.attention._dispatch.deferred import vary_alike
 from attnlab.attention._dispatch.kernel_call import kernel_call, like
-from attnlab.attention._kernels.backends import first_refusal, kernel_module, on_backends
+from attnlab.attention._kernels.backends import first_refusal, kernel_module, on_backends, on_gpu
 from attnlab.attention._kernels.banded import banded_attention, banded_refusal, window_pattern
 from attnlab.attention._shared.softmax_weights import SoftmaxWeights
 
@@ -32,7 +32,7 @@ def kernels(by_weights: Callable[..., Any], blocked_weights: WeightsOf) -> dict[
 def parallax_kernels(by_weights: Callable[..., Any], blocked_weights: WeightsOf) -> dict[str, Kernel]:
     """Parallax's: on a GPU a kernel of its own, of one pass over the keys."""
     of_weights = kernels(by_weights, blocked_weights)
-    return of_weights | {"pallas_gpu": Kernel(_parallax_on_gpu, of_weights["pallas_gpu"].refusal)}
+    return of_weights | {"pallas_gpu": on_gpu(_parallax_on_gpu, of_weights["pallas_gpu"].refusal)}
 
 
 def _parallax_on_gpu(
