@@ -133,6 +133,7 @@ def test_sample_continues_the_text_of_a_run(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow  # it trains a model on four devices
 def test_sample_lays_the_model_over_the_devices_of_its_mesh_and_draws_what_one_draws(tmp_path, capsys, monkeypatch):
     seen = []
 

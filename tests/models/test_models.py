@@ -31,6 +31,7 @@ def compiled(model):
     return jax.jit(lambda values, *inputs, **options: nn.bind(model, values)(*inputs, **options))
 
 
+@pytest.mark.slow  # the fast tests hold it of mixers and of the product of layers
 def test_gradients_in_bfloat16_are_about_those_in_float32(tokens):
     def gradients(dtype):
         mixers = [functools.partial(mixer, dtype=dtype) for mixer in HYBRID]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attnlab import nn
-from attnlab.nn.layers import LayerNorm, depthwise_convolution, grid_positions
+from attnlab.nn.layers import LayerNorm, depthwise_convolution, grid_positions, product
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,19 @@ def test_a_linear_layer_has_the_derivatives_of_its_product(inputs, outputs):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), jax.jit(transform(ours))(x, kernel), expected
         )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 24), (24, 8)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_cpu_has_the_gradient_of_a_product_in_16_bits(inputs, outputs, turned, dtype):
+    """Where the kernel lies the other way round, as tied embeddings do, XLA would merge that with the product."""
+    x, kernel = jnp.ones((2, 5, inputs), dtype), jnp.ones((outputs, inputs) if turned else (inputs, outputs))
+
+    def loss(kernel):
+        return product(x, kernel.T if turned else kernel, jnp.float32).sum()
+
+    np.testing.assert_array_equal(jax.jit(jax.grad(loss))(kernel), np.full(kernel.shape, 10))
 
 
 def test_gradients_of_a_bfloat16_layer_are_sums_in_float32():
