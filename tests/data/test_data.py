@@ -338,7 +338,11 @@ def test_a_line_of_words_ends_at_a_newline_alone(tmp_path, text, ends):
     assert [words.symbols[token] for token in words.validation].count("<eos>") == ends + 2
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"cut off")[:15], gzip.compress(b"\xff\xfe")])
+@pytest.mark.parametrize(  # their bytes hold the time, and would differ as names among the processes of a run
+    "content",
+    [b"no gzip", gzip.compress(b"cut off")[:15], gzip.compress(b"\xff\xfe")],
+    ids=["no gzip", "cut off", "no text"],
+)
 def test_a_broken_file_of_words_is_named(tmp_path, content):
     (tmp_path / "train.gz").write_bytes(content)
     (tmp_path / "valid.gz").write_bytes(gzip.compress(b"fine\n"))
