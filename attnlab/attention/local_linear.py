@@ -257,8 +257,7 @@ def _in_ring(
     if settings["is_causal"]:
         seen = seen | (jnp.cumsum(tokens, axis=1) > 0)
     where = seen | is_spoilt(query)
-    solution, tangent = (spoil(x, where) for x in residuals[:2])
-    return spoil(out, where), LocalLinearResiduals(solution, tangent, *residuals[2:])
+    return _spoilt(out, residuals, where)
 
 
 def _xla(
@@ -284,8 +283,12 @@ def _xla(
     q, k, v = map(finite_or_zero, (query, key, value))
     out, residuals = by_blocks(regress, q, k, v, ridge, scale=scale, **sees)
     where = sees_spoilt(query, key, value, **sees)
-    solution, tangent = (spoil(x, where) for x in residuals[:2])
-    return spoil(out, where), LocalLinearResiduals(solution, tangent, *residuals[2:])
+    return _spoilt(out, residuals, where)
+
+
+def _spoilt(out: Array, residuals: LocalLinearResiduals, where: Array) -> tuple[Array, LocalLinearResiduals]:
+    solution, rho = (spoil(x, where) for x in residuals[:2])
+    return spoil(out, where), residuals._replace(solution=solution, rho=rho)
 
 
 def _regress(

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.gpu.common import SMEM_BUDGET, barriers, launch, load
+from kernels_pallas.gpu.common import SMEM_BUDGET, barriers, full, launch, load
 from kernels_pallas.gpu.simulation import is_simulated
 
 Array = jax.Array
@@ -116,19 +116,19 @@ def _body(rows: int, beside: int, *, has_decay: bool, is_delta: bool) -> Any:
         batch, head, part = (lax.axis_index(name) for name in ("batch", "head", "part"))
         columns = pl.ds(part * np.int32(_LANES), _LANES)
         plgpu.copy_gmem_to_smem(held_ref.at[batch, head, :, columns], state_s, ready.at[0])
-        value = _vector(values_ref.at[batch, head, columns])
+        value = load(values_ref.at[batch, head, columns], _VECTOR)
         plgpu.barrier_wait(ready.at[0])
 
         def along_rows(ref: Any, row: Array) -> Array:
             """The numbers of ref [B, N, F] for the rows of the state that lie in this one."""
-            first = _over_lanes(ref[batch, head, row * np.int32(beside)])
+            first = full((_LANES,), ref[batch, head, row * np.int32(beside)], _VECTOR)
             if beside == 1:
                 return first
-            second = _over_lanes(ref[batch, head, row * np.int32(beside) + np.int32(1)])
+            second = full((_LANES,), ref[batch, head, row * np.int32(beside) + np.int32(1)], _VECTOR)
             return jnp.where(_lane() < np.int32(_LANES // 2), first, second)
 
         def decayed(row: Array) -> Array:
-            now = _vector(state_s.at[row])
+            now = load(state_s.at[row], _VECTOR)
             return now if decay_ref is None else along_rows(decay_ref, row) * now
 
         def over_rows(add: Any) -> Array:
@@ -139,7 +139,7 @@ def _body(rows: int, beside: int, *, has_decay: bool, is_delta: bool) -> Any:
                     total += add(number * np.int32(_UNROLLED) + np.int32(i))
                 return total
 
-            return lax.fori_loop(jnp.int32(0), jnp.int32(rows // _UNROLLED), turn, _over_lanes(jnp.float32(0)))
+            return lax.fori_loop(jnp.int32(0), jnp.int32(rows // _UNROLLED), turn, full((_LANES,), 0.0, _VECTOR))
 
         update = value
         if beta_ref is not None:
@@ -148,8 +148,8 @@ def _body(rows: int, beside: int, *, has_decay: bool, is_delta: bool) -> Any:
                 sums_s[pl.ds(0, _LANES)] = predicted
                 sums_s[pl.ds(_LANES, _LANES)] = predicted
                 plgpu.commit_smem()
-                predicted += _vector(sums_s.at[pl.ds(_LANES // 2, _LANES)])
-            update = _over_lanes(beta_ref[batch, head]) * (value - predicted)
+                predicted += load(sums_s.at[pl.ds(_LANES // 2, _LANES)], _VECTOR)
+            update = full((_LANES,), beta_ref[batch, head], _VECTOR) * (value - predicted)
 
         def renew(row: Array) -> Array:
             now = decayed(row) + along_rows(key_ref, row) * update
@@ -166,15 +166,6 @@ def _body(rows: int, beside: int, *, has_decay: bool, is_delta: bool) -> Any:
 
 # One number per thread.
 _VECTOR = plgpu.Layout.WG_STRIDED((_LANES,), vec_size=1)
-
-
-def _vector(ref: Any) -> Array:
-    return load(ref, _VECTOR)
-
-
-def _over_lanes(x: Array) -> Array:
-    wide = lax.broadcast_in_dim(x, (_LANES,), ())
-    return wide if is_simulated() else plgpu.layout_cast(wide, _VECTOR)
 
 
 def _lane() -> Array:
