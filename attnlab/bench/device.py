@@ -20,12 +20,16 @@ from typing import Any
 from attnlab import signals
 from attnlab.errors import UserError
 
-_MOST_SECONDS = 120.0  # that a case may take, with what it compiles
+_MOST_SECONDS = 60.0  # that a case may take, with what it compiles
 _LEAST_RUNS, _MOST_RUNS, _TIMED_SECONDS = 20, 1000, 0.5
 
 
 class Wrong(Exception):
     """A case whose results are not the reference's."""
+
+
+# The calls and the check of a Case.
+Prepared = tuple[Sequence[tuple[Any, ...]], Callable[[], dict[str, float]] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +40,10 @@ class Case:
       name: what is computed, alike for all libraries: "window 1024, 16384 tokens". library: by what.
       passes: "forward" or "backward", which is the gradients alone, of a forward that has run.
       flops: of matrix products that the call needs, without those that a form adds. tokens: in all.
-      prepare: -> (run, errors). run(number) starts the work on the inputs of that number and gives what to wait for.
-        errors() -> {array: largest difference from the reference, over its largest number}; None for other libraries.
-      numbers: how many sets of inputs there are, so that none is in the cache when it is used again.
-      clock: (run, number) -> milliseconds on the device.
+      prepare: -> (calls, errors). calls: a function and its arguments, for as many sets of inputs as keep each out of
+        the cache until it is used again. errors() -> {array: largest difference from the reference, over its largest
+        number}; None for other libraries.
+      clock: (function, *arguments) -> milliseconds on the device.
     """
 
     name: str
@@ -47,9 +51,8 @@ class Case:
     passes: str
     flops: float
     tokens: int
-    prepare: Callable[[], tuple[Callable[[int], Any], Callable[[], dict[str, float]] | None]]
-    numbers: int
-    clock: Callable[[Callable[[int], Any], int], float]
+    prepare: Callable[[], Prepared]
+    clock: Callable[..., float]
     most_error: float = 0.0
 
     @property
@@ -60,16 +63,16 @@ class Case:
 def measured(case: Case) -> dict[str, Any]:
     """{"ms": median, "low", "high": quartiles, "runs", "errors"} of a case, or {"error": why it has no time}."""
     try:
-        run, errors = case.prepare()
+        calls, errors = case.prepare()
         found = errors() if errors is not None else {}
         if wrong := {name: error for name, error in found.items() if not error <= case.most_error}:
             raise Wrong(", ".join(f"{name} is off by {error:.1e}" for name, error in wrong.items()))
-        for number in range(case.numbers):
-            case.clock(run, number)
+        for call in calls:
+            case.clock(*call)
         times: list[float] = []
         end = time.monotonic() + _TIMED_SECONDS
         while len(times) < _LEAST_RUNS or (len(times) < _MOST_RUNS and time.monotonic() < end):
-            times.append(case.clock(run, len(times) % case.numbers))
+            times.append(case.clock(*calls[len(times) % len(calls)]))
     except ImportError as error:
         return {"error": f"missing: {error.name}"}
     except Exception as error:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 import attnlab
-from attnlab.bench.device import Case
+from attnlab.bench.device import Case, Prepared
 
 Arrays = Mapping[str, jax.Array]
 _HEADS, _HEAD_DIM = 16, 128
@@ -138,7 +138,7 @@ def problems() -> list[Problem]:
             partial(local, window=window, is_causal=True),
             _window_pairs(window),
             tokens=tokens,
-            small=max(2048, 2 * window),
+            small=1024 + window,
             facts={"kind": "window", "window": window},
         )
         for tokens in (2**14, 2**16)
@@ -208,22 +208,21 @@ def problems() -> list[Problem]:
 # --- attnlab ----------------------------------------------------------------------------------------------------------
 
 
-def _prepare(problem: Problem, implementation: str, passes: str, numbers: int) -> Any:
+def _prepare(problem: Problem, implementation: str, passes: str) -> Prepared:
     key = jax.random.key(int.from_bytes(os.urandom(4), "little"))
-    keys = jax.random.split(key, numbers + 1)
-    sets = [problem.make(one, problem.batch, problem.tokens) for one in keys[1:]]
-    run = _runner(lambda arrays: problem.attend(arrays, implementation), sets, passes)
-    return run, lambda: _errors(problem, implementation, keys[0], passes)
+    calls = _calls(problem, lambda arrays: problem.attend(arrays, implementation), key, passes)
+    return calls, lambda: _errors(problem, implementation, jax.random.fold_in(key, 1), passes)
 
 
-def _runner(function: Callable[[Arrays], jax.Array], sets: list[Any], passes: str) -> Callable[[int], Any]:
+def _calls(problem: Problem, attend: Callable[[Arrays], jax.Array], key: jax.Array, passes: str) -> list[Any]:
+    make = jax.jit(lambda key: problem.make(key, problem.batch, problem.tokens))
+    sets = [make(one) for one in jax.random.split(key, _numbers(problem))]
     if passes == "forward":
-        compiled = jax.jit(function)
-        return lambda number: compiled(sets[number])
+        compiled = jax.jit(attend)
+        return [(compiled, arrays) for arrays in sets]
     # Of vjp's function, all that the forward keeps are arrays, so that it can be an argument.
-    pulled = [jax.jit(lambda arrays: jax.vjp(function, arrays))(arrays) for arrays in sets]
-    backward = jax.jit(lambda pull, cotangent: pull(cotangent))
-    return lambda number: backward(pulled[number][1], pulled[number][0])
+    pull, backward = jax.jit(lambda arrays: jax.vjp(attend, arrays)), jax.jit(lambda pull, cotangent: pull(cotangent))
+    return [(backward, transpose, out) for out, transpose in map(pull, sets)]
 
 
 def _errors(problem: Problem, implementation: str, key: jax.Array, passes: str) -> dict[str, float]:
@@ -259,13 +258,13 @@ def _profiler() -> Any:
     return None if milliseconds is None else profiler.measure
 
 
-def clock(run: Callable[[int], Any], number: int) -> float:
-    """Milliseconds on the device, by CUPTI; else until the results are there."""
+def clock(function: Callable[..., Any], *arguments: Any) -> float:
+    """Milliseconds on the device of a jitted function, by CUPTI; else until the results are there."""
     measure = _profiler()
     if measure is not None:
-        return float(measure(run)(number)[1])
+        return float(measure(function)(*arguments)[1])
     start = time.perf_counter()
-    jax.block_until_ready(run(number))
+    jax.block_until_ready(function(*arguments))
     return 1e3 * (time.perf_counter() - start)
 
 
@@ -279,7 +278,7 @@ def _numbers(problem: Problem) -> int:
 # --- Other libraries --------------------------------------------------------------------------------------------------
 
 
-def _jax_nn(problem: Problem, implementation: str, passes: str) -> Any:
+def _jax_nn(problem: Problem, implementation: str, passes: str) -> Prepared:
     options: dict[str, Any] = {"is_causal": True, "implementation": implementation}
     if problem.facts["kind"] == "window":
         options["local_window_size"] = (problem.facts["window"] - 1, 0)
@@ -290,7 +289,7 @@ def _jax_nn(problem: Problem, implementation: str, passes: str) -> Any:
     return _of_jax(problem, attend, passes)
 
 
-def _tokamax(problem: Problem, passes: str) -> Any:
+def _tokamax(problem: Problem, passes: str) -> Prepared:
     tokamax: Any = importlib.import_module("tokamax")
     options: dict[str, Any] = {"is_causal": True, "implementation": "mosaic_gpu"}
     if problem.facts["kind"] == "window":
@@ -302,8 +301,8 @@ def _tokamax(problem: Problem, passes: str) -> Any:
     return _of_jax(problem, attend, passes)
 
 
-def _jax_linear_attention(problem: Problem, passes: str) -> Any:
-    library: Any = importlib.import_module("jax_linear_attention")
+def _jax_linear_attention(problem: Problem, passes: str) -> Prepared:
+    library: Any = importlib.import_module("jla.ops.mosaic_gpu.gated_delta_rule")
 
     def attend(arrays: Arrays) -> jax.Array:
         query, key, value, log_decay, beta = arrays.values()
@@ -312,9 +311,8 @@ def _jax_linear_attention(problem: Problem, passes: str) -> Any:
     return _of_jax(problem, attend, passes)
 
 
-def _of_jax(problem: Problem, attend: Callable[[Arrays], jax.Array], passes: str) -> Any:
-    keys = jax.random.split(jax.random.key(0), _numbers(problem))
-    return _runner(attend, [problem.make(key, problem.batch, problem.tokens) for key in keys], passes), None
+def _of_jax(problem: Problem, attend: Callable[[Arrays], jax.Array], passes: str) -> Prepared:
+    return _calls(problem, attend, jax.random.key(0), passes), None
 
 
 def _torch_sets(problem: Problem, passes: str) -> tuple[Any, list[list[Any]]]:
@@ -331,25 +329,22 @@ def _torch_sets(problem: Problem, passes: str) -> tuple[Any, list[list[Any]]]:
     return torch, [[tensor(shapes[name]) for name in names] for _ in range(_numbers(problem))]
 
 
-def _of_torch(attend: Callable[..., Any], sets: list[list[Any]], passes: str) -> Any:
+def _of_torch(attend: Callable[..., Any], sets: list[list[Any]], passes: str) -> Prepared:
     if passes == "forward":
-        return lambda number: attend(*sets[number])
+        return [(attend, *tensors) for tensors in sets], None
     torch: Any = importlib.import_module("torch")
+    backward = functools.partial(torch.autograd.grad, retain_graph=True)
     outs = [attend(*tensors) for tensors in sets]
-
-    def backward(number: int) -> Any:
-        return torch.autograd.grad(outs[number], sets[number], outs[number].detach(), retain_graph=True)
-
-    return backward
+    return [(backward, out, tensors, out.detach()) for out, tensors in zip(outs, sets)], None
 
 
-def _torch_sdpa(problem: Problem, passes: str) -> Any:
+def _torch_sdpa(problem: Problem, passes: str) -> Prepared:
     torch, sets = _torch_sets(problem, passes)
     attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
-    return _of_torch(attend, sets, passes), None
+    return _of_torch(attend, sets, passes)
 
 
-def _torch_flex(problem: Problem, passes: str) -> Any:
+def _torch_flex(problem: Problem, passes: str) -> Prepared:
     torch, sets = _torch_sets(problem, passes)
     flex: Any = importlib.import_module("torch.nn.attention.flex_attention")
     window = problem.facts["window"]
@@ -370,10 +365,10 @@ def _torch_flex(problem: Problem, passes: str) -> Any:
     sees = in_box if problem.facts["kind"] == "box" else in_window
     mask = flex.create_block_mask(sees, None, None, problem.tokens, problem.tokens, device="cuda", _compile=True)
     compiled = torch.compile(flex.flex_attention)
-    return _of_torch(lambda *tensors: compiled(*tensors, block_mask=mask), sets, passes), None
+    return _of_torch(lambda *tensors: compiled(*tensors, block_mask=mask), sets, passes)
 
 
-def _fla(problem: Problem, passes: str, module: str, function: str) -> Any:
+def _fla(problem: Problem, passes: str, module: str, function: str) -> Prepared:
     torch: Any = importlib.import_module("torch")
     attend: Any = getattr(importlib.import_module(module), function)
     shapes = jax.eval_shape(lambda: problem.make(jax.random.key(0), problem.batch, problem.tokens))
@@ -392,23 +387,23 @@ def _fla(problem: Problem, passes: str, module: str, function: str) -> Any:
             found.append(x.to(dtype).requires_grad_(passes == "backward"))
         return found
 
-    return _of_torch(lambda *x: attend(*x)[0], [tensors() for _ in range(_numbers(problem))], passes), None
+    return _of_torch(lambda *x: attend(*x)[0], [tensors() for _ in range(_numbers(problem))], passes)
 
 
-def torch_clock(run: Callable[[int], Any], number: int) -> float:
+def torch_clock(function: Callable[..., Any], *arguments: Any) -> float:
     """Milliseconds between two events on the device."""
     torch: Any = importlib.import_module("torch")
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
-    run(number)
+    function(*arguments)
     end.record()
     torch.cuda.synchronize()
     return float(start.elapsed_time(end))
 
 
-# (library, the kinds of problems that it serves, (problem, passes) -> (run, None), its clock)
-_OTHERS: list[tuple[str, set[str], Callable[[Problem, str], Any], Callable[..., float]]] = [
+# (library, the kinds of problems that it serves, (problem, passes) -> what a Case prepares, its clock)
+_OTHERS: list[tuple[str, set[str], Callable[[Problem, str], Prepared], Callable[..., float]]] = [
     ("jax.nn, cudnn", {"dense", "window"}, lambda problem, passes: _jax_nn(problem, "cudnn", passes), clock),
     ("jax.nn, xla", {"dense"}, lambda problem, passes: _jax_nn(problem, "xla", passes), clock),
     ("tokamax", {"dense", "window"}, _tokamax, clock),
@@ -434,12 +429,11 @@ def cases() -> list[Case]:
     """Kernels, then XLA's forms, then other libraries, problem by problem."""
     found = []
     for problem in problems():
-        numbers = _numbers(problem)
         for passes, times in (("forward", 1.0), ("backward", 2.5)):
             size: Any = {"flops": times * problem.flops(problem.tokens), "tokens": problem.batch * problem.tokens}
-            size |= {"passes": passes, "numbers": numbers}
+            size |= {"passes": passes}
             for implementation in ("pallas_gpu", "xla"):
-                prepare = functools.partial(_prepare, problem, implementation, passes, numbers)
+                prepare = functools.partial(_prepare, problem, implementation, passes)
                 library = f"attnlab, {implementation}"
                 found.append(Case(problem.name, library, prepare=prepare, clock=clock, most_error=_MOST_ERROR, **size))
             for library, kinds, prepared, its_clock in _OTHERS:

@@ -115,11 +115,23 @@ def load(ref: Any, layout: Any) -> Array:
     """From shared or global memory into registers."""
     if is_simulated():
         return ref[...]
-    if "idx" in inspect.signature(_load).parameters:  # jax 0.10 and 0.11
+    if _takes_index():
         return _load(ref, (), layout=layout, optimized=False)
-    if layout == COLUMN:  # loads by columns beside loads by rows: jax 0.12 searches for layouts until it gives up
+    if layout == COLUMN and _in_shared_memory(ref):
+        # Loads by columns beside loads by rows: jax 0.12 searches for layouts until it gives up.
         return plgpu.layout_cast(ref[...], layout)
     return _load(ref, layout=layout, optimized=False)
+
+
+def _in_shared_memory(ref: Any) -> bool:
+    return jax.typeof(ref.ref if hasattr(ref, "transforms") else ref).memory_space == plgpu.SMEM
+
+
+@functools.cache
+def _takes_index() -> bool:
+    """Whether loads want an index beside the ref, as in jax 0.10."""
+    index = inspect.signature(_load).parameters.get("idx")
+    return index is not None and index.default is inspect.Parameter.empty
 
 
 # --- Products ---------------------------------------------------------------------------------------------------------

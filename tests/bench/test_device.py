@@ -16,22 +16,20 @@ from attnlab.bench.device import Case, measured, time_cases
 FACTS = {"device": "this", "code": "1"}
 
 
-def clock(run, number):
-    return run(number)
+def clock(milliseconds):
+    return milliseconds
 
 
 def case(name, prepare, library="ours"):
-    return Case(
-        name, library, "forward", flops=1e9, tokens=1000, prepare=prepare, numbers=2, clock=clock, most_error=0.1
-    )
+    return Case(name, library, "forward", flops=1e9, tokens=1000, prepare=prepare, clock=clock, most_error=0.1)
 
 
 def right():
-    return lambda number: 2.0 + number, lambda: {"out": 0.01}
+    return [(2.0,), (3.0,)], lambda: {"out": 0.01}
 
 
 def wrong():
-    return lambda number: 1.0, lambda: {"out": 0.01, "query": float("nan")}
+    return [(1.0,)], lambda: {"out": 0.01, "query": float("nan")}
 
 
 def missing():

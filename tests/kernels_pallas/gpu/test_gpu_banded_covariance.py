@@ -1,4 +1,5 @@
-"""Covariances under the weights of banded flash attention: values and gradients, simulated, against float64."""
+"""Covariances under the weights of banded flash attention: values and gradients, simulated or on a card, against
+float64."""
 
 import functools
 
@@ -104,13 +105,13 @@ QUICK = ("one tile",)
 
 
 @pytest.mark.parametrize("case", slow_but(QUICK, CASES))
-def test_equals_float64(case, simulated):
+def test_equals_float64(case, on_gpu):
     pattern, options = CASES[case]
     arrays, scale = draw(pattern.queries, **options), SCALE.get(case, 0.125)
     *tokens, _ = arrays
     means, want, _, _ = reference(*arrays, sees=sees_of(pattern), scale=scale)
     dtype = tokens[0].dtype.type
-    got = simulated(banded_covariance, *tokens, *kept_of(means, dtype), pattern=pattern, scale=scale)
+    got = on_gpu(banded_covariance, *tokens, *kept_of(means, dtype), pattern=pattern, scale=scale)
     assert got.dtype == jnp.float32
     assert_near(got, want, EXACT[dtype])
 
@@ -119,7 +120,7 @@ QUICK_GRADIENTS = ("one tile",)
 
 
 @pytest.mark.parametrize("case", slow_but(QUICK_GRADIENTS, [case for case in CASES if "far from 0" not in case]))
-def test_gradients_equal_float64(case, simulated):
+def test_gradients_equal_float64(case, on_gpu):
     pattern, options = CASES[case]
     arrays, scale = draw(pattern.queries, **options), SCALE.get(case, 0.125)
     *tokens, gradient = arrays
@@ -127,9 +128,9 @@ def test_gradients_equal_float64(case, simulated):
     dtype = tokens[0].dtype.type
     kept = *kept_of(means, dtype), jnp.asarray(out, jnp.float32)
     run = jax.jit(functools.partial(banded_covariance_gradients, pattern=pattern))
-    got = simulated(run, *tokens, *kept, gradient, scale=jnp.float32(scale))
+    got = on_gpu(run, *tokens, *kept, gradient, scale=jnp.float32(scale))
     if case not in QUICK_GRADIENTS:  # the same bits again
-        again = simulated(run, *tokens, *kept, gradient, scale=jnp.float32(scale))
+        again = on_gpu(run, *tokens, *kept, gradient, scale=jnp.float32(scale))
         for a, b in zip(got, again, strict=True):
             np.testing.assert_array_equal(a, b)
     shares = [ROUNDED[dtype]] * 3 + [EXACT[dtype]] + [ROUNDED[dtype]]
@@ -140,25 +141,25 @@ def test_gradients_equal_float64(case, simulated):
 
 
 @pytest.mark.slow
-def test_rows_of_very_different_sizes_keep_their_digits_in_float16(simulated):
+def test_rows_of_very_different_sizes_keep_their_digits_in_float16(on_gpu):
     """Directions of conjugate gradients, of which some have converged."""
     pattern = causal(200, 150)
     arrays = draw(200, spread=6.0, heads=2, dtype=jnp.float16)
     *tokens, gradient = arrays
     means, want, wants, _ = reference(*arrays, sees=sees_of(pattern), scale=0.125)
     kept = kept_of(means, jnp.float16)
-    got = simulated(banded_covariance, *tokens, *kept, pattern=pattern, scale=0.125)
+    got = on_gpu(banded_covariance, *tokens, *kept, pattern=pattern, scale=0.125)
     sizes = np.linalg.norm(tokens[3], axis=-1, keepdims=True)
     assert_near(got / sizes, want / sizes, EXACT[jnp.float16])
     kept = *kept, jnp.asarray(want, jnp.float32)
     run = functools.partial(banded_covariance_gradients, pattern=pattern, scale=0.125)
-    to_direction = simulated(run, *tokens, *kept, gradient)[3]
+    to_direction = on_gpu(run, *tokens, *kept, gradient)[3]
     sizes = np.linalg.norm(gradient, axis=-1, keepdims=True)
     assert_near(to_direction / sizes, wants[3] / sizes, EXACT[jnp.float16])
 
 
 @pytest.mark.slow
-def test_queries_without_keys_and_key_tiles_that_nobody_sees(simulated):
+def test_queries_without_keys_and_key_tiles_that_nobody_sees(on_gpu):
     """Those hold NaN here: they are not read. (The first one stands in the lists of queries that see none.)"""
     starts, ends = np.zeros(384, int), np.zeros(384, int)
     starts[130:140], ends[130:140] = 256, 300  # the second query tile sees a part of the third key tile; others nothing
@@ -169,12 +170,12 @@ def test_queries_without_keys_and_key_tiles_that_nobody_sees(simulated):
     unseen = (jnp.arange(384) // 128 == 1)[:, None, None]
     key, value = (jnp.where(unseen, jnp.nan, x) for x in (key, value))
     kept = kept_of(means, jnp.bfloat16)
-    got = simulated(banded_covariance, query, key, value, direction, *kept, pattern=pattern, scale=0.125)
+    got = on_gpu(banded_covariance, query, key, value, direction, *kept, pattern=pattern, scale=0.125)
     sees = (np.arange(384) >= 130) & (np.arange(384) < 140)
     assert np.all(got[:, ~sees] == 0)
     assert_near(got, out, EXACT[jnp.bfloat16])
     run = functools.partial(banded_covariance_gradients, pattern=pattern, scale=0.125)
-    gradients = simulated(run, query, key, value, direction, *kept, got, gradient)
+    gradients = on_gpu(run, query, key, value, direction, *kept, got, gradient)
     for number in (0, 3):
         assert np.all(gradients[number][:, ~sees] == 0)
         assert_near(gradients[number], wants[number], ROUNDED[jnp.bfloat16])
@@ -185,7 +186,7 @@ def test_queries_without_keys_and_key_tiles_that_nobody_sees(simulated):
 
 
 @pytest.mark.slow
-def test_boxes(simulated):
+def test_boxes(on_gpu):
     along = lambda query: (query - 3, query + 4)  # noqa: E731
     pattern = Boxes([(along, 16), (along, 16)], (16, 8))
     arrays = draw(256, heads=2)
@@ -198,26 +199,26 @@ def test_boxes(simulated):
     ]
     means, want, wants, _ = reference(*arrays, sees=inside[0] & inside[1], scale=0.125)
     kept = kept_of(means, jnp.bfloat16)
-    assert_near(simulated(banded_covariance, *tokens, *kept, pattern=pattern, scale=0.125), want, EXACT[jnp.bfloat16])
+    assert_near(on_gpu(banded_covariance, *tokens, *kept, pattern=pattern, scale=0.125), want, EXACT[jnp.bfloat16])
     kept = *kept, jnp.asarray(want, jnp.float32)
-    got = simulated(banded_covariance_gradients, *tokens, *kept, gradient, pattern=pattern, scale=0.125)
+    got = on_gpu(banded_covariance_gradients, *tokens, *kept, gradient, pattern=pattern, scale=0.125)
     for a, b in list(zip(got, wants, strict=True))[:4]:
         assert_near(a, b, ROUNDED[jnp.bfloat16])
 
 
 @pytest.mark.slow
-def test_under_vmap_scan_and_remat(simulated):
+def test_under_vmap_scan_and_remat(on_gpu):
     pattern = causal(130, 100)
     *tokens, _ = arrays = draw(130)
     means, *_ = reference(*arrays, sees=sees_of(pattern), scale=0.125)
     arguments = *tokens, *kept_of(means, jnp.bfloat16)
     run = functools.partial(banded_covariance, pattern=pattern, scale=0.125)
-    want = simulated(run, *arguments)
+    want = on_gpu(run, *arguments)
     batched = [jnp.stack([x, x]) for x in arguments]
-    many = simulated(jax.vmap(run), *batched)
-    scanned = simulated(lambda *args: jax.lax.scan(lambda _, x: (0, jax.checkpoint(run)(*x)), 0, args)[1], *batched)
-    for each in (*many, *scanned):
-        np.testing.assert_array_equal(each, want)
+    many = on_gpu(jax.vmap(run), *batched)
+    scanned = on_gpu(lambda *args: jax.lax.scan(lambda _, x: (0, jax.checkpoint(run)(*x)), 0, args)[1], *batched)
+    for each in (*many, *scanned):  # on a card, what XLA prepares for the kernel is rounded in another order
+        np.testing.assert_allclose(each, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 def structs(dtype, dims, pattern, heads=4, key_heads=2):

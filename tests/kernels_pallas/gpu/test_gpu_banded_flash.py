@@ -85,7 +85,7 @@ def in_float64(tree):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients_equal_the_reference_s(case, simulated):
+def test_values_and_gradients_equal_the_reference_s(case, on_gpu):
     attend, arrays = draw_case(case)
     epsilon = EPSILON[arrays[0].dtype.type]
     rng = np.random.default_rng(1)
@@ -96,7 +96,7 @@ def test_values_and_gradients_equal_the_reference_s(case, simulated):
 
     shapes = jax.eval_shape(functools.partial(attend, implementation="reference"), *arrays)
     cotangents = tuple(jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in shapes)
-    got = simulated(run, arrays, cotangents, "pallas_gpu")
+    got = on_gpu(run, arrays, cotangents, "pallas_gpu")
     with jax.enable_x64(True):
         expected = run(in_float64(arrays), in_float64(cotangents), "reference")
     assert_near(got, expected, arrays, epsilon)
@@ -120,7 +120,7 @@ def assert_near(got, expected, arrays, epsilon):
     np.testing.assert_allclose(gradients[3], right[3], rtol=0, atol=atol)
 
 
-def test_a_full_tile_and_an_edge_equal_the_dense_form(simulated):
+def test_a_full_tile_and_an_edge_equal_the_dense_form(on_gpu):
     """128 queries that see 128 keys and the earlier ones of 128 more, where jax_enable_x64 is set."""
     query, (_, key, value) = draw_arrays(128, heads=1)[0], draw_arrays(256)
     rng = np.random.default_rng(3)
@@ -141,7 +141,7 @@ def test_a_full_tile_and_an_edge_equal_the_dense_form(simulated):
 
     arrays = query, key, value, jnp.float32(0.2)
     with jax.enable_x64(True):
-        got = simulated(jax.jit(run), *arrays)
+        got = on_gpu(jax.jit(run), *arrays)
         want, transpose = jax.vjp(dense, *in_float64(arrays))
         assert_near(got, (want, transpose(in_float64(cotangents))), arrays, EPSILON[jnp.bfloat16])
 
@@ -174,7 +174,7 @@ MECHANISMS = {  # function of query, key and value, lengths of queries and keys
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MECHANISMS)
-def test_mechanisms_equal_the_reference(name, simulated):
+def test_mechanisms_equal_the_reference(name, on_gpu):
     """Of the same dtype: what routing takes in depends on how it is rounded."""
     attend, queries, keys = MECHANISMS[name]
     query, key, value = draw_arrays(queries)[0], *draw_arrays(keys, key_heads=2 if "routing" in name else 1)[1:]
@@ -187,7 +187,7 @@ def test_mechanisms_equal_the_reference(name, simulated):
 
         return jax.grad(loss, has_aux=True)(arrays)
 
-    got = simulated(run, (query, key, value), "pallas_gpu")
+    got = on_gpu(run, (query, key, value), "pallas_gpu")
     want = jax.jit(run, static_argnums=1)((query, key, value), "reference")
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.dtype == b.dtype
@@ -203,7 +203,7 @@ def some_queries_pattern():
 
 
 @pytest.mark.slow
-def test_queries_without_keys_give_zeros_and_unread_tiles_may_be_nan(simulated):
+def test_queries_without_keys_give_zeros_and_unread_tiles_may_be_nan(on_gpu):
     query, key, value = draw_arrays(384, heads=1)
     unseen = ((jnp.arange(384) >= 128) & (jnp.arange(384) < 256))[:, None, None]
     key, value = (jnp.where(unseen, jnp.nan, x) for x in (key, value))
@@ -214,7 +214,7 @@ def test_queries_without_keys_give_zeros_and_unread_tiles_may_be_nan(simulated):
         ones = jnp.ones_like(out), jnp.ones_like(lse)
         return out, lse, *banded_flash_gradients(query, key, value, out, lse, *ones, **options)
 
-    (first, again) = (simulated(form, query, key, value) for form in (run, jax.jit(run)))
+    (first, again) = (on_gpu(form, query, key, value) for form in (run, jax.jit(run)))
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
     out, lse, by_query, by_key, by_value, by_scale = first
@@ -232,7 +232,7 @@ def test_queries_without_keys_give_zeros_and_unread_tiles_may_be_nan(simulated):
 
 
 @pytest.mark.slow
-def test_slopes_in_float16_neither_overflow_nor_vanish(simulated):
+def test_slopes_in_float16_neither_overflow_nor_vanish(on_gpu):
     """dout . v is up to 60 x 1000 x 64, and in a second run 2^-13 times as large."""
     query, key, value = draw_arrays(128, heads=1, dtype=jnp.float16)
     value = (value * 250).astype(jnp.float16)
@@ -246,7 +246,7 @@ def test_slopes_in_float16_neither_overflow_nor_vanish(simulated):
 
     for factor in (2.0**4, 2.0**-9):
         arrays = query, key, value, (cotangent * factor).astype(jnp.float16)
-        got = simulated(run, *arrays)
+        got = on_gpu(run, *arrays)
         q, k, v, d = (np.asarray(x[0, :, 0], np.float64) for x in arrays)
         logits = np.where(np.tri(128, dtype=bool), q @ k.T * 2.0**-12, -np.inf)
         weights = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Parallax in one pass: values and gradients, simulated, against float64."""
+"""Parallax in one pass: values and gradients, simulated or on a card, against float64."""
 
 import functools
 
@@ -100,7 +100,7 @@ QUICK = ("one tile",)
 
 
 @pytest.mark.parametrize("case", slow_but(QUICK, CASES))
-def test_values_and_gradients_equal_float64(case, simulated):
+def test_values_and_gradients_equal_float64(case, on_gpu):
     pattern, options = CASES[case]
     arrays, scale = draw(pattern.queries, **options), SCALE.get(case, 0.125)
     *tokens, gradient = arrays
@@ -115,9 +115,9 @@ def test_values_and_gradients_equal_float64(case, simulated):
             return results, ()
         return results, banded_parallax_gradients(*tokens, *results, gradient, pattern=pattern, scale=scale)
 
-    results, gradients = simulated(run, *arrays, scale=jnp.float32(scale))
+    results, gradients = on_gpu(run, *arrays, scale=jnp.float32(scale))
     if case not in QUICK:  # the same bits again
-        again = simulated(run, *arrays, scale=jnp.float32(scale))
+        again = on_gpu(run, *arrays, scale=jnp.float32(scale))
         for a, b in zip(jax.tree.leaves((results, gradients)), jax.tree.leaves(again), strict=True):
             np.testing.assert_array_equal(a, b)
     out, lse, slope, mean = results
@@ -136,19 +136,19 @@ def test_values_and_gradients_equal_float64(case, simulated):
 
 
 @pytest.mark.slow
-def test_a_query_without_keys_gives_zero(simulated):
+def test_a_query_without_keys_gives_zero(on_gpu):
     starts, ends = np.zeros(256, int), np.zeros(256, int)
     starts[130:140], ends[130:140] = 20, 100
     pattern = Intervals(lambda query: (starts[query], ends[query]), 256, 256)
     arrays = draw(256)
     *tokens, gradient = arrays
     wants, of_wants, _ = reference(arrays, pattern=pattern, scale=0.125)
-    results = simulated(banded_parallax, *tokens, pattern=pattern, scale=0.125)
+    results = on_gpu(banded_parallax, *tokens, pattern=pattern, scale=0.125)
     sees = ends > 0
     assert np.all(results[0][:, ~sees] == 0)
     assert np.all(results[1][:, ~sees] == -np.inf)
     assert_near(results[0], wants[0], TOLERANCE[jnp.bfloat16])
-    got = simulated(banded_parallax_gradients, *tokens, *results, gradient, pattern=pattern, scale=0.125)
+    got = on_gpu(banded_parallax_gradients, *tokens, *results, gradient, pattern=pattern, scale=0.125)
     for a, b in zip(got[:4], of_wants[:4], strict=True):
         assert_near(a, b, TOLERANCE[jnp.bfloat16])
 

@@ -1,4 +1,4 @@
-"""A token's attention to a cache, simulated, against float64."""
+"""A token's attention to a cache, simulated or on a card, against float64."""
 
 import functools
 
@@ -52,39 +52,39 @@ QUICK = ("one part",)
 
 
 @pytest.mark.parametrize("case", slow_but(QUICK, CASES))
-def test_equals_float64(case, simulated):
+def test_equals_float64(case, on_gpu):
     slots, options, scale = CASES[case]
     arrays = draw(slots, **options)
     run = jax.jit(functools.partial(cached_flash_attention, scale=scale))
-    got = simulated(run, *arrays)
+    got = on_gpu(run, *arrays)
     want = reference(*arrays, scale=scale)
     tolerance = TOLERANCE[arrays[0].dtype.type]
     assert got.dtype == arrays[0].dtype
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=tolerance, atol=tolerance)
     if case not in QUICK:
-        np.testing.assert_array_equal(got, simulated(run, *arrays))
+        np.testing.assert_array_equal(got, on_gpu(run, *arrays))
 
 
 @pytest.mark.slow
-def test_slots_past_the_last_in_use_are_not_read_and_no_slot_gives_zero(simulated):
+def test_slots_past_the_last_in_use_are_not_read_and_no_slot_gives_zero(on_gpu):
     query, key, value, visible, used = draw(256, batch=2, used=100)
     unread = (jnp.arange(256) >= 128)[:, None, None]
     holes = [jnp.where(unread, jnp.nan, x) for x in (key, value)]
     visible = visible.at[1].set(False)
-    got = simulated(cached_flash_attention, query, *holes, visible, used, scale=jnp.float32(0.2))
+    got = on_gpu(cached_flash_attention, query, *holes, visible, used, scale=jnp.float32(0.2))
     assert np.all(got[1] == 0)
     want = reference(query, key, value, visible, used, scale=0.2)
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.slow
-def test_under_vmap_and_scan(simulated):
+def test_under_vmap_and_scan(on_gpu):
     arrays = draw(72)
     run = functools.partial(cached_flash_attention, scale=0.125)
-    want = simulated(run, *arrays)
+    want = on_gpu(run, *arrays)
     batched = [jnp.stack([x, x]) for x in arrays]
-    many = simulated(jax.vmap(run), *batched)
-    scanned = simulated(lambda *args: jax.lax.scan(lambda _, x: (0, run(*x)), 0, args)[1], *batched)
+    many = on_gpu(jax.vmap(run), *batched)
+    scanned = on_gpu(lambda *args: jax.lax.scan(lambda _, x: (0, run(*x)), 0, args)[1], *batched)
     for each in (*many, *scanned):
         np.testing.assert_array_equal(each, want)
 

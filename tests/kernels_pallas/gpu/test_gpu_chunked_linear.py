@@ -138,9 +138,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", slow_but(("gated delta",), CASES))
-def test_values_states_and_gradients_equal_the_recurrence_s(case, simulated):
+def test_values_states_and_gradients_equal_the_recurrence_s(case, on_gpu):
     arrays, cotangents = draw(**CASES[case])
-    got, gradients = simulated(jax.jit(values_and_gradients), arrays, cotangents)
+    got, gradients = on_gpu(jax.jit(values_and_gradients), arrays, cotangents)
     want, wanted = recurrence(arrays, cotangents)
     forward, backward = (x * (REPEATED if "keys" in CASES[case] else 1) for x in TOLERANCE[arrays[0].dtype.type])
     assert got[0].dtype == arrays[0].dtype
@@ -149,42 +149,42 @@ def test_values_states_and_gradients_equal_the_recurrence_s(case, simulated):
 
 
 @pytest.mark.slow
-def test_states_are_dropped_exactly(simulated):
+def test_states_are_dropped_exactly(on_gpu):
     """Behind a reset nothing is left of what came before, not even where that is huge."""
     for decay, delta in VARIANTS[2:]:
         arrays, _ = draw(140, decay=decay, delta=delta, resets=(30, 64, 100), heads=1, key_heads=1)
         query, key, value, *rest, state = arrays
         before = jnp.arange(140)[:, None, None] < 100
         huge = (query, key, jnp.where(before, 2.0**40 * value, value), *rest, 2.0**40 * state)
-        (out, last), (large_out, large_last) = (simulated(chunked_linear_attention, *each) for each in (arrays, huge))
+        (out, last), (large_out, large_last) = (on_gpu(chunked_linear_attention, *each) for each in (arrays, huge))
         np.testing.assert_array_equal(out[:, 100:], large_out[:, 100:])
         np.testing.assert_array_equal(last, large_last)
 
 
 @pytest.mark.slow
-def test_two_runs_give_the_same_bits(simulated):
+def test_two_runs_give_the_same_bits(on_gpu):
     arrays, cotangents = draw(70, decay="channel", delta=True, heads=2, key_heads=1)
-    runs = [simulated(jax.jit(values_and_gradients), arrays, cotangents) for _ in range(2)]
+    runs = [on_gpu(jax.jit(values_and_gradients), arrays, cotangents) for _ in range(2)]
     for a, b in zip(*map(jax.tree.leaves, runs), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.slow
-def test_a_split_sequence_gives_what_the_whole_gives(simulated):
+def test_a_split_sequence_gives_what_the_whole_gives(on_gpu):
     arrays, _ = draw(128, decay="token", delta=True, heads=1, key_heads=1)
     *tokens, state = arrays
     first, second = ([x[:, part] for x in tokens] for part in (slice(0, 64), slice(64, 128)))
-    out, last = simulated(chunked_linear_attention, *arrays)
-    before, middle = simulated(chunked_linear_attention, *first, state)
-    after, resumed = simulated(chunked_linear_attention, *second, middle)
+    out, last = on_gpu(chunked_linear_attention, *arrays)
+    before, middle = on_gpu(chunked_linear_attention, *first, state)
+    after, resumed = on_gpu(chunked_linear_attention, *second, middle)
     np.testing.assert_array_equal(out, jnp.concatenate([before, after], axis=1))
     np.testing.assert_array_equal(last, resumed)
 
 
 @pytest.mark.slow
-def test_outputs_may_be_float32(simulated):
+def test_outputs_may_be_float32(on_gpu):
     arrays, cotangents = draw(70, heads=1, key_heads=1)
-    out, _ = simulated(functools.partial(chunked_linear_attention, out_dtype=jnp.float32), *arrays)
+    out, _ = on_gpu(functools.partial(chunked_linear_attention, out_dtype=jnp.float32), *arrays)
     (want, _), _ = recurrence(arrays, cotangents)
     assert out.dtype == jnp.float32
     assert_near(out, want, TOLERANCE[jnp.bfloat16][0])
@@ -209,7 +209,7 @@ MECHANISM = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MECHANISM)
-def test_the_mechanism_gives_the_reference_s_values_and_gradients(case, simulated):
+def test_the_mechanism_gives_the_reference_s_values_and_gradients(case, on_gpu):
     arrays, options = MECHANISM[case]
     weights = jnp.asarray(np.random.default_rng(1).normal(size=arrays["query"].shape), jnp.float32)
 
@@ -220,7 +220,7 @@ def test_the_mechanism_gives_the_reference_s_values_and_gradients(case, simulate
 
         return jax.grad(loss, has_aux=True)(arrays)
 
-    got = simulated(run, arrays, "pallas_gpu")
+    got = on_gpu(run, arrays, "pallas_gpu")
     want = jax.jit(functools.partial(run, implementation="reference"))(arrays)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))

@@ -1,4 +1,4 @@
-"""A token of linear attention, simulated, against float64."""
+"""A token of linear attention, simulated or on a card, against float64."""
 
 import jax
 import jax.numpy as jnp
@@ -48,24 +48,24 @@ QUICK = ("two rows side by side",)
 
 
 @pytest.mark.parametrize("case", slow_but(QUICK, CASES))
-def test_equals_float64(case, simulated):
+def test_equals_float64(case, on_gpu):
     features, value_dim, options = CASES[case]
     arrays = draw(features, value_dim, **options)
-    results = simulated(jax.jit(linear_step), *arrays)
+    results = on_gpu(jax.jit(linear_step), *arrays)
     for got, want in zip(results, reference(*arrays)):
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    for got, again in zip(results, simulated(jax.jit(linear_step), *arrays)):
+    for got, again in zip(results, on_gpu(jax.jit(linear_step), *arrays)):
         np.testing.assert_array_equal(got, again)
 
 
 @pytest.mark.slow
-def test_under_vmap_and_scan(simulated):
+def test_under_vmap_and_scan(on_gpu):
     arrays = draw(8, 128, decays=True, delta=True)
-    want = simulated(linear_step, *arrays)
+    want = on_gpu(linear_step, *arrays)
     batched = [jnp.stack([x, x]) for x in arrays]
-    many = simulated(jax.vmap(linear_step), *batched)
-    scanned = simulated(lambda *args: jax.lax.scan(lambda _, x: (0, linear_step(*x)), 0, args)[1], *batched)
+    many = on_gpu(jax.vmap(linear_step), *batched)
+    scanned = on_gpu(lambda *args: jax.lax.scan(lambda _, x: (0, linear_step(*x)), 0, args)[1], *batched)
     for results in (many, scanned):
         for got, wanted in zip(results, want):
             np.testing.assert_array_equal(got, jnp.stack([wanted, wanted]))

@@ -1,4 +1,4 @@
-"""A small language model trains with the kernels inside, simulated."""
+"""A small language model trains with the kernels inside, simulated or on a card."""
 
 import functools
 
@@ -48,7 +48,7 @@ def losses(mixer, implementation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_losses_are_those_of_xla_s_form(mixer, simulated):
-    got, want = simulated(losses, MIXERS[mixer], "pallas_gpu"), losses(MIXERS[mixer], "xla")
+def test_losses_are_those_of_xla_s_form(mixer, on_gpu):
+    got, want = on_gpu(losses, MIXERS[mixer], "pallas_gpu"), losses(MIXERS[mixer], "xla")
     assert got[2] < got[1] < got[0]
     np.testing.assert_allclose(got, want, rtol=2e-3)

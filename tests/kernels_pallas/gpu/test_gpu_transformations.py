@@ -1,4 +1,4 @@
-"""Kernels inside jit, vmap, scan and shard_map, simulated: values and gradients are those without.
+"""Kernels inside jit, vmap, scan and shard_map, simulated or on a card: values and gradients are those without.
 
 JAX differentiates no effects inside jax.checkpoint, and a simulation has some: under remat kernels are only lowered.
 """
@@ -66,9 +66,9 @@ def values_and_gradients(call):
 @pytest.mark.slow
 @pytest.mark.parametrize("transformation", [in_jit, in_vmap, in_scan, in_shard_map])
 @pytest.mark.parametrize("name", CALLS)
-def test_a_kernel_gives_what_it_gives_without(name, transformation, simulated):
+def test_a_kernel_gives_what_it_gives_without(name, transformation, on_gpu):
     function = values_and_gradients(CALLS[name])
-    got, want = simulated(transformation(function), *arrays()), simulated(function, *arrays())
+    got, want = on_gpu(transformation(function), *arrays()), on_gpu(function, *arrays())
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         x, y = (np.asarray(z, np.float32) for z in (x, y))
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-2 * np.abs(y).max())
