@@ -301,12 +301,14 @@ def _tokamax(problem: Problem, passes: str) -> Prepared:
     return _of_jax(problem, attend, passes)
 
 
+_GATED_DELTA = ("query", "key", "value", "log_decay", "beta")
+
+
 def _jax_linear_attention(problem: Problem, passes: str) -> Prepared:
     library: Any = importlib.import_module("jla.ops.mosaic_gpu.gated_delta_rule")
 
     def attend(arrays: Arrays) -> jax.Array:
-        query, key, value, log_decay, beta = arrays.values()
-        return library.gated_delta_rule(query, key, value, log_decay, beta)[0]
+        return library.gated_delta_rule(*(arrays[name] for name in _GATED_DELTA))[0]
 
     return _of_jax(problem, attend, passes)
 
@@ -375,7 +377,8 @@ def _fla(problem: Problem, passes: str, module: str, function: str) -> Prepared:
 
     def tensors() -> list[Any]:
         found = []
-        for name, shape in shapes.items():
+        for name in _GATED_DELTA:
+            shape = shapes[name]
             dtype = torch.bfloat16 if shape.dtype == jnp.bfloat16 else torch.float32
             x = torch.randn(shape.shape, device="cuda", dtype=torch.float32)
             if name == "key":

@@ -174,18 +174,18 @@ def _body(band: Band, step: int, stages: int) -> Any:
             column = columns_ref[in_lists, tile, lax.div(number, np.int32(parts))]
             return column * np.int32(TILE) + lax.rem(number, np.int32(parts)) * np.int32(step)
 
-        def fetch(number: Array, slot: Array, barrier: Any) -> None:
-            rows = pl.ds(first_key(number), step)
+        def fetch(first: Array, slot: Array, barrier: Any) -> None:
+            rows = pl.ds(first, step)
             plgpu.copy_gmem_to_smem(key_ref.at[batch, rows, key_head], key_s.at[slot], barrier)
             plgpu.copy_gmem_to_smem(value_ref.at[batch, rows, key_head], value_s.at[slot], barrier)
             if key_table is not None:
                 one = batch if key_table.shape[0] > 1 else np.int32(0)
                 plgpu.copy_gmem_to_smem(key_table.at[one, :, rows], numbers_s.at[slot], barrier)
 
-        ring = Ring(fetch, count, ready, free, stages)
-        ring.start()
         mine = pl.ds(first, ROWS)
         plgpu.copy_gmem_to_smem(query_ref.at[batch, mine, head], query_s.at[warpgroup], query_ready.at[warpgroup])
+        ring = Ring(fetch, count, ready, free, stages, first_key)
+        ring.start()
         numbers = []
         if query_table is not None:
             numbers = numbers_of(query_table.at[batch if query_table.shape[0] > 1 else np.int32(0), :, mine], 0)

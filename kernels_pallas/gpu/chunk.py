@@ -123,8 +123,12 @@ class Call:
         [B, T', N, F'], and the decay over each chunk, [B, N, chunks, F']. The arguments are tokens()."""
         shape = (self.batch, self.chunks, CHUNK, self.heads, self.features)
         decay = log_decay.reshape(shape)
-        sums = jnp.cumsum(decay, axis=2)
-        after = jnp.swapaxes(_sums_after(jnp.swapaxes(decay, 2, -1)), 2, -1)
+        # Sums as products of float32: XLA's own sums take its GPU several times as long as all that is made of them.
+        earlier = jnp.tri(CHUNK, dtype=jnp.float32)
+        sums, after = (
+            jnp.einsum("CD,BkDNF->BkCNF", ones, decay, precision=lax.Precision.HIGHEST)
+            for ones in (earlier, 1 - earlier)
+        )
         into, onward = (jnp.exp(x).reshape(query.shape) for x in (sums, after))
         key = jnp.repeat(key, self.group, axis=2)
         arrays = [

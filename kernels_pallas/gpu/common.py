@@ -238,15 +238,17 @@ def store(ref: Any, value: Array) -> None:
 class Ring(NamedTuple):
     """Slots of shared memory that warpgroup 0 fills with what comes next, and all warpgroups read.
 
-    fetch(number, slot, barrier): issues the copies of that number into a slot. count: how many there are. ready, free:
-    barriers per slot, of as many arrivals as there are copies, and warpgroups; a warpgroup alone needs no `free`.
+    fetch(place, slot, barrier): issues the copies of what is at find(number), by default the number, into a slot.
+    count: how many there are. ready, free: barriers per slot, of as many arrivals as there are copies, and warpgroups;
+    a warpgroup alone needs no `free`.
     """
 
-    fetch: Callable[[Array, Array, Any], None]
+    fetch: Callable[[Any, Array, Any], None]
     count: Any
     ready: Any
     free: Any
     slots: int
+    find: Callable[[Array], Any] = lambda number: number
 
     def slot(self, number: Array) -> Array:
         return lax.rem(number, jnp.int32(self.slots))
@@ -256,15 +258,18 @@ class Ring(NamedTuple):
 
         @pl.when(lax.axis_index("warpgroup") == 0)
         def _() -> None:
-            for number in range(self.slots):
+            # All are looked up before the first is waited for.
+            last = jnp.maximum(self.count - 1, 0)
+            places = [self.find(jnp.minimum(jnp.int32(number), last)) for number in range(self.slots)]
+            for number, place in enumerate(places):
 
                 @pl.when(number < self.count)
-                def _(number: int = number) -> None:
-                    self._fetch(jnp.int32(number))
+                def _(number: int = number, place: Any = place) -> None:
+                    self._fetch(jnp.int32(number), place)
 
-    def _fetch(self, number: Array) -> None:
+    def _fetch(self, number: Array, place: Any) -> None:
         slot = self.slot(number)
-        self.fetch(number, slot, self.ready.at[slot])
+        self.fetch(place, slot, self.ready.at[slot])
 
     def wait(self, number: Array) -> None:
         """Until that number is there."""
@@ -278,7 +283,7 @@ class Ring(NamedTuple):
 
             @pl.when(number + self.slots < self.count)
             def _() -> None:
-                self._fetch(number + self.slots)
+                self._fetch(number + self.slots, self.find(number + self.slots))
 
             return
         plgpu.barrier_arrive(self.free.at[slot])
@@ -289,7 +294,7 @@ class Ring(NamedTuple):
 
             @pl.when(number + self.slots < self.count)
             def _() -> None:
-                self._fetch(number + self.slots)
+                self._fetch(number + self.slots, self.find(number + self.slots))
 
 
 def barriers(slots: int, arrivals: int) -> Any:

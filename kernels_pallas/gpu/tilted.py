@@ -383,7 +383,7 @@ def _body(
         heads = np.int32(group if by_key else 1)
         full_steps, count = heads * num_full, heads * num_all
 
-        def place(number: Array) -> tuple[Array, Array]:
+        def find(number: Array) -> tuple[Array, Array]:
             """(head, first token) of what moves: for every head the tiles seen in full, then for every head others."""
             of_head, item = (head if by_key else lax.div(head, np.int32(group))), number
             if by_key and group > 1:
@@ -395,9 +395,8 @@ def _body(
             column = columns_ref[in_lists, tile, lax.div(item, np.int32(parts))]
             return of_head, column * np.int32(TILE) + lax.rem(item, np.int32(parts)) * np.int32(STEP)
 
-        def fetch(number: Array, slot: Array, barrier: Any) -> None:
-            of_head, token = place(number)
-            rows = pl.ds(token, STEP)
+        def fetch(place: tuple[Array, Array], slot: Array, barrier: Any) -> None:
+            of_head, rows = place[0], pl.ds(place[1], STEP)
             for ref, s in zip(moving_refs, moving_s, strict=True):
                 plgpu.copy_gmem_to_smem(ref.at[batch, rows, of_head], s.at[slot], barrier)
             if by_key:
@@ -406,12 +405,12 @@ def _body(
                 one = batch if moving_table.shape[0] > 1 else np.int32(0)
                 plgpu.copy_gmem_to_smem(moving_table.at[one, :, rows], table_s.at[slot], barrier)
 
-        ring = Ring(fetch, count, ready, free, stages)
-        ring.start()
         first = tile * np.int32(TILE) + warpgroup * np.int32(ROWS)
         mine = pl.ds(first, ROWS)
         for ref, s in zip(own_refs, own_s, strict=True):
             plgpu.copy_gmem_to_smem(ref.at[batch, mine, head], s.at[warpgroup], own_ready.at[warpgroup])
+        ring = Ring(fetch, count, ready, free, stages, find)
+        ring.start()
         own_numbers: list[Array] = []
         if own_table is not None:
             own_numbers = numbers_of(own_table.at[batch if own_table.shape[0] > 1 else np.int32(0), :, mine], 0)
@@ -435,7 +434,7 @@ def _body(
                 sees = None
                 if masked:
                     others = [] if table_s is None else numbers_of(table_s.at[slot], 1)
-                    sides = [Side(0, first + here, own_numbers), Side(1, place(number)[1], others)]
+                    sides = [Side(0, first + here, own_numbers), Side(1, find(number)[1], others)]
                     sees = functools.partial(band.visible, sides[own_axis], sides[1 - own_axis], shape)
                 step = Step(
                     [s.at[warpgroup + here] for s in own_s],
