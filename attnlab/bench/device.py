@@ -1,8 +1,8 @@
 """Times on an accelerator, unattended: cases are checked, timed, and kept as they come; the same command continues.
 
-A case runs in a process that runs others too, until one of them crashes or gives no answer: then its row says so, and
-the others continue in a new process. A case of ours is timed only if its values and gradients, on fresh random inputs,
-are those of the reference in float64.
+Several processes compile and check a case each, which are then timed one after the other. A process serves until one of
+its cases crashes or gives no answer: then the row says so, and a new process continues with others. A case of ours is
+timed only if its values and gradients, on fresh random inputs, are those of the reference in float64.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ from typing import Any
 from attnlab import signals
 from attnlab.errors import UserError
 
-_MOST_SECONDS = 60.0  # that a case may take, with what it compiles
+_MOST_SECONDS = 120.0  # that a case may take to compile and to be checked, beside the others, and to be timed
+_PROCESSES = 6  # as many cases are in the device's memory
 _LEAST_RUNS, _MOST_RUNS, _TIMED_SECONDS = 20, 1000, 0.5
 
 
@@ -43,7 +44,7 @@ class Case:
       prepare: -> (calls, errors). calls: a function and its arguments, for as many sets of inputs as keep each out of
         the cache until it is used again. errors() -> {array: largest difference from the reference, over its largest
         number}; None for other libraries.
-      clock: (function, *arguments) -> milliseconds on the device.
+      clock: (function, *arguments) -> milliseconds on the device, in all and by kernel.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Case:
     flops: float
     tokens: int
     prepare: Callable[[], Prepared]
-    clock: Callable[..., float]
+    clock: Callable[..., tuple[float, Mapping[str, float]]]
     most_error: float = 0.0
 
     @property
@@ -60,8 +61,9 @@ class Case:
         return self.name, self.library, self.passes
 
 
-def measured(case: Case) -> dict[str, Any]:
-    """{"ms": median, "low", "high": quartiles, "runs", "errors"} of a case, or {"error": why it has no time}."""
+def measured(case: Case, ready: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """{"ms": median, "low", "high": quartiles, "runs", "errors", "kernels": milliseconds by name} of a case, or
+    {"error": why it has no time}. ready: called between what may run beside other cases and what may not."""
     try:
         calls, errors = case.prepare()
         found = errors() if errors is not None else {}
@@ -69,16 +71,19 @@ def measured(case: Case) -> dict[str, Any]:
             raise Wrong(", ".join(f"{name} is off by {error:.1e}" for name, error in wrong.items()))
         for call in calls:
             case.clock(*call)
+        ready()
         times: list[float] = []
+        kernels: Mapping[str, float] = {}
         end = time.monotonic() + _TIMED_SECONDS
         while len(times) < _LEAST_RUNS or (len(times) < _MOST_RUNS and time.monotonic() < end):
-            times.append(case.clock(*calls[len(times) % len(calls)]))
+            milliseconds, kernels = case.clock(*calls[len(times) % len(calls)])
+            times.append(milliseconds)
     except ImportError as error:
         return {"error": f"missing: {error.name}"}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     low, middle, high = statistics.quantiles(times, n=4)
-    return {"ms": middle, "low": low, "high": high, "runs": len(times), "errors": found}
+    return {"ms": middle, "low": low, "high": high, "runs": len(times), "errors": found, "kernels": dict(kernels)}
 
 
 def time_cases(
@@ -100,21 +105,25 @@ def time_cases(
     done = {(row["name"], row["library"], row["passes"]) for row in rows_of(path, facts)}
     left = [case.key for case in cases() if case.key not in done]
     start, total = time.monotonic(), len(left)
-    worker: _Worker | None = None
+    workers: list[_Worker] = []
     try:
         while left and time.monotonic() - start < budget:
-            worker = worker or _Worker(cases)
-            key = left.pop(0)
-            row = worker.measured(key)
-            if row.get("lost"):
-                worker = None
-            name, library, passes = key
-            with path.open("a") as file:
-                file.write(json.dumps({"name": name, "library": library, "passes": passes, **facts, **row}) + "\n")
-            shown = f"{row['ms']:.3f} ms" if "ms" in row else row["error"]
-            report(f"[{total - len(left)}/{total}] {name}, {passes}, {library}: {shown}")
+            batch, left = left[:_PROCESSES], left[_PROCESSES:]
+            workers = [worker for worker in workers if worker.serves]
+            workers += [_Worker(cases) for _ in batch[len(workers) :]]
+            for worker, key in zip(workers, batch):
+                worker.begin(key)
+            for worker, _ in zip(workers, batch):
+                worker.wait()
+            for number, (worker, key) in enumerate(zip(workers, batch), total - len(left) - len(batch) + 1):
+                row = worker.row()
+                name, library, passes = key
+                with path.open("a") as file:
+                    file.write(json.dumps({"name": name, "library": library, "passes": passes, **facts, **row}) + "\n")
+                shown = f"{row['ms']:.3f} ms" if "ms" in row else row["error"]
+                report(f"[{number}/{total}] {name}, {passes}, {library}: {shown}")
     finally:
-        if worker is not None:
+        for worker in workers:
             worker.end()
     return len(left)
 
@@ -130,8 +139,11 @@ def rows_of(path: Path, facts: Mapping[str, str]) -> list[dict[str, Any]]:
     return [row for row in rows if all(row.get(name) == value for name, value in facts.items())]
 
 
+_READY, _GO = "ready", "go"
+
+
 class _Worker:
-    """A process that measures the cases it is asked for."""
+    """A process that measures the cases it is asked for: begin(), wait() until it may be timed, row()."""
 
     def __init__(self, cases: Callable[[], Sequence[Case]]):
         context = multiprocessing.get_context("spawn")
@@ -139,36 +151,57 @@ class _Worker:
         self._process = context.Process(target=_serve, args=(other, cases), daemon=True)
         self._process.start()
         other.close()
+        self._found: Any = None
+        self._end = 0.0
+        self.serves = True
 
-    def measured(self, key: tuple[str, str, str]) -> dict[str, Any]:
-        """The row; with "lost", where the process is of no more use."""
+    def begin(self, key: tuple[str, str, str]) -> None:
+        self._connection.send(key)
+        self._end = time.monotonic() + _MOST_SECONDS
+
+    def wait(self) -> None:
+        self._found = self._received()
+
+    def row(self) -> dict[str, Any]:
+        if self._found == _READY:
+            self._connection.send(_GO)
+            self._end = time.monotonic() + _MOST_SECONDS
+            self._found = self._received()
+        return self._found
+
+    def _received(self) -> Any:
         with signals.with_helpers(self._process.kill, self._process.join):
-            self._connection.send(key)
             try:
-                if self._connection.poll(_MOST_SECONDS):
+                if self._connection.poll(max(0.0, self._end - time.monotonic())):
                     return self._connection.recv()
                 reason = f"no answer in {_MOST_SECONDS:.0f} seconds"
             except (EOFError, ConnectionError):
                 self._process.join(10)
                 reason = f"its process ended with {self._process.exitcode}"
         self.end()
-        return {"error": reason, "lost": True}
+        return {"error": reason}
 
     def end(self) -> None:
+        self.serves = False
         self._process.kill()
         self._process.join()
         self._connection.close()
 
 
 def _serve(connection: Any, cases: Callable[[], Sequence[Case]]) -> None:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # other libraries use the same device
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the others use the same device
     by_key = {case.key: case for case in cases()}
+
+    def ready() -> None:
+        connection.send(_READY)
+        connection.recv()
+
     while True:
         try:
             key = connection.recv()
         except EOFError:
             return
-        connection.send(measured(by_key[key]))
+        connection.send(measured(by_key[key], ready))
 
 
 def code_digest(*packages: str) -> str:

@@ -5,6 +5,7 @@ that it sees, 2.5 times that of its gradients; of a token of a recurrence 4 H V,
 tiles, recomputed logits and inverses of chunks are not in them, so that shares of the peak compare forms of all kinds.
 """
 
+import collections
 import dataclasses
 import functools
 import importlib
@@ -30,17 +31,20 @@ _MOST_ERROR = 3e-2
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """make(key, tokens) -> arrays. attend(arrays, implementation) -> the output. flops(tokens): of a forward.
+    """make(key, batch, tokens, heads) -> arrays. attend(arrays, implementation) -> the output. flops(tokens): of a
+    forward.
 
-    batch, tokens: as it is timed. facts: what other libraries are told of it.
+    batch, tokens, heads: as it is timed. small: tokens of two heads, by which it is checked. facts: what other
+    libraries are told of it.
     """
 
     name: str
-    make: Callable[[jax.Array, int, int], dict[str, jax.Array]]
+    make: Callable[[jax.Array, int, int, int], dict[str, jax.Array]]
     attend: Callable[[Arrays, str | None], jax.Array]
     flops: Callable[[int], float]
     tokens: int
     batch: int = 1
+    heads: int = _HEADS
     small: int = _SMALL
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -51,11 +55,11 @@ def _normal(key: jax.Array, *shape: int) -> jax.Array:
 
 def _softmax(name: str, attend: Callable[..., jax.Array], pairs: Callable[[int], float], **options: Any) -> Problem:
     """pairs(tokens): of a query and a key that it sees, of one head."""
-    heads, head_dim = options.pop("heads", _HEADS), options.pop("head_dim", _HEAD_DIM)
+    head_dim = options.pop("head_dim", _HEAD_DIM)
     names, space = options.pop("names", ("query", "key", "value")), options.pop("space", None)
     products = options.pop("products", 1)
 
-    def make(key: jax.Array, batch: int, tokens: int) -> dict[str, jax.Array]:
+    def make(key: jax.Array, batch: int, tokens: int, heads: int) -> dict[str, jax.Array]:
         axes = (tokens,) if space is None else space(tokens)
         keys = jax.random.split(key, len(names))
         return {name: _normal(one, batch, *axes, heads, head_dim) for name, one in zip(names, keys)}
@@ -63,18 +67,16 @@ def _softmax(name: str, attend: Callable[..., jax.Array], pairs: Callable[[int],
     def call(arrays: Arrays, implementation: str | None) -> jax.Array:
         return attend(**arrays, implementation=implementation)
 
-    batch = options.get("batch", 1)
-    return Problem(name, make, call, lambda tokens: 4 * products * head_dim * heads * batch * pairs(tokens), **options)
+    each = 4 * products * head_dim * _HEADS * options.get("batch", 1)
+    return Problem(name, make, call, lambda tokens: each * pairs(tokens), **options)
 
 
 def _window_pairs(window: int) -> Callable[[int], float]:
     return lambda tokens: min(window, tokens) * (tokens - (min(window, tokens) - 1) / 2)
 
 
-def _linear(
-    name: str, *, decay: str | None = None, delta: bool = False, heads: int = _HEADS, **options: Any
-) -> Problem:
-    def make(key: jax.Array, batch: int, tokens: int) -> dict[str, jax.Array]:
+def _linear(name: str, *, decay: str | None = None, delta: bool = False, **options: Any) -> Problem:
+    def make(key: jax.Array, batch: int, tokens: int, heads: int) -> dict[str, jax.Array]:
         keys = jax.random.split(key, 5)
         query, key_, value = (_normal(one, batch, tokens, heads, _HEAD_DIM) for one in keys[:3])
         # Keys of length one, with which the delta rule is stable.
@@ -91,16 +93,15 @@ def _linear(
         given: Any = arrays
         return attnlab.linear_attention(**given, implementation=implementation)
 
-    batch = options.get("batch", 1)
-    products = 6 if delta else 4
-    return Problem(name, make, attend, lambda tokens: products * _HEAD_DIM**2 * heads * batch * tokens, **options)
+    each = (6 if delta else 4) * _HEAD_DIM**2 * options.get("heads", _HEADS) * options.get("batch", 1)
+    return Problem(name, make, attend, lambda tokens: each * tokens, **options)
 
 
 def _agents(name: str, attend: Callable[..., jax.Array], agents: int, tokens: int) -> Problem:
-    def make(key: jax.Array, batch: int, tokens: int) -> dict[str, jax.Array]:
+    def make(key: jax.Array, batch: int, tokens: int, heads: int) -> dict[str, jax.Array]:
         keys = jax.random.split(key, 4)
-        arrays = {n: _normal(k, batch, tokens, _HEADS, _HEAD_DIM) for n, k in zip(("query", "key", "value"), keys)}
-        return arrays | {"agents": _normal(keys[3], batch, agents, _HEADS, _HEAD_DIM)}
+        arrays = {n: _normal(k, batch, tokens, heads, _HEAD_DIM) for n, k in zip(("query", "key", "value"), keys)}
+        return arrays | {"agents": _normal(keys[3], batch, agents, heads, _HEAD_DIM)}
 
     def call(arrays: Arrays, implementation: str | None) -> jax.Array:
         return attend(**arrays, implementation=implementation)
@@ -214,8 +215,12 @@ def _prepare(problem: Problem, implementation: str, passes: str) -> Prepared:
     return calls, lambda: _errors(problem, implementation, jax.random.fold_in(key, 1), passes)
 
 
+def _timed(problem: Problem, key: jax.Array) -> dict[str, jax.Array]:
+    return problem.make(key, problem.batch, problem.tokens, problem.heads)
+
+
 def _calls(problem: Problem, attend: Callable[[Arrays], jax.Array], key: jax.Array, passes: str) -> list[Any]:
-    make = jax.jit(lambda key: problem.make(key, problem.batch, problem.tokens))
+    make = jax.jit(functools.partial(_timed, problem))
     sets = [make(one) for one in jax.random.split(key, _numbers(problem))]
     if passes == "forward":
         compiled = jax.jit(attend)
@@ -227,7 +232,7 @@ def _calls(problem: Problem, attend: Callable[[Arrays], jax.Array], key: jax.Arr
 
 def _errors(problem: Problem, implementation: str, key: jax.Array, passes: str) -> dict[str, float]:
     """Values, or gradients, beside the reference in float64 on the same inputs."""
-    arrays = problem.make(key, 1, problem.small)
+    arrays = problem.make(key, 1, problem.small, 2)
 
     def results(arrays: Arrays, implementation: str) -> dict[str, jax.Array]:
         out, pull = jax.vjp(lambda arrays: problem.attend(arrays, implementation), arrays)
@@ -258,21 +263,25 @@ def _profiler() -> Any:
     return None if milliseconds is None else profiler.measure
 
 
-def clock(function: Callable[..., Any], *arguments: Any) -> float:
-    """Milliseconds on the device of a jitted function, by CUPTI; else until the results are there."""
+def clock(function: Callable[..., Any], *arguments: Any) -> tuple[float, dict[str, float]]:
+    """Milliseconds on the device of a jitted function, by CUPTI, which knows its kernels; else until the results are
+    there."""
     measure = _profiler()
     if measure is not None:
-        return float(measure(function)(*arguments)[1])
+        kernels: collections.Counter[str] = collections.Counter()
+        for name, milliseconds in measure(function, aggregate=False)(*arguments)[1]:
+            kernels[name] += milliseconds
+        return kernels.total(), dict(kernels)
     start = time.perf_counter()
     jax.block_until_ready(function(*arguments))
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (time.perf_counter() - start), {}
 
 
 def _numbers(problem: Problem) -> int:
     """Sets of inputs that are together twice as large as the cache."""
-    shapes = jax.eval_shape(lambda: problem.make(jax.random.key(0), problem.batch, problem.tokens))
+    shapes = jax.eval_shape(functools.partial(_timed, problem), jax.random.key(0))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-    return max(2, min(8, -(-2 * _CACHE // size)))
+    return min(8, -(-2 * _CACHE // size))
 
 
 # --- Other libraries --------------------------------------------------------------------------------------------------
@@ -320,7 +329,7 @@ def _of_jax(problem: Problem, attend: Callable[[Arrays], jax.Array], passes: str
 def _torch_sets(problem: Problem, passes: str) -> tuple[Any, list[list[Any]]]:
     """torch, and tensors [B, N, T, H] of the problem's shapes."""
     torch: Any = importlib.import_module("torch")
-    shapes = jax.eval_shape(lambda: problem.make(jax.random.key(0), problem.batch, problem.tokens))
+    shapes = jax.eval_shape(functools.partial(_timed, problem), jax.random.key(0))
 
     def tensor(shape: Any) -> Any:
         batch, heads, head_dim = shape.shape[0], shape.shape[-2], shape.shape[-1]
@@ -373,7 +382,7 @@ def _torch_flex(problem: Problem, passes: str) -> Prepared:
 def _fla(problem: Problem, passes: str, module: str, function: str) -> Prepared:
     torch: Any = importlib.import_module("torch")
     attend: Any = getattr(importlib.import_module(module), function)
-    shapes = jax.eval_shape(lambda: problem.make(jax.random.key(0), problem.batch, problem.tokens))
+    shapes = jax.eval_shape(functools.partial(_timed, problem), jax.random.key(0))
 
     def tensors() -> list[Any]:
         found = []
@@ -393,7 +402,7 @@ def _fla(problem: Problem, passes: str, module: str, function: str) -> Prepared:
     return _of_torch(lambda *x: attend(*x)[0], [tensors() for _ in range(_numbers(problem))], passes)
 
 
-def torch_clock(function: Callable[..., Any], *arguments: Any) -> float:
+def torch_clock(function: Callable[..., Any], *arguments: Any) -> tuple[float, dict[str, float]]:
     """Milliseconds between two events on the device."""
     torch: Any = importlib.import_module("torch")
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -402,11 +411,11 @@ def torch_clock(function: Callable[..., Any], *arguments: Any) -> float:
     function(*arguments)
     end.record()
     torch.cuda.synchronize()
-    return float(start.elapsed_time(end))
+    return float(start.elapsed_time(end)), {}
 
 
 # (library, the kinds of problems that it serves, (problem, passes) -> what a Case prepares, its clock)
-_OTHERS: list[tuple[str, set[str], Callable[[Problem, str], Prepared], Callable[..., float]]] = [
+_OTHERS: list[tuple[str, set[str], Callable[[Problem, str], Prepared], Callable[..., Any]]] = [
     ("jax.nn, cudnn", {"dense", "window"}, lambda problem, passes: _jax_nn(problem, "cudnn", passes), clock),
     ("jax.nn, xla", {"dense"}, lambda problem, passes: _jax_nn(problem, "xla", passes), clock),
     ("tokamax", {"dense", "window"}, _tokamax, clock),

@@ -17,7 +17,7 @@ FACTS = {"device": "this", "code": "1"}
 
 
 def clock(milliseconds):
-    return milliseconds
+    return milliseconds, {"kernel": milliseconds}
 
 
 def case(name, prepare, library="ours"):
@@ -57,6 +57,7 @@ def test_a_case_is_timed_after_it_is_checked():
     assert (row["ms"], row["low"], row["high"]) == (2.5, 2.0, 3.0)
     assert row["runs"] >= 20
     assert row["errors"] == {"out": 0.01}
+    assert row["kernels"] in ({"kernel": 2.0}, {"kernel": 3.0})
 
 
 def test_what_is_wrong_or_missing_has_no_time():
@@ -135,7 +136,7 @@ def test_the_check_passes_what_is_right_and_sees_what_is_not(name, passes):
     """By the XLA form, in bfloat16."""
     problem = dataclasses.replace(PROBLEMS[name], small=1024 if "window" in name else 144)
     errors = gpu_cases._errors(problem, "xla", jax.random.key(0), passes)
-    assert set(errors) == ({"out"} if passes == "forward" else set(problem.make(jax.random.key(0), 1, 256)))
+    assert set(errors) == ({"out"} if passes == "forward" else set(problem.make(jax.random.key(0), 1, 256, 2)))
     assert max(errors.values()) < gpu_cases._MOST_ERROR
 
     def halved(arrays, implementation):
