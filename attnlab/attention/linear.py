@@ -354,6 +354,8 @@ def _finite(inputs: LinearInputs) -> LinearInputs:
 
 def _state_is_spoilt(state: LinearState) -> Array:
     """bool [B, N]"""
+    # Most states are zeros, which XLA would look through one by one while it compiles: seconds, for a large batch.
+    state = jax.lax.optimization_barrier(jax.lax.stop_gradient(state))
     spoilt = is_spoilt(state.kv.reshape(*state.kv.shape[:2], -1))
     return spoilt if state.k_sum is None else spoilt | is_spoilt(state.k_sum)
 
