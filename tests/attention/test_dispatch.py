@@ -29,7 +29,7 @@ def test_explain_gives_the_choice_by_platform():
     assert chosen.refused == {}
     assert str(chosen).splitlines() == [
         "local_attention: pallas_tpu on tpu, xla elsewhere",
-        f"  pallas_gpu is not a default: no card has checked it with jax {jax.__version__}",
+        f"  pallas_gpu is not a default: bench --device gpu has not checked it on a card with jax {jax.__version__}",
     ]
     (chosen,) = explain(dot_product_attention, LINE, LINE, LINE, bias=jax.ShapeDtypeStruct((1, 1, 1, 40), jnp.float32))
     assert dict(chosen.by_platform) == {"every platform": "xla"}

@@ -19,8 +19,11 @@ Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 # The platform names of lax.platform_dependent.
 _KERNEL_PLATFORM = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
-# (primitive, version of jax) whose GPU kernels a card has checked. The others run when they are asked for by name.
-_CHECKED_ON_A_CARD: frozenset[tuple[str, str]] = frozenset()
+# (primitive, version of jax) whose GPU kernels `attnlab bench --device gpu` has checked on a card, as they are now, and
+# found faster than XLA (experiments/results/bench/h100.md). The others run when they are asked for by name.
+_CHECKED_ON_A_CARD = frozenset(
+    (primitive, "0.11.2") for primitive in ("dot_product_attention", "local_attention", "parallax_attention")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +161,7 @@ def _no_default(primitive: str, name: str) -> str | None:
     """Why a kernel runs only if it is named."""
     if name != "pallas_gpu" or (primitive, jax.__version__) in _CHECKED_ON_A_CARD:
         return None
-    return f"no card has checked it with jax {jax.__version__}"
+    return f"bench --device gpu has not checked it on a card with jax {jax.__version__}"
 
 
 def _unplaced(arrays: Sequence[Any]) -> str | None:
