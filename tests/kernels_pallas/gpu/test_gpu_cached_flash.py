@@ -97,9 +97,8 @@ LOWERED = [
 
 
 @pytest.mark.parametrize(("dtype", "dims"), LOWERED)
-@pytest.mark.parametrize("wide", slow_but([True], [False, True]))
-def test_is_lowered_for_a_gpu(dtype, dims, wide):
-    with jax.enable_x64(wide):
+def test_is_lowered_for_a_gpu(dtype, dims):
+    with jax.enable_x64(dtype == jnp.float16):
         arrays = draw(1000, heads=8, key_heads=2, dims=dims, dtype=dtype)
         run = functools.partial(cached_flash_attention, scale=0.1)
         exported = export.export(jax.jit(run), platforms=["cuda"])(*arrays)
