@@ -201,6 +201,11 @@ def folder_in_the_way(path):
     return ["ablate", SWEEP, "--workdir", str(path / "out"), "--cache", str(path / "file" / "runs"), *TINY]
 
 
+def dangling_link(path):
+    (path / "link").symlink_to(path / "nothing")
+    return ["train", LM, "--workdir", str(path / "link"), *TINY]
+
+
 def other_run(path):
     (path / "run.json").write_text(json.dumps({"LanguageModel.depth": "7"}))
     return ["train", LM, "--workdir", str(path), *TINY]
@@ -270,6 +275,12 @@ MISTAKES = {
         "no file or folder /no/such/file",
     ),
     "unwritable workdir": (file_in_the_way, "cannot write to"),
+    "a link to nothing": (dangling_link, "is a link to nothing; give another --workdir"),
+    "a name that is no text": (lambda path: ["train", LM, "--workdir", str(path / "a\udcff")], "need a name in UTF-8"),
+    "a sweep's name that is no text": (
+        lambda path: ["ablate", SWEEP, "--workdir", str(path / "a\udcff")],
+        "need a name in UTF-8",
+    ),
     "unwritable cache": (folder_in_the_way, "cannot write to"),
     "no processes": (lambda path: ["ablate", SWEEP, "--processes", "0"], "processes: got 0; need at least 1"),
     "another run's workdir": (other_run, "holds a run with"),

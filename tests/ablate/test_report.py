@@ -527,3 +527,10 @@ def test_the_page_needs_nothing_beside_it(seen):
     page, _ = seen
     for address in ("http://", "https://", "<script", "<link", "@import"):
         assert address not in page.replace("http://www.w3.org/", "")  # names of SVG's own
+
+
+def test_every_table_scrolls(seen):
+    page, _ = seen
+    assert page.count("<table") > 1
+    assert len(re.findall(r'<div class="scroll"( tabindex="0")?><table', page)) == page.count("<table")
+    assert re.search(r"\.scroll \{ overflow-x: auto;", page)

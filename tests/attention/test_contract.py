@@ -300,3 +300,18 @@ def outcome_of(mechanism, arrays, options):
             return jax.eval_shape(call, traced)
         except Exception as error:
             return error
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_numpy_s_integers_are_options(name):
+    mechanism = MECHANISMS[name]
+    arrays = mechanism.inputs()
+
+    def as_numpy(option):
+        if isinstance(option, tuple):
+            return tuple(map(as_numpy, option))
+        return np.int64(option) if isinstance(option, int) and not isinstance(option, bool) else option
+
+    options = {name: as_numpy(option) for name, option in mechanism.options.items()}
+    function = functools.partial(mechanism.function, **options, implementation="xla")
+    jax.eval_shape(lambda arrays: mechanism.result(function(**arrays)), arrays)
