@@ -1,10 +1,8 @@
 """Attention whose positions devices share, beside one device: values, gradients, and what the devices exchange."""
 
-import collections
 import functools
 import importlib.util
 import re
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +11,21 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from marks import slow_but
+from parts import (
+    COUNTED,
+    SHARED,
+    WHOLE,
+    Case,
+    assert_alike,
+    assert_equals_one_device,
+    collectives,
+    mesh_of,
+    normal,
+    placed,
+    qkv,
+    specs_of,
+    with_gradients,
+)
 
 from attnlab import (
     AgentState,
@@ -33,38 +46,6 @@ from attnlab import (
 from attnlab.attention._dispatch import exchange
 from attnlab.catalog import MECHANISMS
 from kernels_pallas.aot.compile import topology_devices
-
-SHARED, WHOLE = P(None, "context"), P()
-COUNTED = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng((seed, *shape)).standard_normal(shape, np.float32)
-
-
-def qkv(*space, heads=4, key_heads=2, keys=None, batch=2, spoilt=False):
-    """spoilt: a key and a query are not finite."""
-    keys = keys or space
-    arrays = {
-        "query": normal(batch, *space, heads, 8, seed=1),
-        "key": normal(batch, *keys, key_heads, 8, seed=2),
-        "value": normal(batch, *keys, key_heads, 6, seed=3),
-    }
-    if spoilt:
-        arrays["key"][1, keys[0] // 2, ..., 1, 3] = np.nan
-        arrays["query"][0, 3, ..., 2, 0] = np.inf
-    return arrays
-
-
-class Case(NamedTuple):
-    """exchanged: the collectives of the forward, of 8 devices. specs: of arrays that are not shared on axis 1."""
-
-    call: Any
-    arrays: dict[str, Any]
-    exchanged: dict[str, int]
-    specs: dict[str, P] = {}  # noqa: RUF012
-    results: Any = SHARED
-
 
 SUMS, SUMS_OF_POOLED = {"all-reduce": 2}, {"all-reduce": 3}
 GATHERED, SWAPPED = {"all-gather": 1}, {"all-to-all": 2}
@@ -244,41 +225,10 @@ _UNEVEN = {  # keys that eight devices do not divide are whole on each
 _QUICK = {"local", "linear, gated delta", "axial"}
 
 
-def with_gradients(call):
-    """arrays -> (results, gradients of a weighted sum of what is finite in them)."""
-
-    def loss(floating, arrays):
-        results = call(**arrays | floating)
-        weighted = (
-            jnp.sum(jnp.where(jnp.isfinite(x), x, 0) * normal(*x.shape, seed=9)) for x in jax.tree.leaves(results)
-        )
-        return sum(weighted), results
-
-    def run(arrays):
-        floating = {name: x for name, x in arrays.items() if jax.tree.leaves(x)[0].dtype == np.float32}
-        gradients, results = jax.grad(loss, has_aux=True)(floating, arrays)
-        return results, gradients
-
-    return run
-
-
 @functools.cache
 def of_one_device(name):
     case = CASES[name]
     return jax.jit(with_gradients(case.call))(case.arrays)
-
-
-def mesh_of(count, kind=AxisType.Auto):
-    return jax.make_mesh((count,), ("context",), axis_types=(kind,), devices=jax.devices()[:count])
-
-
-def specs_of(case):
-    return {name: case.specs.get(name, SHARED) for name in case.arrays}
-
-
-def placed(case, mesh):
-    specs = specs_of(case)
-    return {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in case.arrays.items()}
 
 
 def mapped(case, mesh, check_vma):
@@ -320,30 +270,9 @@ def test_without_a_shard_map_no_axis_is_shared():
         pass
 
 
-def collectives(call, arrays):
-    text = jax.jit(lambda arrays: call(**arrays)).lower(arrays).compile().as_text()
-    return dict(collections.Counter(re.findall(COUNTED, text)))
-
-
-def assert_alike(got, want):
-    """To 2e-5 of the largest number, and not finite alike."""
-
-    def alike(x, y):
-        size = max(1, np.abs(y, where=np.isfinite(y), out=np.zeros_like(y)).max())
-        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * size)
-
-    jax.tree.map(alike, got, jax.tree.map(np.asarray, want))
-
-
 @pytest.mark.parametrize("name", slow_but(_QUICK, CASES))
 def test_equals_one_device_by_these_exchanges(name):
-    case, mesh = CASES[name], mesh_of(8)
-    arrays = placed(case, mesh)
-    with jax.set_mesh(mesh):
-        got = jax.jit(with_gradients(case.call))(arrays)
-        assert collectives(case.call, arrays) == case.exchanged
-    assert_alike(got, of_one_device(name))
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got[1]))
+    assert_equals_one_device(CASES[name])
 
 
 @pytest.mark.slow

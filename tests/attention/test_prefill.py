@@ -7,29 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from marks import slow_but
+from prompts import (
+    ARRAYS,
+    BATCH,
+    HEAD_DIM,
+    HEADS,
+    KEY_HEADS,
+    TOKENS,
+    VALUE_DIM,
+    assert_leaves_what_steps_leave,
+    normal,
+)
 
 import attnlab as A
 
-TOKENS, LENGTHS = 11, np.array([11, 0, 1, 6], np.int32)
-BATCH, HEADS, KEY_HEADS, HEAD_DIM, VALUE_DIM = len(LENGTHS), 4, 2, 4, 3
-_rng = np.random.default_rng(0)
-
-
-def _normal(*shape):
-    return _rng.normal(size=shape)
-
-
-ARRAYS = {
-    "query": _normal(BATCH, TOKENS, HEADS, HEAD_DIM),
-    "key": _normal(BATCH, TOKENS, KEY_HEADS, HEAD_DIM),
-    "value": _normal(BATCH, TOKENS, KEY_HEADS, VALUE_DIM),
-}
 GATES = {
-    "log_decay": -np.abs(_normal(BATCH, TOKENS, HEADS)),
-    "beta": np.abs(_normal(BATCH, TOKENS, HEADS)).clip(0, 1) / HEAD_DIM,
+    "log_decay": -np.abs(normal(BATCH, TOKENS, HEADS)),
+    "beta": np.abs(normal(BATCH, TOKENS, HEADS)).clip(0, 1) / HEAD_DIM,
 }
-AGENTS = _normal(3, HEADS, HEAD_DIM)
-CENTROIDS = _normal(HEADS, 3, HEAD_DIM)
+AGENTS = normal(3, HEADS, HEAD_DIM)
+CENTROIDS = normal(HEADS, 3, HEAD_DIM)
 STATE = A.RoutingState(CENTROIDS, np.ones((HEADS, 3)), CENTROIDS)
 
 
@@ -58,7 +55,7 @@ def routing(window, **options):
 def linear(gates=(), fixed=None, **options):
     """From a state that is not empty."""
     state = A.init_linear_cache(BATCH, HEADS, HEAD_DIM, VALUE_DIM, **options, dtype=np.float64)
-    state = jax.tree.map(lambda x: np.abs(_normal(*x.shape)), state)
+    state = jax.tree.map(lambda x: np.abs(normal(*x.shape)), state)
     options = {**options, **(fixed or {})}
 
     def fill(state, lengths, **arrays):
@@ -108,39 +105,7 @@ QUICK = {"local, sinks", "dilated", "linear, taylor2 with decays"}
 def test_a_prompt_leaves_the_cache_that_steps_leave(case):
     with jax.enable_x64(True):
         cache, fill, step, gates = CACHES[case]()
-        arrays = ARRAYS | gates
-
-        @jax.jit
-        def by_steps(cache, arrays):
-            def token(cache, now):
-                out, cache = step(cache, **{name: x[:, None] for name, x in now.items()})
-                return cache, (out[:, 0], cache)
-
-            _, (outs, caches) = jax.lax.scan(token, cache, {n: jnp.moveaxis(x, 1, 0) for n, x in arrays.items()})
-            return outs, jax.tree.map(lambda first, later: jnp.concatenate([first[None], later]), cache, caches)
-
-        outs, caches = by_steps(cache, arrays)
-        padding = np.arange(TOKENS)[None] >= LENGTHS[:, None]
-        spoilt = {
-            name: np.where(padding.reshape(*padding.shape, *(1,) * (x.ndim - 2)), np.nan, x)
-            for name, x in arrays.items()
-        }
-        for lengths in (LENGTHS, None):
-            result = jax.jit(fill)(cache, **(arrays if lengths is None else spoilt), lengths=lengths)
-            counts = np.full(BATCH, TOKENS) if lengths is None else lengths
-            out, got = (None, result) if hasattr(result, "_fields") else result
-
-            def after(leaf, counts=counts):
-                return leaf[counts, np.arange(BATCH)] if leaf.ndim > 1 else leaf[counts]
-
-            # What keys and values are copied into equals, bit for bit; of a state's row without tokens, see below.
-            tolerance, rows = (0, slice(None)) if out is None else (1e-12, counts > 0)
-            for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(jax.tree.map(after, caches)), strict=True):
-                assert x.dtype == y.dtype
-                x = np.broadcast_to(x, y.shape)  # a count for all rows
-                np.testing.assert_allclose(x[rows], y[rows], rtol=tolerance, atol=tolerance)
-            for row, count in enumerate(counts if out is not None else ()):
-                np.testing.assert_allclose(out[row, :count], outs[:count, row], rtol=1e-12, atol=1e-12)
+        assert_leaves_what_steps_leave(cache, fill, step, ARRAYS | gates)
 
 
 @pytest.mark.parametrize("case", slow_but({"agent"}, ["agent", "linear", "linear, elu"]))
