@@ -10,6 +10,8 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from attnlab import positions_over
+
 SHARED, WHOLE = P(None, "context"), P()
 COUNTED = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 
@@ -88,8 +90,27 @@ def assert_alike(got, want):
     jax.tree.map(alike, got, jax.tree.map(np.asarray, want))
 
 
+def mapped(case, mesh, check_vma):
+    """The call as another project's jax.shard_map has it."""
+
+    def own_part(arrays):
+        with positions_over("context"):
+            return case.call(**arrays)
+
+    own = jax.shard_map(own_part, mesh=mesh, in_specs=(specs_of(case),), out_specs=case.results, check_vma=check_vma)
+    return lambda **arrays: own(arrays)
+
+
 def assert_equals_one_device(case):
-    """On eight devices: values and gradients, by these exchanges."""
+    """On eight devices, in shard_map too: values and gradients, by these exchanges."""
+    assert_equals_by_exchanges(case)
+    mesh = mesh_of(8)
+    got = jax.jit(with_gradients(mapped(case, mesh, check_vma=True)))(placed(case, mesh))
+    assert_alike(got, jax.jit(with_gradients(case.call))(case.arrays))
+
+
+def assert_equals_by_exchanges(case):
+    """On eight devices that a call sees as one."""
     mesh = mesh_of(8)
     arrays = placed(case, mesh)
     with jax.set_mesh(mesh):

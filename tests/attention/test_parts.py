@@ -17,13 +17,13 @@ from parts import (
     WHOLE,
     Case,
     assert_alike,
-    assert_equals_one_device,
+    assert_equals_by_exchanges,
     collectives,
+    mapped,
     mesh_of,
     normal,
     placed,
     qkv,
-    specs_of,
     with_gradients,
 )
 
@@ -231,17 +231,6 @@ def of_one_device(name):
     return jax.jit(with_gradients(case.call))(case.arrays)
 
 
-def mapped(case, mesh, check_vma):
-    """The call as another project's jax.shard_map has it."""
-
-    def own_part(arrays):
-        with positions_over("context"):
-            return case.call(**arrays)
-
-    own = jax.shard_map(own_part, mesh=mesh, in_specs=(specs_of(case),), out_specs=case.results, check_vma=check_vma)
-    return lambda **arrays: own(arrays)
-
-
 @pytest.mark.parametrize(
     ("name", "space_axis", "message"),
     [
@@ -272,7 +261,7 @@ def test_without_a_shard_map_no_axis_is_shared():
 
 @pytest.mark.parametrize("name", slow_but(_QUICK, CASES))
 def test_equals_one_device_by_these_exchanges(name):
-    assert_equals_one_device(CASES[name])
+    assert_equals_by_exchanges(CASES[name])
 
 
 @pytest.mark.slow
