@@ -63,7 +63,7 @@ _SPARE_BYTES = 1024  # of shared memory, for barriers
 _LOG2_E = np.float32(np.log2(np.e))
 # Rows of the table of numbers that belong to a query, and places of the numbers that belong to a call.
 _LSE, _DELTA = range(2)
-_FACTOR, _SHRINK, _GROW = range(3)
+_FACTOR, _SHRINK, _GROW, _UNSEEN = range(4)
 
 
 class _Plan(NamedTuple):
@@ -169,7 +169,7 @@ def banded_flash_gradients(
     numbers = jnp.stack([finite_lse * _LOG2_E, delta * shrink], axis=1).astype(jnp.float32)
     numbers = jnp.pad(jnp.moveaxis(numbers, 3, 1), ((0, 0),) * 3 + ((0, band.query_tiles * TILE - query.shape[1]),))
     operands = [
-        jnp.concatenate([factor, shrink[None], factor / (_LOG2_E * shrink)]),
+        jnp.concatenate([factor, shrink[None], factor / (_LOG2_E * shrink), sign[None] * MASKED]),
         band.queries(query),
         band.queries(out_gradient.astype(query.dtype)),
         band.keys(key),
@@ -487,7 +487,7 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
                     )
                     queries = Side(1, first_query(number), () if table is None else numbers_in_turn(table, 1))
                     sees = band.visible(queries, Side(0, first + here, coordinates), shape)
-                    logits = jnp.where(sees, logits, MASKED)  # before lse is read: fewer numbers at once
+                    logits = jnp.where(sees, logits, scalars[_UNSEEN])  # before lse is read: fewer numbers at once
                 weights = jnp.exp2(logits * factor - spread(_LSE))
                 # One product after the other: what is live at once fits into the registers.
                 if of_values:
