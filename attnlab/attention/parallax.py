@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention import local, masks
+from attnlab.attention import dot_product, local, masks
 from attnlab.attention._dispatch.choice import Implementations, dispatch
 from attnlab.attention._dispatch.exchange import Parts, over_positions
 from attnlab.attention._dispatch.primitive import primitive
@@ -34,7 +34,7 @@ from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, s
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax_weights import SoftmaxWeights, check_window, dense_weights
 from attnlab.attention.dot_product import DotProductCache
-from attnlab.attention.local_linear import append, blocked_weights, ring_weights
+from attnlab.attention.local_linear import append, blocked_weights
 
 Array = jax.Array
 
@@ -82,7 +82,7 @@ def parallax_attention(
 
     def parted(parts: Parts, query: Array, key: Array, value: Array, probe: Array) -> Array:
         if window is None:
-            return _by_weights(ring_weights(parts, implementation), query, key, value, probe, **settings)
+            return _in_ring(parts, query, key, value, probe, is_causal, settings["scale"], implementation)
         axis = masks.AxisWindow(parts.many * query.shape[1], window, is_causal=is_causal)
 
         def in_stretch(query: Array, probe: Array, key: Array, value: Array) -> Array:
@@ -128,6 +128,27 @@ def _by_weights(
     attention = weights(query, key, value, scale=scale, is_causal=is_causal, window=window)
     probe = probe.astype(accumulator_dtype(query, key))
     return (attention.value_mean() - attention.value_covariance(probe)).astype(query.dtype)
+
+
+def _in_ring(
+    parts: Parts,
+    query: Array,
+    key: Array,
+    value: Array,
+    probe: Array,
+    is_causal: bool,
+    scale: Any,
+    implementation: str | None,
+) -> Array:
+    """Each device's queries over the keys of all parts: means and, as their derivative, covariances, in one pass."""
+    each = functools.partial(dispatch, "dot_product_attention", dot_product.IMPLEMENTATIONS, implementation)
+    dtype = accumulator_dtype(query, key)
+
+    def mean(query: Array) -> Array:
+        return dot_product.in_ring(each, is_causal, 1.0, parts, query, key, value)[0]
+
+    means, covariances = jax.jvp(mean, (scale * query.astype(dtype),), (probe.astype(dtype),))
+    return (means - covariances).astype(query.dtype)
 
 
 IMPLEMENTATIONS: Implementations = {
