@@ -5,6 +5,7 @@ An object is written whole or not at all, and cannot be added to; a folder is wh
 
 import contextlib
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -30,6 +31,8 @@ def find(text: str) -> Path:
     import fsspec.config
     from etils import epath
 
+    # It prints a traceback of what it also raises: that a file is gone which another process has just deleted.
+    logging.getLogger("fsspec.prefetcher").setLevel(logging.CRITICAL)
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # others write there too
     return cast(Path, epath.Path(text))
 

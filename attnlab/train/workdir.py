@@ -500,7 +500,7 @@ def check_path(path: Path) -> Path:
         str(path.absolute()).encode()
     except UnicodeEncodeError:
         raise UserError(f"workdir: got {str(path)!a}; need a name in UTF-8") from None
-    if path.is_symlink() and not path.exists():
+    if not is_remote(path) and path.is_symlink() and not path.exists():
         raise UserError(f"workdir: {path} is a link to nothing; give another --workdir")
     return path
 
