@@ -261,7 +261,7 @@ def test_without_a_shard_map_no_axis_is_shared():
 
 @pytest.mark.parametrize("name", slow_but(_QUICK, CASES))
 def test_equals_one_device_by_these_exchanges(name):
-    assert_equals_by_exchanges(CASES[name])
+    assert_equals_by_exchanges(CASES[name], of_one_device(name))
 
 
 @pytest.mark.slow
