@@ -171,8 +171,9 @@ def routing_attention(
 
         similarity_q = similarity(query_tokens)
         similarity_k = similarity_q if share_qk else similarity(key_tokens)
-        nearest = (jnp.argmax(x, axis=2).astype(jnp.int32) for x in (similarity_q, similarity_k))
-        cluster_q, cluster_k = (jnp.swapaxes(x, 1, 2) for x in nearest)
+        # Moved first: XLA of jax 0.12 otherwise gives argmax's two results different layouts, which it refuses.
+        by_token = (jnp.moveaxis(x, 3, 1) for x in (similarity_q, similarity_k))
+        cluster_q, cluster_k = (jnp.argmax(x, axis=3).astype(jnp.int32) for x in by_token)
         routed = [(query_tokens, cluster_q)] if share_qk else [(query_tokens, cluster_q), (key_tokens, cluster_k)]
         out, taken = dispatch(
             "routing_attention",
