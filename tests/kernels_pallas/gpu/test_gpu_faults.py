@@ -131,6 +131,8 @@ def _outcome(kernel, kind, number):
         process.join()
 
 
+# Kernels without one of a kind: a block of theirs has one warpgroup, which fills its own slots again.
+WITHOUT = {("gated_delta", "barrier_arrive"), ("decode_linear", "barrier_arrive")}
 # What a simulation does not show, by the number in the order of tracing.
 UNSEEN = {
     # The wait for a slot that is not filled again, which jax 0.10 wants.
@@ -155,7 +157,7 @@ UNSEEN = {
 def test_a_kernel_without_one_of_them_is_found_out(kernel, kind):
     count, right = _outcome(kernel, kind, -1)
     assert right is not None, count
-    assert count > 0
+    assert (count == 0) == ((kernel, kind) in WITHOUT)
     found = {number: _outcome(kernel, kind, number) for number in range(count)}
     unnoticed = [
         number
