@@ -239,6 +239,7 @@ LOWERED = [
     for dtype in (jnp.bfloat16, jnp.float16)
     for dims in ((64, 64), (128, 128), (80, 80), (64, 128), (128, 64))
     for pattern in PATTERNS
+    if (dtype, dims) != (jnp.bfloat16, (80, 80))  # padded to 128, outside of the kernel
 ]
 QUICK_LOWERED = [(jnp.float16, (80, 80), "everything, ragged")]
 
@@ -254,7 +255,7 @@ def test_is_lowered_for_a_gpu(call):
         calls += [(gradients, [jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in (*arrays, *more)])]
         for run, arguments in calls:
             exported = export.export(jax.jit(run), platforms=["cuda"])(*arguments)
-            assert "mosaic_gpu" in exported.mlir_module()
+            assert b"mosaic_gpu" in exported.mlir_module_serialized
 
 
 @pytest.mark.parametrize(

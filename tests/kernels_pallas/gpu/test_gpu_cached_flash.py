@@ -102,7 +102,7 @@ def test_is_lowered_for_a_gpu(dtype, dims):
         arrays = draw(1000, heads=8, key_heads=2, dims=dims, dtype=dtype)
         run = functools.partial(cached_flash_attention, scale=0.1)
         exported = export.export(jax.jit(run), platforms=["cuda"])(*arrays)
-        assert "mosaic_gpu" in exported.mlir_module()
+        assert b"mosaic_gpu" in exported.mlir_module_serialized
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_under_vmap_and_scan(on_gpu):
 def test_is_lowered_for_a_gpu(shape):
     with jax.enable_x64(shape == (80, 40)):
         exported = export.export(jax.jit(linear_step), platforms=["cuda"])(*draw(*shape, decays=True, delta=True))
-        assert "mosaic_gpu" in exported.mlir_module()
+        assert b"mosaic_gpu" in exported.mlir_module_serialized
 
 
 def test_a_step_on_a_gpu_is_the_kernel():
