@@ -17,8 +17,8 @@ from attnlab.attention._shared.softmax import scaled_for_logits, softmax_parts
 
 Array = jax.Array
 
-_QUERIES = 32  # of a block
-_STRETCHES = 4  # of causal queries without a window: the blocks of one see keys up to its end
+_QUERIES, _QUERIES_OF_WINDOW = 128, 64  # of a block: more read a key less often, and see more keys of others
+_STRETCHES = 4, 8  # of causal queries without a window: the blocks of one see keys up to its end
 
 
 class SoftmaxWeights(NamedTuple):
@@ -98,7 +98,7 @@ def by_blocks(
     tokens = (x.astype(dtype) for x in (query, key, value))
     query, key, value, scale, *rest = vary_alike((*tokens, jnp.asarray(scale, dtype), *others))
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-    group, size = heads // key_heads, min(_QUERIES, length)
+    group, size = heads // key_heads, min(_QUERIES if window is None else _QUERIES_OF_WINDOW, length)
     count = -(-length // size)
     axis = None if window is None else masks.AxisWindow(length, window, is_causal=is_causal)
 
@@ -137,7 +137,7 @@ def by_blocks(
         return lax.map(block, (jnp.arange(start, end), *(x[start:end] for x in arrays)))
 
     arrays = [in_blocks(x) for x in (query, *rest)]
-    stretches = _STRETCHES if is_causal and window is None else 1
+    stretches = sorted((*_STRETCHES, length // 512))[1] if is_causal and window is None else 1
     ends = sorted({-(-count * number // stretches) for number in range(1, stretches + 1)})
     results = [over(start, end) for start, end in zip([0, *ends], ends)]
     return jax.tree.map(lambda *leaves: joined(jnp.concatenate(leaves)), *results)
