@@ -3,6 +3,7 @@
 All are bfloat16 on one GPU. FLOPs are those of the products that a problem needs: 4 H of a pair of a query and a key
 that it sees, 2.5 times that of its gradients; of a token of a recurrence 4 H V, 6 H V with the delta rule. Visited
 tiles, recomputed logits and inverses of chunks are not in them, so that shares of the peak compare forms of all kinds.
+Steps of decoding, which wait for memory, are the next token of every row of a batch.
 """
 
 import collections
@@ -35,7 +36,7 @@ class Problem:
     forward.
 
     batch, tokens, heads: as it is timed. small: tokens of two heads, by which it is checked. facts: what other
-    libraries are told of it.
+    libraries are told of it. is_step: `tokens` are those before the one that is computed.
     """
 
     name: str
@@ -47,6 +48,12 @@ class Problem:
     heads: int = _HEADS
     small: int = _SMALL
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    is_step: bool = False
+
+    @property
+    def passes(self) -> dict[str, float]:
+        """By what a pass needs, in FLOPs of a forward."""
+        return {"forward": 1.0} if self.is_step else {"forward": 1.0, "backward": 2.5}
 
 
 def _normal(key: jax.Array, *shape: int) -> jax.Array:
@@ -107,6 +114,40 @@ def _agents(name: str, attend: Callable[..., jax.Array], agents: int, tokens: in
         return attend(**arrays, implementation=implementation)
 
     return Problem(name, make, call, lambda tokens: 8 * _HEAD_DIM * _HEADS * agents * tokens, tokens)
+
+
+def _cached_step(name: str, batch: int, tokens: int) -> Problem:
+    def make(key: jax.Array, batch: int, tokens: int, heads: int) -> dict[str, jax.Array]:
+        keys = jax.random.split(key, 5)
+        arrays = {n: _normal(k, batch, 1, heads, _HEAD_DIM) for n, k in zip(("query", "key", "value"), keys)}
+        return arrays | {n: _normal(k, batch, tokens, heads, _HEAD_DIM) for n, k in zip(("keys", "values"), keys[3:])}
+
+    def attend(arrays: Arrays, implementation: str | None) -> jax.Array:
+        query, key, value, keys, values = (arrays[name] for name in ("query", "key", "value", "keys", "values"))
+        cache = attnlab.DotProductCache(keys, values, jnp.asarray(keys.shape[1] - 1, jnp.int32))
+        return attnlab.dot_product_step(cache, query, key, value, implementation=_of_steps(implementation))[0]
+
+    each = 4 * _HEAD_DIM * _HEADS * batch
+    return Problem(name, make, attend, lambda tokens: each * tokens, tokens, batch, is_step=True)
+
+
+def _state_step(name: str, linear: Problem, batch: int) -> Problem:
+    def make(key: jax.Array, batch: int, tokens: int, heads: int) -> dict[str, jax.Array]:
+        state = jax.random.normal(jax.random.fold_in(key, 0), (batch, heads, _HEAD_DIM, _HEAD_DIM))
+        return linear.make(key, batch, 1, heads) | {"state": state}
+
+    def attend(arrays: Arrays, implementation: str | None) -> jax.Array:
+        given: Any = {key: x for key, x in arrays.items() if key != "state"}
+        state = attnlab.LinearState(arrays["state"], None)
+        return attnlab.linear_step(state, **given, implementation=_of_steps(implementation))[0]
+
+    each = linear.flops(1) * batch
+    return Problem(name, make, attend, lambda tokens: each, 1, batch, is_step=True)
+
+
+def _of_steps(implementation: str | None) -> str | None:
+    """They have no reference: in float64 their xla form is it."""
+    return "xla" if implementation == "reference" else implementation
 
 
 def _grid(tokens: int) -> tuple[int, int]:
@@ -194,6 +235,17 @@ def problems() -> list[Problem]:
             tokens=2**13,
             small=512,
         ),
+        _cached_step("a step on a cache, 32 x 8k", 32, 2**13),
+        _cached_step("a step on a cache, 1 x 64k", 1, 2**16),
+    ]
+    gates: dict[str, dict[str, Any]] = {
+        "linear": {},
+        "gated delta": {"decay": "token", "delta": True},
+        "delta, decay per channel": {"decay": "channel", "delta": True},
+    }
+    found += [
+        _state_step(f"a step of {name}, batch 64", _linear(name, tokens=1, **options), 64)
+        for name, options in gates.items()
     ]
     for power in range(12, 19):  # 256k tokens in all
         tokens, batch = 2**power, 2 ** (18 - power)
@@ -235,9 +287,9 @@ def _errors(problem: Problem, implementation: str, key: jax.Array, passes: str) 
     arrays = problem.make(key, 1, problem.small, 2)
 
     def results(arrays: Arrays, implementation: str) -> dict[str, jax.Array]:
-        out, pull = jax.vjp(lambda arrays: problem.attend(arrays, implementation), arrays)
         if passes == "forward":
-            return {"out": out}
+            return {"out": problem.attend(arrays, implementation)}
+        out, pull = jax.vjp(lambda arrays: problem.attend(arrays, implementation), arrays)
         cotangent = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
         return dict(pull(cotangent.astype(jnp.bfloat16).astype(out.dtype))[0])
 
@@ -441,9 +493,9 @@ def cases() -> list[Case]:
     """Kernels, then XLA's forms, then other libraries, problem by problem."""
     found = []
     for problem in problems():
-        for passes, times in (("forward", 1.0), ("backward", 2.5)):
-            size: Any = {"flops": times * problem.flops(problem.tokens), "tokens": problem.batch * problem.tokens}
-            size |= {"passes": passes}
+        tokens = problem.batch * (1 if problem.is_step else problem.tokens)
+        for passes, times in problem.passes.items():
+            size: Any = {"flops": times * problem.flops(problem.tokens), "tokens": tokens, "passes": passes}
             for implementation in ("pallas_gpu", "xla"):
                 prepare = functools.partial(_prepare, problem, implementation, passes)
                 library = f"attnlab, {implementation}"

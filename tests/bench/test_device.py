@@ -125,13 +125,15 @@ def test_pairs_are_those_that_are_seen():
 
 # As many tokens as a window has at least; those of 4096 would take gigabytes here.
 PROBLEMS = {problem.name: problem for problem in gpu_cases.problems() if problem.facts.get("window") != 4096}
-QUICK = "linear, 16k"
+QUICK = "linear, 16k", "a step of gated delta, batch 64"
+PASSES = [
+    pytest.param(name, passes, marks=[] if name in QUICK else pytest.mark.slow)
+    for name, problem in PROBLEMS.items()
+    for passes in problem.passes
+]
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PROBLEMS]
-)
-@pytest.mark.parametrize("passes", ["forward", "backward"])
+@pytest.mark.parametrize(("name", "passes"), PASSES)
 def test_the_check_passes_what_is_right_and_sees_what_is_not(name, passes):
     """By the XLA form, in bfloat16."""
     small = {"2-D": 256, "3-D": 16**3, "window": 1024}  # boxes are no wider than the space
