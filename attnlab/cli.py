@@ -1,16 +1,18 @@
-"""The command line: `attnlab train | sample | ablate | report | compile | show | bench | regress | tokenize | list`."""
+"""The command line: `attnlab COMMAND`, of which `attnlab --help` has the list."""
 
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import io
 import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from attnlab import __version__, signals
 from attnlab.errors import RunError, UserError, missing_package, out_of_memory, own_place
@@ -19,7 +21,8 @@ _EPILOG = """\
 Options of a config are set with --gin.NAME=VALUE, where NAME is a macro or Class.option:
   attnlab train experiments/lm/small.gin experiments/mixers/local.gin --gin.LocalAttention.window=32 --gin.STEPS=400
 
-A command given again with the same --workdir continues where it stopped.
+A command given again with the same --workdir continues where it stopped. --debug, after a command, prints where an
+error came from. `eval "$(attnlab --print-completion bash)"` completes commands and options (zsh and tcsh too).
 """
 
 
@@ -39,6 +42,9 @@ _MOST_DRAWN = 2**20  # tokens of a text, by --length
 _MOST_PROCESSES = 256
 _DEFAULT_HEARTBEAT, _MOST_HEARTBEAT, _MOST_HOSTS = 100, 86400, 2**16
 _MOST_SEQUENCES = 10_000  # of regress, by --seeds
+_MOST_PORT = 2**16 - 1
+_DEBUG = "--debug"
+_RED = 31
 
 
 def run() -> NoReturn:
@@ -50,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit status: 0, 1 if a run failed, 2 for a mistake in what was given."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     with signals.handled(continues=given[:1] in (["train"], ["ablate"])):
-        parser, command, overrides = _parse(given)
+        parser, command, overrides = _parse([argument for argument in given if argument != _DEBUG])
         if command.run is None:
             parser.print_help()
             return 0
-        if "jax" not in sys.modules:
+        if "jax" not in sys.modules and command.run is not _open:
             print(f"attnlab {__version__}: starting, which takes a while the first time", file=sys.stderr, flush=True)
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(line_buffering=True)  # what is printed is there if the process is ended
@@ -66,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             line, status = _explained(error)
             if line is None:
                 raise
-            print(f"attnlab: {line}", file=sys.stderr, flush=True)
+            if _DEBUG in given:
+                traceback.print_exc()
+            print(f"{_in_color('attnlab:', _RED, sys.stderr)} {line}", file=sys.stderr, flush=True)
             if not isinstance(error, (UserError, FloatingPointError)):  # which all processes of a run meet
                 return status
         except (SystemExit, KeyboardInterrupt):  # of a signal, on which all processes of a run have agreed
@@ -101,6 +109,11 @@ def _explained(error: Exception) -> tuple[str | None, int]:
     if place := own_place(error):  # a mixer of one's own, say, in decoding
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}", 1
     return None, 1
+
+
+def _in_color(text: str, code: int, stream: TextIO) -> str:
+    """On a terminal, unless NO_COLOR is set."""
+    return f"\033[{code}m{text}\033[0m" if stream.isatty() and not os.environ.get("NO_COLOR") else text
 
 
 def _path(text: str) -> Path:
@@ -177,6 +190,17 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     sample.add_argument("--trust", action="store_true", help=_TRUST)
     sample.set_defaults(run=_sample, reads_config=True)
 
+    export = commands.add_parser(
+        "export",
+        help="write a trained model as safetensors, with a model card",
+        description="Write a run's newest checkpoint as model.safetensors, with its config and a model card; "
+        "attnlab.export.load(FOLDER) gives the model.",
+    )
+    export.add_argument("workdir", type=_folder, metavar="WORKDIR", help="the folder of a run")
+    export.add_argument("--out", type=_path, metavar="FOLDER", help="a new folder (default WORKDIR/export)")
+    export.add_argument("--trust", action="store_true", help=_TRUST)
+    export.set_defaults(run=_export, reads_config=False, name="export")
+
     ablate = commands.add_parser(
         "ablate",
         help="run a sweep of arms and seeds, and report on it",
@@ -201,6 +225,38 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     )
     report.add_argument("workdir", type=_folder, metavar="WORKDIR", help="the folder of an ablation")
     report.set_defaults(run=_report, reads_config=False, name="report")
+
+    new = commands.add_parser(
+        "new",
+        help="write a sweep to start from",
+        description="Write a commented sweep: a model and its data, two or more mixers, three seeds.",
+    )
+    new.add_argument("file", type=_path, metavar="FILE", help="the file to write, such as my_sweep.gin")
+    new.add_argument(
+        "--base",
+        default="experiments/lm/quickstart.gin",
+        metavar="CONFIG",
+        help="model, data and training (default experiments/lm/quickstart.gin)",
+    )
+    new.add_argument(
+        "--arms",
+        nargs="+",
+        default=[f"experiments/mixers/{name}.gin" for name in ("softmax", "local", "gated_linear")],
+        metavar="CONFIG",
+        help="of mixers, the first is the baseline (default softmax, local and gated_linear)",
+    )
+    new.set_defaults(run=_new, reads_config=False, name="new")
+
+    open_ = commands.add_parser(
+        "open",
+        help="show the report of an ablation in a browser",
+        description="Open report.html of an ablation in a browser, or serve it where there is none.",
+    )
+    open_.add_argument("workdir", type=_path, metavar="WORKDIR", help="the folder of an ablation")
+    open_.add_argument(
+        "--port", type=int, help="serve it at this port of 127.0.0.1 until Ctrl-C, such as to a browser through ssh -L"
+    )
+    open_.set_defaults(run=_open, reads_config=False, name="open")
 
     compile_ = commands.add_parser(
         "compile",
@@ -293,7 +349,22 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
         "list", help="list mixers, tasks and configs", description="List mixers, tasks and the configs that come along."
     )
     listing.set_defaults(run=_list, reads_config=False, name="list")
+    _add_completion(parser, commands)
     return parser, parser.parse_args(rest), overrides
+
+
+def _add_completion(parser: argparse.ArgumentParser, commands: Any) -> None:
+    """--print-completion SHELL, where the package shtab is installed."""
+    try:
+        shtab = importlib.import_module("shtab")
+    except ImportError:
+        return
+    shtab.add_argument_to(parser, ["--print-completion"], help="print what a shell needs to complete commands")
+    kinds = {"config": shtab.FILE, "configs": shtab.FILE, "file": shtab.FILE, "texts": shtab.FILE}
+    for command in commands.choices.values():
+        for action in command._actions:
+            if complete := kinds.get(action.dest, shtab.DIRECTORY if action.type in (_path, _folder) else None):
+                action.complete = complete
 
 
 def _add_hosts(command: argparse.ArgumentParser, alone: str = "") -> None:
@@ -408,10 +479,7 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
 
     _check_draws(command)
     workdir = store.find(command.workdir)
-    if not (workdir / "config.gin").is_file():
-        raise UserError(f"sample: {workdir} has no config.gin; give the folder of a run (`attnlab train`)")
-    with store.here(workdir / "config.gin") as resolved:
-        built = _built_here(str(resolved), overrides, command.trust)
+    built = _built_of_run("sample", workdir, overrides, command.trust)
     config.check_read(overrides, built)
     experiment = built.value
     model, task = experiment.model, experiment.task
@@ -463,18 +531,36 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _built_here(path: str, overrides: list[str], trusts: bool) -> Any:
+def _built_of_run(name: str, workdir: Path, overrides: list[str], trusts: bool) -> Any:
     """A run's config as built for the devices that are here: where its mesh does not fit them, for one of them."""
     from attnlab import config
-    from attnlab.train import Mesh
+    from attnlab.train import Mesh, store
 
-    try:
-        return config.build([path], overrides, root="Experiment", trusts=trusts)
-    except UserError:  # of whatever kind: if it is not the mesh's, it comes again
-        if any("mesh" in override.partition("=")[0].lower() for override in overrides):
-            raise
-        one = [f"Mesh.{axis.name}=1" for axis in dataclasses.fields(Mesh)]
-        return config.build([path], [*overrides, *one], root="Experiment", trusts=trusts)
+    if not (workdir / "config.gin").is_file():
+        raise UserError(f"{name}: {workdir} has no config.gin; give the folder of a run (`attnlab train`)")
+    with store.here(workdir / "config.gin") as resolved:
+        try:
+            return config.build([str(resolved)], overrides, root="Experiment", trusts=trusts)
+        except UserError:  # of whatever kind: if it is not the mesh's, it comes again
+            if any("mesh" in override.partition("=")[0].lower() for override in overrides):
+                raise
+            one = [f"Mesh.{axis.name}=1" for axis in dataclasses.fields(Mesh)]
+            return config.build([str(resolved)], [*overrides, *one], root="Experiment", trusts=trusts)
+
+
+def _export(command: argparse.Namespace, overrides: list[str]) -> int:
+    from attnlab.export import export
+    from attnlab.train import store
+
+    workdir = store.find(command.workdir)
+    built = _built_of_run("export", workdir, overrides, command.trust)
+    if command.out is None and store.is_remote(workdir):
+        raise UserError(f"out: need a folder of this machine for a run in {workdir}")
+    out = command.out or workdir / "export"
+    step = export(built.value, workdir, out, trusts=command.trust)
+    print(f"step {step} of {built.value.steps}", file=sys.stderr)
+    print(out)
+    return 0
 
 
 def _prompts(command: argparse.Namespace, task: Any, model: Any) -> tuple[list[Any], int]:
@@ -567,6 +653,39 @@ def _report(command: argparse.Namespace, overrides: list[str]) -> int:
 
     workdir = store.find(command.workdir)
     print(f"report: {store.whole(write_report(read_rows(workdir), workdir))}")
+    return 0
+
+
+def _new(command: argparse.Namespace, overrides: list[str]) -> int:
+    from attnlab.new import write_sweep
+
+    write_sweep(command.file, command.base, command.arms)
+    print(f"{command.file}\nwhat it would run: attnlab ablate {command.file} --dry-run")
+    return 0
+
+
+def _open(command: argparse.Namespace, overrides: list[str]) -> int:
+    import functools
+    import http.server
+    import webbrowser
+
+    page = command.workdir / "report.html"
+    if not page.is_file():
+        raise UserError(f"open: {command.workdir} has no report.html; give the folder of an ablation that has run")
+    if command.port is None and webbrowser.open(page.resolve().as_uri()):
+        print(page.resolve())
+        return 0
+    port = 0 if command.port is None else command.port
+    if not 0 <= port <= _MOST_PORT:
+        raise UserError(f"port: got {port}; need 0, for any that is free, to {_MOST_PORT}")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=command.workdir)
+    try:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+    except OSError as error:
+        raise UserError(f"port: cannot serve at {port} ({error.strerror}); give another") from error
+    with server:
+        print(f"http://127.0.0.1:{server.server_port}/{page.name}\nserving until Ctrl-C", flush=True)
+        server.serve_forever()
     return 0
 
 

@@ -1,11 +1,14 @@
 """The command line, as a user meets it: what each command leaves behind, and one clear line for each mistake."""
 
+import io
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 import time
+import urllib.request
 
 import jax
 import pytest
@@ -572,3 +575,72 @@ def test_a_thread_that_a_library_left_behind_is_not_waited_for():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "list reads no config" in done.stderr
+
+
+def test_a_new_sweep_is_one_that_would_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["new", "sweeps/mine.gin"]) == 0
+    assert cli.main(["ablate", "sweeps/mine.gin", "--dry-run"]) == 0
+    assert "9 of 9 runs to do" in capsys.readouterr().out
+    commented = (tmp_path / "sweeps" / "mine.gin").read_text()
+    options = re.findall(r"^# (ablate\.Ablation\.\w+ = .*)$", commented, re.MULTILINE)
+    assert len(options) == 6
+    (tmp_path / "all.gin").write_text("\n".join([commented, *options[2:]]) + "\n")  # a loss, in place of an accuracy
+    assert cli.main(["ablate", "all.gin", "--dry-run"]) == 0
+    capsys.readouterr()
+    for arguments, message in (
+        (["sweeps/mine.gin"], "new: sweeps/mine.gin exists already; give another name"),
+        (["mine.txt"], "new: got mine.txt; need a name that ends in .gin"),
+        (["other.gin", "--arms", "experiments/mixers/local.gin"], "arms: got experiments/mixers/local.gin; need two"),
+        (["other.gin", "--base", "experiments/lm/quick.gin"], "config: no file experiments/lm/quick.gin"),
+    ):
+        assert cli.main(["new", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "other.gin").exists()
+
+
+def test_a_report_is_opened_or_served(tmp_path, capsys, monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
+    assert cli.main(["open", str(tmp_path)]) == 2
+    assert "has no report.html; give the folder of an ablation that has run" in capsys.readouterr().err
+    (tmp_path / "report.html").write_text("a report")
+    assert cli.main(["open", str(tmp_path)]) == 0
+    assert opened == [(tmp_path / "report.html").as_uri()]
+    assert cli.main(["open", str(tmp_path), "--port", "70000"]) == 2
+    command = [sys.executable, "-m", "attnlab.cli", "open", str(tmp_path), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        address = program.stdout.readline().strip()
+        with urllib.request.urlopen(address, timeout=60) as page:
+            assert page.read() == b"a report"
+        program.send_signal(signal.SIGINT)
+        assert program.wait(60) == 130
+
+
+def test_debug_prints_where_an_error_came_from(capsys):
+    assert cli.main(["train", "nowhere.gin"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert cli.main(["train", "nowhere.gin", "--debug"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "Traceback (most recent call last):" in lines
+    assert lines[-1].startswith("attnlab: config: no file nowhere.gin")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_shells_complete_commands_and_their_options(shell, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--print-completion", shell])
+    script = capsys.readouterr().out
+    assert "ablate" in script
+    assert "--dry-run" in script if shell != "tcsh" else "dry-run" in script
+
+
+def test_colors_are_for_terminals_alone(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    assert cli._in_color("attnlab:", 31, Terminal()) == "\033[31mattnlab:\033[0m"
+    assert cli._in_color("attnlab:", 31, io.StringIO()) == "attnlab:"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert cli._in_color("attnlab:", 31, Terminal()) == "attnlab:"
