@@ -49,7 +49,7 @@ def draw(axes, matrix, title):
 
 
 def row_of(pictures, size=2.9):
-    figure, axes = plt.subplots(1, len(pictures), figsize=(size * len(pictures), size + 0.3), layout="constrained")
+    axes = plt.subplots(1, len(pictures), figsize=(size * len(pictures), size + 0.3), layout="constrained")[1]
     for each, (title, matrix) in zip(np.atleast_1d(axes), pictures.items()):
         draw(each, matrix, title)
 
@@ -136,7 +136,9 @@ for each, (title, matrix) in zip(axes, images.items()):
 kinds = 4 * jax.random.normal(jax.random.key(3), (4, H))
 of_token = jax.random.randint(jax.random.key(4), (T,), 0, 4)
 tokens = kinds[of_token][None, :, None] + query
-centroids = attnlab.fit_routing(tokens, attnlab.init_routing(jax.random.key(5), num_heads=1, num_clusters=4, head_dim=H))
+centroids = attnlab.fit_routing(
+    tokens, attnlab.init_routing(jax.random.key(5), num_heads=1, num_clusters=4, head_dim=H)
+)
 _, found = attnlab.routing_attention(tokens, tokens, tokens, centroids, window=T)
 by_cluster = np.argsort(np.asarray(found.query_cluster[0, :, 0]), kind="stable")
 
@@ -173,7 +175,8 @@ draw(axes[2], through, "their product")
 for name, matrix in (("agents", through), ("softmax", softmax["every key"])):
     axes[3].semilogy(np.maximum(np.linalg.svd(matrix, compute_uv=False), 1e-9), "o-", markersize=3, label=name)
 axes[3].set(title="singular values of the weights", xlabel="number")
-axes[3].legend();
+axes[3].legend()
+plt.show()
 
 # %% [markdown]
 # ## A state in the place of keys

@@ -6,6 +6,8 @@
 # attends to. It takes about a minute on two CPU cores.
 
 # %%
+# %pip install -q equinox
+import equinox as eqx
 import flax.linen
 import jax
 import jax.numpy as jnp
@@ -22,8 +24,8 @@ plt.rcParams.update({"figure.dpi": 80, "font.size": 9})
 # %% [markdown]
 # ## In the place of another call
 #
-# `jax.nn.dot_product_attention` has the same layout, so a call can be exchanged. Its `local_window_size=(6, 0)` says how
-# many keys lie before and after the query; `window=7` counts the query too.
+# `jax.nn.dot_product_attention` has the same layout, so a call can be exchanged. Its `local_window_size=(6, 0)` says
+# how many keys lie before and after the query; `window=7` counts the query too.
 
 # %%
 B, T, N, H = 2, 48, 4, 16
@@ -103,7 +105,8 @@ for window, (_, losses) in trained.items():
     axis.plot(losses, label=f"window {window}")
 axis.axhline(jnp.log(VOCABULARY), color="grey", linewidth=0.8, label="guessing")
 axis.set(xlabel="step", ylabel="loss (nats)", title="Six positions back needs a window of seven")
-axis.legend();
+axis.legend()
+plt.show()
 
 # %% [markdown]
 # ## What it attends to
@@ -125,7 +128,8 @@ for axis, (window, (parameters, _)) in zip(axes, trained.items()):
     mean = attention_weights(parameters, tokens, window).mean(axis=0)
     image = axis.imshow(mean, cmap="magma_r", vmin=0, vmax=1, interpolation="nearest")
     axis.set(title=f"window {window}", xlabel="key", ylabel="query")
-figure.colorbar(image, ax=axes, label="mean attention weight", shrink=0.8);
+figure.colorbar(image, ax=axes, label="mean attention weight", shrink=0.8)
+plt.show()
 
 # %% [markdown]
 # ## Decode
@@ -184,11 +188,8 @@ print(linen_layer.apply(variables, x).shape)
 # Equinox's `MultiheadAttention` has no such argument, so the layer is written out; it is short. Equinox treats one
 # sequence and leaves the batch to `jax.vmap`, so the primitive gets a batch of one.
 
+
 # %%
-# %pip install -q equinox
-import equinox as eqx
-
-
 class LocalSelfAttention(eqx.Module):
     query: eqx.nn.Linear
     key: eqx.nn.Linear

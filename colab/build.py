@@ -3,9 +3,11 @@
     python colab/build.py [NAME...]        by default all
 
 A source is Python with cells as jupytext's py:percent has them, so that its changes can be read. A notebook has two
-cells before those: a badge that opens it in Colab, and one that installs attnlab where it is not there. In a source,
-`# %% writes="FILE"` marks a cell that is written to a file, and `# %% quick="STATEMENT"` a cell that a quick run, as of
-the tests, ends with this statement.
+cells before those: a badge that opens it in Colab, and one that installs attnlab where it is not there. In a source
+
+    # %% writes="FILE"         is a cell that is written to a file; what is not Python stands in comments
+    # %% quick="STATEMENTS"    is a cell that a quick run, as of the tests, ends with these
+    REPOSITORY                 is the address that pyproject.toml states, as in the badge and where attnlab is installed
 """
 
 import os
@@ -24,7 +26,7 @@ from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("[0-9]*.py"))
-SECONDS = 900  # that a cell may take
+SECONDS = 3600  # that a cell may take, on a busy machine
 
 _BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})"
 _INSTALL = """\
@@ -60,9 +62,11 @@ def notebook(name: str, *, address: str | None = None, quick: bool = False) -> N
     cells = [nbformat.v4.new_markdown_cell(badge), nbformat.v4.new_code_cell(install)]
     for cell in source.cells:
         if file := cell.metadata.pop("writes", None):
-            cell.source = f"%%writefile {file}\n{cell.source}"
+            text = cell.source if file.endswith(".py") else re.sub("^# ?", "", cell.source, flags=re.MULTILINE)
+            cell.source = f"%%writefile {file}\n{text}"
         if (statement := cell.metadata.pop("quick", None)) and quick:
             cell.source += f"\n{statement}"
+        cell.source = cell.source.replace("REPOSITORY", repository())
         cells.append(cell)
     for number, cell in enumerate(cells):
         cell["id"] = f"cell-{number}"
@@ -73,13 +77,10 @@ def notebook(name: str, *, address: str | None = None, quick: bool = False) -> N
 
 def execute(built: NotebookNode, *, python: str = sys.executable) -> NotebookNode:
     """Runs a notebook in a kernel of its own, in an empty folder; `python` has ipykernel. Raises where a cell fails."""
-    from jupyter_client import AsyncKernelManager
-
     environment = {**os.environ, "PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}", "NO_COLOR": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        manager = AsyncKernelManager(kernel_name="python3")
-        manager.kernel_spec.argv[0] = python
-        client = NotebookClient(built, km=manager, timeout=SECONDS, resources={"metadata": {"path": folder}})
+        client = NotebookClient(built, kernel_name="python3", timeout=SECONDS, resources={"metadata": {"path": folder}})
+        client.create_kernel_manager().kernel_spec.argv[0] = python
         client.execute(env=environment)
         return _cleaned(built, folder)
 
@@ -115,6 +116,7 @@ def _cleaned(built: NotebookNode, folder: str) -> NotebookNode:
 def _printed(text: str, folder: str) -> str:
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).replace("\r\n", "\n")
     lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
+    lines = [line for line in lines if "restart the kernel" not in line]  # which pip says after each call
     return "\n".join(lines).replace(f"{folder}/", "").replace(folder, ".")
 
 
