@@ -1,20 +1,130 @@
-"""Every notebook runs from top to bottom on a CPU, asserts included, and is kept without outputs."""
+"""Notebooks are in step with their sources, show their outputs, and run from top to bottom in a clean kernel."""
 
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parents[2] / "colab").glob("*.ipynb"))
-
-
-def test_there_are_notebooks():
-    assert NOTEBOOKS
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "colab"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path):
-    notebook = nbformat.read(path, as_version=4)
-    assert not [cell for cell in notebook.cells if cell.get("outputs")], "clear the outputs before committing"
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+def _build():
+    spec = importlib.util.spec_from_file_location("colab_build", FOLDER / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = _build()
+# Run in every run of the tests, at their smallest.
+QUICK = ("2_own_model",)
+MOST_BYTES = 600_000
+
+
+def committed(name):
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def test_every_source_has_a_notebook_and_every_notebook_a_source():
+    assert len(build.NAMES) == 6
+    assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == build.NAMES
+
+
+@pytest.mark.parametrize("name", build.NAMES)
+def test_is_in_step_with_its_source(name):
+    """Else: python colab/build.py NAME."""
+    cells, expected = (
+        [(cell.cell_type, cell.source) for cell in each.cells] for each in (committed(name), build.notebook(name))
+    )
+    assert cells == expected
+
+
+@pytest.mark.parametrize("name", build.NAMES)
+def test_shows_what_its_cells_gave_in_order(name):
+    cells = [cell for cell in committed(name).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    text = "\n".join(output.get("text", "") for output in outputs)
+    assert not re.search(r"\d failed|Traceback|Error:|\x1b|\r", text)
+
+
+@pytest.mark.parametrize("name", build.NAMES)
+def test_is_small_and_tells_nothing_of_the_machine_that_made_it(name):
+    text = (FOLDER / f"{name}.ipynb").read_text()
+    assert len(text.encode()) < MOST_BYTES
+    assert not re.search(r"(?<![\w.:/-])/(?:tmp|root|home|work|opt|usr|var|Users)/", text)
+
+
+@pytest.mark.parametrize("name", build.NAMES)
+def test_badge_and_installation_have_the_address_of_the_project(name):
+    address = build.repository()
+    badge, install = (cell.source for cell in committed(name).cells[:2])
+    path = f"{address.removeprefix('https://github.com/')}/blob/main/colab/{name}.ipynb"
+    assert badge.endswith(f"(https://colab.research.google.com/github/{path})")
+    assert f'"attnlab[experiments] @ git+{address}"' in install
+    assert address not in (FOLDER / f"{name}.py").read_text(), "write REPOSITORY"
+
+
+@pytest.mark.parametrize("name", build.NAMES)
+def test_what_it_refers_to_is_there(name):
+    text = (FOLDER / f"{name}.py").read_text()
+    for path in re.findall(r"REPOSITORY/(?:tree|blob)/main/([\w./-]+)", text):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"\bexperiments/[\w/]+\.gin", text):
+        assert (ROOT / path).is_file(), path
+    assert set(re.findall(r"\w+\.ipynb", text)) <= {f"{each}.ipynb" for each in build.NAMES}
+
+
+def assert_runs(name, **options):
+    built = build.execute(build.notebook(name, **options.pop("notebook", {})), **options)
+    text = "\n".join(output.get("text", "") for cell in built.cells for output in cell.get("outputs", []))
+    assert not re.search(r"\d failed", text), text
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in build.NAMES]
+)
+def test_runs_at_its_smallest(name):
+    assert_runs(name, notebook={"quick": True})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", build.NAMES)
+def test_runs(name):
+    assert_runs(name)
+
+
+def _colab_python():
+    """Of the version that Colab has."""
+    found = [shutil.which("python3.12")]
+    found += (Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions").glob("3.12.*/bin/python")
+    for python in filter(None, found):
+        if subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+            return python
+    return None
+
+
+@pytest.mark.slow
+def test_all_install_and_run_where_there_is_only_a_kernel(tmp_path, monkeypatch):
+    """As on a fresh runtime: Python 3.12, and attnlab from a git address by the notebooks' own cell."""
+    python = _colab_python()
+    if python is None:
+        pytest.skip("no Python 3.12 here")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    subprocess.run(["git", "clone", "-q", ROOT, tmp_path / "attnlab"], check=True)
+    subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "ipykernel"], check=True)
+    for name in build.NAMES:
+        assert_runs(name, notebook={"address": (tmp_path / "attnlab").as_uri()}, python=str(python))
+    program = "import attnlab; print(attnlab.__file__)"
+    where = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    assert str(tmp_path / "venv") in where
