@@ -1,6 +1,6 @@
 """Notebooks from their sources: executes colab/NAME.py in a clean kernel and writes colab/NAME.ipynb with its outputs.
 
-    python colab/build.py [NAME...]        by default all
+    python colab/build.py [NAME...]        by default all; --python PATH for another environment's kernel
 
 A source is Python with cells as jupytext's py:percent has them, so that its changes can be read. A notebook has two
 cells before those: a badge that opens it in Colab, and one that installs attnlab where it is not there. In a source
@@ -10,6 +10,7 @@ cells before those: a badge that opens it in Colab, and one that installs attnla
     REPOSITORY                 is the address that pyproject.toml states, as in the badge and where attnlab is installed
 """
 
+import argparse
 import os
 import re
 import resource
@@ -120,10 +121,14 @@ def _printed(text: str, folder: str) -> str:
     return "\n".join(lines).replace(f"{folder}/", "").replace(folder, ".")
 
 
-def main(names: list[str]) -> None:
-    for name in names or NAMES:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    parser.add_argument("--python", default=sys.executable, metavar="PATH", help="which has ipykernel and attnlab")
+    given = parser.parse_args()
+    for name in [Path(each).stem for each in given.names] or NAMES:
         path, start, spent = FOLDER / f"{name}.ipynb", time.perf_counter(), _processor_seconds()
-        nbformat.write(execute(notebook(name)), path)
+        nbformat.write(execute(notebook(name), python=given.python), path)
         seconds = f"{time.perf_counter() - start:.0f} s, {_processor_seconds() - spent:.0f} s of a processor"
         print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB, {seconds}", flush=True)
 
@@ -135,4 +140,4 @@ def _processor_seconds() -> float:
 
 
 if __name__ == "__main__":
-    main([Path(name).stem for name in sys.argv[1:]])
+    main()
