@@ -328,8 +328,8 @@ np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
 #
 # ## On a GPU or TPU
 #
-# All but the kernel runs there as it is. On a TPU the kernel is compiled, as `interpret` is False there (it compiles for a
-# v5e; it has not been run on one). On a GPU it stays interpreted: kernels for GPUs are written for another machine, as
+# All but the kernel runs there as it is. On a TPU the kernel is compiled, as `interpret` is False there (it compiles for
+# a v5e; it has not been run on one). On a GPU it stays interpreted: kernels for GPUs are written for another machine, as
 # those in [kernels_pallas/gpu](REPOSITORY/tree/main/kernels_pallas/gpu).
 #
 # Next: `6_devices.ipynb` shares work among devices.

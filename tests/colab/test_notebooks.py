@@ -122,7 +122,7 @@ def test_all_install_and_run_where_there_is_only_a_kernel(tmp_path, monkeypatch)
     subprocess.run(["git", "clone", "-q", ROOT, tmp_path / "attnlab"], check=True)
     subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "ipykernel"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", "-U", "pip", "ipykernel"], check=True)
     for name in build.NAMES:
         assert_runs(name, notebook={"address": (tmp_path / "attnlab").as_uri()}, python=str(python))
     program = "import attnlab; print(attnlab.__file__)"
