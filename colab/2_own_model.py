@@ -78,7 +78,7 @@ def loss(parameters, tokens, window):
 
 
 # %% quick="STEPS = 5"
-STEPS = 150
+STEPS = 100
 
 
 # %%

@@ -54,10 +54,10 @@ plt.rcParams.update({"figure.dpi": 80, "font.size": 9})
 #
 # Nine runs. What arms have in common starts from the same bits: a parameter is drawn from the seed and its path. Runs
 # with one seed see the same batches in the same order. So differences can be paired by seed, and what is left in them
-# is the mechanism. (`grep` keeps a line per run.)
+# is the mechanism. (`grep` keeps a line per run; leave it out for progress and the whole result.)
 
 # %%
-# !attnlab ablate reach.gin --cache runs/all | grep --line-buffered -o '^\[.*\] [^,]*'
+# !attnlab ablate reach.gin --cache runs/all 2>&1 | grep --line-buffered -o '^\[.*\] [^,]*\|^attnlab: .*'
 
 # %% [markdown]
 # ## The report
@@ -129,7 +129,7 @@ draw(rows_of("reach"))
 # ablate.Ablation.product = {'local': {'WINDOW': [2, 32]}}
 
 # %%
-# !attnlab ablate windows.gin --cache runs/all | grep --line-buffered -o '^\[.*\] [^,]*'
+# !attnlab ablate windows.gin --cache runs/all 2>&1 | grep --line-buffered -o '^\[.*\] [^,]*\|^attnlab: .*'
 
 # %%
 draw(rows_of("windows"))

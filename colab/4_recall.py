@@ -83,7 +83,7 @@ axis.spines[:].set_visible(False)
 # STEPS = 200
 
 # %%
-# !attnlab ablate recall.gin | grep --line-buffered -o '^\[.*\] [^,]*'
+# !attnlab ablate recall.gin 2>&1 | grep --line-buffered -o '^\[.*\] [^,]*\|^attnlab: .*'
 
 # %% [markdown]
 # ## Accuracy against state

@@ -220,7 +220,7 @@ def test_no_output_depends_on_a_later_token():
 # STEPS = 60
 
 # %%
-# !attnlab ablate compare.gin | grep --line-buffered -o '^\[.*\] [^,]*'
+# !attnlab ablate compare.gin 2>&1 | grep --line-buffered -o '^\[.*\] [^,]*\|^attnlab: .*'
 
 # %%
 figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
@@ -328,8 +328,8 @@ np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
 #
 # ## On a GPU or TPU
 #
-# All but the kernel runs there as it is. On a TPU the kernel is compiled, as `interpret` is False there (it compiles for
-# a v5e; it has not been run on one). On a GPU it stays interpreted: kernels for GPUs are written for another machine, as
-# those in [kernels_pallas/gpu](REPOSITORY/tree/main/kernels_pallas/gpu).
+# All but the kernel runs there as it is. On a TPU the kernel is compiled, as `interpret` is False there (it compiles
+# for a v5e; it has not been run on one). On a GPU it stays interpreted: kernels for GPUs are written otherwise, as those
+# in [kernels_pallas/gpu](REPOSITORY/tree/main/kernels_pallas/gpu).
 #
 # Next: `6_devices.ipynb` shares work among devices.

@@ -143,9 +143,10 @@ print("largest difference to one device:", float(jnp.abs(shared - calls["local"]
 STEPS = 30
 
 # %%
-CONFIG, MESH = "experiments/lm/quickstart.gin", "experiments/meshes/data.gin"
-# !JAX_NUM_CPU_DEVICES=1 attnlab train {CONFIG} --gin.STEPS={STEPS} --workdir runs/one | grep validation:
-# !JAX_NUM_CPU_DEVICES=2 attnlab train {CONFIG} {MESH} --gin.STEPS={STEPS} --workdir runs/two --profile 4 | grep validation:
+one = f"experiments/lm/quickstart.gin --gin.STEPS={STEPS} --workdir runs/one"
+two = f"experiments/lm/quickstart.gin experiments/meshes/data.gin --gin.STEPS={STEPS} --workdir runs/two --profile 4"
+# !JAX_NUM_CPU_DEVICES=1 attnlab train {one} 2>&1 | grep '^validation:\|^attnlab: '
+# !JAX_NUM_CPU_DEVICES=2 attnlab train {two} 2>&1 | grep '^validation:\|^attnlab: '
 
 # %% [markdown]
 # ## A profile
