@@ -238,7 +238,7 @@ plt.show()
 # A Pallas kernel is a function of references to blocks of memory. The grid here has a program for each head and each
 # tile of queries. A program reads its tile of queries, goes over tiles of keys, and writes its tile of outputs. A
 # causal query tile has nothing to see in later key tiles, so the loop ends before them: of the tiles below, the white
-# ones are never read, and only the light ones need a mask.
+# ones are never read. Only the light ones need a mask; this first kernel masks all that it reads.
 
 # %%
 TILE, LENGTH = 128, 1024
@@ -329,7 +329,7 @@ np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
 # ## On a GPU or TPU
 #
 # All but the kernel runs there as it is. On a TPU the kernel is compiled, as `interpret` is False there (it compiles
-# for a v5e; it has not been run on one). On a GPU it stays interpreted: kernels for GPUs are written otherwise, as those
-# in [kernels_pallas/gpu](REPOSITORY/tree/main/kernels_pallas/gpu).
+# for a v5e; it has not been run on one). On a GPU it stays interpreted: kernels for GPUs are written otherwise, as
+# those in [kernels_pallas/gpu](REPOSITORY/tree/main/kernels_pallas/gpu).
 #
 # Next: `6_devices.ipynb` shares work among devices.
