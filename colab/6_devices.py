@@ -81,7 +81,7 @@ for name, call in calls.items():
 # %% [markdown]
 # ## What devices send one another
 #
-# The compiled program tells. No mechanism gathers all keys or values. A window takes the end of its neighbour's part
+# The compiled program tells. No mechanism gathers all keys or values in one place. A window takes the end of its neighbour's part
 # (collective-permute); linear attention exchanges the states that parts leave (all-gather, of states alone); softmax
 # attention passes keys round in a ring; axial attention swaps lines for positions (all-to-all); InLine adds sums
 # (all-reduce). Numbers are MB that an operation of the program gives to one device, beside those of its part of the
@@ -112,8 +112,8 @@ for kind in KINDS:
 part = (key.nbytes + value.nbytes) / devices / 1e6
 axis.axvline(part, color="grey", linestyle=":", label="keys and values of a part")
 axis.invert_yaxis()
-axis.set(xlabel="MB")
-axis.legend()
+axis.set(xlabel="MB", xlim=(0, 1.1 * left.max()))
+axis.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]

@@ -117,7 +117,7 @@ def _cleaned(built: NotebookNode, folder: str) -> NotebookNode:
 def _printed(text: str, folder: str) -> str:
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).replace("\r\n", "\n")
     lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
-    lines = [line for line in lines if "restart the kernel" not in line]  # which pip says after each call
+    lines = [line for line in lines if not line.startswith(("WARNING: ", "Note: you may need to restart"))]  # pip's
     return "\n".join(lines).replace(f"{folder}/", "").replace(folder, ".")
 
 

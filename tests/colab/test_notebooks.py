@@ -60,7 +60,7 @@ def test_shows_what_its_cells_gave_in_order(name):
 def test_is_small_and_tells_nothing_of_the_machine_that_made_it(name):
     text = (FOLDER / f"{name}.ipynb").read_text()
     assert len(text.encode()) < MOST_BYTES
-    assert not re.search(r"(?<![\w.:/-])/(?:tmp|root|home|work|opt|usr|var|Users)/", text)
+    assert not re.search(r"/(?:tmp|root|home|work|opt|usr|var|Users)/", text)
 
 
 @pytest.mark.parametrize("name", build.NAMES)
