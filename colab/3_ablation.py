@@ -54,7 +54,7 @@ plt.rcParams.update({"figure.dpi": 80, "font.size": 9})
 #
 # Nine runs. What arms have in common starts from the same bits: a parameter is drawn from the seed and its path. Runs
 # with one seed see the same batches in the same order. So differences can be paired by seed, and what is left in them
-# is the mechanism. (`grep` keeps a line per run; leave it out for progress and the whole result.)
+# is the mechanism, and chance. (`grep` keeps a line per run; leave it out for progress and the whole result.)
 
 # %%
 # !attnlab ablate reach.gin --cache runs/all 2>&1 | grep --line-buffered -o '^\[.*\] [^,]*\|^attnlab: .*'
@@ -68,7 +68,7 @@ plt.rcParams.update({"figure.dpi": 80, "font.size": 9})
 
 # %%
 report = Path("runs/ablate/reach/report.html").read_text()
-HTML(f'<iframe srcdoc="{html.escape(report)}" width="100%" height="600" style="border: 0"></iframe>')
+HTML(f'<div><iframe srcdoc="{html.escape(report)}" width="100%" height="600" style="border: 0"></iframe></div>')
 
 # %% [markdown]
 # The same as text:

@@ -89,7 +89,7 @@ axis.spines[:].set_visible(False)
 # ## Accuracy against state
 #
 # The state is what one sequence keeps to decode the token after 64: keys, values, matrices and the convolutions' last
-# inputs, in numbers. At a glance: a larger state recalls more, and how well a state is used differs between mechanisms.
+# inputs, in numbers. Each dot is an arm.
 
 # %%
 rows = [json.loads(line) for line in Path("runs/ablate/recall/results.jsonl").read_text().splitlines()]
@@ -109,7 +109,7 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# A window answers what lies inside of its reach: with two layers of a window of 16, up to 30 positions back. A larger
+# A window answers what lies inside of its reach: with two layers of a window of 16, about 30 positions back. A larger
 # distance is out of its sight, whatever it learns. DeltaNet forgets nothing by distance, but must keep all pairs apart
 # in one matrix.
 #

@@ -81,11 +81,11 @@ for name, call in calls.items():
 # %% [markdown]
 # ## What devices send one another
 #
-# The compiled program tells. No mechanism gathers all keys or values in one place. A window takes the end of its neighbour's part
-# (collective-permute); linear attention exchanges the states that parts leave (all-gather, of states alone); softmax
-# attention passes keys round in a ring; axial attention swaps lines for positions (all-to-all); InLine adds sums
-# (all-reduce). Numbers are MB that an operation of the program gives to one device, beside those of its part of the
-# keys and values.
+# The compiled program tells. No mechanism gathers all keys or values in one place. A window takes the end of its
+# neighbour's part (collective-permute); linear attention exchanges the states that parts leave (all-gather, of states
+# alone); softmax attention passes keys and values round in a ring; axial attention swaps lines for positions
+# (all-to-all); InLine adds sums (all-reduce). Bars are the MB that one device gets by these operations, beside the size
+# of its own part of the keys and values.
 
 # %%
 KINDS = ("collective-permute", "all-gather", "all-to-all", "all-reduce")

@@ -1,5 +1,7 @@
 """Notebooks are in step with their sources, show their outputs, and run from top to bottom in a clean kernel."""
 
+import glob
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "colab"
@@ -71,6 +74,26 @@ def test_badge_and_installation_have_the_address_of_the_project(name):
     assert badge.endswith(f"(https://colab.research.google.com/github/{path})")
     assert f'"attnlab[experiments] @ git+{address}"' in install
     assert address not in (FOLDER / f"{name}.py").read_text(), "write REPOSITORY"
+
+
+@pytest.mark.parametrize(
+    ("driver", "devices", "extra"),
+    [(None, [], None), ("550.54.15", [], "cuda12"), ("580.65.06", [], "cuda13"), (None, ["/dev/accel0"], "tpu")],
+)
+def test_installation_takes_the_plugin_for_what_is_there(driver, devices, extra, tmp_path, monkeypatch):
+    if driver is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho {driver}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    asked, find_spec, shell = [], importlib.util.find_spec, InteractiveShell()
+    shell.register_magic_function(asked.append, "line", "pip")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(glob, "glob", lambda pattern: devices if pattern == "/dev/accel*" else [])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "attnlab" else find_spec(name))
+    shell.run_cell(build.notebook(build.NAMES[0]).cells[1].source).raise_error()
+    ours = f'install -q "attnlab[experiments] @ git+{build.repository()}"'
+    plugin = f'install -q "jax[{extra}]=={importlib.metadata.version("jax")}"'
+    assert asked == ([ours] if extra is None else [ours, plugin])
 
 
 @pytest.mark.parametrize("name", build.NAMES)
