@@ -2,7 +2,7 @@
 # # 3. A controlled ablation
 #
 # What does a small language model lose when it cannot see every earlier token? You ask it in a file, run it with three
-# seeds, read the report, and then change the question. It takes about four minutes on two CPU cores.
+# seeds, read the report, and then change the question. It takes about three minutes on two quiet CPU cores.
 #
 # Lines with `!` are commands that work in a terminal too.
 
@@ -27,6 +27,7 @@ plt.rcParams.update({"figure.dpi": 80, "font.size": 9})
 # %% writes="reach.gin" quick="STEPS = 21\nablate.Ablation.seeds = [0]"
 # from __gin__ import dynamic_registration
 # from attnlab import ablate
+# from attnlab import train
 #
 # include 'experiments/lm/quickstart.gin'
 #
@@ -38,6 +39,7 @@ plt.rcParams.update({"figure.dpi": 80, "font.size": 9})
 #     'local': ['experiments/mixers/local.gin', 'WINDOW = 32'],
 #     'gated_linear': 'experiments/mixers/gated_linear.gin',
 # }
+# train.Experiment.batch_size = 8
 # STEPS = 60
 
 # %% [markdown]

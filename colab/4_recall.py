@@ -3,7 +3,7 @@
 #
 # To decode, softmax attention keeps the keys and values of all tokens. A window or a linear mechanism keeps a state of
 # fixed size. What does that cost? Here models learn to look up what they have read, with states of several sizes. It
-# takes about four minutes on two CPU cores.
+# takes about three minutes on two quiet CPU cores.
 
 # %%
 import json
@@ -47,8 +47,8 @@ axis.spines[:].set_visible(False)
 # ## The sweep
 #
 # Two layers of width 32, one head, and a short convolution before each mixer, so that a key and its value can meet. The
-# arms: softmax attention; windows of 4 to 32 tokens; DeltaNet, whose state is a matrix of `head_dim x 32` per layer.
-# `product` makes an arm of each value.
+# arms: softmax attention; windows of 4 to 32 tokens; DeltaNet, whose state is a matrix of `head_dim x head_dim` per
+# layer. `product` makes an arm of each value.
 
 # %% writes="recall.gin" quick="STEPS = 21\nablate.Ablation.product = {}"
 # from __gin__ import dynamic_registration
