@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import functools
-import importlib
 import os
 import re
 import tempfile
@@ -119,11 +118,13 @@ def _jax_flash(shape: Shape, *, backward: bool = False) -> Row:
 
 def _tokamax_flash(shape: Shape, *, backward: bool = False) -> Row:
     """tokamax's kernel, where it is installed, over all earlier tokens. What it asks of a GPU, it is told here."""
-    told = importlib.import_module("tokamax._src.gpu_utils")
+    from tokamax._src import gpu_utils
+    from tokamax._src.ops.attention.pallas_mosaic_gpu import PallasMosaicGpuFlashAttention
+
     answers = {"has_mosaic_gpu_support": True, "is_sm80": False, "is_sm90": True, "is_sm100": False}
     for name, answer in answers.items():
-        setattr(told, name, functools.partial(lambda answer, *_: answer, answer))
-    attend = importlib.import_module("tokamax._src.ops.attention.pallas_mosaic_gpu").PallasMosaicGpuFlashAttention()
+        setattr(gpu_utils, name, functools.partial(lambda answer, *_: answer, answer))
+    attend = PallasMosaicGpuFlashAttention()
 
     def gradients(query: Any, key: Any, value: Any) -> Any:
         return jax.grad(lambda *x: attend(*x, is_causal=True).astype(jnp.float32).sum(), (0, 1, 2))(query, key, value)
