@@ -62,6 +62,7 @@ def setup(app: Any) -> dict[str, bool]:
     app.connect("html-page-context", _on_page)
     app.connect("build-finished", _on_finish)
     app.connect("autodoc-process-docstring", docstrings.on_docstring)
+    app.connect("autodoc-process-signature", docstrings.on_signature)
     app.add_html_math_renderer(
         "mathml",
         inline_renderers=(mathematics.visit_inline, None),

@@ -77,12 +77,13 @@ def page(page: str, package: str) -> str:
 
     modules: dict[str, list[str]] = {}
     for name, value in public(package).items():
-        modules.setdefault(_home(value), []).append(name)
+        home = _home(value)
+        modules.setdefault("" if "._" in home else home, []).append(name)
     parts = []
-    for module, names in modules.items():
+    for module, names in sorted(modules.items(), key=lambda item: item[0] == ""):  # private modules' names last
         if len(modules) > 1:
-            parts += [f"## {module.rpartition('.')[2].lstrip('_').replace('_', ' ')}", ""]
-        text = inspect.getdoc(importlib.import_module(module)) or ""
+            parts += [f"## {module.rpartition('.')[2].replace('_', ' ') or 'Which form runs, and where'}", ""]
+        text = inspect.getdoc(importlib.import_module(module)) or "" if module else ""
         parts += ["```{eval-rst}", *to_rst(text.split("\n"))]
         for name in names:
             parts += ["", *_entry(f"{path_of(package)}.{name}", public(package)[name])]

@@ -1,6 +1,7 @@
 """Docstrings, which are plain text in Google's style, as reStructuredText: everything in them is escaped, and shapes,
 sections and formulas are told apart by their form."""
 
+import ast
 import re
 import textwrap
 from collections.abc import Iterable
@@ -14,17 +15,36 @@ _ITEM = re.compile(r"(\*{0,2}\w+\*?(?:, \*{0,2}\w+\*?)*): (?=\S)")
 _TOKEN = re.compile(
     r"""`+(?P<code>[^`]+)`+
       | (?P<quoted>"[a-z0-9_]+")
-      | (?P<shape>\[(?:\.\.|[A-Z*]|\d|,\ ?)[^\[\]{}"]*\]|(?<=\w\ )\[\](?=[,.;\ ]))
+      | (?P<shape>\[[^\[\]{}"]*\])
       | (?P<name>\b[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)""",
     re.VERBOSE,
 )
+
+# [], [B, *space, N|K, H], [m, N, H], [0, 1]: parts of which one is a letter, a number or a starred name.
+_SHAPE = re.compile(r"\[(?:|(?:[\w*|+/'. ()-]+, )*(?:[A-Za-z]|\d+|\*?\w*\*?\w+|[A-Z]\W[^,]*)(?:, [\w*|+/'. ()-]+)*)\]$")
+
+
+def on_signature(app: Any, what: str, name: str, obj: Any, options: Any, signature: Any, returns: Any) -> Any:
+    """autodoc's event: types by their last names."""
+
+    def short(text: str | None) -> str | None:
+        return text and re.sub(r"~?\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", text).replace("~", "")
+
+    return short(signature), short(returns)
 
 
 def on_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """autodoc's event: the lines are replaced."""
     lines[:] = to_rst(lines, itself=name)
     if what == "function" and (example := api.example(name)):
-        lines += ["", ".. rubric:: Example", "", ".. code-block:: python", "", *textwrap.indent(example, "   ").split("\n")]
+        lines += [
+            "",
+            ".. rubric:: Example",
+            "",
+            ".. code-block:: python",
+            "",
+            *textwrap.indent(example, "   ").split("\n"),
+        ]
 
 
 def to_rst(lines: Iterable[str], itself: str = "") -> list[str]:
@@ -33,14 +53,15 @@ def to_rst(lines: Iterable[str], itself: str = "") -> list[str]:
         if match := _SECTION.match(block[0]):
             out += _section(match[1], textwrap.dedent("\n".join(block[1:])).split("\n"), itself)
         elif block[0].startswith("   "):
-            out += ["::", "", *("   " + line for line in textwrap.dedent("\n".join(block)).split("\n"))]
+            text = textwrap.dedent("\n".join(block))
+            out += [f".. code-block:: {_language(text)}", "", *("   " + line for line in text.split("\n"))]
+        elif block[0].startswith("Complexity"):
+            out += [f"**Complexity**{inline(' '.join(line.strip() for line in block)[len('Complexity') :], itself)}"]
         elif _is_list(block):
             for term, text in _items(block):
                 out += [f"**{_escaped(term)}**", f"   {inline(text, itself)}", ""]
         elif all(line.startswith("- ") or line.startswith("  ") for line in block):
             out += [inline(line, itself) for line in block]
-        elif block[0].startswith("Complexity"):
-            out += [f"**Complexity**{inline(' '.join(block)[len('Complexity') :], itself)}"]
         else:
             out += [inline(" ".join(line.strip() for line in block), itself)]
         out += [""]
@@ -63,7 +84,18 @@ def _marked(match: re.Match[str], itself: str) -> str | None:
     if match["name"]:
         target = api.target(match["name"])
         return f":py:obj:`{match['name']} <{target}>`" if target and target != itself else None
+    if match["shape"] and not _SHAPE.match(match[0]):
+        return None
     return f"``{match['code'] or match[0]}``"
+
+
+def _language(text: str) -> str:
+    """Formulas in docstrings are no Python."""
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return "text"
+    return "python"
 
 
 def _escaped(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The explorer's data: for every setting that the page offers, who sees whom, tiles, operations and state, by attnlab."""
+"""The explorer's data: for every setting that its page offers, who sees whom, tiles, operations and state."""
 
 import inspect
 import itertools
@@ -135,7 +135,8 @@ def _call(name: str, options: dict[str, Any]) -> str:
     row, given = KINDS[name].call(options)
     function = MECHANISMS[row].function
     defaults = {key: value.default for key, value in inspect.signature(function).parameters.items()}
-    shown = {key: value for key, value in given.items() if defaults.get(key, inspect.Parameter.empty) != value}
+    # By their texts: Sphinx has put objects that stand for the source's text in the place of defaults.
+    shown = {key: value for key, value in given.items() if repr(defaults[key]) != repr(value)}
     names = [key for key, value in defaults.items() if value is inspect.Parameter.empty and key not in given]
     return f"attnlab.{function.__name__}({', '.join([*names, *(f'{k}={v!r}' for k, v in shown.items())])})"
 

@@ -49,7 +49,7 @@ def rewritten(text: str, path: Path, page: str) -> str:
         bang, label, target = match.groups()
         if bang or re.match(r"[a-z]+:|#", target):
             return match[0]
-        file, _, anchor = target.partition("#")
+        file, _, _anchor = target.partition("#")
         full = Path(os.path.normpath(path.parent / file))
         name = full.relative_to(ROOT).as_posix() if full.is_relative_to(ROOT) else None
         if name is None or not full.exists():

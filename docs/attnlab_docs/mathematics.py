@@ -1,12 +1,16 @@
 """LaTeX in pages as MathML, which browsers show by themselves: no script, no network."""
 
+import re
 from typing import Any
+
+_ALIGNED = re.compile(r"\\begin\{aligned\}(.*?)\\end\{aligned\}", re.DOTALL)
 
 
 def mathml(latex: str, display: str) -> str:
     from latex2mathml.converter import convert
 
-    return convert(latex, display=display)
+    # The converter knows align*, which is aligned as a whole formula.
+    return convert(_ALIGNED.sub(r"\\begin{align*}\1\\end{align*}", latex.strip()), display=display)
 
 
 def visit_inline(translator: Any, node: Any) -> None:

@@ -66,8 +66,9 @@ def space(name: str, length: int = LENGTH) -> tuple[int, ...]:
 def pictures(page: str, mechanism: str) -> str:
     figures = "".join(_figure(name, row) for name, row in rows(mechanism))
     shown = (
-        f"Rows are queries and columns keys, of {LENGTH} positions and one head with random inputs. The darker, the larger"
-        " the weight beside the query's largest; blue adds the value, orange subtracts it, and an empty cell is not seen."
+        f"Rows are queries and columns keys, of {LENGTH} positions and one head with random inputs. The stronger the"
+        " colour, the larger the weight beside the query's largest; blue adds the value, orange subtracts it, and what"
+        " is empty is not seen."
     )
     return f'<div class="who-row">{figures}</div>\n\n<p class="who-note">{shown}</p>\n'
 
@@ -80,7 +81,7 @@ def _figure(name: str, row: catalog.Mechanism) -> str:
     parts = [_matrix(size, f"{name}: who sees whom")]
     if len(grid) > 1:
         middle = int(np.ravel_multi_index([n // 2 for n in grid], grid))
-        parts.append(_matrix(size[middle].reshape(grid), f"{name}: keys of one query in place", mark=middle))
+        parts.append(_matrix(size[middle].reshape(grid), f"{name}: keys of one query in place", mark=middle, cell=16))
     keys = f"{seen.sum() / len(seen):.1f} of {len(seen)} keys per query"
     note = f"; right: one query of {' x '.join(map(str, grid))} places" if len(grid) > 1 else ""
     caption = f"<b>{html.escape(name)}</b>: {keys}{note}<br><code>{call}</code>"
@@ -102,10 +103,8 @@ def _matrix(size: np.ndarray, title: str, mark: int | None = None, cell: int = 8
         cells.append(f'<circle cx="{cell * x + cell / 2}" cy="{cell * y + cell / 2}" r="{cell / 3}"/>')
     body = "".join(cells).replace("/>", f' width="{cell}" height="{cell}"/>', len(cells) - (mark is not None))
     frame = f'<path class="frame" d="M0 0H{width}V{height}H0Z"/>'
-    return (
-        f'<svg viewBox="-1 -1 {width + 2} {height + 2}" width="{width + 2}" role="img"><title>{html.escape(title)}</title>'
-        f"{body}{frame}</svg>"
-    )
+    view = f'viewBox="-1 -1 {width + 2} {height + 2}" width="{width + 2}"'
+    return f'<svg {view} role="img"><title>{html.escape(title)}</title>{body}{frame}</svg>'
 
 
 def cards(page: str) -> str:
@@ -123,4 +122,3 @@ def cards(page: str) -> str:
             f"<br>{called}<br>{sentence}</span></a>"
         )
     return f'<div class="cards">{"".join(items)}</div>\n'
-

@@ -6,7 +6,9 @@ from typing import NamedTuple
 from attnlab_docs import mechanisms
 from attnlab_docs.links import DOCS
 
-_ITEM = re.compile(r"^- \*(?P<title>[^*]+)\* \((?P<authors>[^()]+?),? (?P<year>\d{4})\): (?P<what>(?:.+\n?(?:  .+\n?)*))", re.M)
+_ITEM = re.compile(
+    r"^- \*(?P<title>[^*]+)\* \((?P<authors>[^()]+) (?P<year>\d{4})\):\s+(?P<what>(?:.+\n?(?:  .+\n?)*))", re.M
+)
 
 
 class Paper(NamedTuple):
@@ -32,10 +34,8 @@ def papers() -> list[Paper]:
 
 
 def table(page: str) -> str:
-    lines = ["| year | paper | what of it is here | page |", "|---|---|---|---|"]
+    lines = ["| year | paper | what of it is here |", "|---|---|---|"]
     for paper in papers():
         title = re.findall(r"\A# (.*)\n", (DOCS / f"{paper.page}.md").read_text())[0]
-        lines.append(
-            f"| {paper.year} | *{paper.title}*, {paper.authors} | {paper.what} | [{title}](/{paper.page}.md) |"
-        )
+        lines.append(f"| {paper.year} | *{paper.title}*, {paper.authors} | {paper.what}: [{title}](/{paper.page}.md) |")
     return "\n".join(lines) + "\n"

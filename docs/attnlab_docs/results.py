@@ -30,17 +30,18 @@ def pictures(folder: Path) -> list[str]:
     """Pictures in a folder, else the first of its report's curves, as HTML."""
     files = sorted(folder.glob("*.png"))
     if files:
-        return [f'<img src="{{up}}{_copied(file)}" alt="{file.stem}" loading="lazy">' for file in files]
+        return [f'<img src="{{up}}{_copied(file)}" alt="{file.stem}">' for file in files]
     report = folder / "report.html"
     return first_pictures(report.read_text()) if report.exists() else []
 
 
 def first_pictures(report: str) -> list[str]:
-    """Of a report's page: the pictures below the headings of curves, of quality against cost and of attention."""
+    """Of a report's page: the first pictures below the headings of curves and of quality against cost."""
     found = []
-    for heading in ("Curves", "Quality against cost", "What each mechanism attends to"):
+    for heading in ("Curves", "Quality against cost"):
         part = report.partition(f">{heading}</h2>")[2].partition("<h2")[0]
-        found += re.findall(r"<svg\b.*?</svg>", part, re.DOTALL)[:1]
+        for picture in re.findall(r"<svg\b.*?</svg>", part, re.DOTALL)[:1]:
+            found.append(f"{picture}<p>{heading}</p>")
     return found
 
 
@@ -72,4 +73,3 @@ def _copied(file: Path) -> str:
 def _moved(text: str) -> str:
     """Links of experiments/results/README.md, seen from docs/results."""
     return re.sub(r"\]\((?![a-z]+:)([^()]+)\)", r"](../../experiments/results/\1)", text)
-
