@@ -1,4 +1,4 @@
-"""The documentation site: `sphinx-build -W docs build/docs`, then open build/docs/index.html. Nothing is downloaded."""
+"""The documentation site: `sphinx-build -W -E docs build/docs`, then open build/docs/index.html. Nothing is downloaded."""
 
 import os
 import sys
@@ -25,6 +25,7 @@ suppress_warnings = ["misc.highlighting_failure"]
 nitpicky = True
 nitpick_ignore_regex = [("py:class", ".*"), ("py:exc", ".*")]
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False  # methods stand where they are described
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_display_short_literal_types = True

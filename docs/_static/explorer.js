@@ -83,7 +83,9 @@
   }
 
   function draw(found) {
-    const length = chosen.length, scale = Math.max(1, Math.floor(768 / length)), size = length * scale;
+    // As many pixels as the screen has, so that cells stay even.
+    const length = chosen.length, width = canvas.clientWidth * (window.devicePixelRatio || 1);
+    const scale = Math.max(1, Math.floor(width / length)), size = length * scale, gap = scale > 5 ? 1 : 0;
     const context = canvas.getContext("2d"), style = getComputedStyle(document.body);
     const colour = (name) => style.getPropertyValue(name).trim();
     canvas.width = canvas.height = size;
@@ -101,7 +103,7 @@
       for (let i = 0; i < count; i++, query++)
         for (let j = 0; j < parts.length; j += 3)
           for (let key = parts[j]; key <= parts[j + 1]; key += parts[j + 2])
-            context.fillRect((query + key) * scale, query * scale, scale - (scale > 4 ? 1 : 0), scale - (scale > 4 ? 1 : 0));
+            context.fillRect((query + key) * scale, query * scale, scale - gap, scale - gap);
     context.strokeStyle = colour("--who-line");
     context.lineWidth = 1;
     for (let i = 1; i < across; i++)
@@ -114,6 +116,7 @@
   }
 
   new MutationObserver(show).observe(document.body, { attributes: true, attributeFilter: ["data-theme"] });
+  addEventListener("resize", show);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
   build();
 })();

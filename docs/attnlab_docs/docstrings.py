@@ -2,6 +2,7 @@
 sections and formulas are told apart by their form."""
 
 import ast
+import inspect
 import re
 import textwrap
 from collections.abc import Iterable
@@ -26,10 +27,15 @@ _SHAPE = re.compile(r"\[(?:|(?:[\w*|+/'. ()-]+, )*(?:[A-Za-z]|\d+|\*?\w*\*?\w+|[
 
 def on_signature(app: Any, what: str, name: str, obj: Any, options: Any, signature: Any, returns: Any) -> Any:
     """autodoc's event: types by their last names."""
+    from sphinx.util.inspect import stringify_signature
 
     def short(text: str | None) -> str | None:
         return text and re.sub(r"~?\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", text).replace("~", "")
 
+    if what == "class" and signature == "(*args: Any, **kwargs: Any)":  # Flax's, in front of the class's own
+        own = inspect.signature(obj.__init__)
+        own = own.replace(parameters=[*own.parameters.values()][1:], return_annotation=inspect.Signature.empty)
+        signature = stringify_signature(own, show_annotation=True)
     return short(signature), short(returns)
 
 
@@ -159,7 +165,9 @@ def _section(title: str, lines: list[str], itself: str) -> list[str]:
         if term == "":
             fields.append(inline(text, itself))
         elif title == "Args":
-            fields.append(f":param {_escaped(names)}: {inline(text, itself)}")
+            fields.append(
+                f":param {_escaped(names).replace(', ', ',')}: {inline(text, itself)}"
+            )  # a blank would part a type
         else:
             fields.append(f":raises {term}: {inline(text, itself)}")
     return fields
