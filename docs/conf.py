@@ -1,4 +1,4 @@
-"""The documentation site: `sphinx-build -W -E docs build/docs`, then open build/docs/index.html. Nothing is downloaded."""
+"""The documentation: `sphinx-build -W -E docs build/docs`, then open build/docs/index.html. Nothing is downloaded."""
 
 import os
 import sys

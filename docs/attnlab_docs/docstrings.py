@@ -30,6 +30,7 @@ def on_signature(app: Any, what: str, name: str, obj: Any, options: Any, signatu
     from sphinx.util.inspect import stringify_signature
 
     def short(text: str | None) -> str | None:
+        text = text and re.sub(r"<class 'jax\.numpy\.(\w+)'>", r"jnp.\1", text)
         return text and re.sub(r"~?\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", text).replace("~", "")
 
     if what == "class" and signature == "(*args: Any, **kwargs: Any)":  # Flax's, in front of the class's own

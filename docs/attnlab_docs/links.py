@@ -4,6 +4,7 @@ import os
 import posixpath
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[1]
@@ -93,7 +94,7 @@ def copy_files(out: Path) -> None:
         target.write_text(f"<!doctype html><meta charset=utf-8><title>{name}</title><h1>{name}</h1><ul>{items}</ul>\n")
 
 
-def _outside_code(text: str, change) -> str:  # type: ignore[no-untyped-def]
+def _outside_code(text: str, change: Callable[[str], str]) -> str:
     """Applied to what is in no fenced block."""
     parts = re.split(r"(^ *```.*?^ *```\s*?$)", text, flags=re.MULTILINE | re.DOTALL)
     return "".join(part if index % 2 else change(part) for index, part in enumerate(parts))
