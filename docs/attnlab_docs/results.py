@@ -45,6 +45,10 @@ def first_pictures(report: str) -> list[str]:
     return found
 
 
+def first_table(text: str) -> str:
+    return next(iter(re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)), "").strip()
+
+
 def gallery(page: str) -> str:
     up = "../" * page.count("/")
     parts, drawn = [], set()
@@ -58,7 +62,9 @@ def gallery(page: str) -> str:
         outcome = _moved(result.outcome)
         parts += [f"{outcome[0].upper()}{outcome[1:]}.", "", f"Repeat it: {_moved(result.command)}", ""]
         report = file.with_name("report.html")
-        seen = [f"[Table](../../experiments/results/{result.anchor})"]
+        is_page = f"experiments/results/{result.anchor}" in links.PAGES
+        parts += [] if is_page else [first_table(file.read_text()), ""]
+        seen = [f"[{'All of it' if is_page else 'All tables, as text'}](../../experiments/results/{result.anchor})"]
         if report.exists():
             address = up + _copied(report)
             seen.append(f'<a href="{address}">report with curves, attention and configs</a>')
