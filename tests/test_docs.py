@@ -272,8 +272,8 @@ def drawn(rows, length):
     return seen
 
 
-def test_a_mechanism_of_the_catalog_is_in_the_explorer():
-    assert set(explorer.KINDS) == set(mechanisms.names())
+def test_what_is_explored_is_a_mechanism_of_the_catalog():
+    assert set(explorer.KINDS) <= set(mechanisms.names())
 
 
 def test_formulas_become_mathematics():

@@ -1,4 +1,4 @@
-"""What other libraries call it, their call beside ours; docs/guides/other_libraries.md has the table in words.
+"""What other libraries call it, their call beside ours; docs/comparison.md has the table in words.
 
 Those that are no part of the tests' environment are compared where they are installed (`-m slow`), by their forms for a
 CPU: what their kernels compute, they say themselves.

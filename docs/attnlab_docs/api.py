@@ -8,6 +8,7 @@ import re
 import types
 from typing import Any
 
+from attnlab_docs import mechanisms
 from attnlab_docs.links import DOCS
 
 # Packages in the order of their pages; `attnlab` has the primitives.
@@ -100,8 +101,13 @@ def _entry(name: str, value: Any) -> list[str]:
 
 @functools.cache
 def _examples() -> dict[str, str]:
-    """Examples by the names of the functions that they are for, which their first line has."""
+    """Examples by the names of the functions that they are for: those that a mechanism's page calls, and those that a
+    file's first line has."""
     found = {}
+    for mechanism in mechanisms.names():
+        code = mechanisms.read(mechanism).sections["Example"].partition("```python\n")[2].partition("```")[0]
+        for name in re.findall(r"attnlab\.(\w+)\(", code):
+            found.setdefault(f"attnlab.{name}", code.strip())
     for file in sorted(EXAMPLES.glob("*.py")):
         first, _, code = file.read_text().partition("\n")
         for name in first.removeprefix("# For ").rstrip(".").split(", "):
