@@ -359,7 +359,7 @@ def test_lists_of_known_and_of_traced_arrays_are_the_same():
 
     def lists(start, end):
         tiling = SortedIntervals(start, end, 300, reach=200, block=128).tiled(128, 128)
-        return [lists_of(visits, 3) for visits in (tiling.by_query, tiling.by_key)]
+        return [lists_of(visits, 3, 3) for visits in (tiling.by_query, tiling.by_key)]
 
     for known, traced in zip(lists(start, end), jax.jit(lists)(start, end), strict=True):
         np.testing.assert_array_equal(known.counts, traced.counts)
