@@ -4,8 +4,8 @@
     Boxes              a box of space per query, an interval along every axis
     SortedIntervals    an interval of keys per query, computed with the arrays, for each row of the batch
     AllPairs           an interval of coordinates per query, computed with the arrays: every pair of tiles is looked at
-    BlockLists         the tiles of keys that each tile of queries visits, by row of the batch and key head, in full or as
-                       a bank of tiles says
+    BlockLists         the tiles of keys that a tile of queries visits, for each row of the batch and key head, each in
+                       full or as a bank of tiles says
 
 All have
 

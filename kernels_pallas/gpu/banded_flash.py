@@ -202,7 +202,7 @@ def _body(band: Band, step: int, stages: int) -> Any:
                 keys = Side(1, first_key(number), () if numbers_s is None else numbers_in_turn(numbers_s.at[slot], 1))
                 words = words_of(seen_ref, bank_ref, (in_lists, tile), number, step) if band.has_bank else ()
                 sees = band.visible(Side(0, first + in_loop(number), numbers), keys, shape, words)
-                scaled = jnp.where(sees, logits * factor, MASKED)
+                scaled = jnp.where(sees, logits, MASKED)
                 new = jnp.maximum(maximum, scaled.max(axis=1))
                 weights = jnp.exp2(scaled - by_row(new, shape))
             else:
@@ -217,6 +217,9 @@ def _body(band: Band, step: int, stages: int) -> Any:
         def iterate(masked: bool) -> Any:
             def one(number: Array, carry: Any) -> Any:
                 logits, *carry = carry
+                logits = (
+                    logits * factor if masked else logits
+                )  # before the product, which then may have their registers
                 ring.wait(number + 1)
                 return dot_beside(products(number + 1), shape=shape, work=lambda: attend(number, logits, carry, masked))
 
@@ -234,7 +237,7 @@ def _body(band: Band, step: int, stages: int) -> Any:
         before = jnp.minimum(num_full, last)
         carry = lax.fori_loop(jnp.int32(0), before, iterate(False), carry)
         logits, *carry = lax.fori_loop(before, last, iterate(True), carry)
-        total, maximum, weight = attend(last, logits, carry, True)
+        total, maximum, weight = attend(last, logits * factor, carry, True)
         empty = maximum <= MASKED
         inverse = jnp.where(empty, np.float32(0), 1 / weight)
         # What a query without keys has added up may be anything.
