@@ -238,36 +238,32 @@ class BlockLists:
 
     @classmethod
     def of(cls, sees: Sees, queries: int, keys: int, block_q: int, block_k: int) -> "BlockLists":
-        """Of a predicate, the same for all rows and heads. Equal tiles are in the bank once.
+        """Of a predicate, the same for all rows and heads; it is asked tile by tile, and equal tiles are stored once.
 
-        Complexity: O(queries x keys) time; O(block_q x keys + pairs of tiles) memory, and the bank.
+        Complexity: O(queries x keys) time, O(visited tiles) memory beside the bank.
         """
-        tiles, key_tiles = -(-queries // block_q), -(-keys // block_k)
-        numbers: dict[bytes, int] = {}
-        bank, lists = [], []
-        key = np.arange(keys, dtype=np.int32)[None]
+        numbers: dict[bytes, int] = {}  # of the bank's tiles
+        listed: list[list[tuple[int, int]]] = []
         for first in range(0, queries, block_q):
             query = np.arange(first, min(first + block_q, queries), dtype=np.int32)[:, None]
-            seen = np.broadcast_to(np.asarray(sees(query, key), bool), (len(query), keys))
-            padded = np.zeros((block_q, key_tiles * block_k), bool)
-            padded[: len(query), :keys] = seen
-            by_tile = padded.reshape(block_q, key_tiles, block_k)
-            full = by_tile[: len(query)].all((0, 2))
-            visited = np.flatnonzero(by_tile.any((0, 2)))
-            partly = np.full(len(visited), -1, np.int32)
-            for place in np.flatnonzero(~full[visited]):
-                tile = by_tile[:, visited[place]]
-                number = numbers.setdefault(np.packbits(tile).tobytes(), len(bank))
-                if number == len(bank):
-                    bank.append(tile.astype(np.int8))
-                partly[place] = number
-            lists.append((visited, partly))
-        most = max(1, *(len(visited) for visited, _ in lists))
-        columns, parts = (np.full((1, 1, tiles, most), -1, np.int32) for _ in range(2))
-        for row, (visited, partly) in enumerate(lists):
-            columns[0, 0, row, : len(visited)], parts[0, 0, row, : len(visited)] = visited, partly
-        stacked = np.stack(bank) if bank else np.zeros((0, block_q, block_k), np.int8)
-        return cls(columns, parts, stacked, queries, keys)
+            row: list[tuple[int, int]] = []
+            for column, start in enumerate(range(0, keys, block_k)):
+                key = np.arange(start, min(start + block_k, keys), dtype=np.int32)[None]
+                seen = np.broadcast_to(np.asarray(sees(query, key), bool), (query.size, key.size))
+                if seen.all():
+                    row.append((column, -1))
+                elif seen.any():
+                    tile = np.zeros((block_q, block_k), bool)
+                    tile[: query.size, : key.size] = seen
+                    row.append((column, numbers.setdefault(np.packbits(tile).tobytes(), len(numbers))))
+            listed.append(row)
+        tables = np.full((2, 1, 1, len(listed), max(1, *map(len, listed))), -1, np.int32)
+        for number, row in enumerate(listed):
+            tables[:, 0, 0, number, : len(row)] = np.array(row, np.int32).reshape(-1, 2).T
+        size = block_q * block_k
+        packed = np.frombuffer(b"".join(numbers), np.uint8).reshape(len(numbers), -(-size // 8))
+        bank = np.unpackbits(packed, axis=1, count=size).reshape(-1, block_q, block_k).astype(np.int8)
+        return cls(*tables, bank, queries, keys)
 
     def blocks(self, default: tuple[int, int]) -> tuple[int, int]:
         return self.bank.shape[1], self.bank.shape[2]
