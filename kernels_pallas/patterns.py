@@ -263,7 +263,7 @@ class BlockLists:
         size = block_q * block_k
         packed = np.frombuffer(b"".join(numbers), np.uint8).reshape(len(numbers), -(-size // 8))
         bank = np.unpackbits(packed, axis=1, count=size).reshape(-1, block_q, block_k).astype(np.int8)
-        return cls(*tables, bank, queries, keys)
+        return cls(tables[0], tables[1], bank, queries, keys)
 
     def blocks(self, default: tuple[int, int]) -> tuple[int, int]:
         return self.bank.shape[1], self.bank.shape[2]
@@ -302,7 +302,7 @@ class BlockLists:
         # Full ones first; what is no tile comes last, and in a row of its own one that is not looked at.
         by_column = xp.where(is_tile, column + key_tiles * ~is_full, 2 * key_tiles)
         listed = order(by_column, row, xp.where(is_tile, column, 0), code, is_full)
-        by_query = _flagged(*(x.reshape(len(x), -1) for x in listed), xp)
+        by_query = _flagged(xp, *(x.reshape(len(x), -1) for x in listed))
         nothing = xp.zeros((len(code), key_tiles), xp.int32)
         flat = [
             x.reshape(len(x), -1) for x in (row, xp.where(is_tile, 2 * column + ~is_full, 2 * key_tiles), code, is_full)
@@ -310,7 +310,7 @@ class BlockLists:
         more = [nothing, nothing + 2 * xp.arange(key_tiles) + 1, nothing, nothing > 0]
         row, key, code, is_full = (xp.concatenate(pair, -1) for pair in zip(flat, more))
         row, key, code, is_full = order(key, row, key, code, is_full)
-        by_key = _flagged(xp.minimum(key // 2, key_tiles - 1), row, code, is_full, xp)
+        by_key = _flagged(xp, xp.minimum(key // 2, key_tiles - 1), row, code, is_full)
         heads = self.columns.shape[1]
         return Tiling(None, None, None, by_query, by_key, block_q, block_k, bank=bank, heads=heads)
 
@@ -354,7 +354,7 @@ def _list_visits(visited: np.ndarray, full: np.ndarray) -> Visits:
     return Visits(*(x.astype(np.int32)[None] for x in (rows, columns, flags)))
 
 
-def _flagged(rows: Any, columns: Any, tiles: Any, is_full: Any, xp: Any) -> Visits:
+def _flagged(xp: Any, rows: Any, columns: Any, tiles: Any, is_full: Any) -> Visits:
     """Pairs row by row, [lists, steps], with what is seen of each: a tile of the bank, of which 0 is not looked at."""
     edge, change = xp.ones_like(rows[:, :1], dtype=bool), rows[:, 1:] != rows[:, :-1]
     first, last = xp.concatenate([edge, change], 1), xp.concatenate([change, edge], 1)

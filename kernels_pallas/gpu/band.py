@@ -45,7 +45,9 @@ def lists_of(visits: Visits, rows: int, tiles: int) -> Lists:
     """visits: known, or traced; of so many rows, and tiles that each may visit."""
     if any(isinstance(x, jax.core.Tracer) for x in visits):
         return jax.vmap(lambda *visits: _traced_lists(Visits(*visits), rows, tiles))(*visits)
-    columns, counts, seen = [], [], []
+    columns: list[np.ndarray] = []
+    counts: list[np.ndarray] = []
+    seen: list[np.ndarray] = []
     for row, column, flags in zip(*(np.asarray(x) for x in visits), strict=True):
         listed = flags & (ACTIVE | FIRST) != 0  # the others fill up a list that was made with the arrays
         row, column, flags = row[listed], column[listed], flags[listed]

@@ -489,7 +489,7 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
                         else None
                     )
                     queries = Side(1, first_query(number), () if table is None else numbers_in_turn(table, 1))
-                    words = ()
+                    words: Sequence[Array] = ()
                     if band.has_bank:
                         of_tile = lax.div(number, parts * group) * parts + lax.rem(number, parts)
                         words = words_of(seen_ref, bank_ref, (in_lists, tile), of_tile, step)

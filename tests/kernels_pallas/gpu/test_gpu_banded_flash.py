@@ -19,6 +19,7 @@ from attnlab import (
     local_attention,
     routing_attention,
 )
+from attnlab.attention import masks
 from kernels_pallas.gpu import banded_covariance, banded_flash, banded_flash_backward, banded_parallax
 from kernels_pallas.gpu.band import lists_of
 from kernels_pallas.gpu.banded_flash import banded_flash_attention
@@ -117,6 +118,8 @@ def assert_near(got, expected, arrays, epsilon):
         assert x.dtype == arrays[0].dtype
         atol = 4 * epsilon * max(np.abs(y).max(), 1e-6)
         np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=0, atol=atol)
+    if len(arrays) == 3:  # a scale that is no argument
+        return
     by_query = np.abs(np.einsum("...h,...h->...", np.asarray(arrays[0], np.float64), right[0]))
     atol = 4 * epsilon * by_query.sum() / abs(float(arrays[3])) + 1e-5
     np.testing.assert_allclose(gradients[3], right[3], rtol=0, atol=atol)
@@ -404,6 +407,51 @@ def test_lowers_for_cuda(case):
                 lower(run, *arrays, *ids)
         else:
             assert b"mosaic_gpu" in lower(run, *arrays, *ids)
+
+
+OF_FRAMES = masks.radial(48, block=16) | masks.power_blocks(16)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "is_causal"), [((100, 120), False), pytest.param((300, 300), True, marks=pytest.mark.slow)]
+)
+def test_a_mask_of_numbers_equals_its_pairs(lengths, is_causal, on_gpu):
+    query, (_, key, value) = draw_arrays(lengths[0], heads=1)[0], draw_arrays(lengths[1])
+    rng = np.random.default_rng(5)
+    cotangents = tuple(jnp.asarray(rng.normal(size=shape), query.dtype) for shape in (query.shape, query.shape[:-1]))
+    pairs = masks.dense_mask(OF_FRAMES, lengths[:1], lengths[1:])[None, None]
+
+    def run(arrays, cotangents, mask, implementation):
+        def attend(query, key, value):
+            options = {"is_causal": is_causal, "return_lse": True, "implementation": implementation}
+            return dot_product_attention(query, key, value, mask=mask, scale=0.2, **options)
+
+        results, transpose = jax.vjp(attend, *arrays)
+        return results, transpose((cotangents[0], cotangents[1].astype(results[1].dtype)))
+
+    arrays = query, key, value
+    got = on_gpu(run, arrays, cotangents, OF_FRAMES, "pallas_gpu")
+    with jax.enable_x64(True):
+        want = run(in_float64(arrays), in_float64(cotangents), pairs, "reference")
+    assert_near(got, want, arrays, EPSILON[jnp.bfloat16])
+
+
+@pytest.mark.parametrize(
+    ("mask", "lengths", "reason"),
+    [
+        (jnp.ones((1, 1, 256, 256), bool), (256, 256), "has no mask that is an array"),
+        (masks.causal(), (2**17, 2**16), "serves masks of up to 4294967296 pairs of a query and a key, got 8589934592"),
+        (None, (256, 256), "needs a mask that reads no arrays of the program"),
+    ],
+)
+def test_refuses_masks_with_the_reason(mask, lengths, reason):
+    def attend(query, key, value):
+        first = query[0, 0, 0, 0] > 0
+        given = masks.Mask(lambda query, key: (key[0] > 3) & first) if mask is None else mask
+        return dot_product_attention(query, key, value, mask=given, implementation="pallas_gpu")
+
+    with pytest.raises(ValueError, match=reason):
+        jax.eval_shape(attend, *shapes(lengths[0], keys=lengths[1]))
 
 
 def loss(query, key, value, implementation="pallas_gpu"):
