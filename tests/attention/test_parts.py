@@ -224,6 +224,9 @@ CASES = {
 _UNEVEN = {  # keys that eight devices do not divide are whole on each
     "agent": Case(agent_attention, qkv(64, keys=(30,)) | agents, SUMS, given | {"key": WHOLE, "value": WHOLE}),
     "inline": Case(inline_attention, qkv(64, keys=(30,)), SUMS, {"key": WHOLE, "value": WHOLE}),
+    "dot product, mask": Case(
+        functools.partial(dot_product_attention, mask=bands), qkv(64, keys=(30,)), {}, {"key": WHOLE, "value": WHOLE}
+    ),
 }
 _QUICK = {"local", "linear, gated delta", "axial"}
 
