@@ -303,14 +303,13 @@ class BlockLists:
         by_column = xp.where(is_tile, column + key_tiles * ~is_full, 2 * key_tiles)
         listed = order(by_column, row, xp.where(is_tile, column, 0), code, is_full)
         by_query = _flagged(xp, *(x.reshape(len(x), -1) for x in listed))
+        by_row = xp.where(is_tile, 2 * column + ~is_full, 2 * key_tiles)
+        flat = [x.reshape(len(x), -1) for x in (row, by_row, code, is_full)]
         nothing = xp.zeros((len(code), key_tiles), xp.int32)
-        flat = [
-            x.reshape(len(x), -1) for x in (row, xp.where(is_tile, 2 * column + ~is_full, 2 * key_tiles), code, is_full)
-        ]
         more = [nothing, nothing + 2 * xp.arange(key_tiles) + 1, nothing, nothing > 0]
-        row, key, code, is_full = (xp.concatenate(pair, -1) for pair in zip(flat, more))
-        row, key, code, is_full = order(key, row, key, code, is_full)
-        by_key = _flagged(xp, xp.minimum(key // 2, key_tiles - 1), row, code, is_full)
+        row, by_row, code, is_full = (xp.concatenate(pair, -1) for pair in zip(flat, more))
+        row, by_row, code, is_full = order(by_row, row, by_row, code, is_full)
+        by_key = _flagged(xp, xp.minimum(by_row // 2, key_tiles - 1), row, code, is_full)
         heads = self.columns.shape[1]
         return Tiling(None, None, None, by_query, by_key, block_q, block_k, bank=bank, heads=heads)
 

@@ -63,11 +63,11 @@ def lists_of(visits: Visits, rows: int, tiles: int) -> Lists:
         each = [np.bincount(row[full], minlength=rows), number, np.bincount(row[active], minlength=rows)]
         counts.append(np.stack(each, axis=1).astype(np.int32))
     width = max(table.shape[1] for table in columns)
-    padded = (
-        np.stack([np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in tables])
-        for tables in (columns, seen)
-    )
-    return Lists(next(padded), np.stack(counts), next(padded))
+
+    def stacked(tables: list[np.ndarray]) -> np.ndarray:
+        return np.stack([np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in tables])
+
+    return Lists(stacked(columns), np.stack(counts), stacked(seen))
 
 
 def _all_partly(lists: Lists) -> Lists:
@@ -227,9 +227,10 @@ def _bits(words: Sequence[Array], shape: tuple[int, int]) -> Array:
     word = by_row(words[-1], shape)
     for number in reversed(range(len(words) - 1)):
         word = jnp.where(column < np.int32(32 * (number + 1)), by_row(words[number], shape), word)
-    # A thread's columns differ by what is known when a program is compiled, but for these bits.
-    own = np.int32(6)
-    return lax.shift_right_logical(word, column & own) & lax.shift_left(np.int32(1), column & np.int32(25)) != 0
+    # Bits 1 and 2 of a column say whose thread it is, the others which of the thread's: a word is shifted once, and the
+    # compiler knows what is tested of it.
+    shifted = lax.shift_right_logical(word, column & np.int32(6))
+    return shifted & lax.shift_left(np.int32(1), column & np.int32(25)) != 0
 
 
 class Side(NamedTuple):

@@ -1,4 +1,5 @@
-"""Banded flash attention for Hopper: every query sees a box of keys, in 1, 2 or 3 axes, and the first `sinks` keys.
+"""Banded flash attention for Hopper: every query sees a box of keys, in 1, 2 or 3 axes, and the first `sinks` keys;
+or what lists of tiles give it.
 
     out_t = sum_{s visible to t} softmax_s(scale q_t . k_s) v_s
     lse_t = log sum_{s visible to t} exp(scale q_t . k_s)
@@ -109,7 +110,8 @@ def banded_flash_attention(
       ValueError: with refusal()'s reason.
 
     Complexity: O(B N H x visited tiles) time. Memory beside the arguments: padded copies where T or S is no multiple
-    of 128, or a head dim is padded.
+    of 128, or a head dim is padded; of lists of tiles, a number for each pair of tiles if they are traced, and an
+    eighth of the bank.
     """
     reason = refusal(query, key, value, pattern=pattern, segment_ids=segment_ids)
     if reason is not None:
@@ -168,6 +170,9 @@ def _body(band: Band, step: int, stages: int) -> Any:
         in_lists = band.list_of(columns_ref.shape[0], batch, key_head)
         num_full, count = (np.int32(parts) * counts_ref[in_lists, tile, i] for i in range(2))
         factor, shape = factor_ref[0], (ROWS, step)
+        # Then masked logits are scaled before the next product begins, which takes their registers: what the bank says
+        # of them comes later than that.
+        is_early = band.has_bank
         first = tile * np.int32(TILE) + warpgroup * np.int32(ROWS)
 
         def first_key(number: Array) -> Array:
@@ -202,7 +207,7 @@ def _body(band: Band, step: int, stages: int) -> Any:
                 keys = Side(1, first_key(number), () if numbers_s is None else numbers_in_turn(numbers_s.at[slot], 1))
                 words = words_of(seen_ref, bank_ref, (in_lists, tile), number, step) if band.has_bank else ()
                 sees = band.visible(Side(0, first + in_loop(number), numbers), keys, shape, words)
-                scaled = jnp.where(sees, logits, MASKED)
+                scaled = jnp.where(sees, logits if is_early else logits * factor, MASKED)
                 new = jnp.maximum(maximum, scaled.max(axis=1))
                 weights = jnp.exp2(scaled - by_row(new, shape))
             else:
@@ -217,9 +222,7 @@ def _body(band: Band, step: int, stages: int) -> Any:
         def iterate(masked: bool) -> Any:
             def one(number: Array, carry: Any) -> Any:
                 logits, *carry = carry
-                logits = (
-                    logits * factor if masked else logits
-                )  # before the product, which then may have their registers
+                logits = logits * factor if masked and is_early else logits
                 ring.wait(number + 1)
                 return dot_beside(products(number + 1), shape=shape, work=lambda: attend(number, logits, carry, masked))
 
@@ -237,7 +240,7 @@ def _body(band: Band, step: int, stages: int) -> Any:
         before = jnp.minimum(num_full, last)
         carry = lax.fori_loop(jnp.int32(0), before, iterate(False), carry)
         logits, *carry = lax.fori_loop(before, last, iterate(True), carry)
-        total, maximum, weight = attend(last, logits * factor, carry, True)
+        total, maximum, weight = attend(last, logits * factor if is_early else logits, carry, True)
         empty = maximum <= MASKED
         inverse = jnp.where(empty, np.float32(0), 1 / weight)
         # What a query without keys has added up may be anything.

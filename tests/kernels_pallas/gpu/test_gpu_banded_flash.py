@@ -161,8 +161,8 @@ LISTS = {  # lengths of queries and keys; rows and heads of the lists; options o
 
 
 def draw_lists(queries, keys, rows, heads):
-    """(the pattern, what is seen as bool [rows, heads, T, S]): four places for every tile, of which the first lists the
-    first key tile in full, the third is the second one again, and that of the last query tile's is partly seen."""
+    """(the pattern, what is seen as bool [rows, heads, T, S]): four places for every tile, of which the third is the
+    second one again. In the first list, the first tile lists a key tile in full and then in part, the next one none."""
     rng = np.random.default_rng(queries)
     tiles, key_tiles = -(-queries // 128), -(-keys // 128)
     columns = rng.integers(-1, key_tiles, (rows, heads, tiles, 4))
@@ -170,6 +170,7 @@ def draw_lists(queries, keys, rows, heads):
     bank = rng.random((3, 128, 128)) < 0.4
     bank[0, 5:70] = False  # these queries see nothing of it
     partly = rng.integers(-1, 3, columns.shape)
+    columns[0, 0, 1:2] = -1
     columns[0, 0, 0], partly[0, 0, 0] = [-1, 0, 0, key_tiles - 1], [-1, -1, 0, 0]
     columns[-1, -1, -1], partly[-1, -1, -1] = [key_tiles - 1, -1, -1, key_tiles], 0
     sees = np.zeros((rows, heads, tiles * 128, key_tiles * 128), bool)
