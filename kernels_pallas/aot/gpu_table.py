@@ -37,13 +37,13 @@ class Row(NamedTuple):
     smem: int | None
 
 
-def _banded_flash(shape: Shape, *, backward: bool = False) -> Row:
+def _banded_flash(shape: Shape, *, backward: bool = False, lists: bool = False) -> Row:
     module: Any = banded_flash_backward if backward else banded_flash
     run: Any = module.banded_flash_gradients if backward else module.banded_flash_attention
     query, *_ = arrays = shape.arrays()
     lse = shape.array(shape.heads, dtype=jnp.float32)
     arrays = [*arrays, query, lse, query, lse] if backward else arrays
-    settings: Any = {"pattern": shape.pattern(), "scale": shape.head_dim**-0.5}
+    settings: Any = {"pattern": shape.lists() if lists else shape.pattern(), "scale": shape.head_dim**-0.5}
     return Row(functools.partial(run, **settings), arrays, module.smem_bytes(shape.head_dim, shape.head_dim))
 
 
@@ -142,6 +142,7 @@ _LINEAR: dict[str, dict[str, Any]] = {
 }
 _BOTH: dict[str, Callable[..., Row]] = {
     "banded flash": _banded_flash,
+    "banded flash, lists": functools.partial(_banded_flash, lists=True),
     **{name: functools.partial(_chunked_linear, **options) for name, options in _LINEAR.items()},
     "covariance": _covariance,
     "parallax": _parallax,
