@@ -278,7 +278,7 @@ def test_lists_of_tiles_hold_what_is_given(is_traced, data):
 def test_a_predicate_s_lists_are_its_pairs(data):
     queries, keys = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30))
     block_q, block_k = data.draw(st.sampled_from([(4, 3), (7, 8)]))
-    mask = data.draw(st.sampled_from([masks.causal(), masks.blocks(6, shift=1), masks.radial(5, block=2)]))
+    mask = data.draw(st.sampled_from([masks.causal(), masks.blocks(6, shift=1), masks.power_blocks(3)]))
     pattern = BlockLists.of(lambda query, key: mask.sees((query,), (key,)), queries, keys, block_q, block_k)
     assert pattern.blocks((512, 512)) == (block_q, block_k)
     sees = np.asarray(masks.dense_mask(mask, (queries,), (keys,)))
