@@ -4,6 +4,8 @@
     Boxes              a box of space per query, an interval along every axis
     SortedIntervals    an interval of keys per query, computed with the arrays, for each row of the batch
     AllPairs           an interval of coordinates per query, computed with the arrays: every pair of tiles is looked at
+    BlockLists         the tiles of keys that a tile of queries visits, for each row of the batch and key head, each in
+                       full or as a bank of tiles says
 
 All have
 
@@ -27,17 +29,22 @@ import numpy as np
 Array = jax.Array
 # Numbers of queries, int [n] -> (starts, ends), int [n]: the keys starts <= s < ends. Both grow with the query.
 Bounds = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+# Numbers of queries [n, 1] and of keys [1, m] -> bool [n, m], or what broadcasts to it: the query sees the key.
+Sees = Callable[[np.ndarray, np.ndarray], Any]
 
 # What a step does, as bits.
 FIRST, LAST, ACTIVE, FULL = (np.int32(2**bit) for bit in range(4))
 HEAD_BIT = np.int32(4)  # and above it the query head, among those of its key head
+BANK_BIT = np.int32(4)  # or, of a pattern with a bank, the bank's tile
 
 
 class Visits(NamedTuple):
     """Pairs of tiles, one per grid step; all pairs of a row follow each other. int32 [lists, steps].
 
-    There is one list, or one for every row of the batch. flags: the first and the last step of a row, whether
-    the pair is looked at (a row without pairs has one step that is not), and whether every query sees every key.
+    There is one list, or one for every row of the batch (BlockLists: or key head). flags: the first and the last step
+    of a row, whether the pair is looked at (a row without pairs has one step that is not), and whether every query sees
+    every key. Of lists that were made with the arrays, the first step of a row is looked at if any is, and full pairs
+    come before the others.
     """
 
     rows: Any
@@ -53,6 +60,8 @@ class Tiling:
     by_query: pairs (query tile, key tile); by_key: the same pairs as (key tile, query tile).
     diagonals: (offset, width) where query t sees the keys t + offset <= s < t + offset + width that there are, and the
     sinks: then the kernels read no bounds.
+    bank: int8 [tiles, block_q, block_k], not 0 where a query sees a key; a step's tile is in its flags. No bounds then.
+    heads: how many lists there are for a row of the batch, one or as many as key heads; they follow each other.
     """
 
     starts: Any
@@ -64,6 +73,8 @@ class Tiling:
     block_k: int
     sinks: int = 0
     diagonals: tuple[int, int] | None = None
+    bank: Any = None
+    heads: int = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -205,7 +216,105 @@ class AllPairs:
         return Tiling(starts, ends, coordinates, *lists_of(visited, ~visited), block_q, block_k)
 
 
-Pattern = Intervals | Boxes | SortedIntervals | AllPairs
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockLists:
+    """Queries that see the keys of the tiles that their own tile lists, all of them or as a tile of the bank says.
+
+    columns: int [B|1, K|1, query tiles, M], key tiles in any order. Others than there are, such as -1, stand for none;
+      of a tile that is listed twice the first place counts.
+    partly: int, like columns: the bank's tile for a key tile that is partly seen, -1 where all see all.
+    bank: bool or int8 [tiles, block_q, block_k], not 0 where the query sees the key. It may have no tile.
+    queries, keys: how many there are; keys past the last one are not seen, whatever the lists say.
+
+    All arrays may be traced.
+    """
+
+    columns: Any
+    partly: Any
+    bank: Any
+    queries: int
+    keys: int
+    has_coordinates = False
+
+    @classmethod
+    def of(cls, sees: Sees, queries: int, keys: int, block_q: int, block_k: int) -> "BlockLists":
+        """Of a predicate, the same for all rows and heads; it is asked tile by tile, and equal tiles are stored once.
+
+        Complexity: O(queries x keys) time, O(visited tiles) memory beside the bank.
+        """
+        numbers: dict[bytes, int] = {}  # of the bank's tiles
+        listed: list[list[tuple[int, int]]] = []
+        for first in range(0, queries, block_q):
+            query = np.arange(first, min(first + block_q, queries), dtype=np.int32)[:, None]
+            row: list[tuple[int, int]] = []
+            for column, start in enumerate(range(0, keys, block_k)):
+                key = np.arange(start, min(start + block_k, keys), dtype=np.int32)[None]
+                seen = np.broadcast_to(np.asarray(sees(query, key), bool), (query.size, key.size))
+                if seen.all():
+                    row.append((column, -1))
+                elif seen.any():
+                    tile = np.zeros((block_q, block_k), bool)
+                    tile[: query.size, : key.size] = seen
+                    row.append((column, numbers.setdefault(np.packbits(tile).tobytes(), len(numbers))))
+            listed.append(row)
+        tables = np.full((2, 1, 1, len(listed), max(1, *map(len, listed))), -1, np.int32)
+        for number, row in enumerate(listed):
+            tables[:, 0, 0, number, : len(row)] = np.array(row, np.int32).reshape(-1, 2).T
+        size = block_q * block_k
+        packed = np.frombuffer(b"".join(numbers), np.uint8).reshape(len(numbers), -(-size // 8))
+        bank = np.unpackbits(packed, axis=1, count=size).reshape(-1, block_q, block_k).astype(np.int8)
+        return cls(tables[0], tables[1], bank, queries, keys)
+
+    def blocks(self, default: tuple[int, int]) -> tuple[int, int]:
+        return self.bank.shape[1], self.bank.shape[2]
+
+    def num_pairs(self, block_q: int, block_k: int) -> int:
+        return math.prod(self.columns.shape)
+
+    def tiled(self, block_q: int, block_k: int) -> Tiling:
+        """O(places log places) time and O(places) memory, of the places of all lists, and twice the bank."""
+        is_traced = any(isinstance(x, jax.core.Tracer) for x in (self.columns, self.partly, self.bank))
+        xp: Any = jnp if is_traced else np
+        given = [xp.asarray(x).astype(xp.int32) for x in (self.columns, self.partly)]
+        columns, partly = (x.reshape(-1, *x.shape[2:]) for x in given)
+        tiles, key_tiles = columns.shape[1], -(-self.keys // block_k)
+        # Of the bank: nothing, all, what was given; where the last keys are padding, all and the given without those.
+        seen = xp.asarray(self.bank).astype(xp.int8)
+        seen = xp.concatenate([xp.ones((1, block_q, block_k), xp.int8), seen])
+        count, past = len(seen), key_tiles * block_k - self.keys
+        cut = [seen * (np.arange(block_k) < block_k - past)] if past else []
+        bank = xp.concatenate([xp.zeros_like(seen[:1]), seen, *cut]).astype(xp.int8)
+
+        def order(key: Any, *arrays: Any) -> list[Any]:
+            by_key = xp.argsort(key, axis=-1, stable=True)
+            return [xp.take_along_axis(x, by_key, -1) for x in arrays]
+
+        is_tile = (columns >= 0) & (columns < key_tiles)
+        column, code = xp.where(is_tile, columns, key_tiles), 2 + xp.clip(partly, -1, count - 2)
+        column, code = order(column, column, code)
+        is_new = xp.concatenate([xp.ones_like(is_tile[..., :1]), column[..., 1:] != column[..., :-1]], -1)
+        is_tile = (column < key_tiles) & is_new
+        is_cut = (column == key_tiles - 1) & (past > 0)
+        is_full = is_tile & (code == 1) & ~is_cut
+        code = xp.where(is_tile, code + count * is_cut, 0)
+        row = xp.broadcast_to(xp.arange(tiles)[:, None], code.shape)
+
+        # Full ones first; what is no tile comes last, and in a row of its own one that is not looked at.
+        by_column = xp.where(is_tile, column + key_tiles * ~is_full, 2 * key_tiles)
+        listed = order(by_column, row, xp.where(is_tile, column, 0), code, is_full)
+        by_query = _flagged(xp, *(x.reshape(len(x), -1) for x in listed))
+        by_row = xp.where(is_tile, 2 * column + ~is_full, 2 * key_tiles)
+        flat = [x.reshape(len(x), -1) for x in (row, by_row, code, is_full)]
+        nothing = xp.zeros((len(code), key_tiles), xp.int32)
+        more = [nothing, nothing + 2 * xp.arange(key_tiles) + 1, nothing, nothing > 0]
+        row, by_row, code, is_full = (xp.concatenate(pair, -1) for pair in zip(flat, more))
+        row, by_row, code, is_full = order(by_row, row, by_row, code, is_full)
+        by_key = _flagged(xp, xp.minimum(by_row // 2, key_tiles - 1), row, code, is_full)
+        heads = self.columns.shape[1]
+        return Tiling(None, None, None, by_query, by_key, block_q, block_k, bank=bank, heads=heads)
+
+
+Pattern = Intervals | Boxes | SortedIntervals | AllPairs | BlockLists
 
 
 def lists_of(visited: np.ndarray, full: np.ndarray) -> tuple[Visits, Visits]:
@@ -242,6 +351,14 @@ def _list_visits(visited: np.ndarray, full: np.ndarray) -> Visits:
     flags = ACTIVE * visited[rows, columns] + FULL * full[rows, columns]
     flags += FIRST * (np.diff(rows, prepend=-1) != 0) + LAST * (np.diff(rows, append=-1) != 0)
     return Visits(*(x.astype(np.int32)[None] for x in (rows, columns, flags)))
+
+
+def _flagged(xp: Any, rows: Any, columns: Any, tiles: Any, is_full: Any) -> Visits:
+    """Pairs row by row, [lists, steps], with what is seen of each: a tile of the bank, of which 0 is not looked at."""
+    edge, change = xp.ones_like(rows[:, :1], dtype=bool), rows[:, 1:] != rows[:, :-1]
+    first, last = xp.concatenate([edge, change], 1), xp.concatenate([change, edge], 1)
+    flags = FIRST * first + LAST * last + ACTIVE * (tiles > 0) + FULL * is_full + (tiles << BANK_BIT)
+    return Visits(*(x.astype(xp.int32) for x in (rows, columns, flags)))
 
 
 def _list_ranges(first: Array, counts: Array, steps: int) -> Visits:

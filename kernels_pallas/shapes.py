@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.patterns import Intervals
+from kernels_pallas.patterns import BlockLists, Intervals
 
 
 class Shape(NamedTuple):
@@ -28,6 +28,12 @@ class Shape(NamedTuple):
 
     def pattern(self) -> Intervals:
         return Intervals(lambda query: (query - self.window + 1, query + 1), self.length, self.length)
+
+    def lists(self) -> BlockLists:
+        """The same by lists of tiles of 128."""
+        return BlockLists.of(
+            lambda query, key: (key > query - self.window) & (key <= query), self.length, self.length, 128, 128
+        )
 
 
 SHAPES = {

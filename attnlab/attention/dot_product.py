@@ -44,7 +44,7 @@ from attnlab.attention._shared.checks import (
     shape_text,
 )
 from attnlab.attention._shared.softmax import reference_attention, scaled_for_logits
-from attnlab.attention._shared.tiled_softmax import Inputs, Sees, tiled_attention
+from attnlab.attention._shared.tiled_softmax import Inputs, Predicate, Sees, tiled_attention
 
 Array = jax.Array
 
@@ -56,7 +56,7 @@ def dot_product_attention(
     value: Array,
     *,
     bias: Array | None = None,
-    mask: Array | None = None,
+    mask: Array | masks.Mask | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     segment_ids: Array | tuple[Array, Array] | None = None,
@@ -70,13 +70,14 @@ def dot_product_attention(
       key: [B, S, K, H]. K divides N: query head n reads key head n // (N / K). S may differ from T.
       value: [B, S, K, V].
       bias: floating [B|1, N|1, T|1, S|1], added to the scaled logits.
-      mask: bool [B|1, N|1, T|1, S|1], True = attend.
+      mask: bool [B|1, N|1, T|1, S|1], True = attend; or a masks.Mask of one axis, of the numbers of queries and keys,
+        whose T x S pairs are held nowhere but in "reference" (and of a part, where devices share positions).
       is_causal: query t sees keys s <= t. Aligned at the first token (top left) when T != S, as in jax.nn.
       scale: factor on the logits; None means H ** -0.5.
       segment_ids: integers [B, T] when T = S, or a pair ([B, T], [B, S]). Queries see keys of their own segment.
       return_lse: return (out, lse).
-      implementation: None, "reference", "xla", "pallas_tpu" (bfloat16 or float32) or "pallas_gpu" (bfloat16 or
-        float16), both without bias and mask.
+      implementation: None, "reference", "xla", "pallas_tpu" (bfloat16 or float32; no mask) or "pallas_gpu" (bfloat16 or
+        float16; a mask is a masks.Mask), both without bias.
 
     Returns:
       out [B, T, N, V] in query's dtype; with return_lse also lse [B, T, N], float32 (float64 for float64 inputs),
@@ -90,6 +91,7 @@ def dot_product_attention(
     check_query_key_value(query, key, value, same_space=False)
     batch, queries, heads, _ = query.shape
     keys = key.shape[1]
+    predicate, mask = (mask, None) if isinstance(mask, masks.Mask) else (None, mask)
     for name, array, kind in (("bias", bias, jnp.floating), ("mask", mask, jnp.bool_)):
         if array is None:
             continue
@@ -103,8 +105,10 @@ def dot_product_attention(
     segments = _segment_pair(segment_ids, batch, queries, keys)
     is_causal, return_lse = check_bool("is_causal", is_causal), check_bool("return_lse", return_lse)
     factor = default_scale(scale, query.shape[-1])
-    attend = functools.partial(dispatch, "dot_product_attention", IMPLEMENTATIONS, implementation)
-    whole = functools.partial(attend, is_causal=is_causal, scale=factor)
+    # A name of its own: what has been checked on a card, and is a default, are calls without.
+    name = "dot_product_attention" if predicate is None else "dot_product_attention with a Mask"
+    attend = functools.partial(dispatch, name, IMPLEMENTATIONS, implementation)
+    whole = functools.partial(attend, is_causal=is_causal, scale=factor, predicate=predicate)
     arrays = query, key, value, bias, mask, segments
     if is_causal and queries != keys:  # parts of queries and of keys begin at other positions
         out, lse = whole(*arrays)
@@ -113,8 +117,11 @@ def dot_product_attention(
 
         def parted(parts: Parts, *arrays: Any) -> tuple[Array, Array]:
             if arrays[1].shape[1] == keys and not are_given_parts:  # keys that the devices do not divide are whole
-                return whole(*arrays)
-            return in_ring(attend, is_causal, factor, parts, *arrays)
+                if predicate is None:
+                    return whole(*arrays)
+                mask = _pairs(predicate, parts.number() * arrays[0].shape[1], arrays[0].shape[1], 0, keys)
+                return attend(*arrays[:4], mask, arrays[5], is_causal=is_causal, scale=factor)
+            return functools.partial(in_ring, predicate=predicate)(attend, is_causal, factor, parts, *arrays)
 
         over_logits = (_over_logits(x, (batch, heads, queries)) for x in (bias, mask))
         layouts = ("B*N.", "B+K.", "B+K.", *over_logits, None if segments is None else ("B*", "B+"))
@@ -128,6 +135,12 @@ def _over_logits(x: Array | None, sizes: tuple[int, int, int]) -> str:
     return "".join(letter if size == full != 1 else "." for letter, size, full in zip("BN*", shape, sizes)) + "."
 
 
+def _pairs(predicate: masks.Mask, first_query: Any, queries: int, first_key: Any, keys: int) -> Array:
+    """bool [1, 1, T, S] of so many from these on."""
+    query, key = first_query + jnp.arange(queries)[:, None], first_key + jnp.arange(keys)[None]
+    return jnp.broadcast_to(predicate.sees((query,), (key,)), (1, 1, queries, keys))
+
+
 def in_ring(
     attend: Callable[..., tuple[Array, Array]],
     is_causal: bool,
@@ -139,6 +152,7 @@ def in_ring(
     bias: Array | None = None,
     mask: Array | None = None,
     segments: tuple[Array, Array] | None = None,
+    predicate: masks.Mask | None = None,
 ) -> tuple[Array, Array]:
     """Each device's queries over the keys of all parts, in a ring; causal ones leave out later parts.
 
@@ -154,7 +168,11 @@ def in_ring(
             return x if x is None or x.shape[-1] == 1 else lax.dynamic_slice_in_dim(x, first, key.shape[1], axis=3)
 
         segments = None if query_ids is None else (query_ids, key_ids)
-        arrays = query, key, value, columns(bias), columns(mask), segments
+        seen_keys = columns(mask)
+        if predicate is not None:
+            queries, keys = query.shape[1], key.shape[1]
+            seen_keys = _pairs(predicate, parts.number() * queries, queries, first, keys)
+        arrays = query, key, value, columns(bias), seen_keys, segments
 
         def seen(*arrays: Any) -> tuple[Array, Array]:
             of_logits = scale if traced_scale is None else traced_scale
@@ -196,8 +214,11 @@ def _reference(
     *,
     is_causal: bool,
     scale: Any,
+    predicate: masks.Mask | None = None,
 ) -> tuple[Array, Array]:
     visible = jnp.ones((), bool) if mask is None else mask
+    if predicate is not None:
+        visible = visible & masks.dense_mask(predicate, (query.shape[1],), (key.shape[1],))
     if is_causal:
         visible = visible & masks.dense_mask(masks.causal(), (query.shape[1],), (key.shape[1],))
     if segments is not None:
@@ -215,6 +236,7 @@ def _xla(
     *,
     is_causal: bool,
     scale: Any,
+    predicate: masks.Mask | None = None,
 ) -> tuple[Array, Array]:
     batch, queries, heads, _ = query.shape
     key_heads = key.shape[2]
@@ -236,7 +258,9 @@ def _xla(
         jnp.moveaxis(value.astype(dtype), 1, 2),
         by_key_head(bias, dtype),
     )
-    sees = Sees(by_key_head(mask, bool), *((None, None) if segments is None else segments))
+    by_numbers = None if predicate is None else Predicate(lambda query, key: predicate.sees((query,), (key,)))
+    query_ids, key_ids = (None, None) if segments is None else segments
+    sees = Sees(by_key_head(mask, bool), query_ids, key_ids, by_numbers)
     out, lse = tiled_attention(inputs, sees, is_causal=is_causal)
     out, lse = (jnp.moveaxis(x, 3, 1).reshape(batch, queries, heads, *x.shape[4:]) for x in (out, lse))
     return out.astype(query.dtype), lse

@@ -37,13 +37,13 @@ class Row(NamedTuple):
     smem: int | None
 
 
-def _banded_flash(shape: Shape, *, backward: bool = False) -> Row:
+def _banded_flash(shape: Shape, *, backward: bool = False, lists: bool = False) -> Row:
     module: Any = banded_flash_backward if backward else banded_flash
     run: Any = module.banded_flash_gradients if backward else module.banded_flash_attention
     query, *_ = arrays = shape.arrays()
     lse = shape.array(shape.heads, dtype=jnp.float32)
     arrays = [*arrays, query, lse, query, lse] if backward else arrays
-    settings: Any = {"pattern": shape.pattern(), "scale": shape.head_dim**-0.5}
+    settings: Any = {"pattern": shape.lists() if lists else shape.pattern(), "scale": shape.head_dim**-0.5}
     return Row(functools.partial(run, **settings), arrays, module.smem_bytes(shape.head_dim, shape.head_dim))
 
 
@@ -116,6 +116,22 @@ def _jax_flash(shape: Shape, *, backward: bool = False) -> Row:
     return Row(gradients if backward else attend, arrays, None)
 
 
+def _tokamax_flash(shape: Shape, *, backward: bool = False) -> Row:
+    """tokamax's kernel, where it is installed, over all earlier tokens. What it asks of a GPU, it is told here."""
+    from tokamax._src import gpu_utils
+    from tokamax._src.ops.attention.pallas_mosaic_gpu import PallasMosaicGpuFlashAttention
+
+    answers = {"has_mosaic_gpu_support": True, "is_sm80": False, "is_sm90": True, "is_sm100": False}
+    for name, answer in answers.items():
+        setattr(gpu_utils, name, functools.partial(lambda answer, *_: answer, answer))
+    attend = PallasMosaicGpuFlashAttention()
+
+    def gradients(query: Any, key: Any, value: Any) -> Any:
+        return jax.grad(lambda *x: attend(*x, is_causal=True).astype(jnp.float32).sum(), (0, 1, 2))(query, key, value)
+
+    return Row(gradients if backward else functools.partial(attend, is_causal=True), shape.arrays(), None)
+
+
 _LINEAR: dict[str, dict[str, Any]] = {
     "linear": {"decay": None, "delta": False},
     "linear, decay": {"decay": "token", "delta": False},
@@ -126,6 +142,7 @@ _LINEAR: dict[str, dict[str, Any]] = {
 }
 _BOTH: dict[str, Callable[..., Row]] = {
     "banded flash": _banded_flash,
+    "banded flash, lists": functools.partial(_banded_flash, lists=True),
     **{name: functools.partial(_chunked_linear, **options) for name, options in _LINEAR.items()},
     "covariance": _covariance,
     "parallax": _parallax,
@@ -138,6 +155,8 @@ KERNELS: dict[str, Callable[[Shape], Row]] = {
 OTHERS: dict[str, Callable[[Shape], Row]] = {
     "jax attention_mgpu, all tokens": _jax_flash,
     "jax attention_mgpu gradients, all tokens": functools.partial(_jax_flash, backward=True),
+    "tokamax, earlier tokens": _tokamax_flash,
+    "tokamax gradients, earlier tokens": functools.partial(_tokamax_flash, backward=True),
 }
 ROWS = {**KERNELS, **OTHERS}
 # Lines of the compilers that none of our kernels may cause: setmaxnreg ignored, no launch bounds, products one by one.

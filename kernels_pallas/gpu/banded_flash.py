@@ -1,4 +1,5 @@
-"""Banded flash attention for Hopper: every query sees a box of keys, in 1, 2 or 3 axes, and the first `sinks` keys.
+"""Banded flash attention for Hopper: every query sees a box of keys, in 1, 2 or 3 axes, and the first `sinks` keys;
+or what lists of tiles give it.
 
     out_t = sum_{s visible to t} softmax_s(scale q_t . k_s) v_s
     lse_t = log sum_{s visible to t} exp(scale q_t . k_s)
@@ -23,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.gpu.band import MASKED, TILE, Band, Side, factor_of, numbers_in_turn, numbers_of
+from kernels_pallas.gpu.band import MASKED, TILE, Band, Side, factor_of, numbers_in_turn, numbers_of, words_of
 from kernels_pallas.gpu.band import refusal as band_refusal
 from kernels_pallas.gpu.common import (
     ROW,
@@ -109,7 +110,8 @@ def banded_flash_attention(
       ValueError: with refusal()'s reason.
 
     Complexity: O(B N H x visited tiles) time. Memory beside the arguments: padded copies where T or S is no multiple
-    of 128, or a head dim is padded.
+    of 128, or a head dim is padded; of lists of tiles, a number for each pair of tiles if they are traced, and an
+    eighth of the bank.
     """
     reason = refusal(query, key, value, pattern=pattern, segment_ids=segment_ids)
     if reason is not None:
@@ -118,7 +120,6 @@ def banded_flash_attention(
     sign, factor = factor_of(scale)
     tokens = [band.queries(query * sign.astype(query.dtype)), band.keys(key), band.keys(value)]
     tables = [table for table in (band.query_table, band.key_table) if table is not None]
-    lists = [jnp.asarray(x) for x in band.by_query]
     widths, length = (band.key_width, band.value_width), band.query_tiles * TILE
     numbers = 0 if band.key_table is None else band.key_table.shape[1]
     step, stages = step_of(*widths), _stages(*widths, numbers)
@@ -127,7 +128,7 @@ def banded_flash_attention(
         "banded_flash_attention",
         factor,
         *tokens,
-        *lists,
+        *band.lists(by_key=False),
         *tables,
         out=[
             ((band.batch, length, band.heads, band.value_width), band.dtype),
@@ -158,6 +159,7 @@ def _body(band: Band, step: int, stages: int) -> Any:
         factor_ref: Any, query_ref: Any, key_ref: Any, value_ref: Any, columns_ref: Any, counts_ref: Any, *refs: Any
     ) -> None:
         refs_left = list(refs)
+        seen_ref, bank_ref = (refs_left.pop(0) for _ in range(2)) if band.has_bank else (None, None)
         query_table = refs_left.pop(0) if has_queries else None
         key_table = refs_left.pop(0) if has_keys else None
         out_ref, lse_ref, query_s, out_s, key_s, value_s, lse_s, numbers_s, query_ready, ready, free = refs_left
@@ -165,9 +167,12 @@ def _body(band: Band, step: int, stages: int) -> Any:
         batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
         tile = np.int32(band.query_tiles - 1) - lax.axis_index("tile")  # the longest lists of a causal band first
         key_head = lax.div(head, np.int32(band.group))
-        in_lists = batch if columns_ref.shape[0] > 1 else np.int32(0)
+        in_lists = band.list_of(columns_ref.shape[0], batch, key_head)
         num_full, count = (np.int32(parts) * counts_ref[in_lists, tile, i] for i in range(2))
         factor, shape = factor_ref[0], (ROWS, step)
+        # Then masked logits are scaled before the next product begins, which takes their registers: what the bank says
+        # of them comes later than that.
+        is_early = band.has_bank
         first = tile * np.int32(TILE) + warpgroup * np.int32(ROWS)
 
         def first_key(number: Array) -> Array:
@@ -200,8 +205,9 @@ def _body(band: Band, step: int, stages: int) -> Any:
             slot = ring.slot(number)
             if masked:
                 keys = Side(1, first_key(number), () if numbers_s is None else numbers_in_turn(numbers_s.at[slot], 1))
-                sees = band.visible(Side(0, first + in_loop(number), numbers), keys, shape)
-                scaled = jnp.where(sees, logits * factor, MASKED)
+                words = words_of(seen_ref, bank_ref, (in_lists, tile), number, step) if band.has_bank else ()
+                sees = band.visible(Side(0, first + in_loop(number), numbers), keys, shape, words)
+                scaled = jnp.where(sees, logits if is_early else logits * factor, MASKED)
                 new = jnp.maximum(maximum, scaled.max(axis=1))
                 weights = jnp.exp2(scaled - by_row(new, shape))
             else:
@@ -216,6 +222,7 @@ def _body(band: Band, step: int, stages: int) -> Any:
         def iterate(masked: bool) -> Any:
             def one(number: Array, carry: Any) -> Any:
                 logits, *carry = carry
+                logits = logits * factor if masked and is_early else logits
                 ring.wait(number + 1)
                 return dot_beside(products(number + 1), shape=shape, work=lambda: attend(number, logits, carry, masked))
 
@@ -233,7 +240,7 @@ def _body(band: Band, step: int, stages: int) -> Any:
         before = jnp.minimum(num_full, last)
         carry = lax.fori_loop(jnp.int32(0), before, iterate(False), carry)
         logits, *carry = lax.fori_loop(before, last, iterate(True), carry)
-        total, maximum, weight = attend(last, logits, carry, True)
+        total, maximum, weight = attend(last, logits * factor if is_early else logits, carry, True)
         empty = maximum <= MASKED
         inverse = jnp.where(empty, np.float32(0), 1 / weight)
         # What a query without keys has added up may be anything.

@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.gpu.band import MASKED, TILE, Band, Side, factor_of, numbers_in_turn, numbers_of
+from kernels_pallas.gpu.band import MASKED, TILE, Band, Side, factor_of, numbers_in_turn, numbers_of, words_of
 from kernels_pallas.gpu.band import refusal as band_refusal
 from kernels_pallas.gpu.common import (
     COLUMN,
@@ -248,7 +248,7 @@ def _launch(
         body,
         name,
         *operands,
-        *(jnp.asarray(x) for x in (band.by_key if of_keys else band.by_query)),
+        *band.lists(by_key=of_keys),
         *(table for table in (band.query_table, band.key_table) if table is not None),
         *([jnp.arange(TILE * max(band.query_tiles, band.key_tiles), dtype=jnp.int32)] if counts else []),
         out=out,
@@ -267,7 +267,7 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
     has_queries, has_keys = band.query_table is not None, band.key_table is not None
     plan = _query_plan(*widths, table=band.key_table.shape[1] if has_keys else 0)
     step, copies_table = plan.step, has_keys and plan.has_table
-    counts = plan.is_split and not band.has_coordinates
+    counts = plan.is_split and not (band.has_coordinates or band.has_bank)
     parts = np.int32(TILE // step)
 
     def body(
@@ -282,6 +282,7 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
         *refs: Any,
     ) -> None:
         refs_left = list(refs)
+        seen_ref, bank_ref = (refs_left.pop(0) for _ in range(2)) if band.has_bank else (None, None)
         query_table: Any = refs_left.pop(0) if has_queries else None
         key_table: Any = refs_left.pop(0) if has_keys else None
         numbers_from: Any = refs_left.pop(0) if counts else None
@@ -289,7 +290,7 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
         batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
         tile = np.int32(band.query_tiles - 1) - lax.axis_index("tile")  # the longest lists of a causal band first
         key_head = lax.div(head, np.int32(band.group))
-        in_lists = batch if columns_ref.shape[0] > 1 else np.int32(0)
+        in_lists = band.list_of(columns_ref.shape[0], batch, key_head)
         num_full, count = (parts * counts_ref[in_lists, tile, i] for i in (0, 2))
         factor, shrink, shape = scalars[_FACTOR], scalars[_SHRINK], (ROWS, step)
         first = tile * np.int32(TILE) + warpgroup * np.int32(ROWS)
@@ -340,7 +341,8 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
                         counted = load(numbers_from.at[pl.ds(first_key(number), step)], COLUMN) if counts else None
                         of_keys = () if table is None else numbers_in_turn(table, 1)
                         keys = Side(1, first_key(number), of_keys, counted)
-                        sees = band.visible(Side(0, first + here, bounds), keys, shape)
+                        words = words_of(seen_ref, bank_ref, (in_lists, tile), number, step) if band.has_bank else ()
+                        sees = band.visible(Side(0, first + here, bounds), keys, shape, words)
                         exponents = jnp.where(sees, exponents, MASKED)
                     return jnp.exp2(exponents)
 
@@ -407,13 +409,14 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
         *refs: Any,
     ) -> None:
         refs_left = list(refs)
+        seen_ref, bank_ref = (refs_left.pop(0) for _ in range(2)) if band.has_bank else (None, None)
         query_table: Any = refs_left.pop(0) if has_queries else None
         key_table: Any = refs_left.pop(0) if has_keys else None
         out_refs = [refs_left.pop(0) for _ in widths]
         key_s, value_s, query_s, gradient_s, numbers_s, table_s, own, *moved = refs_left
         value_s = key_s if value_s is None else value_s  # where dv alone is added up, for it
         batch, key_head, tile, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "tile", "warpgroup"))
-        in_lists = batch if columns_ref.shape[0] > 1 else np.int32(0)
+        in_lists = band.list_of(columns_ref.shape[0], batch, key_head)
         # A listed tile's parts follow each other, head by head: full tiles of all heads come before the others.
         num_full, count = (parts * group * counts_ref[in_lists, tile, i] for i in (0, 2))
         factor, shrink, shape = scalars[_FACTOR], scalars[_SHRINK], (ROWS, step)
@@ -486,7 +489,11 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
                         else None
                     )
                     queries = Side(1, first_query(number), () if table is None else numbers_in_turn(table, 1))
-                    sees = band.visible(queries, Side(0, first + here, coordinates), shape)
+                    words: Sequence[Array] = ()
+                    if band.has_bank:
+                        of_tile = lax.div(number, parts * group) * parts + lax.rem(number, parts)
+                        words = words_of(seen_ref, bank_ref, (in_lists, tile), of_tile, step)
+                    sees = band.visible(queries, Side(0, first + here, coordinates), shape, words)
                     logits = jnp.where(sees, logits, scalars[_UNSEEN])  # before lse is read: fewer numbers at once
                 weights = jnp.exp2(logits * factor - spread(_LSE))
                 # One product after the other: what is live at once fits into the registers.

@@ -46,7 +46,7 @@ from kernels_pallas.gpu.common import (
     load,
     store,
 )
-from kernels_pallas.patterns import Pattern
+from kernels_pallas.patterns import BlockLists, Pattern
 
 Array = jax.Array
 
@@ -86,6 +86,8 @@ def refusal(query: Any, key: Any, value: Any, *, pattern: Pattern) -> str | None
     """Why the kernels cannot serve these arguments (arrays may be shape structs), or None if they can."""
     if max(query.shape[-1], value.shape[-1]) > _MOST_WIDTH:
         return f"serves head dims up to {_MOST_WIDTH}, got {query.shape[-1]} and {value.shape[-1]}"
+    if isinstance(pattern, BlockLists):
+        return "serves no lists of tiles"
     return band_refusal(query, key, value, pattern=pattern, footprint=smem_bytes)
 
 
@@ -298,7 +300,7 @@ def run(
     table = jnp.pad(table, ((0, 0), (0, 0), (0, 0), (0, length - table.shape[-1])))
     own, moving = (tokens, queries) if by_key else (queries, tokens)
     heads, tiles = (band.key_heads, band.key_tiles) if by_key else (band.heads, band.query_tiles)
-    lists = [jnp.asarray(x) for x in (band.by_key if by_key else band.by_query)]
+    lists = band.lists(by_key=by_key)
     tables = [x for x in (band.query_table, band.key_table) if x is not None]
     moving_table = band.query_table if by_key else band.key_table
     own_widths, moving_widths = ([x.shape[-1] for x in arrays] for arrays in (own, moving))

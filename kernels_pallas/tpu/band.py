@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.patterns import ACTIVE, FIRST, FULL, HEAD_BIT, LAST, Pattern, Tiling, for_every_head
+from kernels_pallas.patterns import ACTIVE, FIRST, FULL, HEAD_BIT, LAST, BlockLists, Pattern, Tiling, for_every_head
 from kernels_pallas.tpu.common import (
     LANES,
     SMEM_BUDGET,
@@ -59,6 +59,8 @@ def refusal(
 
     default_blocks, footprint: the kernel's table of blocks and its VMEM model.
     """
+    if isinstance(pattern, BlockLists):
+        return "serves no lists of tiles"
     dtype = jnp.dtype(query.dtype)
     if dtype not in (jnp.bfloat16, jnp.float32) or not dtype == key.dtype == value.dtype:
         return f"needs query, key and value all bfloat16 or all float32, got {dtype}, {key.dtype} and {value.dtype}"

@@ -13,6 +13,7 @@ from marks import slow_but
 
 import attnlab
 from attnlab import dilated_attention, dot_product_attention, explain, local_attention
+from attnlab.attention import masks
 from attnlab.attention._dispatch import choice
 from attnlab.attention._dispatch.choice import dispatch
 from attnlab.attention._dispatch.deferred import tangent_call
@@ -64,6 +65,17 @@ def test_a_gpu_kernel_is_chosen_only_where_a_card_has_checked_it(monkeypatch):
     jax.clear_caches()
     (chosen,) = explain(dot_product_attention, half, half, half)
     assert "cuda" not in chosen.by_platform
+
+
+def test_calls_without_a_mask_that_a_card_has_checked_are_no_word_for_those_with_one(monkeypatch):
+    half = jax.ShapeDtypeStruct(LINE.shape, jnp.bfloat16)
+    monkeypatch.setattr(choice, "_CHECKED_ON_A_CARD", {("dot_product_attention", jax.__version__)})
+    (chosen,) = explain(dot_product_attention, half, half, half)
+    assert chosen.by_platform["cuda"] == "pallas_gpu"
+    (chosen,) = explain(dot_product_attention, half, half, half, mask=masks.causal())
+    assert dict(chosen.by_platform) == {"every platform": "xla"}
+    assert chosen.refused == {"pallas_tpu": "has no mask"}
+    assert "pallas_gpu" in chosen.no_default
 
 
 class Gpu:

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from marks import slow_but
 
 from attnlab import dot_product_attention, dot_product_step, init_dot_product_cache
+from attnlab.attention import masks
 from attnlab.attention._shared import tiled_softmax
 
 IMPLEMENTATIONS = ["reference", "xla"]
@@ -335,6 +336,35 @@ def test_a_bias_of_the_smallest_number_is_uniform_and_one_of_minus_infinity_hide
     assert (lse[:, 2] == -jnp.inf).all()
     gradients = pullback((jnp.zeros_like(out).at[:, 2].set(1), jnp.zeros_like(lse)))
     assert all((g == 0).all() for g in gradients)
+
+
+MASK = (masks.blocks(9, shift=2) | masks.power_blocks(3)) & masks.Mask(lambda query, key: query[0] != 5)
+
+
+@pytest.mark.parametrize("is_causal", [True, pytest.param(False, marks=pytest.mark.slow)])
+@every_implementation
+def test_a_mask_of_numbers_equals_its_pairs(implementation, is_causal):
+    """Values, gradients, and a derivative of theirs."""
+    arrays = draw_arrays(3, 2, 21, 30, 4, 2)
+    pairs = masks.dense_mask(MASK, (21,), (30,))[None, None]
+
+    def everything(mask, implementation):
+        def loss(*arrays):
+            out, lse = dot_product_attention(
+                *arrays, mask=mask, is_causal=is_causal, return_lse=True, implementation=implementation
+            )
+            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(lse == -jnp.inf, 0, lse) ** 2), (out, lse)
+
+        def slope(query):
+            gradients = jax.grad(lambda *x: loss(*x)[0], (0, 1, 2))(query, *arrays[1:])
+            return sum(jnp.sum(jnp.cos(x)) for x in gradients)
+
+        return loss(*arrays), jax.grad(lambda *x: loss(*x)[0], (0, 1, 2))(*arrays), jax.grad(slope)(arrays[0])
+
+    got = jax.jit(everything, static_argnums=(0, 1))(MASK, implementation)
+    want = jax.jit(everything, static_argnums=1)(pairs, "reference")
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4)
 
 
 GOOD = dict(zip(("query", "key", "value"), draw_arrays(0, 2, 6, 8, 4, 2)))

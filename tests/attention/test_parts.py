@@ -43,6 +43,7 @@ from attnlab import (
     pool_agents,
     positions_over,
 )
+from attnlab.attention import masks
 from attnlab.attention._dispatch import exchange
 from attnlab.catalog import MECHANISMS
 from kernels_pallas.aot.compile import topology_devices
@@ -61,6 +62,7 @@ causal_state = functools.partial(causal, return_state=True)
 with_state = (SHARED, AgentState(WHOLE, WHOLE, WHOLE))
 state = AgentState(normal(2, 4, 3), 1 + normal(2, 4, 3) ** 2, normal(2, 4, 3, 6))
 both = (SHARED, SHARED)
+bands = masks.blocks(24) | masks.Mask(lambda query, key: (key[0] + 5 * query[0]) % 7 == 0)
 
 
 def pooled(query, key, value):
@@ -158,6 +160,7 @@ CASES = {
         both,
     ),
     "dot product, other keys": Case(dot_product_attention, qkv(64, keys=(32,)), RING),
+    "dot product, mask": Case(functools.partial(dot_product_attention, mask=bands), qkv(64, keys=(32,)), RING),
     "dot product, not finite": Case(
         functools.partial(dot_product_attention, is_causal=True), qkv(64, spoilt=True), RING
     ),
@@ -221,6 +224,9 @@ CASES = {
 _UNEVEN = {  # keys that eight devices do not divide are whole on each
     "agent": Case(agent_attention, qkv(64, keys=(30,)) | agents, SUMS, given | {"key": WHOLE, "value": WHOLE}),
     "inline": Case(inline_attention, qkv(64, keys=(30,)), SUMS, {"key": WHOLE, "value": WHOLE}),
+    "dot product, mask": Case(
+        functools.partial(dot_product_attention, mask=bands), qkv(64, keys=(30,)), {}, {"key": WHOLE, "value": WHOLE}
+    ),
 }
 _QUICK = {"local", "linear, gated delta", "axial"}
 

@@ -15,7 +15,19 @@ from hypothesis import strategies as st
 
 from attnlab.attention import masks
 from kernels_pallas import patterns
-from kernels_pallas.patterns import ACTIVE, FIRST, FULL, HEAD_BIT, LAST, AllPairs, Boxes, Intervals, SortedIntervals
+from kernels_pallas.patterns import (
+    ACTIVE,
+    BANK_BIT,
+    FIRST,
+    FULL,
+    HEAD_BIT,
+    LAST,
+    AllPairs,
+    BlockLists,
+    Boxes,
+    Intervals,
+    SortedIntervals,
+)
 
 
 def intervals(starts, ends, num_keys, sinks=0):
@@ -202,6 +214,94 @@ def test_all_pairs_are_looked_at():
     assert tiling.by_query.rows.size == pattern.num_pairs(128, 128)
     assert pattern.has_coordinates
     assert tiling.coordinates.shape == (2, 1, 200)
+
+
+def draw_lists(data, rows, heads):
+    """(sizes, columns, partly, bank) with places of no tile and tiles that are listed twice."""
+    queries, keys = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30))
+    block_q, block_k = data.draw(BLOCKS)
+    tiles, key_tiles = tiles_of(queries, block_q), tiles_of(keys, block_k)
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    shape, count = (rows, heads, tiles, data.draw(st.integers(1, 5))), data.draw(st.integers(0, 3))
+    columns, partly = rng.integers(-2, key_tiles + 2, shape), rng.integers(-1, count, shape)
+    return (queries, keys, block_q, block_k), columns, partly, rng.random((count, block_q, block_k)) < 0.5
+
+
+def seen_by_lists(sizes, columns, partly, bank):
+    """bool [whole tiles of queries, whole tiles of keys] of one row and head, by the definition."""
+    queries, keys, block_q, block_k = sizes
+    sees = np.zeros((tiles_of(queries, block_q) * block_q, tiles_of(keys, block_k) * block_k), bool)
+    for tile in range(len(columns)):
+        for column in set(range(tiles_of(keys, block_k))) & set(columns[tile].tolist()):
+            number = partly[tile, columns[tile].tolist().index(column)]
+            part = slice(block_q * tile, block_q * (tile + 1)), slice(block_k * column, block_k * (column + 1))
+            sees[part] = number < 0 or bank[number]
+    sees[:, keys:] = False
+    return sees
+
+
+@pytest.mark.parametrize("is_traced", [False, pytest.param(True, marks=pytest.mark.slow)])
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_lists_of_tiles_hold_what_is_given(is_traced, data):
+    """Each pair once, full ones first in a row, and no more than what it sees of the bank."""
+    sizes, columns, partly, bank = draw_lists(data, 2, 3)
+    queries, keys, block_q, block_k = sizes
+
+    def build(*arrays):
+        tiling = BlockLists(*arrays, queries, keys).tiled(block_q, block_k)
+        return tiling.by_query, tiling.by_key, tiling.bank
+
+    by_query, by_key, tiles = jax.tree.map(np.asarray, (jax.jit(build) if is_traced else build)(columns, partly, bank))
+    assert tiles.dtype == np.int8
+    for number, place in enumerate(np.ndindex(2, 3)):
+        sees = seen_by_lists(sizes, columns[place], partly[place], bank)
+        of_keys = sees.T.reshape(-1, block_k, sees.shape[0]), tiles.swapaxes(1, 2)
+        of_queries = sees.reshape(-1, block_q, sees.shape[1]), tiles
+        for visits, (rows, seen) in ((by_query, of_queries), (by_key, of_keys)):
+            row, column, flags = (x[number] for x in visits)
+            first, last, active, full = ((flags & bit) != 0 for bit in (FIRST, LAST, ACTIVE, FULL))
+            assert row[first].tolist() == row[last].tolist() == list(range(len(rows)))
+            assert np.all(active[first] | (np.bincount(row[active], minlength=len(rows)) == 0))
+            assert np.all(np.diff(row[active] * 2 + ~full[active]) >= 0)
+            assert len({*zip(row[active].tolist(), column[active].tolist())}) == active.sum()
+            got = np.zeros_like(rows)
+            width = seen.shape[2]
+            for i, j, flag in zip(row[active], column[active], flags[active]):
+                got[i, :, width * j : width * (j + 1)] = seen[flag >> BANK_BIT]
+                assert got[i, :, width * j : width * (j + 1)].all() or not flag & FULL
+            assert np.array_equal(got, rows)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_a_predicate_s_lists_are_its_pairs(data):
+    queries, keys = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30))
+    block_q, block_k = data.draw(st.sampled_from([(4, 3), (7, 8)]))
+    mask = data.draw(st.sampled_from([masks.causal(), masks.blocks(6, shift=1), masks.power_blocks(3)]))
+    pattern = BlockLists.of(lambda query, key: mask.sees((query,), (key,)), queries, keys, block_q, block_k)
+    assert pattern.blocks((512, 512)) == (block_q, block_k)
+    sees = np.asarray(masks.dense_mask(mask, (queries,), (keys,)))
+    [columns], [partly] = pattern.columns[0], pattern.partly[0]
+    given = seen_by_lists((queries, keys, block_q, block_k), columns, partly, pattern.bank)[:queries]
+    assert np.array_equal(given[:, :keys], sees)
+    visited = {(i, j) for i, row in enumerate(columns.tolist()) for j in row if j >= 0}
+    assert visited == set(seen_tiles(sees, block_q, block_k))
+    assert len({tile.tobytes() for tile in pattern.bank}) == len(pattern.bank)
+
+
+def test_a_long_band_has_a_small_bank_and_is_asked_for_tile_by_tile():
+    asked = set()
+
+    def sees(query, key):
+        asked.add((query.size, key.size))
+        return (key <= query) & (key > query - 300)
+
+    pattern = BlockLists.of(sees, 4096, 4096, 128, 128)
+    assert asked == {(128, 128)}
+    assert pattern.columns.shape == (1, 1, 32, 4)
+    assert pattern.bank.shape == (3, 128, 128)
+    assert pattern.tiled(128, 128).by_query.rows.shape == (1, pattern.num_pairs(128, 128))
 
 
 def test_a_row_is_gone_through_for_every_head():

@@ -1,14 +1,18 @@
-"""Softmax attention over all keys as banded flash attention: the band has every key, or every earlier one."""
+"""Softmax attention over all keys as banded flash attention: the band has every key, or every earlier one; a mask of
+numbers becomes lists of tiles."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from attnlab.attention import masks
 from attnlab.attention._kernels.backends import on_backends
 from attnlab.attention._kernels.banded import banded_attention, banded_refusal, window_pattern
 
 Array = jax.Array
+_MOST_PAIRS = 2**32  # of a query and a key, which a mask is asked for where a call is lowered
 
 
 def _call(
@@ -23,11 +27,12 @@ def _call(
     *,
     is_causal: bool,
     scale: Any,
+    predicate: masks.Mask | None = None,
 ) -> tuple[Array, Array]:
     def blocked(query: Array, key: Array, value: Array, segments: Any, scale: Any) -> Any:
-        return xla(query, key, value, None, None, segments, is_causal=is_causal, scale=scale)
+        return xla(query, key, value, None, None, segments, is_causal=is_causal, scale=scale, predicate=predicate)
 
-    pattern = window_pattern(query.shape[1], key.shape[1], is_causal=is_causal)
+    pattern = _pattern(query.shape[1], key.shape[1], is_causal, predicate)
     return banded_attention(blocked, query, key, value, segments, scale=scale, pattern=pattern, backend=backend)
 
 
@@ -42,12 +47,44 @@ def _refusal(
     *,
     is_causal: bool,
     scale: Any,
+    predicate: masks.Mask | None = None,
 ) -> str | None:
     for name, given in (("bias", bias), ("mask", mask)):
         if given is not None:
-            return f"has no {name}"
-    pattern = window_pattern(query.shape[1], key.shape[1], is_causal=is_causal)
+            return f"has no {name}" + " that is an array" * (backend == "gpu" and name == "mask")
+    queries, keys = query.shape[1], key.shape[1]
+    if predicate is not None and backend == "tpu":
+        return "has no mask"
+    reason = banded_refusal(query, key, value, segments, window_pattern(queries, keys, is_causal=is_causal), backend)
+    if predicate is None or reason is not None:
+        return reason
+    if queries * keys > _MOST_PAIRS:
+        return f"serves masks of up to {_MOST_PAIRS} pairs of a query and a key, got {queries * keys}"
+    try:
+        pattern = _pattern(queries, keys, is_causal, predicate)
+    except jax.errors.TracerArrayConversionError:
+        return "needs a mask that reads no arrays of the program"
     return banded_refusal(query, key, value, segments, pattern, backend)
+
+
+def _pattern(queries: int, keys: int, is_causal: bool, predicate: masks.Mask | None) -> Any:
+    if predicate is None:
+        return window_pattern(queries, keys, is_causal=is_causal)
+    return _lists(queries, keys, is_causal, predicate)
+
+
+@functools.lru_cache(maxsize=16)  # a call needs them twice: to be served, and to run
+def _lists(queries: int, keys: int, is_causal: bool, predicate: masks.Mask) -> Any:
+    from kernels_pallas.gpu.band import TILE
+    from kernels_pallas.patterns import BlockLists
+
+    seen = predicate & masks.causal() if is_causal else predicate
+
+    def sees(query: Any, key: Any) -> Any:
+        with jax.ensure_compile_time_eval():
+            return seen.sees((query,), (key,))
+
+    return BlockLists.of(sees, queries, keys, TILE, TILE)
 
 
 KERNELS = on_backends(_call, _refusal)

@@ -5,9 +5,11 @@ A stretch takes the state S [F, V] before it to P S + L: P a number, one per cha
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from attnlab.attention._shared.checks import Array
 from attnlab.attention._shared.chunks import segment_starts
@@ -30,15 +32,22 @@ class Passage(NamedTuple):
 def joined(earlier: Passage, later: Passage) -> Passage:
     """Of two stretches, one after the other."""
     return Passage(
-        _applied(later.transition, earlier.transition),
-        _applied(later.transition, earlier.state) + later.state,
+        *_in_turn(earlier[:2], later[:2]),
         earlier.keeps * later.keeps,
         jnp.maximum(earlier.spoilt * later.keeps, later.spoilt),
     )
 
 
+def _in_turn(earlier: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[Array, Array]:
+    """(P, L) of two stretches."""
+    return _applied(later[0], earlier[0]), _applied(later[0], earlier[1]) + later[1]
+
+
 def _applied(transition: Array, state: Array) -> Array:
-    return transition @ state if transition.shape[-1] > 1 else transition * state
+    # States are float32, which products on a TPU or a GPU are not by default.
+    if transition.shape[-1] == 1:
+        return transition * state
+    return jnp.matmul(transition, state, precision=lax.Precision.HIGHEST)
 
 
 def entered(passage: Passage, continues: Array | None) -> Passage:
@@ -83,15 +92,15 @@ def passage_of(
     inputs: finite, whose state says of which kind states are. keeps, spoilt: bool [B, N].
     """
     query, key, value, log_decay, beta, state, segment_ids = inputs
-    dtype, (batch, heads, features, width) = state.kv.dtype, state.kv.shape
+    dtype, heads = state.kv.dtype, state.kv.shape[1]
     marks = keeps.astype(dtype), spoilt.astype(dtype)
     if beta is not None:
-        # Values that are 0 leave of the identity what the transitions make of it.
-        wide = jnp.concatenate([value, jnp.zeros_like(value, shape=(*value.shape[:-1], features))], axis=-1)
-        identity = jnp.broadcast_to(jnp.eye(features, dtype=dtype), (batch, heads, features, features))
-        start = jnp.concatenate([jnp.zeros_like(state.kv), identity + 0 * state.kv[..., :1]], axis=-1)
-        _, end = attend(inputs._replace(value=wide, state=LinearState(start)))
-        return Passage(end.kv[..., width:], end.kv[..., :width], *marks)
+
+        def from_state(*arrays: Any) -> tuple[Array, Array]:
+            out, end = attend(inputs._replace(value=arrays[2], state=LinearState(arrays[5])))
+            return out, end.kv
+
+        return Passage(*_from_nothing(from_state, query, key, value, log_decay, beta, state.kv), *marks)
     _, key = apply_feature_map(options.feature_map, query, key, options.scale, dtype)
     key, value = (repeat_key_heads(x, heads) for x in (key, value.astype(dtype)))
     if state.k_sum is not None:
@@ -110,3 +119,70 @@ def passage_of(
         transition = jnp.where((starts_after[:, 0] == 0)[:, None, None, None], transition, 0)
     state_after = jnp.einsum("BTNF,BTNV->BNFV", key, value, preferred_element_type=dtype)
     return Passage(transition, state_after, *marks)
+
+
+_TOKENS = 64  # a multiple of them is in each of the stretches that are taken side by side
+
+
+def side_by_side(
+    attend: Callable[..., tuple[Array, Array]],
+    count: int,
+    query: Array,
+    key: Array,
+    value: Array,
+    log_decay: Array | None,
+    beta: Array | None,
+    state: Array,
+) -> tuple[Array, Array]:
+    """attend(query, key, value, log_decay, beta, state) by so many stretches of every row at once.
+
+    attend: the causal recurrence of mapped and scaled tokens, -> (out [B, T, N, V], the state after them). query, key:
+    [B, T, N or K, F]. log_decay: [B, T, N] or [B, T, N, F]. state: [B, N, F, V] float32.
+
+    They go from no state first, then from those that the ones before them leave: what `attend` does is done twice, and
+    with the delta rule F value channels more of it once.
+    """
+    batch, length = query.shape[:2]
+    size = -(-length // (count * _TOKENS)) * _TOKENS
+
+    def split(x: Array) -> Array:
+        # Zeros leave the state alone.
+        x = jnp.pad(x, [(0, 0), (0, count * size - length), *((0, 0),) * (x.ndim - 2)])
+        return x.reshape(batch * count, size, *x.shape[2:])
+
+    def by_stretch(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(batch, count, *x.shape[1:]), 1, 0)
+
+    tokens = *jax.tree.map(split, (query, key, value, log_decay, beta)), state
+    own = jax.tree.map(by_stretch, _from_nothing(attend, *tokens))
+    own = own[0], own[1].at[0].add(_applied(own[0][0], state))
+    ends = lax.associative_scan(_in_turn, own)[1]
+    starts = jnp.concatenate([state[None], ends[:-1]])
+    out, ends = attend(*tokens[:-1], jnp.moveaxis(starts, 0, 1).reshape(batch * count, *state.shape[1:]))
+    return out.reshape(batch, count * size, *out.shape[2:])[:, :length], by_stretch(ends)[-1]
+
+
+def _from_nothing(
+    attend: Callable[..., tuple[Array, Array]],
+    query: Array,
+    key: Array,
+    value: Array,
+    log_decay: Array | None,
+    beta: Array | None,
+    like: Array,
+) -> tuple[Array, Array]:
+    """(P, L) of stretches. like: a state."""
+    nothing = jnp.zeros_like(like, shape=(len(query), *like.shape[1:]))
+    if beta is None:
+        _, end = attend(query, key, value, log_decay, beta, nothing)
+        if log_decay is None:
+            return jnp.ones_like(end[..., :1, :1]), end
+        transition = jnp.exp(jnp.sum(log_decay.astype(end.dtype), axis=1))
+        return transition.reshape(*end.shape[:2], -1, 1), end
+    # Values that are 0 leave of the identity what the transitions make of it.
+    width, features = value.shape[-1], like.shape[-2]
+    wide = jnp.concatenate([value, jnp.zeros_like(value, shape=(*value.shape[:-1], features))], axis=-1)
+    identity = jnp.broadcast_to(jnp.eye(features, dtype=like.dtype), (*nothing.shape[:-1], features))
+    start = jnp.concatenate([nothing, identity + 0 * nothing[..., :1]], axis=-1)
+    _, end = attend(query, key, wide, log_decay, beta, start)
+    return end[..., width:], end[..., :width]

@@ -14,6 +14,7 @@ edge, on the diagonal or in the padding, have a loop of their own, as have all t
 Derivatives of the tangent and of the transpose are those of `_by_rows`, in plain JAX.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -44,12 +45,21 @@ class Inputs(NamedTuple):
     bias: Array | None
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Predicate:
+    """A mask by the numbers of queries and keys: a part of a pytree, without arrays."""
+
+    sees: Callable[[Array, Array], Any]
+
+
 class Sees(NamedTuple):
     """What hides keys, or None: mask [B|1, K|1, G|1, T|1, S|1], True = attend; segment ids [B, T] and [B, S]."""
 
     mask: Array | None
     query_ids: Array | None
     key_ids: Array | None
+    predicate: Predicate | None = None
 
 
 def tiled_attention(inputs: Inputs, sees: Sees, *, is_causal: bool) -> tuple[Array, Array]:
@@ -181,10 +191,10 @@ def _padded(grid: _Grid, inputs: Inputs, sees: Sees) -> tuple[Inputs, Sees]:
         return _pad(_pad(x, 3, rows), 4, columns)
 
     query, key, value, bias = inputs
-    mask, query_ids, key_ids = sees
+    mask, query_ids, key_ids, predicate = sees
     return (
         Inputs(_pad(query, 3, rows), _pad(key, 2, columns), _pad(value, 2, columns), both(bias)),
-        Sees(both(mask), _pad(query_ids, 1, rows), _pad(key_ids, 1, columns)),
+        Sees(both(mask), _pad(query_ids, 1, rows), _pad(key_ids, 1, columns), predicate),
     )
 
 
@@ -270,10 +280,13 @@ def _bias_and_visible(
         bias = _of_tile(inputs.bias, grid, group, i, j)
         visible.append(bias != -jnp.inf)  # where a key may then be NaN
     key_index = j * columns.size + lax.broadcasted_iota(jnp.int32, (1, 1, 1, columns.size), 3)
-    if grid.is_causal:
+    if grid.is_causal or sees.predicate is not None:
         query_index = lax.broadcasted_iota(jnp.int32, (1, 1, group * rows.size, 1), 2)
-        query_index = query_index if group == 1 else query_index % rows.size
-        visible.append(key_index <= i * rows.size + query_index)
+        query_index = i * rows.size + (query_index if group == 1 else query_index % rows.size)
+        if grid.is_causal:
+            visible.append(key_index <= query_index)
+        if sees.predicate is not None:
+            visible.append(sees.predicate.sees(query_index, key_index))
     if columns.parts * columns.size != columns.length:
         visible.append(key_index < columns.length)
     if sees.mask is not None:
@@ -495,7 +508,7 @@ def _by_rows(inputs: Inputs, sees: Sees, is_causal: bool) -> tuple[Array, Array]
     """
     query, key, value = map(finite_or_zero, inputs[:3])
     bias = inputs.bias
-    mask, query_ids, key_ids = sees
+    mask, query_ids, key_ids, predicate = sees
     queries, keys = query.shape[3], key.shape[2]
     # Of causal attention, each part of the queries leaves out the keys after its last one.
     size = -(-queries // min(4, -(-queries // _ROWS))) if is_causal else queries
@@ -504,8 +517,9 @@ def _by_rows(inputs: Inputs, sees: Sees, is_causal: bool) -> tuple[Array, Array]
         end = min(start + size, queries)
         seen = min(end, keys) if is_causal else keys
         part = Inputs(query[:, :, :, start:end], key[:, :, :seen], value[:, :, :seen], _part(bias, start, end, seen))
-        ids = (x if x is None else x[:, first:last] for x, first, last in ((query_ids, start, end), (key_ids, 0, seen)))
-        out, lse = _some_rows(part, Sees(_part(mask, start, end, seen), *ids), start if is_causal else None)
+        ids = [x if x is None else x[:, first:last] for x, first, last in ((query_ids, start, end), (key_ids, 0, seen))]
+        hides = Sees(_part(mask, start, end, seen), ids[0], ids[1], predicate)
+        out, lse = _some_rows(part, hides, start if is_causal else None)
         outs.append(out)
         lses.append(lse)
     return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
@@ -533,9 +547,11 @@ def _some_rows(inputs: Inputs, sees: Sees, start: int | None) -> tuple[Array, Ar
         visible = jnp.ones_like(logits, bool)
         if bias is not None:
             logits = logits + _take(bias, 3, rows, i)
+        query_index = (start or 0) + i * rows.size + jnp.arange(rows.size, dtype=jnp.int32)
         if start is not None:
-            query_index = start + i * rows.size + jnp.arange(rows.size, dtype=jnp.int32)
             visible &= (key_index[None, :] <= query_index[:, None])[None, None, None]
+        if sees.predicate is not None:
+            visible &= sees.predicate.sees(query_index[:, None], key_index[None])
         if mask is not None:
             visible &= _take(mask, 3, rows, i)
         if query_ids is not None and sees.key_ids is not None:

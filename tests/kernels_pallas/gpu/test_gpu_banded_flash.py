@@ -1,6 +1,7 @@
 """Banded flash attention for GPUs and the mechanisms on it: values and gradients in interpret mode against float64,
 transformations, the lowering for CUDA, and what is refused."""
 
+import dataclasses
 import functools
 
 import jax
@@ -18,11 +19,13 @@ from attnlab import (
     local_attention,
     routing_attention,
 )
-from kernels_pallas.gpu import banded_flash, banded_flash_backward
+from attnlab.attention import masks
+from kernels_pallas.gpu import banded_covariance, banded_flash, banded_flash_backward, banded_parallax
 from kernels_pallas.gpu.band import lists_of
 from kernels_pallas.gpu.banded_flash import banded_flash_attention
 from kernels_pallas.gpu.banded_flash_backward import banded_flash_gradients
-from kernels_pallas.patterns import Boxes, Intervals, SortedIntervals
+from kernels_pallas.patterns import BlockLists, Boxes, Intervals, SortedIntervals
+from kernels_pallas.tpu import banded_flash as tpu_banded_flash
 
 # The spacing of the operands' dtype: that of weights, of slopes and of what is written.
 EPSILON = {jnp.bfloat16: 2.0**-8, jnp.float16: 2.0**-11}
@@ -115,6 +118,8 @@ def assert_near(got, expected, arrays, epsilon):
         assert x.dtype == arrays[0].dtype
         atol = 4 * epsilon * max(np.abs(y).max(), 1e-6)
         np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=0, atol=atol)
+    if len(arrays) == 3:  # a scale that is no argument
+        return
     by_query = np.abs(np.einsum("...h,...h->...", np.asarray(arrays[0], np.float64), right[0]))
     atol = 4 * epsilon * by_query.sum() / abs(float(arrays[3])) + 1e-5
     np.testing.assert_allclose(gradients[3], right[3], rtol=0, atol=atol)
@@ -144,6 +149,89 @@ def test_a_full_tile_and_an_edge_equal_the_dense_form(on_gpu):
         got = on_gpu(jax.jit(run), *arrays)
         want, transpose = jax.vjp(dense, *in_float64(arrays))
         assert_near(got, (want, transpose(in_float64(cotangents))), arrays, EPSILON[jnp.bfloat16])
+
+
+LISTS = {  # lengths of queries and keys; rows and heads of the lists; options of draw_arrays; with segments
+    "by row": (128, 200, (2, 1), {"batch": 2, "heads": 1}, False),
+    "by row and head": (200, 300, (2, 2), {"batch": 2, "heads": 4, "key_heads": 2, "value_dim": 130}, False),
+    "by head": (140, 256, (1, 3), {"heads": 3, "key_heads": 3, "head_dim": 128, "value_dim": 128}, False),
+    "segments": (260, 390, (1, 1), {"batch": 2, "dtype": jnp.float16}, True),
+    "wide": (256, 130, (1, 1), {"heads": 1, "head_dim": 256, "value_dim": 256}, False),
+}
+
+
+def draw_lists(queries, keys, rows, heads):
+    """(the pattern, what is seen as bool [rows, heads, T, S]): four places for every tile, of which the third is the
+    second one again. In the first list, the first tile lists a key tile in full and then in part, the next one none."""
+    rng = np.random.default_rng(queries)
+    tiles, key_tiles = -(-queries // 128), -(-keys // 128)
+    columns = rng.integers(-1, key_tiles, (rows, heads, tiles, 4))
+    columns[..., 2] = columns[..., 1]
+    bank = rng.random((3, 128, 128)) < 0.4
+    bank[0, 5:70] = False  # these queries see nothing of it
+    partly = rng.integers(-1, 3, columns.shape)
+    columns[0, 0, 1:2] = -1
+    columns[0, 0, 0], partly[0, 0, 0] = [-1, 0, 0, key_tiles - 1], [-1, -1, 0, 0]
+    columns[-1, -1, -1], partly[-1, -1, -1] = [key_tiles - 1, -1, -1, key_tiles], 0
+    sees = np.zeros((rows, heads, tiles * 128, key_tiles * 128), bool)
+    for *place, tile, last in np.ndindex(columns.shape):
+        column, number = (x[(*place, tile, 3 - last)] for x in (columns, partly))  # the first place is written last
+        if 0 <= column < key_tiles:
+            part = (*place, slice(128 * tile, 128 * tile + 128), slice(128 * column, 128 * column + 128))
+            sees[part] = number < 0 or bank[number]
+    pattern = BlockLists(columns, partly, bank.astype(np.int8), queries, keys)
+    return pattern, sees[:, :, :queries, :keys]
+
+
+@pytest.mark.parametrize("case", slow_but(("by row",), LISTS))
+@pytest.mark.parametrize("known", slow_but((False,), (True, False)))
+def test_lists_of_tiles_equal_the_dense_form(case, known, on_gpu):
+    """Known when the call is traced, or arrays of the program."""
+    queries, keys, (rows, heads), options, has_segments = LISTS[case]
+    query, (_, key, value) = draw_arrays(queries, **options)[0], draw_arrays(keys, **options)
+    pattern, sees = draw_lists(queries, keys, rows, heads)
+    rng = np.random.default_rng(4)
+    ids = (
+        [jnp.asarray(rng.integers(0, 2, (len(query), n)), jnp.int32) for n in (queries, keys)] if has_segments else None
+    )
+    if has_segments:
+        sees = sees & (np.asarray(ids[0])[:, None, :, None] == np.asarray(ids[1])[:, None, None])
+    assert not sees.any(-1).all()
+    sees = np.repeat(
+        np.broadcast_to(sees, (*sees.shape[:1], key.shape[2], *sees.shape[2:])), query.shape[2] // key.shape[2], 1
+    )
+    out_shape = (*query.shape[:-1], value.shape[-1])
+    cotangents = tuple(jnp.asarray(rng.normal(size=shape), query.dtype) for shape in (out_shape, query.shape[:-1]))
+
+    def run(lists, query, key, value, scale):
+        given = dataclasses.replace(pattern, columns=lists[0], partly=lists[1], bank=lists[2])
+        settings = {"pattern": pattern if known else given, "segment_ids": ids, "scale": scale}
+        out, lse = banded_flash_attention(query, key, value, **settings)
+        of_loss = cotangents[0], cotangents[1].astype(jnp.float32)
+        return (out, lse), banded_flash_gradients(query, key, value, out, lse, *of_loss, **settings)
+
+    def dense(query, key, value, scale):
+        group = query.shape[2] // key.shape[2]
+        key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
+        logits = jnp.where(sees, jnp.einsum("btnh,bsnh->bnts", query, key) * scale, -jnp.inf)
+        most = jnp.where(sees.any(-1, keepdims=True), logits.max(-1, keepdims=True), 0)
+        terms = jnp.where(sees, jnp.exp(jnp.where(sees, logits - most, 0)), 0)
+        total = terms.sum(-1, keepdims=True)
+        lse = jnp.where(total > 0, most + jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)
+        out = jnp.einsum("bnts,bsnh->btnh", terms / jnp.where(total > 0, total, 1), value)
+        return out, jnp.moveaxis(lse[..., 0], 1, 2)
+
+    arrays = query, key, value, jnp.float32(0.2)
+    lists = [jnp.asarray(x) for x in (pattern.columns, pattern.partly, pattern.bank)]
+    got = on_gpu(jax.jit(run), lists, *arrays)
+    with jax.enable_x64(True):
+        want, transpose = jax.vjp(dense, *in_float64(arrays))
+        assert_near(got, (want, transpose(in_float64(cotangents))), arrays, EPSILON[query.dtype.type])
+    unseen = ~np.moveaxis(sees.any(-1), 1, 2) & np.ones(query.shape[:3], bool)
+    (out, lse), (to_query, *_) = got
+    assert np.all(np.asarray(lse)[unseen] == -np.inf)
+    assert np.all(np.asarray(out)[unseen] == 0)
+    assert np.all(np.asarray(to_query)[unseen] == 0)
 
 
 def routed(window, **options):
@@ -284,6 +372,7 @@ PATTERNS = {
     "bounds": Intervals(lambda query: (query // 100 * 90, query + 1), 512, 512),
     "plane": Boxes(((lambda x: (x - 3, x + 4), 32), (lambda x: (x - 3, x + 4), 16)), (16, 8)),
     "volume": Boxes(tuple((lambda x: (x - 2, x + 2), 8) for _ in range(3)), (4, 4, 8)),
+    "lists": BlockLists.of(lambda query, key: (key <= query) & (key % 5 > 0), 512, 512, 128, 128),
 }
 SEGMENTED = ((jnp.bfloat16, (64, 64)), (jnp.float16, (256, 256)), (jnp.bfloat16, (256, 192)))
 LOWERED = {
@@ -299,7 +388,13 @@ LOWERED = {
 @pytest.mark.parametrize(
     "case",
     slow_but(
-        ("causal, bfloat16, (64, 64)", "volume, float16, (256, 256), segments", "plane, bfloat16, (128, 128)"), LOWERED
+        (
+            "causal, bfloat16, (64, 64)",
+            "volume, float16, (256, 256), segments",
+            "plane, bfloat16, (128, 128)",
+            "lists, bfloat16, (128, 128)",
+        ),
+        LOWERED,
     ),
 )
 def test_lowers_for_cuda(case):
@@ -313,6 +408,51 @@ def test_lowers_for_cuda(case):
                 lower(run, *arrays, *ids)
         else:
             assert b"mosaic_gpu" in lower(run, *arrays, *ids)
+
+
+OF_FRAMES = masks.radial(48, block=16) | masks.power_blocks(16)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "is_causal"), [((100, 120), False), pytest.param((300, 300), True, marks=pytest.mark.slow)]
+)
+def test_a_mask_of_numbers_equals_its_pairs(lengths, is_causal, on_gpu):
+    query, (_, key, value) = draw_arrays(lengths[0], heads=1)[0], draw_arrays(lengths[1])
+    rng = np.random.default_rng(5)
+    cotangents = tuple(jnp.asarray(rng.normal(size=shape), query.dtype) for shape in (query.shape, query.shape[:-1]))
+    pairs = masks.dense_mask(OF_FRAMES, lengths[:1], lengths[1:])[None, None]
+
+    def run(arrays, cotangents, mask, implementation):
+        def attend(query, key, value):
+            options = {"is_causal": is_causal, "return_lse": True, "implementation": implementation}
+            return dot_product_attention(query, key, value, mask=mask, scale=0.2, **options)
+
+        results, transpose = jax.vjp(attend, *arrays)
+        return results, transpose((cotangents[0], cotangents[1].astype(results[1].dtype)))
+
+    arrays = query, key, value
+    got = on_gpu(run, arrays, cotangents, OF_FRAMES, "pallas_gpu")
+    with jax.enable_x64(True):
+        want = run(in_float64(arrays), in_float64(cotangents), pairs, "reference")
+    assert_near(got, want, arrays, EPSILON[jnp.bfloat16])
+
+
+@pytest.mark.parametrize(
+    ("mask", "lengths", "reason"),
+    [
+        (jnp.ones((1, 1, 256, 256), bool), (256, 256), "has no mask that is an array"),
+        (masks.causal(), (2**17, 2**16), "serves masks of up to 4294967296 pairs of a query and a key, got 8589934592"),
+        (None, (256, 256), "needs a mask that reads no arrays of the program"),
+    ],
+)
+def test_refuses_masks_with_the_reason(mask, lengths, reason):
+    def attend(query, key, value):
+        first = query[0, 0, 0, 0] > 0
+        given = masks.Mask(lambda query, key: (key[0] > 3) & first) if mask is None else mask
+        return dot_product_attention(query, key, value, mask=given, implementation="pallas_gpu")
+
+    with pytest.raises(ValueError, match=reason):
+        jax.eval_shape(attend, *shapes(lengths[0], keys=lengths[1]))
 
 
 def loss(query, key, value, implementation="pallas_gpu"):
@@ -359,7 +499,7 @@ def test_lists_of_known_and_of_traced_arrays_are_the_same():
 
     def lists(start, end):
         tiling = SortedIntervals(start, end, 300, reach=200, block=128).tiled(128, 128)
-        return [lists_of(visits, 3) for visits in (tiling.by_query, tiling.by_key)]
+        return [lists_of(visits, 3, 3) for visits in (tiling.by_query, tiling.by_key)]
 
     for known, traced in zip(lists(start, end), jax.jit(lists)(start, end), strict=True):
         np.testing.assert_array_equal(known.counts, traced.counts)
@@ -389,6 +529,16 @@ def test_refuses_other_tiles():
     bounds = jax.ShapeDtypeStruct((1, 256), jnp.int32)
     pattern = SortedIntervals(bounds, bounds, 256, reach=9, block=256)
     assert banded_flash.refusal(*shapes(), pattern=pattern) == "needs tiles of 128 queries and keys, got (256, 256)"
+
+
+def test_refuses_lists_of_other_rows_and_heads():
+    lists = np.zeros((3, 2, 2, 1), np.int32)
+    pattern = BlockLists(lists, lists, np.zeros((0, 128, 128), np.int8), 256, 256)
+    reason = "needs lists [1 or 1, 1 or 1, 2, places], got [3, 2, 2, 1]"
+    for module in (banded_flash, banded_flash_backward):
+        assert module.refusal(*shapes(), pattern=pattern) == reason
+    for module in (banded_covariance, banded_parallax, tpu_banded_flash):
+        assert module.refusal(*shapes(), pattern=pattern) == "serves no lists of tiles"
 
 
 def test_serves_every_width_within_shared_memory():
