@@ -413,9 +413,8 @@ def test_lowers_for_cuda(case):
 OF_FRAMES = masks.radial(48, block=16) | masks.power_blocks(16)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "is_causal"), [((100, 120), False), pytest.param((300, 300), True, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("lengths", "is_causal"), [((100, 120), False), ((300, 300), True)])
 def test_a_mask_of_numbers_equals_its_pairs(lengths, is_causal, on_gpu):
     query, (_, key, value) = draw_arrays(lengths[0], heads=1)[0], draw_arrays(lengths[1])
     rng = np.random.default_rng(5)
