@@ -222,6 +222,7 @@ def assert_close(x, y, within):
         assert x == y
 
 
+@pytest.mark.slow
 def test_two_processes_take_what_is_known_and_fail_together(folder, untouched, monkeypatch):
     monkeypatch.chdir(folder)
     run = Plan("sweep.gin", []).run("softmax", 0, None)

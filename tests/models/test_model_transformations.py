@@ -296,7 +296,7 @@ HOWS = {
 LEFT_OUT = {"nans", "leaks", "forward_derivative", "shard_map", "automatic_axes"}
 # Held of mechanisms in test_contract.py, and of recomputation in test_models.py.
 LEFT_OUT |= {"vmap", "loop_and_recomputation", "wide_types"}
-QUICK = {("softmax_convolved alone", how) for how in set(HOWS) - LEFT_OUT} | {("softmax alone", "leaks")}
+QUICK = {("softmax_convolved alone", how) for how in set(HOWS) - LEFT_OUT}
 
 
 @pytest.mark.parametrize("row", slow_but(QUICK, list(itertools.product(MODELS, HOWS))), ids=", ".join)

@@ -18,7 +18,7 @@ REFUSED = {
     "linear, taylor2": "serves up to 256 features and value channels, got 2145 and 65",
 }
 # Looked at in every run of the tests; jax 0.10 simulates a block in two seconds.
-QUICK = {"linear, gated delta rule"}
+QUICK = {"linear"}
 
 
 def serves(name):
