@@ -277,11 +277,13 @@ def ones_to_middle(block: Any, dtype: Any, transposed: bool = False) -> Array:
     return jnp.where((other >= start) & (other < end), np.float32(1), np.float32(0)).astype(dtype)
 
 
-def over_levels(body: Callable[[Array, Any], Any], carry: Any) -> Any:
+def over_levels(body: Callable[[Array, Any], Any], carry: Any, count: Any = LEVELS) -> Any:
     """body(tokens of a block, carry) -> carry for each level: a loop, as masks of all levels would take registers."""
-    return lax.fori_loop(
-        jnp.int32(0), jnp.int32(LEVELS), lambda level, carry: body(jnp.int32(1) << level, carry), carry
-    )
+
+    def level(number: Array, carry: Any) -> Any:
+        return body(jnp.int32(1) << number, carry)
+
+    return lax.fori_loop(jnp.int32(0), jnp.int32(count), level, carry)
 
 
 def split(x: Array, dtype: Any, parts: int) -> list[Array]:

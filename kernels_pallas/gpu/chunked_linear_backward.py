@@ -19,6 +19,7 @@ level.
 
 import functools
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
@@ -33,6 +34,7 @@ from kernels_pallas.gpu.chunk import (
     CHUNK,
     COLUMN,
     INTO,
+    LEVELS,
     ONWARD,
     ROW,
     SQUARE,
@@ -77,6 +79,7 @@ from kernels_pallas.gpu.common import (
     dots,
     full,
     half,
+    in_loop,
     iota,
     load,
     single,
@@ -509,8 +512,15 @@ def _channel_gradients(
     """
     inputs = {"query": query, "key": key, "log_decay": log_decay, "weights": weights, "system": system, "gates": gates}
     delta = call.delta
+    # With the delta rule registers are short: nothing of what in_loop is for may be computed before the levels' loop.
+    inputs["levels"] = jnp.full(1, LEVELS, jnp.int32) if delta else None
 
-    def body(ref: Any) -> None:
+    def body(refs: Any) -> None:
+        def at(here: Any) -> Any:
+            """The refs by name; with the delta rule tiles where they lie, 0."""
+            return SimpleNamespace(**{name: x.at[here] if name in tiles else x for name, x in vars(refs).items()})
+
+        ref = at(0)
         batch, head, chunk, part = place_of("batch", "head", "chunk", "part")
         tokens, columns = pl.ds(chunk * np.int32(CHUNK), CHUNK), pl.ds(part * np.int32(ROWS), ROWS)
 
@@ -537,8 +547,10 @@ def _channel_gradients(
 
         def level(block: Array, carry: Any) -> Any:
             to_query, *strength = carry
+            here = in_loop(block) if delta else 0
+            ref = at(here)
             between, where = ones_to_middle(block, jnp.bfloat16), pairs(block)
-            exponents = dot(*(Product(between, ref.split_s.at[i]) for i in range(3)), shape=SQUARE)
+            exponents = dot(*(Product(between, ref.split_s.at[here + i]) for i in range(3)), shape=SQUARE)
             factor = jnp.exp(exponents)
 
             def decayed(source: Any) -> Array:  # read again where it is used: it would not fit into registers
@@ -575,7 +587,7 @@ def _channel_gradients(
         ref.decay_s[...] = full(SQUARE, 0.0)
         ref.to_key_s[...] = to_key
         carry = (to_query, *([full((CHUNK,), 0.0, ROW)] if delta else []))
-        to_query, *strength = over_levels(level, carry)
+        to_query, *strength = over_levels(level, carry, ref.levels[0] if delta else LEVELS)
         here = (batch, tokens, head, columns)
         store(ref.into_s, to_query)
         plgpu.copy_smem_to_gmem(ref.into_s, ref.to_query.at[here])
@@ -586,15 +598,16 @@ def _channel_gradients(
             plgpu.copy_smem_to_gmem(ref.numbers_s, ref.numbers.at[batch, head, part, :, tokens])
         plgpu.wait_smem_to_gmem(0)
 
-    square, wide = half(*SQUARE, dtype=call.dtype), single(*SQUARE)
+    shape = (1, *SQUARE) if delta else SQUARE
+    square, wide, exact = half(*shape, dtype=call.dtype), single(*shape), half(*shape, dtype=jnp.bfloat16)
     scratch: dict[str, Any] = {"query_s": square, "key_s": square, "decay_s": wide, "weights_s": square}
     if delta:
         scratch |= {"system_s": square, "gates_s": plgpu.SMEM((len(call.rows), CHUNK), jnp.float32)}
     scratch["ready"] = barriers(1, len(scratch))
     scratch |= {
         "split_s": half(3, *SQUARE, dtype=jnp.bfloat16),
-        "exponents_s": half(*SQUARE, dtype=jnp.bfloat16),
-        "exponents_low_s": half(*SQUARE, dtype=jnp.bfloat16),
+        "exponents_s": exact,
+        "exponents_low_s": exact,
         "masked_s": square,
         "into_s": square,
         "onward_s": square,
@@ -609,5 +622,6 @@ def _channel_gradients(
     if delta:
         scratch |= {"inner_s": square, "strong_s": square, "numbers_s": plgpu.SMEM((1, CHUNK), jnp.float32)}
         out["numbers"] = ((call.batch, call.heads, parts, 1, call.padded), jnp.float32)
+    tiles = {name for name, x in scratch.items() if delta and any(x is y for y in (square, wide, exact))}
     grid = {"batch": call.batch, "head": call.heads, "chunk": call.chunks, "part": parts}
     return run(body, "linear_channel_gradients", inputs, out=out, grid=grid, scratch=scratch)
