@@ -349,7 +349,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
         "list", help="list mixers, tasks and configs", description="List mixers, tasks and the configs that come along."
     )
     listing.set_defaults(run=_list, reads_config=False, name="list")
-    _add_completion(parser, commands)
+    if not rest or rest[0] not in commands.choices:  # a command need not wait for it
+        _add_completion(parser, commands)
     return parser, parser.parse_args(rest), overrides
 
 

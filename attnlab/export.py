@@ -7,7 +7,6 @@ model.safetensors has every value by its path, "layers.0.mixer.query.kernel", as
 README.md is the model card; what tokens stand for is in vocabulary.json or tokenizer.json, unless they are bytes.
 """
 
-import importlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -19,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 import attnlab
 from attnlab import config, nn
@@ -46,7 +47,7 @@ def export(experiment: Experiment, workdir: Path, folder: Path, *, trusts: bool 
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"format": "attnlab", "class": root, "step": str(step), "version": attnlab.__version__}
     arrays = {name: np.asarray(value) for name, value in values.items()}
-    _safetensors().save_file(arrays, folder / _VALUES, metadata=facts)
+    save_file(arrays, folder / _VALUES, metadata=facts)
     (folder / _CONFIG).write_text(f"# The model of {_VALUES}.\n{built.text}")
     tokens = _write_vocabulary(experiment.task, folder)
     (folder / _CARD).write_text(_card(experiment, workdir, step, tokens))
@@ -63,12 +64,10 @@ def load(folder: str | Path, *, trusts: bool = False) -> nnx.Module:
     path = Path(folder) / _VALUES
     if not path.is_file():
         raise UserError(f"export: {folder} has no {_VALUES}; give a folder that `attnlab export` wrote")
-    library = _safetensors()
     try:
-        values = library.load_file(path)
-        with importlib.import_module("safetensors").safe_open(path, framework="numpy") as file:
-            facts = file.metadata() or {}
-    except Exception as error:  # SafetensorError, which the library does not export alike in all versions
+        with safe_open(path, framework="numpy") as file:
+            facts, values = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
         raise UserError(f"export: cannot read {path} ({' '.join(str(error).split())[:100]})") from error
     if facts.get("format") != "attnlab":
         raise UserError(f"export: {path} is not from `attnlab export`")
@@ -148,7 +147,3 @@ def _metrics(workdir: Path, step: int) -> dict[str, float]:
     last = rows[-1] if rows else {}
     rest = ("step", "seconds")
     return {name: value for name, value in last.items() if name not in rest and isinstance(value, (int, float))}
-
-
-def _safetensors() -> Any:
-    return importlib.import_module("safetensors.numpy")

@@ -109,28 +109,30 @@ def test_windows_of_tokamax():
     assert_equal(out, attnlab.local_attention(QUERY, KEY, VALUE, window=8, is_causal=True))
 
 
-@OPTIONAL
-def test_gated_delta_rule_of_flash_linear_attention():
-    """g is our log_decay; both scale by H ** -0.5; neither normalises keys unless told to."""
-    function = naive("gated_delta_rule", "naive_recurrent_gated_delta_rule")
-    out = function(*tensors(QUERY, UNIT_KEY, VALUE, BETA, LOG_DECAY))
-    ours = attnlab.linear_attention(QUERY, UNIT_KEY, VALUE, log_decay=LOG_DECAY, beta=BETA)
-    assert_equal(out[0] if isinstance(out, tuple) else out, ours)
+# Of flash-linear-attention: the function, its arrays in its order, and ours. Its g is our log_decay; both scale by
+# H ** -0.5; neither normalises keys unless told to.
+RECURRENCES = {
+    ("gated_delta_rule", "naive_recurrent_gated_delta_rule"): (
+        (QUERY, UNIT_KEY, VALUE, BETA, LOG_DECAY),
+        {"key": UNIT_KEY, "log_decay": LOG_DECAY, "beta": BETA},
+    ),
+    ("kda", "naive_recurrent_kda"): (
+        (QUERY, UNIT_KEY, VALUE, LOG_DECAY_OF_CHANNELS, BETA),
+        {"key": UNIT_KEY, "log_decay": LOG_DECAY_OF_CHANNELS, "beta": BETA},
+    ),
+    ("gla", "naive_recurrent_gla"): (
+        (QUERY, KEY, VALUE, LOG_DECAY_OF_CHANNELS),
+        {"key": KEY, "log_decay": LOG_DECAY_OF_CHANNELS},
+    ),
+}
 
 
 @OPTIONAL
-def test_kimi_delta_attention_of_flash_linear_attention():
-    function = naive("kda", "naive_recurrent_kda")
-    out = function(*tensors(QUERY, UNIT_KEY, VALUE, LOG_DECAY_OF_CHANNELS, BETA))
-    ours = attnlab.linear_attention(QUERY, UNIT_KEY, VALUE, log_decay=LOG_DECAY_OF_CHANNELS, beta=BETA)
-    assert_equal(out[0] if isinstance(out, tuple) else out, ours)
-
-
-@OPTIONAL
-def test_gated_linear_attention_of_flash_linear_attention():
-    out = naive("gla", "naive_recurrent_gla")(*tensors(QUERY, KEY, VALUE, LOG_DECAY_OF_CHANNELS))
-    ours = attnlab.linear_attention(QUERY, KEY, VALUE, log_decay=LOG_DECAY_OF_CHANNELS)
-    assert_equal(out[0] if isinstance(out, tuple) else out, ours)
+@pytest.mark.parametrize(("module", "function"), RECURRENCES)
+def test_recurrences_of_flash_linear_attention(module, function):
+    arrays, ours = RECURRENCES[module, function]
+    out = naive(module, function)(*tensors(*arrays))
+    assert_equal(out[0] if isinstance(out, tuple) else out, attnlab.linear_attention(QUERY, value=VALUE, **ours))
 
 
 @OPTIONAL

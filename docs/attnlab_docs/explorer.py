@@ -14,6 +14,7 @@ import attnlab
 from attnlab import masks, nn
 from attnlab.catalog import MECHANISMS
 from attnlab.show import skips_tiles
+from attnlab_docs.mechanisms import weights_of
 
 TILE = 16
 HEAD = 64  # of keys and values, of one head
@@ -100,10 +101,7 @@ def seen_by(name: str, options: dict[str, Any]) -> np.ndarray:
         if sinks:
             mask = mask | (masks.causal() & masks.first_keys(sinks))
         return np.asarray(mask.sees((np.arange(length)[:, None],), (np.arange(length)[None],)))
-    arrays = mechanism.inputs(length, batch=1, heads=1, clusters=math.isqrt(length), agents=8, value_dim=length)
-    arrays["value"] = np.eye(length, dtype=np.float32).reshape(arrays["value"].shape)
-    out = jax.jit(lambda arrays: mechanism(arrays, "reference", **given))(arrays)
-    return np.abs(np.asarray(out).reshape(length, length)) > 1e-12
+    return np.abs(weights_of(mechanism, length, given, clusters=math.isqrt(length), agents=8)) > 1e-12
 
 
 def entry(name: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -49,13 +49,15 @@ def read(mechanism: str) -> Page:
 
 
 @functools.cache
-def weights(name: str, length: int = LENGTH) -> np.ndarray:
+def weights(name: str) -> np.ndarray:
+    return weights_of(catalog.MECHANISMS[name], LENGTH, {})
+
+
+def weights_of(row: catalog.Mechanism, length: int, options: dict[str, Any], **sizes: int) -> np.ndarray:
     """What each query of one head takes of each key's value, [T, S]: key s has the s-th unit vector as its value."""
-    row = catalog.MECHANISMS[name]
-    arrays = row.inputs(length, batch=1, heads=1, value_dim=length)
-    shape = arrays["value"].shape
-    arrays["value"] = np.eye(length, dtype=np.float32).reshape(shape)
-    out = jax.jit(lambda arrays: row(arrays, implementation="reference"))(arrays)
+    arrays = row.inputs(length, batch=1, heads=1, value_dim=length, **sizes)
+    arrays["value"] = np.eye(length, dtype=np.float32).reshape(arrays["value"].shape)
+    out = jax.jit(lambda arrays: row(arrays, "reference", **options))(arrays)
     return np.asarray(out).reshape(length, length)
 
 

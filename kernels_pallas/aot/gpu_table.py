@@ -112,10 +112,7 @@ def _jax_flash(shape: Shape, *, backward: bool = False) -> Row:
     def attend(query: Any, key: Any, value: Any) -> Any:
         return attention_mgpu.attention(query, key, value, config)
 
-    def gradients(query: Any, key: Any, value: Any) -> Any:
-        return jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum(), (0, 1, 2))(query, key, value)
-
-    return Row(gradients if backward else attend, arrays, None)
+    return Row(_gradients(attend) if backward else attend, arrays, None)
 
 
 def _tokamax_flash(shape: Shape, *, backward: bool = False) -> Row:
@@ -126,12 +123,12 @@ def _tokamax_flash(shape: Shape, *, backward: bool = False) -> Row:
     answers = {"has_mosaic_gpu_support": True, "is_sm80": False, "is_sm90": True, "is_sm100": False}
     for name, answer in answers.items():
         setattr(gpu_utils, name, functools.partial(lambda answer, *_: answer, answer))
-    attend = PallasMosaicGpuFlashAttention()
+    attend = functools.partial(PallasMosaicGpuFlashAttention(), is_causal=True)
+    return Row(_gradients(attend) if backward else attend, shape.arrays(), None)
 
-    def gradients(query: Any, key: Any, value: Any) -> Any:
-        return jax.grad(lambda *x: attend(*x, is_causal=True).astype(jnp.float32).sum(), (0, 1, 2))(query, key, value)
 
-    return Row(gradients if backward else functools.partial(attend, is_causal=True), shape.arrays(), None)
+def _gradients(attend: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.grad(lambda *arrays: attend(*arrays).astype(jnp.float32).sum(), (0, 1, 2))
 
 
 _LINEAR: dict[str, dict[str, Any]] = {

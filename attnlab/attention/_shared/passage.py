@@ -5,7 +5,7 @@ A stretch takes the state S [F, V] before it to P S + L: P a number, one per cha
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,11 +96,10 @@ def passage_of(
     marks = keeps.astype(dtype), spoilt.astype(dtype)
     if beta is not None:
 
-        def from_state(*arrays: Any) -> tuple[Array, Array]:
-            out, end = attend(inputs._replace(value=arrays[2], state=LinearState(arrays[5])))
-            return out, end.kv
+        def left(value: Array, state: Array) -> Array:
+            return attend(inputs._replace(value=value, state=LinearState(state)))[1].kv
 
-        return Passage(*_from_nothing(from_state, query, key, value, log_decay, beta, state.kv), *marks)
+        return Passage(*_of_identity(left, value, state.kv), *marks)
     _, key = apply_feature_map(options.feature_map, query, key, options.scale, dtype)
     key, value = (repeat_key_heads(x, heads) for x in (key, value.astype(dtype)))
     if state.k_sum is not None:
@@ -179,10 +178,14 @@ def _from_nothing(
             return jnp.ones_like(end[..., :1, :1]), end
         transition = jnp.exp(jnp.sum(log_decay.astype(end.dtype), axis=1))
         return transition.reshape(*end.shape[:2], -1, 1), end
+    return _of_identity(lambda value, state: attend(query, key, value, log_decay, beta, state)[1], value, nothing)
+
+
+def _of_identity(after: Callable[[Array, Array], Array], value: Array, like: Array) -> tuple[Array, Array]:
+    """(P, L) of stretches of the delta rule. after(value, state) -> the state after them. like: a state of theirs."""
     # Values that are 0 leave of the identity what the transitions make of it.
     width, features = value.shape[-1], like.shape[-2]
     wide = jnp.concatenate([value, jnp.zeros_like(value, shape=(*value.shape[:-1], features))], axis=-1)
-    identity = jnp.broadcast_to(jnp.eye(features, dtype=like.dtype), (*nothing.shape[:-1], features))
-    start = jnp.concatenate([nothing, identity + 0 * nothing[..., :1]], axis=-1)
-    _, end = attend(query, key, wide, log_decay, beta, start)
+    identity = jnp.broadcast_to(jnp.eye(features, dtype=like.dtype), (*like.shape[:-1], features))
+    end = after(wide, jnp.concatenate([jnp.zeros_like(like), identity + 0 * like[..., :1]], axis=-1))
     return end[..., width:], end[..., :width]
