@@ -65,7 +65,9 @@ def _parallax(shape: Shape, *, backward: bool = False) -> Row:
     return Row(functools.partial(run, **settings), arrays, banded_parallax.smem_bytes(shape.head_dim, shape.head_dim))
 
 
-def _chunked_linear(shape: Shape, *, decay: str | None, delta: bool, backward: bool) -> Row:
+def _chunked_linear(shape: Shape, *, decay: str | None, delta: bool, heads: int | None = None, backward: bool) -> Row:
+    if heads is not None:
+        shape = shape._replace(heads=heads, key_heads=heads)
     query, key, value = shape.arrays()
     gates = {"token": shape.array(shape.heads, dtype=jnp.float32)}
     gates["channel"] = shape.array(shape.heads, shape.head_dim, dtype=jnp.float32)
@@ -136,6 +138,8 @@ _LINEAR: dict[str, dict[str, Any]] = {
     "linear, delta": {"decay": None, "delta": True},
     "linear, gated delta": {"decay": "token", "delta": True},
     "linear, gated delta by channel": {"decay": "channel", "delta": True},
+    # 8192 tokens in stretches side by side.
+    "linear, gated delta, 4 heads": {"decay": "token", "delta": True, "heads": 4},
 }
 _BOTH: dict[str, Callable[..., Row]] = {
     "banded flash": _banded_flash,

@@ -467,8 +467,8 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
         def step_of(masked: bool) -> Callable[[Array, Any], Any]:
             def run(number: Array, totals: Any) -> Any:
                 left = list(totals)
-                late_slot, early_slot = late.slot(number), early.slot(number)
                 here = in_loop(number)
+                late_slot, early_slot = late.slot(number) + here, early.slot(number) + here  # there may be one slot
                 me = warpgroup + here
                 of_query, of_gradient = (late_slot, early_slot) if of_keys else (early_slot, late_slot)
                 query_here, gradient_here = query_s.at[of_query], gradient_s.at[of_gradient]

@@ -47,6 +47,9 @@ CHUNK = ROWS  # tokens
 SQUARE = (CHUNK, CHUNK)
 LEVELS = 6  # blocks of 1, 2, 4, ... 32 tokens are joined in pairs
 WIDEST = 256  # of keys and values
+MULTIPROCESSORS = 132  # of a Hopper GPU
+_LEAST_CHUNKS = 32  # of a stretch
+_LEAST_STRETCHES = 3  # two take as long as one
 _LEAST = np.float32(-104)  # float32's exp of less is 0
 # Vectors of a head's tokens, as far as the call has them.
 SUMS, START, INTO, ONWARD, BETA = "sums", "start", "into", "onward", "beta"
@@ -70,6 +73,9 @@ class Call:
         self.per_token = log_decay is not None and log_decay.ndim == 3
         self.per_channel = log_decay is not None and log_decay.ndim == 4
         self.rows = ([SUMS, START, INTO, ONWARD] if self.per_token else []) + ([BETA] if self.delta else [])
+        blocks, transitions = (self.batch * self.heads * width // ROWS for width in (self.values, self.features))
+        self.stretch = -(-self.chunks // stretches(self.chunks, blocks, transitions if self.delta else 0))  # chunks
+        self.stretches = -(-self.chunks // self.stretch)
 
     # --- Before and after the kernels ---
 
@@ -137,6 +143,19 @@ class Call:
         ]
         return arrays[0], arrays[1], arrays[2], jnp.moveaxis(jnp.exp(sums[:, :, -1]), 1, 2)
 
+    def by_stretch(self, through: Array) -> Array:
+        """[B, N, chunks, W], a decay over each chunk -> [B, N, stretches, 1, W], over each stretch."""
+        missing = self.stretches * self.stretch - self.chunks
+        through = jnp.pad(through, ((0, 0), (0, 0), (0, missing), (0, 0)), constant_values=1)
+        shape = (self.batch, self.heads, self.stretches, self.stretch, through.shape[-1])
+        return jnp.prod(through.reshape(shape), axis=3, keepdims=True)
+
+    def spans(self, first: int, many: int) -> np.ndarray:
+        """int32 [many, 2]: the first chunk of the stretches from `first` on, and how many it has. Kernels read it from
+        memory, see in_loop."""
+        begin = np.arange(first, first + many) * self.stretch
+        return np.stack([begin, np.minimum(self.chunks - begin, self.stretch)], axis=1).astype(np.int32)
+
     def row(self, gates: Array, name: str) -> Array:
         """One of the vectors, [B, N, T']."""
         return gates[:, :, self.rows.index(name)]
@@ -170,6 +189,37 @@ class Call:
         start = spread[of_late](self.vector(gates, START, of_late), SQUARE)
         keep &= early.astype(jnp.float32) >= start
         return jnp.exp(jnp.where(keep, sums_late - sums_early, np.float32(-np.inf)))
+
+
+def stretches(chunks: int, blocks: int, transitions: int) -> int:
+    """Into how many stretches, side by side, a sequence's chunks are cut where states go from one to the next.
+
+    blocks: of the states' kernel without stretches. transitions: as many for the delta rule's matrices, else 0.
+
+    A multiprocessor has one block at a time: few of them leave the others idle. Two passes over n stretches then take
+    2 / n of the time of one: all stretches but the last from a state of zeros (with the delta rule also from the
+    identity and without values: the matrix that multiplies states); and, with the state before each from these, all of
+    them again. Only the second pass stores more than the ends. Inverses, weights, outputs and token gradients, of every
+    chunk at once anyway, are computed once. To join two stretches takes as long as some chunks.
+    """
+    most = min(chunks // _LEAST_CHUNKS, MULTIPROCESSORS // blocks, MULTIPROCESSORS // (blocks + transitions) + 1)
+    return most if most >= _LEAST_STRETCHES else 1
+
+
+def states_before(start: Array, own: Array, transitions: Array) -> Array:
+    """The state before each of n + 1 stretches, [B, N, n + 1, V, F], all transposed.
+
+    start: before the first, [B, N, V, F]. own: what each of the n others makes of zeros, [B, N, n, V, F]. transitions:
+    what it multiplies a state by, [B, N, n, 1, 1 or F] or matrices [B, N, n, F, F].
+    """
+
+    def after(state: Array, stretch: tuple[Array, Array]) -> tuple[Array, Array]:
+        own, by = stretch
+        state = jnp.matmul(state, by, precision=lax.Precision.HIGHEST) if by.shape[2] > 1 else state * by
+        return state + own, state + own
+
+    each = jnp.moveaxis(own, 2, 0), jnp.moveaxis(transitions, 2, 0)
+    return jnp.moveaxis(jnp.concatenate([start[None], lax.scan(after, start, each)[1]]), 0, 2)
 
 
 def _sums_after(x: Array) -> Array:
@@ -227,11 +277,13 @@ def ones_to_middle(block: Any, dtype: Any, transposed: bool = False) -> Array:
     return jnp.where((other >= start) & (other < end), np.float32(1), np.float32(0)).astype(dtype)
 
 
-def over_levels(body: Callable[[Array, Any], Any], carry: Any) -> Any:
+def over_levels(body: Callable[[Array, Any], Any], carry: Any, count: Any = LEVELS) -> Any:
     """body(tokens of a block, carry) -> carry for each level: a loop, as masks of all levels would take registers."""
-    return lax.fori_loop(
-        jnp.int32(0), jnp.int32(LEVELS), lambda level, carry: body(jnp.int32(1) << level, carry), carry
-    )
+
+    def level(number: Array, carry: Any) -> Any:
+        return body(jnp.int32(1) << number, carry)
+
+    return lax.fori_loop(jnp.int32(0), jnp.int32(count), level, carry)
 
 
 def split(x: Array, dtype: Any, parts: int) -> list[Array]:

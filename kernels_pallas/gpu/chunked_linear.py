@@ -9,6 +9,7 @@ DeltaNet). chunk.py gives a chunk's formulas. Three kernels, of one warpgroup a 
 
 - weights: tril(QK^T * e^D) and the inverse X of a chunk, where decays per channel or the delta rule make them costly.
 - states: a block goes through a head's chunks with 64 of the value channels, and writes the state before each of them.
+  Where such blocks are few and chunks many, stretches of chunks go side by side (chunk.py's `stretches`).
   The state is kept transposed, [V, F], in registers. Every product of the chain from one state to the next then has
   its left operand in registers, as the last one left it: nothing on that way goes through shared memory.
 - outputs: every chunk's from its state.
@@ -19,7 +20,7 @@ order of sums is fixed: two runs give the same bits. Gradients are in chunked_li
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ from kernels_pallas.gpu.chunk import (
     place_of,
     run,
     split,
+    states_before,
 )
 from kernels_pallas.gpu.common import (
     MATRIX,
@@ -61,6 +63,7 @@ from kernels_pallas.gpu.common import (
     dots,
     full,
     half,
+    in_loop,
     iota,
     load,
     single,
@@ -196,7 +199,8 @@ def chunked_linear_attention(
         weights, inverses = channel_weights(call, query, key, log_decay, gates)
     elif gates is not None and call.delta:
         weights, inverses = token_weights(call, query, key, gates)
-    states, last, updates = _states(call, key_into, key_onward, value, inverses, gates, through, call.state(state))
+    operands = Operands(key_into, key_onward, inverses, gates, through)
+    states, last, updates = _states(call, operands, value, call.state(state))
     out = outputs(
         call, into, key, states, value if updates is None else updates, weights, gates, out_dtype or call.dtype
     )
@@ -347,73 +351,116 @@ def _invert(ref: Any, system: Array, target: Any) -> None:
     plgpu.copy_smem_to_gmem(ref.inverse_s, target)
 
 
-def _states(
-    call: Call,
-    key_into: Array,
-    key_onward: Array,
-    value: Array,
-    inverses: Array | None,
-    gates: Array | None,
-    through: Array | None,
-    state: Array,
-) -> tuple[Array, Array, Array | None]:
-    """The states before each chunk [B, N, chunks, V, F], the last one [B, N, V, F] float32, updates U [B, N, V, T'].
+class Operands(NamedTuple):
+    """What states are made of beside values: keys that decay from before the chunk and to its end [B, T', K or N, F'],
+    X [B, N, T', C], gates, and the decay over each chunk [B, N, chunks, F']; as far as the call has them."""
+
+    key_into: Array
+    key_onward: Array
+    inverses: Array | None
+    gates: Array | None
+    through: Array | None
+
+
+def _states(call: Call, operands: Operands, value: Array, state: Array) -> tuple[Array, Array, Array | None]:
+    """The states before each chunk [B, N, chunks, V, F], the last one [B, N, V, F] float32, updates U [B, N, V, T']."""
+    starts = state[:, :, None]
+    if call.stretches > 1:
+        nothing = jnp.zeros_like(state, shape=(*state.shape[:2], call.stretches - 1, *state.shape[2:]))
+        own = _states_of_stretches(call, operands, value, nothing, keep=False)["last"]
+        starts = states_before(state, own, transitions(call, operands))
+    found = _states_of_stretches(call, operands, value, starts)
+    return found["states"], found["last"][:, :, -1], found.get("updates")
+
+
+def transitions(call: Call, operands: Operands, first: int = 0) -> Array:
+    """What the stretches from `first` on, one fewer than there are, multiply a state by, as states_before takes it."""
+    many = call.stretches - 1
+    through = operands.through
+    if call.delta:
+        shape = (call.batch, call.heads, many, call.features, call.features)
+        unit = jnp.zeros_like(operands.key_into, jnp.float32, shape=shape) + jnp.eye(call.features, dtype=jnp.float32)
+        return _states_of_stretches(call, operands, None, unit, keep=False, first=first)["last"]
+    if operands.gates is not None:
+        through = call.row(operands.gates, INTO).reshape(call.batch, call.heads, call.chunks, CHUNK)[..., -1:]
+    if through is None:
+        return jnp.ones_like(operands.key_into, jnp.float32, shape=(call.batch, call.heads, many, 1, 1))
+    return call.by_stretch(through)[:, :, first : first + many]
+
+
+def _states_of_stretches(
+    call: Call, operands: Operands, value: Array | None, starts: Array, *, keep: bool = True, first: int = 0
+) -> dict[str, Array]:
+    """From the states before stretches [B, N, stretches, V, F], the first of them of number `first`, those after them
+    ("last"), and with keep those before each chunk ("states") and updates; value None: of zeros.
 
     A chunk's chain is, transposed: S^T K^T, R^T = beta (V^T - that), U^T = R^T X^T, S^T + U^T K.
     """
+    key_into, key_onward, inverses, gates, through = operands
     delta, slots = call.delta, stages_of(call, backwards=False)
     # Without decays per channel the two keys are one.
     inputs = {"key": key_onward, "key_into": key_into if delta and call.per_channel else None, "value": value}
-    inputs |= {"inverse": inverses, "gates": gates, "through": through, "state": state}
+    inputs |= {"inverse": inverses, "gates": gates, "through": through, "starts": starts}
+    inputs |= {"spans": jnp.asarray(call.spans(first, starts.shape[2]))}
 
     def body(ref: Any) -> None:
-        batch, head, part = place_of("batch", "head", "part")
+        batch, head, stretch, part = place_of("batch", "head", "stretch", "part")
+        begin, count = (ref.spans[stretch, np.int32(i)] for i in range(2))
         channels = pl.ds(part * np.int32(ROWS), ROWS)
 
         def fetch(number: Array, slot: Array, barrier: Any) -> None:
-            tokens = pl.ds(number * np.int32(CHUNK), CHUNK)
-            fetch_chunk(call, ref, (batch, head, number), tokens, slot, barrier, ("key", "key_into"))
-            here = ref.value.at[batch, tokens, call.head_of(ref.value, head), channels]
-            plgpu.copy_gmem_to_smem(here, ref.value_s.at[slot], barrier)
+            chunk = begin + number
+            tokens = pl.ds(chunk * np.int32(CHUNK), CHUNK)
+            fetch_chunk(call, ref, (batch, head, chunk), tokens, slot, barrier, ("key", "key_into"))
+            if value is not None:
+                here = ref.value.at[batch, tokens, call.head_of(ref.value, head), channels]
+                plgpu.copy_gmem_to_smem(here, ref.value_s.at[slot], barrier)
             if delta:
                 plgpu.copy_gmem_to_smem(ref.inverse.at[batch, head, tokens], ref.inverse_s.at[slot], barrier)
 
-        ring = Ring(fetch, jnp.int32(call.chunks), ref.ready, None, slots)
+        ring = Ring(fetch, count, ref.ready, None, slots)
         ring.start()
-        store(ref.identity_s, identity())
+        if value is not None:
+            # Without decays per token between them, values are subtracted where old ones are summed.
+            store(ref.identity_s, -identity() if delta and not call.per_token else identity())
 
-        def chunk(number: Array, now: Any) -> Any:
-            slot, rounded = ring.slot(number), [x.astype(call.dtype) for x in now]
-            tokens = pl.ds(number * np.int32(CHUNK), CHUNK)
-            key_s, value_s = ref.key_s.at[slot], ref.value_s.at[slot]
+        def step(number: Array, now: Any) -> Any:
+            here, chunk, rounded = place(call, number), begin + number, [x.astype(call.dtype) for x in now]
+            slot, tokens = ring.slot(number) + here, pl.ds(chunk * np.int32(CHUNK), CHUNK)
+            key_s, state_s = ref.key_s.at[slot], ref.state_s.at[here]
 
             def keep_state() -> None:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk stored has been read
-                store_parts(ref.state_s, rounded)
-                plgpu.copy_smem_to_gmem(ref.state_s, ref.states.at[batch, head, number, channels])
+                if keep:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk stored has been read
+                    store_parts(state_s, rounded)
+                    plgpu.copy_smem_to_gmem(ref.state_s.at[0], ref.states.at[batch, head, chunk, channels])
+                elif not state_fits(call):
+                    store_parts(state_s, rounded)
 
             ring.wait(number)
-            values = Product(value_s, ref.identity_s, a_transposed=True)
+            values = [Product(ref.value_s.at[slot], ref.identity_s, a_transposed=True)] if value is not None else []
             gates_s = ref.gates_s.at[slot] if gates is not None else None
             if delta:
                 from_key_s = ref.key_into_s.at[slot] if call.per_channel else key_s
-                sources = state_operands(call, ref, rounded, keep_state)
+                sources = state_operands(call, state_s, rounded, keep_state)
                 old = [Product(x, columns(from_key_s, i), b_transposed=True) for i, x in enumerate(sources)]
-                new, read = dots([values], old, shape=SQUARE, work=keep_state if state_fits(call) else None)
+                sums = [old, values] if call.per_token and values else [old + values]
+                read, *new = dots(*sums, shape=SQUARE, work=keep_state if state_fits(call) else None)
                 if call.per_token:
                     read *= by_column(call.vector(gates_s, INTO, COLUMN), SQUARE)
-                wanted = (new - read) * by_column(call.vector(gates_s, BETA, COLUMN), SQUARE)
+                wanted = (new[0] - read if new else -read) * by_column(call.vector(gates_s, BETA, COLUMN), SQUARE)
                 wanted = wanted.astype(call.dtype)
                 update = dot(Product(wanted, ref.inverse_s.at[slot], b_transposed=True), shape=SQUARE)
-                store(ref.update_s, update)
-                plgpu.copy_smem_to_gmem(ref.update_s, ref.updates.at[batch, head, channels, tokens])
+                if keep:
+                    store(ref.update_s, update)
+                    plgpu.copy_smem_to_gmem(ref.update_s, ref.updates.at[batch, head, channels, tokens])
             elif call.per_token:
-                [update] = dots([values], shape=SQUARE, work=keep_state)
+                [update] = dots(values, shape=SQUARE, work=keep_state)
             else:
                 keep_state()
             if call.per_token:
                 update *= by_column(call.vector(gates_s, ONWARD, COLUMN), SQUARE)
-            write = (update.astype(call.dtype), False) if call.per_token or delta else (value_s, True)
+            write = (update.astype(call.dtype), False) if call.per_token or delta else (ref.value_s.at[slot], True)
             after = tuple(
                 add_dot(decayed_state(call, ref, x, slot, i), Product(write[0], columns(key_s, i), write[1]))
                 for i, x in enumerate(now)
@@ -421,31 +468,31 @@ def _states(
             ring.release(number)
             return after
 
-        first = read_parts(call, ref.state.at[batch, head, channels], ref.wide_s, ref.first.at[0])
-        last = lax.fori_loop(jnp.int32(0), jnp.int32(call.chunks), chunk, first)
-        write_parts(last, ref.wide_s, ref.last.at[batch, head, channels])
+        start = read_parts(call, ref.starts.at[batch, head, stretch, channels], ref.wide_s, ref.start_ready.at[0])
+        last = lax.fori_loop(jnp.int32(0), count, step, start)
+        write_parts(last, ref.wide_s, ref.last.at[batch, head, stretch, channels])
 
-    square = half(*SQUARE, dtype=call.dtype)
-    out: dict[str, Any] = {
-        "states": ((call.batch, call.heads, call.chunks, call.values, call.features), call.dtype),
-        "last": (state.shape, jnp.float32),
-    }
+    square, squares = (half(*shape, dtype=call.dtype) for shape in (SQUARE, (slots, *SQUARE)))
+    out: dict[str, Any] = {"last": (starts.shape, jnp.float32)}
     scratch = chunk_scratch(call, inputs, ("key", "key_into"), slots)
-    scratch |= {"value_s": half(slots, *SQUARE, dtype=call.dtype), "identity_s": square}
-    copies = len(scratch) - 1
-    if delta:
-        out["updates"] = ((call.batch, call.heads, call.values, call.padded), call.dtype)
-        scratch |= {"inverse_s": half(slots, *SQUARE, dtype=call.dtype), "update_s": square}
-        copies += 1
+    scratch |= {"value_s": squares} if value is not None else {}
+    scratch |= {"inverse_s": squares} if delta else {}
+    copies = len(scratch)
+    if keep:
+        out["states"] = ((call.batch, call.heads, call.chunks, call.values, call.features), call.dtype)
+        if delta:
+            out["updates"] = ((call.batch, call.heads, call.values, call.padded), call.dtype)
+            scratch["update_s"] = square
     scratch |= {
-        "state_s": half(ROWS, call.features, dtype=call.dtype),
+        "identity_s": square,
+        "state_s": half(1, ROWS, call.features, dtype=call.dtype),
         "wide_s": single(ROWS, state_part(call.features)),
         "ready": barriers(slots, copies),
-        "first": barriers(1, 1),
+        "start_ready": barriers(1, 1),
     }
-    grid = {"batch": call.batch, "head": call.heads, "part": call.values // ROWS}
-    results = run(body, "linear_states", inputs, out=out, grid=grid, scratch=scratch)
-    return results["states"], results["last"], results.get("updates")
+    many, width = starts.shape[2:4]
+    grid = {"batch": call.batch, "head": call.heads, "stretch": many, "part": width // ROWS}
+    return run(body, "linear_states", inputs, out=out, grid=grid, scratch=scratch)
 
 
 def identity() -> Array:
@@ -506,16 +553,21 @@ def write_parts(parts: Any, wide_s: Any, target: Any) -> None:
 
 
 def state_fits(call: Call) -> bool:
-    """Whether registers hold a state twice, in float32 and in 16 bits, and three products."""
-    return call.features <= 128
+    """Whether registers hold a state beside what is made of it: with the delta rule in 16 bits, and three products."""
+    return not call.delta or call.features <= 128
 
 
-def state_operands(call: Call, ref: Any, rounded: list[Array], keep_state: Callable[[], None]) -> list[Any]:
+def place(call: Call, number: Array) -> Array | int:
+    """0; where a state leaves few registers, in a way that keeps addresses in the loop (in_loop)."""
+    return 0 if state_fits(call) else in_loop(number)
+
+
+def state_operands(call: Call, state_s: Any, rounded: list[Array], keep_state: Callable[[], None]) -> list[Any]:
     """The left operands of a state's products: in registers, or in shared memory after keep_state()."""
     if state_fits(call):
         return rounded
     keep_state()
-    return [columns(ref.state_s, part) for part in range(len(rounded))]
+    return [columns(state_s, part) for part in range(len(rounded))]
 
 
 def store_parts(ref: Any, parts: Any) -> None:

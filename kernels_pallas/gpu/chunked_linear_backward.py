@@ -17,7 +17,9 @@ which what goes to or from the states is added where it counts, rather than wher
 level.
 """
 
+import functools
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
@@ -32,6 +34,7 @@ from kernels_pallas.gpu.chunk import (
     CHUNK,
     COLUMN,
     INTO,
+    LEVELS,
     ONWARD,
     ROW,
     SQUARE,
@@ -42,20 +45,25 @@ from kernels_pallas.gpu.chunk import (
     place_of,
     run,
     split,
+    states_before,
 )
 from kernels_pallas.gpu.chunked_linear import (
+    Operands,
     chunk_scratch,
     columns,
     decayed_state,
     fetch_chunk,
     identity,
     outputs,
+    place,
     read_parts,
     refusal,
     stages_of,
     state_fits,
+    state_operands,
     state_part,
     store_parts,
+    transitions,
     write_parts,
 )
 from kernels_pallas.gpu.common import (
@@ -71,6 +79,7 @@ from kernels_pallas.gpu.common import (
     dots,
     full,
     half,
+    in_loop,
     iota,
     load,
     single,
@@ -120,8 +129,9 @@ def chunked_linear_gradients(
     if log_decay is not None and call.per_channel:
         decay = call.tokens(log_decay, call.features, jnp.float32)
         (into, key_into, key_onward, through), pull = jax.vjp(cast(Any, call.decayed), query, key, decay)
+    operands = Operands(key_into, key_onward, inverses, gates, through)
     state_gradients, first, rests = _state_gradients(
-        call, into, key_into, key_onward, out_gradient, weights, inverses, gates, through, call.state(state_gradient)
+        call, into, operands, out_gradient, weights, call.state(state_gradient)
     )
     if log_decay is not None:
         over = "BNCVF,BNCVF->BNCF" if call.per_channel else "BNCVF,BNCVF->BNC"
@@ -177,35 +187,56 @@ def _named(call: Call, numbers: Array | None, rows: list[str]) -> dict[str, Arra
 
 
 def _state_gradients(
-    call: Call,
-    query_into: Array,
-    key_into: Array,
-    key_onward: Array,
-    out_gradient: Array,
-    weights: Array | None,
-    inverses: Array | None,
-    gates: Array | None,
-    through: Array | None,
-    last: Array,
+    call: Call, query_into: Array, operands: Operands, out_gradient: Array, weights: Array | None, last: Array
 ) -> tuple[Array, Array, Array | None]:
     """The gradients of the states after each chunk [B, N, chunks, V, F], that of the first state [B, N, V, F] float32,
-    and dR [B, N, V, T'] with the delta rule; everything transposed, as in the states' kernel."""
+    and dR [B, N, V, T'] with the delta rule."""
+    lasts = last[:, :, None]
+    of_stretches = functools.partial(_of_stretches, call, query_into, operands, out_gradient, weights)
+    if call.stretches > 1:
+        nothing = jnp.zeros_like(last, shape=(*last.shape[:2], call.stretches - 1, *last.shape[2:]))
+        own = of_stretches(nothing, keep=False, first=1)["first"]
+        # From the last stretch to the first; a matrix [F, F] counts transposed.
+        by = transitions(call, operands, first=1)
+        by = jnp.swapaxes(by, 3, 4) if call.delta else by
+        lasts = jnp.flip(states_before(last, jnp.flip(own, 2), jnp.flip(by, 2)), 2)
+    found = of_stretches(lasts)
+    return found["states"], found["first"][:, :, 0], found.get("rests")
+
+
+def _of_stretches(
+    call: Call,
+    query_into: Array,
+    operands: Operands,
+    out_gradient: Array,
+    weights: Array | None,
+    lasts: Array,
+    *,
+    keep: bool = True,
+    first: int = 0,
+) -> dict[str, Array]:
+    """From the gradients of the states after stretches [B, N, stretches, V, F], the first of them of number `first`,
+    those of the states before them ("first"), and with keep those after each chunk ("states") and dR ("rests");
+    everything transposed, as in the states' kernel."""
+    key_into, key_onward, inverses, gates, through = operands
     delta, slots, fits = call.delta, stages_of(call, backwards=True), state_fits(call)
     inputs = {"query": query_into, "key": key_onward if delta else None}
     inputs |= {"key_into": key_into if delta and call.per_channel else None, "out_gradient": out_gradient}
     inputs |= {"weights": weights if delta else None, "inverse": inverses}
-    inputs |= {"gates": gates, "through": through, "last": last}
+    inputs |= {"gates": gates, "through": through, "lasts": lasts}
+    inputs |= {"spans": jnp.asarray(call.spans(first, lasts.shape[2]))}
     names = ("query", "key", "key_into")
 
     def body(ref: Any) -> None:
-        batch, head, part = place_of("batch", "head", "part")
+        batch, head, stretch, part = place_of("batch", "head", "stretch", "part")
+        begin, count = (ref.spans[stretch, np.int32(i)] for i in range(2))
         channels = pl.ds(part * np.int32(ROWS), ROWS)
 
         def tokens_of(chunk: Array) -> Any:
             return pl.ds(chunk * np.int32(CHUNK), CHUNK)
 
         def chunk_of(number: Array) -> Array:
-            return np.int32(call.chunks - 1) - number
+            return begin + count - np.int32(1) - number
 
         def fetch(number: Array, slot: Array, barrier: Any) -> None:
             chunk = chunk_of(number)
@@ -217,105 +248,91 @@ def _state_gradients(
                 plgpu.copy_gmem_to_smem(ref.weights.at[batch, head, tokens], ref.weights_s.at[slot], barrier)
                 plgpu.copy_gmem_to_smem(ref.inverse.at[batch, head, tokens], ref.inverse_s.at[slot], barrier)
 
-        ring = Ring(fetch, jnp.int32(call.chunks), ref.ready, None, slots)
+        ring = Ring(fetch, count, ref.ready, None, slots)
         ring.start()
         store(ref.identity_s, identity())
 
         def step(number: Array, now: Any) -> Any:
-            slot, chunk, rounded = ring.slot(number), chunk_of(number), [x.astype(call.dtype) for x in now]
+            here, chunk, rounded = place(call, number), chunk_of(number), [x.astype(call.dtype) for x in now]
+            slot, state_s = ring.slot(number) + here, ref.state_s.at[here]
             query_s, out_s = ref.query_s.at[slot], ref.out_gradient_s.at[slot]
             gates_s = ref.gates_s.at[slot] if gates is not None else None
 
             def keep_state() -> None:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last step stored has been read
-                store_parts(ref.state_s, rounded)
-                plgpu.copy_smem_to_gmem(ref.state_s, ref.states.at[batch, head, chunk, channels])
+                if keep:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last step stored has been read
+                    store_parts(state_s, rounded)
+                    plgpu.copy_smem_to_gmem(ref.state_s.at[0], ref.states.at[batch, head, chunk, channels])
+                elif not fits:
+                    store_parts(state_s, rounded)
 
             def vector(name: str) -> Array:
                 return by_column(call.vector(gates_s, name, COLUMN), SQUARE)
 
             ring.wait(number)
-            transpose = Product(out_s, ref.identity_s, a_transposed=True)
-
-            def with_written(states: Any, *writes: tuple[Any, Any, bool]) -> tuple[Array, ...]:
-                return tuple(
-                    add_dot(x, *(Product(left, columns(right, i), flag) for left, right, flag in writes))
-                    for i, x in enumerate(states)
-                )
-
-            def decayed() -> tuple[Array, ...]:
-                return tuple(decayed_state(call, ref, x, slot, i) for i, x in enumerate(now))
-
-            def of_outs(out: Array | None) -> tuple[Any, Any, bool]:
-                """What the outputs' gradients write into the state's."""
-                if out is None:
-                    return out_s, query_s, True
-                return (out * vector(INTO)).astype(call.dtype), query_s, False
-
-            def of_updates(update: Array) -> tuple[Any, Any, bool]:
-                """What the updates' gradients write."""
+            sums, transpose = [], Product(out_s, ref.identity_s, a_transposed=True)
+            if delta:
+                key_s = ref.key_s.at[slot]
+                sources = state_operands(call, state_s, rounded, keep_state)
+                of_state = [Product(x, columns(key_s, i), b_transposed=True) for i, x in enumerate(sources)]
+                sums += [of_state, [Product(out_s, ref.weights_s.at[slot], a_transposed=True)]]
+            if call.per_token and fits:
+                sums.append([transpose])
+            if sums:
+                found = dots(*sums, shape=SQUARE, work=keep_state if fits else None)
+            else:
+                keep_state()
+            if delta:
+                more, update = found[:2]
+                update += more * vector(ONWARD) if call.per_token else more
+            # What the outputs' and the updates' gradients write into the state's.
+            writes: list[tuple[Any, Any, bool]] = [(out_s, query_s, True)]
+            if call.per_token:
+                out = found[-1] if fits else dot(transpose, shape=SQUARE)
+                writes = [((out * vector(INTO)).astype(call.dtype), query_s, False)]
+            if delta:
                 rest = dot(Product(update.astype(call.dtype), ref.inverse_s.at[slot]), shape=SQUARE)
-                store(ref.rest_s, rest)
-                plgpu.copy_smem_to_gmem(ref.rest_s, ref.rests.at[batch, head, channels, tokens_of(chunk)])
+                if keep:
+                    store(ref.rest_s, rest)
+                    plgpu.copy_smem_to_gmem(ref.rest_s, ref.rests.at[batch, head, channels, tokens_of(chunk)])
                 rest *= -vector(BETA)
                 rest *= vector(INTO) if call.per_token else np.float32(1)
-                key_s = ref.key_into_s.at[slot] if call.per_channel else ref.key_s.at[slot]
-                return rest.astype(call.dtype), key_s, False
-
-            if delta and fits:
-                of_state = [
-                    Product(x, columns(ref.key_s.at[slot], i), b_transposed=True) for i, x in enumerate(rounded)
-                ]
-                from_outs = [Product(out_s, ref.weights_s.at[slot], a_transposed=True)]
-                sums = [of_state, from_outs, *([[transpose]] if call.per_token else [])]
-                more, update, *out = dots(*sums, shape=SQUARE, work=keep_state)
-                update += more * vector(ONWARD) if call.per_token else more
-                before = with_written(decayed(), of_outs(out[0] if out else None), of_updates(update))
-            else:
-                out = []
-                if call.per_token:
-                    out = dots([transpose], shape=SQUARE, work=keep_state)
-                else:
-                    keep_state()
-                before = with_written(decayed(), of_outs(out[0] if out else None))
-                if delta:
-                    of_state = [
-                        Product(columns(ref.state_s, i), columns(ref.key_s.at[slot], i), b_transposed=True)
-                        for i in range(len(now))
-                    ]
-                    more = dot(*of_state, shape=SQUARE)
-                    more = more * vector(ONWARD) if call.per_token else more
-                    update = add_dot(more, Product(out_s, ref.weights_s.at[slot], a_transposed=True))
-                    before = with_written(before, of_updates(update))
+                key_s = ref.key_into_s.at[slot] if call.per_channel else key_s
+                writes.append((rest.astype(call.dtype), key_s, False))
+            before = tuple(
+                add_dot(
+                    decayed_state(call, ref, x, slot, i),
+                    *(Product(left, columns(right, i), flag) for left, right, flag in writes),
+                )
+                for i, x in enumerate(now)
+            )
             ring.release(number)
             return before
 
-        last = read_parts(call, ref.last.at[batch, head, channels], ref.wide_s, ref.first_ready.at[0])
-        first = lax.fori_loop(jnp.int32(0), jnp.int32(call.chunks), step, last)
-        write_parts(first, ref.wide_s, ref.first.at[batch, head, channels])
+        last = read_parts(call, ref.lasts.at[batch, head, stretch, channels], ref.wide_s, ref.last_ready.at[0])
+        before = lax.fori_loop(jnp.int32(0), count, step, last)
+        write_parts(before, ref.wide_s, ref.first.at[batch, head, stretch, channels])
 
     square, squares = (half(*shape, dtype=call.dtype) for shape in (SQUARE, (slots, *SQUARE)))
-    out: dict[str, Any] = {
-        "states": ((call.batch, call.heads, call.chunks, call.values, call.features), call.dtype),
-        "first": (last.shape, jnp.float32),
-    }
+    out: dict[str, Any] = {"first": (lasts.shape, jnp.float32)}
     scratch = chunk_scratch(call, inputs, names, slots) | {"out_gradient_s": squares}
     if delta:
         scratch |= {"weights_s": squares, "inverse_s": squares}
     copies = len(scratch)
-    if delta:
-        out["rests"] = ((call.batch, call.heads, call.values, call.padded), call.dtype)
-        scratch["rest_s"] = square
+    if keep:
+        out["states"] = ((call.batch, call.heads, call.chunks, call.values, call.features), call.dtype)
+        if delta:
+            out["rests"] = ((call.batch, call.heads, call.values, call.padded), call.dtype)
+            scratch["rest_s"] = square
     scratch |= {
         "identity_s": square,
-        "state_s": half(ROWS, call.features, dtype=call.dtype),
+        "state_s": half(1, ROWS, call.features, dtype=call.dtype),
         "wide_s": single(ROWS, state_part(call.features)),
         "ready": barriers(slots, copies),
-        "first_ready": barriers(1, 1),
+        "last_ready": barriers(1, 1),
     }
-    grid = {"batch": call.batch, "head": call.heads, "part": call.values // ROWS}
-    results = run(body, "linear_state_gradients", inputs, out=out, grid=grid, scratch=scratch)
-    return results["states"], results["first"], results.get("rests")
+    grid = {"batch": call.batch, "head": call.heads, "stretch": lasts.shape[2], "part": call.values // ROWS}
+    return run(body, "linear_state_gradients", inputs, out=out, grid=grid, scratch=scratch)
 
 
 def _token_gradients(
@@ -495,8 +512,15 @@ def _channel_gradients(
     """
     inputs = {"query": query, "key": key, "log_decay": log_decay, "weights": weights, "system": system, "gates": gates}
     delta = call.delta
+    # With the delta rule registers are short: nothing of what in_loop is for may be computed before the levels' loop.
+    inputs["levels"] = jnp.full(1, LEVELS, jnp.int32) if delta else None
 
-    def body(ref: Any) -> None:
+    def body(refs: Any) -> None:
+        def at(here: Any) -> Any:
+            """The refs by name; with the delta rule tiles where they lie, 0."""
+            return SimpleNamespace(**{name: x.at[here] if name in tiles else x for name, x in vars(refs).items()})
+
+        ref = at(0)
         batch, head, chunk, part = place_of("batch", "head", "chunk", "part")
         tokens, columns = pl.ds(chunk * np.int32(CHUNK), CHUNK), pl.ds(part * np.int32(ROWS), ROWS)
 
@@ -523,8 +547,10 @@ def _channel_gradients(
 
         def level(block: Array, carry: Any) -> Any:
             to_query, *strength = carry
+            here = in_loop(block) if delta else 0
+            ref = at(here)
             between, where = ones_to_middle(block, jnp.bfloat16), pairs(block)
-            exponents = dot(*(Product(between, ref.split_s.at[i]) for i in range(3)), shape=SQUARE)
+            exponents = dot(*(Product(between, ref.split_s.at[here + i]) for i in range(3)), shape=SQUARE)
             factor = jnp.exp(exponents)
 
             def decayed(source: Any) -> Array:  # read again where it is used: it would not fit into registers
@@ -561,7 +587,7 @@ def _channel_gradients(
         ref.decay_s[...] = full(SQUARE, 0.0)
         ref.to_key_s[...] = to_key
         carry = (to_query, *([full((CHUNK,), 0.0, ROW)] if delta else []))
-        to_query, *strength = over_levels(level, carry)
+        to_query, *strength = over_levels(level, carry, ref.levels[0] if delta else LEVELS)
         here = (batch, tokens, head, columns)
         store(ref.into_s, to_query)
         plgpu.copy_smem_to_gmem(ref.into_s, ref.to_query.at[here])
@@ -572,15 +598,16 @@ def _channel_gradients(
             plgpu.copy_smem_to_gmem(ref.numbers_s, ref.numbers.at[batch, head, part, :, tokens])
         plgpu.wait_smem_to_gmem(0)
 
-    square, wide = half(*SQUARE, dtype=call.dtype), single(*SQUARE)
+    shape = (1, *SQUARE) if delta else SQUARE
+    square, wide, exact = half(*shape, dtype=call.dtype), single(*shape), half(*shape, dtype=jnp.bfloat16)
     scratch: dict[str, Any] = {"query_s": square, "key_s": square, "decay_s": wide, "weights_s": square}
     if delta:
         scratch |= {"system_s": square, "gates_s": plgpu.SMEM((len(call.rows), CHUNK), jnp.float32)}
     scratch["ready"] = barriers(1, len(scratch))
     scratch |= {
         "split_s": half(3, *SQUARE, dtype=jnp.bfloat16),
-        "exponents_s": half(*SQUARE, dtype=jnp.bfloat16),
-        "exponents_low_s": half(*SQUARE, dtype=jnp.bfloat16),
+        "exponents_s": exact,
+        "exponents_low_s": exact,
         "masked_s": square,
         "into_s": square,
         "onward_s": square,
@@ -595,5 +622,6 @@ def _channel_gradients(
     if delta:
         scratch |= {"inner_s": square, "strong_s": square, "numbers_s": plgpu.SMEM((1, CHUNK), jnp.float32)}
         out["numbers"] = ((call.batch, call.heads, parts, 1, call.padded), jnp.float32)
+    tiles = {name for name, x in scratch.items() if delta and any(x is y for y in (square, wide, exact))}
     grid = {"batch": call.batch, "head": call.heads, "chunk": call.chunks, "part": parts}
     return run(body, "linear_channel_gradients", inputs, out=out, grid=grid, scratch=scratch)

@@ -77,7 +77,7 @@ def _varying_over(x: Array, axes: frozenset[Any]) -> Array:
 
 
 def in_loop(number: Array) -> Array:
-    """0, in a way that the compiler does not see; number: a loop's, below 2^30.
+    """0, in a way that the compiler does not see; number: of a loop whose count comes from memory, below 2^30.
 
     What a loop reads at `index + in_loop(number)` is addressed in it. Compilers otherwise compute the addresses of what
     stays in shared memory, 16 of them for a product over 256 columns, and all that a mask does not take from the

@@ -14,11 +14,6 @@ from marks import slow_but
 
 import attnlab
 from attnlab import LinearState, init_linear_cache, linear_attention, linear_step
-from attnlab.attention._kernels.linear import _PLAIN, stretches
-from attnlab.attention._shared.chunks import RESET
-from attnlab.attention._shared.passage import side_by_side
-from attnlab.attention._shared.recurrence import LinearInputs
-from attnlab.attention.linear import _reference
 
 VECTORS = pathlib.Path(__file__).parent.parent / "vectors" / "linear"
 IMPLEMENTATIONS = ("reference", "xla")
@@ -306,49 +301,6 @@ def test_segments_are_calls_of_their_own(implementation, is_causal, assert_close
         out, state = attend(cut(arrays, begin, end) | first, **options)
         apart.append(out)
     assert_close((packed, final), (jnp.concatenate(apart, axis=1), state), 2e-5)
-
-
-RECURRENCES = [form for form, (options, gates) in FORMS.items() if not options and "constant" not in gates]
-
-
-@pytest.mark.parametrize("form", slow_but(["gated delta"], RECURRENCES))
-def test_stretches_side_by_side_are_one_sequence(form):
-    """Values, states and gradients; the last stretch is shorter, and the state is dropped here and there."""
-
-    def attend(*arrays):
-        out, state = _reference(LinearInputs(*arrays[:-1], LinearState(arrays[-1])), _PLAIN)
-        return out, state.kv
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def everything(function, arrays):
-        (out, end), pull = jax.vjp(function, *arrays)
-        return out, end, pull((jnp.cos(out), jnp.sin(end)))
-
-    with jax.enable_x64(True):
-        named, _ = inputs(form, 300, heads=(4, 2), batch=1, state=True, dtype=np.float64)
-        if "log_decay" in named:
-            named["log_decay"] = named["log_decay"].at[:, jnp.array([10, 128, 299])].set(RESET)
-        arrays = [named.get(name) for name in ("query", "key", "value", "log_decay", "beta")]
-        arrays.append(named["initial_state"].kv)
-        results = [everything(function, arrays) for function in (attend, functools.partial(side_by_side, attend, 4))]
-        for got, want in zip(*map(jax.tree.leaves, results), strict=True):
-            np.testing.assert_allclose(got, want, rtol=0, atol=1e-9 * np.abs(want).max())
-
-
-def test_as_many_stretches_as_fill_a_gpu():
-    """By batch, length, heads, width and whether it is the delta rule."""
-    for (batch, length, heads, width, is_delta), count in {
-        (1, 2**18, 16, 128, False): 4,
-        (1, 2**18, 16, 128, True): 4,
-        (2, 2**17, 16, 128, True): 1,  # two stretches would double the blocks, and the work
-        (1, 2**18, 4, 128, True): 16,
-        (1, 2**13, 4, 128, False): 1,  # too short
-        (1, 2**16, 1, 64, False): 16,  # no shorter ones
-        (1, 2**18, 4, 256, True): 1,  # no kernel has value and key channels for value channels
-    }.items():
-        query = jax.ShapeDtypeStruct((batch, length, heads, width), jnp.bfloat16)
-        beta = jax.ShapeDtypeStruct((batch, length, heads), jnp.float32) if is_delta else None
-        assert stretches(query, query, query, beta) == count
 
 
 def test_no_tokens_leave_the_state_alone(assert_close):

@@ -11,7 +11,6 @@ from attnlab.attention._kernels.backends import first_refusal, kernel_module, on
 from attnlab.attention._shared.chunks import RESET, drop_at_starts
 from attnlab.attention._shared.feature_maps import apply_feature_map, normalizer_epsilon
 from attnlab.attention._shared.heads import repeat_key_heads
-from attnlab.attention._shared.passage import side_by_side
 from attnlab.attention._shared.recurrence import LinearInputs, LinearOptions, LinearState
 
 Array = jax.Array
@@ -65,49 +64,19 @@ def _chunked(backend: str, xla: Xla, inputs: LinearInputs, options: LinearOption
         out, state = xla(LinearInputs(query, key, value, log_decay, beta, LinearState(kv)), plain)
         return out.astype(sums), state.kv
 
-    def attend(*arrays: Any) -> tuple[Array, Array]:
-        query, _, value, log_decay, beta, kv = arrays
-        results = (like(query, width=value.shape[-1], dtype=sums), like(kv, dtype=jnp.float32))
-        kept = [forward.kept_shapes(query, value, log_decay, beta)]
-        of_decay = None if log_decay is None else "B.N." if log_decay.ndim == 4 else "B.N"
-        of_kept = jax.tree.map(lambda x: "BN" + "." * (len(x.shape) - 2), kept)
-        of_arrays = ("B.N.", "B.K.", "B.K.", of_decay, None if beta is None else "B.N", "BN..")
-        layouts = (of_arrays, None, ("B.N.", "BN.."), of_kept)
-        return kernel_call(kernel, gradients, blocked, arrays, results=results, kept=kept, layouts=layouts)
-
     arrays = _operands(inputs, options)
-    query, key, value, _, beta, _ = arrays
-    count = stretches(query, key, value, beta) if backend == "gpu" else 1
-    out, kv = attend(*arrays) if count == 1 else side_by_side(attend, count, *arrays)
+    query, _, value, log_decay, beta, kv = arrays
+    results = (like(query, width=value.shape[-1], dtype=sums), like(kv, dtype=jnp.float32))
+    kept = [forward.kept_shapes(query, value, log_decay, beta)]
+    gates = (None if log_decay is None else "B.N." if log_decay.ndim == 4 else "B.N", None if beta is None else "B.N")
+    of_kept = jax.tree.map(lambda x: "BN" + "." * (len(x.shape) - 2), kept)
+    layouts = (("B.N.", "B.K.", "B.K.", *gates, "BN.."), None, ("B.N.", "BN.."), of_kept)
+    out, kv = kernel_call(kernel, gradients, blocked, arrays, results=results, kept=kept, layouts=layouts)
     width = inputs.value.shape[-1]
     k_sum = None if inputs.state.k_sum is None else kv[..., width]
     if options.normalize:
         out = out[..., :width] / (out[..., width:] + normalizer_epsilon(options.feature_map))
     return out[..., :width].astype(out_dtype), LinearState(kv[..., :width], k_sum)
-
-
-_MULTIPROCESSORS = 132  # of an H100 or H200
-_LEAST_STRETCH = 4096  # tokens, beside which what is done once per stretch is little
-_LEAST_GAIN = 1.25
-
-
-def stretches(query: Any, key: Any, value: Any, beta: Any = None) -> int:
-    """Of every row, that the GPU's kernels take at once.
-
-    A block goes through the chunks of a head with 64 value channels, one after the other; a batch of few rows and heads
-    has fewer blocks than there are multiprocessors. Stretches fill these up, and cost a second pass; the delta rule's
-    first has a state's features as value channels besides.
-    """
-    batch, length, heads, features = query.shape
-    width = value.shape[-1]
-    count = min(_MULTIPROCESSORS // (batch * heads * -(-width // 64)), length // _LEAST_STRETCH)
-    passes = 2.0
-    if beta is not None:
-        passes += features / width
-        wide = jax.ShapeDtypeStruct((*value.shape[:-1], width + features), value.dtype)
-        if first_refusal("gpu", ["chunked_linear"], query, key, wide, None, beta) is not None:
-            return 1
-    return count if count >= _LEAST_GAIN * passes else 1
 
 
 def chunked_refusal(

@@ -10,7 +10,7 @@ import pytest
 from marks import slow_but
 
 from attnlab import linear_attention
-from kernels_pallas.gpu import common
+from kernels_pallas.gpu import chunk, common
 from kernels_pallas.gpu.chunked_linear import chunked_linear_attention, kept_shapes, refusal, smem_bytes
 from kernels_pallas.gpu.chunked_linear_backward import chunked_linear_gradients
 
@@ -148,6 +148,44 @@ def test_values_states_and_gradients_equal_the_recurrence_s(case, on_gpu):
     assert_near(gradients, wanted, backward)
 
 
+STRETCHES = {
+    "plain": {"heads": 1, "key_heads": 1, "length": 257},
+    "token, resets": {"decay": "token", "resets": (10, 64, 100), "key_heads": 1},
+    "channel": {"decay": "channel", "heads": 1, "key_heads": 1, "features": 128},
+    "delta, widths": {"delta": True, "heads": 1, "key_heads": 1, "features": 256, "length": 70},
+    "gated delta": {"delta": True, "decay": "token", "length": 70, "heads": 1, "key_heads": 1},
+    "gated delta, five chunks": {"delta": True, "decay": "token", "length": 300, "heads": 1, "key_heads": 1},
+    "gated delta, resets": {"delta": True, "decay": "token", "resets": (64, 150), "length": 192, "key_heads": 1},
+    "gated delta per channel": {"delta": True, "decay": "channel", "key_heads": 1},
+}
+
+
+@pytest.mark.parametrize("case", slow_but(("gated delta",), STRETCHES))
+def test_stretches_side_by_side_give_the_recurrence_s_values_and_gradients(case, on_gpu, monkeypatch):
+    monkeypatch.setattr(chunk, "stretches", lambda chunks, *_: min(chunks, 3))
+    arrays, cotangents = draw(**STRETCHES[case])
+    assert chunk.Call(*arrays[:5]).stretches > 1
+    got, gradients = on_gpu(jax.jit(values_and_gradients), arrays, cotangents)
+    want, wanted = recurrence(arrays, cotangents)
+    assert_near(got, want, TOLERANCE[jnp.bfloat16][0])
+    assert_near(gradients, wanted, TOLERANCE[jnp.bfloat16][1])
+
+
+def test_long_sequences_of_few_heads_have_stretches():
+    """Blocks of both passes fit on the GPU at once, and where one pass fills half of it there is no second one."""
+    assert chunk.stretches(4096, 32, 0) == 4
+    assert chunk.stretches(4096, 32, 32) == 3
+    assert chunk.stretches(4096, 1, 1) == 67
+    for few in ((4096, 64, 64), (4096, 200, 200), (95, 1, 0), (1, 1, 1)):
+        assert chunk.stretches(*few) == 1
+    for chunks, heads in itertools.product((96, 97, 4095), (1, 5, 16)):
+        arrays, _ = structs(64 * chunks, heads=heads, key_heads=heads, delta=True)
+        call = chunk.Call(*arrays[:5])
+        spans = call.spans(0, call.stretches)
+        assert spans[:, 1].min() > 0
+        np.testing.assert_array_equal(spans[:, 0] + spans[:, 1], [*spans[1:, 0], chunks])
+
+
 @pytest.mark.slow
 def test_states_are_dropped_exactly(on_gpu):
     """Behind a reset nothing is left of what came before, not even where that is huge."""
@@ -273,10 +311,19 @@ def test_kernels_and_gradients_lower_for_hopper(variant, dtype, width):
     assert b"linear_token_gradients" in lower(chunked_linear_gradients, *arrays[:-1], kept, *cotangents)
 
 
+@pytest.mark.parametrize("variant", slow_but([("token", True)], VARIANTS))
+def test_stretches_lower_for_hopper(variant):
+    arrays, cotangents = structs(6144, decay=variant[0], delta=variant[1])
+    assert chunk.Call(*arrays[:5]).stretches > 2
+    assert lower(chunked_linear_attention, *arrays).count(b"linear_states") > 1
+    kept = kept_shapes(arrays[0], arrays[2], *arrays[3:5])
+    assert b"linear_token_gradients" in lower(chunked_linear_gradients, *arrays[:-1], kept, *cotangents)
+
+
 @pytest.mark.slow
 def test_traces_with_64_bit_numbers():
     for decay, delta in VARIANTS:
-        arrays, cotangents = structs(decay=decay, delta=delta)
+        arrays, cotangents = structs(6144, decay=decay, delta=delta)
         with jax.enable_x64(True):
             lower(chunked_linear_attention, *arrays)
             kept = kept_shapes(arrays[0], arrays[2], *arrays[3:5])
