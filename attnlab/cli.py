@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import math
@@ -296,6 +297,11 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     )
     bench.add_argument(
         "--budget", type=float, default=540, help="with --device: seconds after which no case is begun (default 540)"
+    )
+    bench.add_argument(
+        "--tune",
+        action="store_true",
+        help="with --device: instead, try each kernel's block sizes, and print the table of the fastest",
     )
     bench.add_argument("--lengths", type=int, nargs="+", help="default 1024 2048 ... 65536, of prompts 4096")
     bench.add_argument(
@@ -762,6 +768,8 @@ def _bench(command: argparse.Namespace, overrides: list[str]) -> int:
     _check_out(command.workdir / "bench.png", is_picture=True, option="workdir")
     if command.device is not None:
         return _bench_device(command)
+    if command.tune:
+        raise UserError("tune: got it without --device gpu, whose kernels have block sizes to choose from")
     if command.prompts:
         title = f"Reading a prompt, on {jax.devices()[0].device_kind}"
 
@@ -783,7 +791,7 @@ def _bench_device(command: argparse.Namespace) -> int:
     import jax
 
     from attnlab import __version__
-    from attnlab.bench import device, gpu_cases
+    from attnlab.bench import device, gpu_cases, tuning
     from attnlab.train.compile import peak_flops
 
     if command.prompts or command.backward or command.lengths or command.only:
@@ -798,13 +806,21 @@ def _bench_device(command: argparse.Namespace) -> int:
         raise UserError(f"device: JAX finds no GPU ({jax.default_backend()} alone); install jax[cuda13]") from error
     facts = {"device": card.device_kind, "jax": jax.__version__, "attnlab": __version__}
     facts["code"] = device.code_digest("kernels_pallas", "attnlab.attention")
-    left = device.time_cases(gpu_cases.cases, facts, command.workdir, budget=command.budget)
-    rows = device.rows_of(command.workdir / "device.jsonl", facts)
     title = f"{facts['device']}, jax {facts['jax']}, attnlab {facts['attnlab']} (code {facts['code']})"
-    shown = device.table(rows, gpu_cases.cases(), peak_flops(facts["device"]))
-    (command.workdir / "device.md").write_text(f"# {title}\n\n{shown}\n")
-    device.draw(rows, command.workdir / "device.png", title)
-    print(f"\n{shown}\n\n{command.workdir / 'device.png'}")
+    folder, cases, trials = command.workdir, gpu_cases.cases, []
+    if command.tune:
+        print("looking for the kernels that have a choice", file=sys.stderr)
+        trials, folder = tuning.trials(gpu_cases.problems()), command.workdir / "tune"
+        cases = functools.partial(tuning.cases, trials)
+    left = device.time_cases(cases, facts, folder, budget=command.budget)
+    rows = device.rows_of(folder / "device.jsonl", facts)
+    shown = device.table(rows, cases(), peak_flops(facts["device"]))
+    if command.tune:
+        found = tuning.frozen(card.device_kind, tuning.fastest(trials, rows))
+        shown += f"\n\nFor kernels_pallas/gpu/blocks.py:\n\n```\n{found}\n```"
+    (folder / "device.md").write_text(f"# {title}\n\n{shown}\n")
+    device.draw(rows, folder / "device.png", title)
+    print(f"\n{shown}\n\n{folder / 'device.png'}")
     if left:
         print(f"{left} cases are left; the same command continues")
     return 0

@@ -27,7 +27,7 @@ _HEADS, _HEAD_DIM = 16, 128
 _CACHE = 50 * 2**20  # bytes of the GPU's second cache
 _SMALL = 1024  # tokens, at which values and gradients are compared with float64
 # Of the largest number of each array: results are rounded to 8 bits, and sums of many rounded terms lose some more.
-_MOST_ERROR = 3e-2
+MOST_ERROR = 3e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +261,7 @@ def problems() -> list[Problem]:
 # --- attnlab ----------------------------------------------------------------------------------------------------------
 
 
-def _prepare(problem: Problem, implementation: str, passes: str) -> Prepared:
+def prepare(problem: Problem, implementation: str, passes: str) -> Prepared:
     key = jax.random.key(int.from_bytes(os.urandom(4), "little"))
     calls = _calls(problem, lambda arrays: problem.attend(arrays, implementation), key, passes)
     return calls, lambda: _errors(problem, implementation, jax.random.fold_in(key, 1), passes)
@@ -280,6 +280,17 @@ def _calls(problem: Problem, attend: Callable[[Arrays], jax.Array], key: jax.Arr
     # Of vjp's function, all that the forward keeps are arrays, so that it can be an argument.
     pull, backward = jax.jit(lambda arrays: jax.vjp(attend, arrays)), jax.jit(lambda pull, cotangent: pull(cotangent))
     return [(backward, transpose, out) for out, transpose in map(pull, sets)]
+
+
+def lower(problem: Problem, passes: str) -> None:
+    """Of attnlab's kernels for a GPU, also where there is none."""
+    arrays = jax.eval_shape(functools.partial(_timed, problem), jax.random.key(0))
+
+    def call(arrays: Arrays) -> Any:
+        out, pull = jax.vjp(lambda arrays: problem.attend(arrays, "pallas_gpu"), arrays)
+        return out if passes == "forward" else pull(out)
+
+    jax.jit(call).trace(arrays).lower(lowering_platforms=("cuda",))
 
 
 def _errors(problem: Problem, implementation: str, key: jax.Array, passes: str) -> dict[str, float]:
@@ -497,11 +508,11 @@ def cases() -> list[Case]:
         for passes, times in problem.passes.items():
             size: Any = {"flops": times * problem.flops(problem.tokens), "tokens": tokens, "passes": passes}
             for implementation in ("pallas_gpu", "xla"):
-                prepare = functools.partial(_prepare, problem, implementation, passes)
+                ours = functools.partial(prepare, problem, implementation, passes)
                 library = f"attnlab, {implementation}"
-                found.append(Case(problem.name, library, prepare=prepare, clock=clock, most_error=_MOST_ERROR, **size))
+                found.append(Case(problem.name, library, prepare=ours, clock=clock, most_error=MOST_ERROR, **size))
             for library, kinds, prepared, its_clock in _OTHERS:
                 if problem.facts.get("kind") in kinds:
-                    prepare = functools.partial(prepared, problem, passes)
-                    found.append(Case(problem.name, library, prepare=prepare, clock=its_clock, **size))
+                    theirs = functools.partial(prepared, problem, passes)
+                    found.append(Case(problem.name, library, prepare=theirs, clock=its_clock, **size))
     return found

@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.gpu import blocks
 from kernels_pallas.gpu.band import MASKED, TILE, Band, Side, factor_of, numbers_in_turn, numbers_of, words_of
 from kernels_pallas.gpu.band import refusal as band_refusal
 from kernels_pallas.gpu.common import (
@@ -53,28 +54,26 @@ _MOST_STAGES = 4
 _BARRIERS = 128  # bytes that they take at most
 
 
-def step_of(key_width: int, value_width: int) -> int:
-    """Keys that are multiplied at once: logits and outputs of a warpgroup fit into its registers."""
-    return 128 if max(key_width, value_width) <= 128 else 64
-
-
-def _bytes(key_width: int, value_width: int, numbers: int, stages: int) -> int:
+def _bytes(key_width: int, value_width: int, numbers: int, step: int, stages: int) -> int:
     """Of shared memory, where each array begins at a multiple of 1024. numbers: that a key brings for the mask."""
-    queries, keys = 2 * TILE, 2 * stages * step_of(key_width, value_width)
+    queries, keys = 2 * TILE, 2 * stages * step
     outputs = queries * value_width if value_width != key_width else 0  # else they take the queries' place
     parts = [queries * key_width, outputs, keys * key_width, keys * value_width, 4 * TILE, 2 * keys * numbers]
     return sum(-(-part // 1024) * 1024 for part in parts) + _BARRIERS
 
 
-def _stages(key_width: int, value_width: int, numbers: int) -> int:
-    """As many as fit, and two at least."""
-    fitting = (n for n in range(_MOST_STAGES, 2, -1) if _bytes(key_width, value_width, numbers, n) <= SMEM_BUDGET)
-    return next(fitting, 2)
+def _sizes(key_width: int, value_width: int, numbers: int) -> list[tuple[int, int]]:
+    """(keys that are multiplied at once, slots for them) that fit; two slots at least."""
+    steps = (
+        (128, 64) if max(key_width, value_width) <= 128 else (64,)
+    )  # of a warpgroup, logits and outputs are in registers
+    sizes = [(step, stages) for step in steps for stages in range(_MOST_STAGES, 1, -1)]
+    return [each for each in sizes if _bytes(key_width, value_width, numbers, *each) <= SMEM_BUDGET] or sizes[-1:]
 
 
 def smem_bytes(key_width: int, value_width: int, numbers: int = 0) -> int:
     """Shared memory of a block, at padded widths. numbers: that a key brings for the mask, coordinates and segment."""
-    return _bytes(key_width, value_width, numbers, _stages(key_width, value_width, numbers))
+    return _bytes(key_width, value_width, numbers, *_sizes(key_width, value_width, numbers)[0])
 
 
 def refusal(query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None) -> str | None:
@@ -122,10 +121,11 @@ def banded_flash_attention(
     tables = [table for table in (band.query_table, band.key_table) if table is not None]
     widths, length = (band.key_width, band.value_width), band.query_tiles * TILE
     numbers = 0 if band.key_table is None else band.key_table.shape[1]
-    step, stages = step_of(*widths), _stages(*widths, numbers)
+    name = "banded_flash_attention"
+    step, stages = blocks.chosen(name, (*widths, numbers), _sizes(*widths, numbers))
     out, lse = launch(
         _body(band, step, stages),
-        "banded_flash_attention",
+        name,
         factor,
         *tokens,
         *band.lists(by_key=False),

@@ -28,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.gpu import blocks
 from kernels_pallas.gpu.band import MASKED, TILE, Band, Side, factor_of, numbers_in_turn, numbers_of, words_of
 from kernels_pallas.gpu.band import refusal as band_refusal
 from kernels_pallas.gpu.common import (
@@ -77,35 +78,38 @@ class _Plan(NamedTuple):
     late: int
     early: int
     has_table: bool
-    size: int
 
     @property
     def is_split(self) -> bool:
         return self.late != self.early
 
 
-def _plan(step: int, own: int, late: int, early: int, numbers: int, table: int) -> _Plan:
-    """own: bytes that a block keeps. late, early: widths. numbers, table: rows of 32-bit numbers that move too."""
+def _plans(steps: Sequence[int], own: int, late: int, early: int, numbers: int, table: int) -> dict[_Plan, int]:
+    """Those that fit, and their bytes of shared memory.
 
-    def size(late_slots: int, early_slots: int, rows: int) -> int:
-        tables = sum(-(-4 * step * late_slots * each // 1024) * 1024 for each in (numbers, rows))
-        return own + 2 * step * (late * late_slots + early * early_slots) + tables + _SPARE_BYTES
+    own: bytes that a block keeps. late, early: widths. numbers, table: rows of 32-bit numbers that move too.
+    """
 
-    choices = [(*slots, rows) for slots in _SLOTS for rows in dict.fromkeys((table, 0))]
-    choice = next((each for each in choices if size(*each) <= SMEM_BUDGET), choices[-1])
-    return _Plan(step, *choice[:2], choice[2] == table, size(*choice))
+    def size(plan: _Plan) -> int:
+        rows = (numbers, table * plan.has_table)
+        tables = sum(-(-4 * plan.step * plan.late * each // 1024) * 1024 for each in rows)
+        return own + 2 * plan.step * (late * plan.late + early * plan.early) + tables + _SPARE_BYTES
+
+    has_table = dict.fromkeys((True, not table))
+    plans = [_Plan(step, *slots, each) for step in steps for slots in _SLOTS for each in has_table]
+    return {plan: size(plan) for plan in plans if size(plan) <= SMEM_BUDGET} or {plans[-1]: size(plans[-1])}
 
 
-def _query_plan(key_width: int, value_width: int, table: int = 0) -> _Plan:
-    step = 128 if max(key_width, value_width) <= 64 and not table else 64  # as many as registers take
-    return _plan(step, 2 * TILE * (key_width + value_width) + 1024, key_width, value_width, 0, table)
+def _query_plans(key_width: int, value_width: int, table: int = 0) -> dict[_Plan, int]:
+    steps = (128, 64) if max(key_width, value_width) <= 64 and not table else (64,)  # as many as registers take
+    return _plans(steps, 2 * TILE * (key_width + value_width) + 1024, key_width, value_width, 0, table)
 
 
-def _key_plan(key_width: int, value_width: int, *, of_keys: bool, of_values: bool, table: int = 0) -> _Plan:
+def _key_plans(key_width: int, value_width: int, *, of_keys: bool, of_values: bool, table: int = 0) -> dict[_Plan, int]:
     if of_keys:
-        return _plan(64, 2 * TILE * (key_width + value_width), key_width, value_width, 2, table)
+        return _plans((64,), 2 * TILE * (key_width + value_width), key_width, value_width, 2, table)
     out = 0 if key_width == value_width else value_width
-    return _plan(64, 2 * TILE * (key_width + out), value_width, key_width, 2, table)
+    return _plans((64,), 2 * TILE * (key_width + out), value_width, key_width, 2, table)
 
 
 def _parts(key_width: int, value_width: int) -> list[dict[str, bool]]:
@@ -118,8 +122,8 @@ def _parts(key_width: int, value_width: int) -> list[dict[str, bool]]:
 def smem_bytes(key_width: int, value_width: int) -> int:
     """Shared memory of the largest of the kernels' blocks, at padded widths."""
     widths = key_width, value_width
-    plans = [_query_plan(*widths), *(_key_plan(*widths, **part) for part in _parts(*widths))]
-    return max(plan.size for plan in plans)
+    plans = [_query_plans(*widths), *(_key_plans(*widths, **part) for part in _parts(*widths))]
+    return max(next(iter(each.values())) for each in plans)
 
 
 def refusal(query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None) -> str | None:
@@ -265,7 +269,8 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
     """dq, and d scale summed over the keys of each query, float32 [B, N, T]."""
     widths = band.key_width, band.value_width
     has_queries, has_keys = band.query_table is not None, band.key_table is not None
-    plan = _query_plan(*widths, table=band.key_table.shape[1] if has_keys else 0)
+    name, table_rows = "banded_flash_query_gradient", band.key_table.shape[1] if has_keys else 0
+    plan = blocks.chosen(name, (*widths, table_rows), list(_query_plans(*widths, table=table_rows)))
     step, copies_table = plan.step, has_keys and plan.has_table
     counts = plan.is_split and not (band.has_coordinates or band.has_bank)
     parts = np.int32(TILE // step)
@@ -384,7 +389,6 @@ def _query_gradient(band: Band, operands: list[Array]) -> list[Array]:
         barriers(WARPGROUPS, 2),
         *_barriers(plan, 1 + copies_table, 1),
     ]
-    name = "banded_flash_query_gradient"
     return _launch(body, name, band, operands, of_keys=False, counts=counts, out=out, scratch=scratch)
 
 
@@ -392,7 +396,9 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
     """dk, dv, or one of them."""
     has_queries, has_keys = band.query_table is not None, band.key_table is not None
     table_rows = band.query_table.shape[1] if has_queries else 0
-    plan = _key_plan(band.key_width, band.value_width, of_keys=of_keys, of_values=of_values, table=table_rows)
+    plans = _key_plans(band.key_width, band.value_width, of_keys=of_keys, of_values=of_values, table=table_rows)
+    name = "_".join(["banded_flash", *["key"] * of_keys, *["value"] * of_values, "gradient"])
+    plan = blocks.chosen(name, (band.key_width, band.value_width, table_rows), list(plans))
     step, copies_table = plan.step, has_queries and plan.has_table
     parts, group = np.int32(TILE // step), np.int32(band.group)
     widths = [band.key_width] * of_keys + [band.value_width] * of_values
@@ -535,5 +541,4 @@ def _key_gradients(band: Band, operands: list[Array], *, of_keys: bool, of_value
         barriers(WARPGROUPS, 1 + of_keys),
         *_barriers(plan, 2 + copies_table, 1),
     ]
-    name = "_".join(["banded_flash", *["key"] * of_keys, *["value"] * of_values, "gradient"])
     return _launch(body, name, band, operands, of_keys=True, counts=False, out=out, scratch=scratch)

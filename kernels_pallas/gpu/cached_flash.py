@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.gpu import blocks
 from kernels_pallas.gpu.band import MASKED, factor_of, padded_width
 from kernels_pallas.gpu.common import (
     COLUMN,
@@ -121,10 +122,11 @@ def cached_flash_attention(
     tiles = -(-padded_slots // SLOTS)
     parts = min(tiles, max(1, -(-_BLOCKS // (batch * key_heads))))
     used_tiles = jnp.clip((jnp.asarray(used, jnp.int32) + np.int32(SLOTS - 1)) // SLOTS, 1, tiles).reshape(1)
-    stages = _stages(*widths)
+    name = "cached_flash_attention"
+    [stages] = blocks.chosen(name, widths, [(n,) for n in range(_stages(*widths), 1, -1)])
     out, totals = launch(
         _body(padded_slots, parts, rows, stages, widths[1], query.dtype),
-        "cached_flash_attention",
+        name,
         factor,
         used_tiles,
         of_head,

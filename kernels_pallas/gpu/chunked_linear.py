@@ -29,6 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.gpu import blocks
 from kernels_pallas.gpu.band import padded_width
 from kernels_pallas.gpu.chunk import (
     BETA,
@@ -126,8 +127,12 @@ def _stages(features: int, decay: str | None, delta: bool, *, backwards: bool) -
 
 
 def stages_of(call: Call, *, backwards: bool) -> int:
+    """Slots of the states' kernels."""
+    name = "linear_state_gradients" if backwards else "linear_states"
     decay = "token" if call.per_token else "channel" if call.per_channel else None
-    return max(1, _stages(call.features, decay, call.delta, backwards=backwards))
+    most = max(1, _stages(call.features, decay, call.delta, backwards=backwards))
+    [stages] = blocks.chosen(name, (call.features, decay, call.delta), [(n,) for n in range(most, 0, -1)])
+    return stages
 
 
 def _value_part(values: int) -> int:

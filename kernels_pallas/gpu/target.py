@@ -28,6 +28,11 @@ def refusal() -> str | None:
     return None if _has_compiler() else "needs ptxas, or nvJitLink with jax 0.12, and finds neither"
 
 
+def device_kind() -> str | None:
+    """Of the GPU that programs are for, as JAX names it, or None."""
+    return getattr(_target(), "device_kind", None)
+
+
 def _target() -> Any:
     """The GPU that programs are lowered for, as Mosaic finds it: the mesh's, else the default device; None if neither
     is a GPU."""

@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.gpu import blocks
 from kernels_pallas.gpu.band import MASKED, TILE, Band, Side, factor_of, numbers_of
 from kernels_pallas.gpu.band import refusal as band_refusal
 from kernels_pallas.gpu.common import (
@@ -62,7 +63,7 @@ _SPARE_BYTES = 4096  # of shared memory, for tables and barriers
 
 
 def stages_of(own: list[int], moving: list[int]) -> int:
-    """Slots of a block that keeps matrices of these widths, for those that move; two at least."""
+    """As many slots as a block has that keeps matrices of these widths, for those that move; two at least."""
     left = SMEM_BUDGET - _SPARE_BYTES - 2 * TILE * sum(own)
     return max(2, min(_MOST_STAGES, left // (2 * STEP * sum(moving))))
 
@@ -307,7 +308,8 @@ def run(
     # 16-bit results pass through shared memory, float32 ones go to global memory by sectors of whole rows.
     is_staged = out_dtype != jnp.float32
     staged = [width for width, old in zip(sums, own_widths) if is_staged and width != old]
-    stages = stages_of([*own_widths, *staged], moving_widths)
+    most = stages_of([*own_widths, *staged], moving_widths)
+    [stages] = blocks.chosen(name, (*own_widths, *moving_widths), [(n,) for n in range(most, 1, -1)])
     row_results = len(row_sums) if row_results is None else row_results
     copies = len(moving) + by_key + (moving_table is not None)
     results = launch(

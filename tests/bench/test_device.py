@@ -141,11 +141,11 @@ def test_the_check_passes_what_is_right_and_sees_what_is_not(name, passes):
     problem = dataclasses.replace(PROBLEMS[name], small=sizes[0] if sizes else 144)
     errors = gpu_cases._errors(problem, "xla", jax.random.key(0), passes)
     assert set(errors) == ({"out"} if passes == "forward" else set(problem.make(jax.random.key(0), 1, 256, 2)))
-    assert max(errors.values()) < gpu_cases._MOST_ERROR
+    assert max(errors.values()) < gpu_cases.MOST_ERROR
 
     def halved(arrays, implementation):
         out = problem.attend(arrays, implementation)
         return out if implementation == "reference" else out / 2
 
     other = dataclasses.replace(problem, attend=halved)
-    assert max(gpu_cases._errors(other, "xla", jax.random.key(0), passes).values()) > gpu_cases._MOST_ERROR
+    assert max(gpu_cases._errors(other, "xla", jax.random.key(0), passes).values()) > gpu_cases.MOST_ERROR

@@ -33,6 +33,7 @@ def _gpu_modules() -> dict[str, Any]:
         banded_covariance,
         banded_flash,
         banded_flash_backward,
+        blocks,
         cached_flash,
         chunked_linear,
         chunked_linear_backward,
@@ -40,7 +41,7 @@ def _gpu_modules() -> dict[str, Any]:
     )
 
     of_linear = chunked_linear, chunked_linear_backward, linear_step
-    return _by_name(banded_covariance, banded_flash, banded_flash_backward, cached_flash, *of_linear)
+    return _by_name(banded_covariance, banded_flash, banded_flash_backward, blocks, cached_flash, *of_linear)
 
 
 def _by_name(*modules: Any) -> dict[str, Any]:
