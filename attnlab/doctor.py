@@ -85,7 +85,7 @@ _PARTS = [
     ("attnlab tokenize", ("tokenizers",), "pip install 'attnlab[tokenizers]'"),
     ("attnlab compile, for TPUs that are not here", ("libtpu",), "pip install 'attnlab[tpu-aot]'"),
     ("kernels_pallas.aot --gpu", ("jax_cuda13_plugin",), "pip install 'attnlab[gpu-aot]'"),
-    ("notebooks", ("ipykernel", "nbclient", "nbformat"), "pip install 'attnlab[colab]'"),
+    ("notebooks", ("ipykernel", "jupytext", "nbclient", "nbformat"), "pip install 'attnlab[colab]'"),
     ("attnlab.peers beside PyTorch", ("torch",), "pip install torch"),
 ]
 

@@ -21,7 +21,7 @@ ALLOWED = {
     "train": {"models", "data", "nn", "attention", "errors", "signals"},
     "ablate": {"train", "models", "data", "nn", "attention", "errors", "signals", "config", ""},
     "catalog": {""},
-    "bench": {"catalog", "models", "nn", "errors", "signals", ""},
+    "bench": {"catalog", "models", "nn", "errors", "signals", "attention", ""},
     "doctor": {"", "attention"},
     "peers": {"train", "models", "data", "nn", ""},
     "new": {"config", "errors"},
