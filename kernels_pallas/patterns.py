@@ -216,6 +216,13 @@ class AllPairs:
         return Tiling(starts, ends, coordinates, *lists_of(visited, ~visited), block_q, block_k)
 
 
+_MOST_BANK = 2**26  # bytes of the tiles that are partly seen
+
+
+class LargeBank(ValueError):
+    """A predicate with more than that."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockLists:
     """Queries that see the keys of the tiles that their own tile lists, all of them or as a tile of the bank says.
@@ -240,6 +247,9 @@ class BlockLists:
     def of(cls, sees: Sees, queries: int, keys: int, block_q: int, block_k: int) -> "BlockLists":
         """Of a predicate, the same for all rows and heads; it is asked tile by tile, and equal tiles are stored once.
 
+        Raises:
+          LargeBank: where tiles that are partly seen differ too much.
+
         Complexity: O(queries x keys) time, O(visited tiles) memory beside the bank.
         """
         numbers: dict[bytes, int] = {}  # of the bank's tiles
@@ -256,6 +266,11 @@ class BlockLists:
                     tile = np.zeros((block_q, block_k), bool)
                     tile[: query.size, : key.size] = seen
                     row.append((column, numbers.setdefault(np.packbits(tile).tobytes(), len(numbers))))
+                    if len(numbers) * block_q * block_k > _MOST_BANK:
+                        raise LargeBank(
+                            f"serves masks whose different tiles take up to {_MOST_BANK >> 20} MiB, a byte a pair, and "
+                            f"this one's take more"
+                        )
             listed.append(row)
         tables = np.full((2, 1, 1, len(listed), max(1, *map(len, listed))), -1, np.int32)
         for number, row in enumerate(listed):

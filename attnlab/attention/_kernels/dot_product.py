@@ -60,10 +60,14 @@ def _refusal(
         return reason
     if queries * keys > _MOST_PAIRS:
         return f"serves masks of up to {_MOST_PAIRS} pairs of a query and a key, got {queries * keys}"
+    from kernels_pallas.patterns import LargeBank
+
     try:
         pattern = _pattern(queries, keys, is_causal, predicate)
     except jax.errors.TracerArrayConversionError:
         return "needs a mask that reads no arrays of the program"
+    except LargeBank as error:
+        return str(error)
     return banded_refusal(query, key, value, segments, pattern, backend)
 
 

@@ -20,6 +20,7 @@ from attnlab import (
     routing_attention,
 )
 from attnlab.attention import masks
+from kernels_pallas import patterns
 from kernels_pallas.gpu import banded_covariance, banded_flash, banded_flash_backward, banded_parallax
 from kernels_pallas.gpu.band import lists_of
 from kernels_pallas.gpu.banded_flash import banded_flash_attention
@@ -458,6 +459,16 @@ def test_refuses_masks_with_the_reason(mask, lengths, reason):
 
     with pytest.raises(ValueError, match=reason):
         jax.eval_shape(attend, *shapes(lengths[0], keys=lengths[1]))
+
+
+def test_refuses_a_mask_of_too_many_different_tiles(monkeypatch):
+    monkeypatch.setattr(patterns, "_MOST_BANK", 3 * 128 * 128)
+    irregular = masks.Mask(lambda query, key: (query[0] * query[0] + 7 * key[0] * key[0]) % 11 > 4)
+    attend = functools.partial(dot_product_attention, mask=irregular, implementation="pallas_gpu")
+    with pytest.raises(ValueError, match="serves masks whose different tiles take up to"):
+        jax.eval_shape(attend, *shapes(256, keys=256))
+    monkeypatch.undo()
+    jax.eval_shape(attend, *shapes(256, keys=256))
 
 
 def loss(query, key, value, implementation="pallas_gpu"):
