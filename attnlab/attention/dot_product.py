@@ -105,7 +105,7 @@ def dot_product_attention(
     segments = _segment_pair(segment_ids, batch, queries, keys)
     is_causal, return_lse = check_bool("is_causal", is_causal), check_bool("return_lse", return_lse)
     factor = default_scale(scale, query.shape[-1])
-    # A name of its own: what has been checked on a card, and is a default, are calls without.
+    # A name of its own: what a card checks, and what becomes a default by it, are calls without.
     name = "dot_product_attention" if predicate is None else "dot_product_attention with a Mask"
     attend = functools.partial(dispatch, name, IMPLEMENTATIONS, implementation)
     whole = functools.partial(attend, is_causal=is_causal, scale=factor, predicate=predicate)
