@@ -294,8 +294,8 @@ for name, mechanism in catalog.MECHANISMS.items():
 # ## On a GPU or TPU
 #
 # Nothing changes in this notebook: pick another runtime and run it again. `attnlab.explain` says which form a call
-# would take on each platform, and why others cannot serve. On a TPU most mechanisms run Pallas kernels; on a Hopper GPU
-# some do.
+# would take on each platform, and why others cannot serve. On a TPU most mechanisms run Pallas kernels; those for
+# Hopper GPUs run by name.
 
 # %%
 print(*attnlab.explain(attnlab.local_attention, query, key, key, window=7, is_causal=True), sep="\n")

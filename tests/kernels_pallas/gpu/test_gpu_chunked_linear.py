@@ -297,12 +297,11 @@ def lower(function, *arguments):
 
 
 LOWERED = list(itertools.product(VARIANTS, (jnp.bfloat16, jnp.float16), (64, 128, 192, 256)))
-QUICK_LOWERED = [((None, False), jnp.float16, 64), (("token", True), jnp.bfloat16, 128)]
 
 
 @pytest.mark.parametrize(
     ("variant", "dtype", "width"),
-    [each if each in QUICK_LOWERED else pytest.param(*each, marks=pytest.mark.slow) for each in LOWERED],
+    [pytest.param(*each, marks=[pytest.mark.slow] if each[2] == 192 else []) for each in LOWERED],
 )
 def test_kernels_and_gradients_lower_for_hopper(variant, dtype, width):
     arrays, cotangents = structs(features=width, value_dim=width, decay=variant[0], delta=variant[1], dtype=dtype)
