@@ -240,11 +240,11 @@ def _query_step(step: Step, sums: list[Array]) -> list[Array]:
     """sums: of the gradients of queries, and of directions where there are two."""
     query, direction, gradient = step.own
     key, value = step.moving
+    [gains] = pairs([(gradient, value)])  # first: in another order fewer registers are left
+    gains = gains - step.number(VALUE_MEAN)
     logits, slopes = pairs([(query, key)], [(direction, key)])
     weights = step.weights(logits)
     slopes = weights * (slopes - step.number(KEY_MEAN))
-    [gains] = pairs([(gradient, value)])
-    gains = gains - step.number(VALUE_MEAN)
     of_logits = slopes * gains - weights * step.number(PRODUCT)
     factors = [of_logits, weights * gains][: len(sums)]
     return [add_dot(total, Product(x.astype(key.dtype), key)) for total, x in zip(sums, factors, strict=True)]
