@@ -3,11 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
 import importlib
 import io
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         if "jax" not in sys.modules and command.run is not _open:
-            print(f"attnlab {__version__}: starting, which takes a while the first time", file=sys.stderr, flush=True)
+            print(f"attnlab {__version__}: starting", file=sys.stderr, flush=True)
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(line_buffering=True)  # what is printed is there if the process is ended
         try:
@@ -133,10 +135,22 @@ def _folder(text: str) -> str:
     return text
 
 
+class _Parser(argparse.ArgumentParser):
+    """Whose errors say what was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message)
+        if unknown and (close := difflib.get_close_matches(unknown[1], re.findall(r"[\w-]+", unknown[2]), n=1)):
+            message += f"; did you mean {close[0]!r}?"
+        if message.startswith("unrecognized arguments: --"):
+            message += "; an option of a config is --gin.NAME=VALUE"
+        super().error(message)
+
+
 def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace, list[str]]:
     overrides = [argument.removeprefix("--gin.") for argument in arguments if argument.startswith("--gin.")]
     rest = [argument for argument in arguments if not argument.startswith("--gin.")]
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="attnlab",
         description="Train small models with any attention mechanism, and compare mechanisms under equal conditions.",
         epilog=_EPILOG,
@@ -399,6 +413,7 @@ def _train(command: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"train: {' '.join(command.configs)} is a sweep of several runs; `attnlab ablate` runs it")
     built = config.build(command.configs, overrides, root="Experiment")
     config.check_read(overrides, built)
+    is_over = (workdir / "result.json").is_file()
     result = train(
         built.value,
         workdir=workdir,
@@ -409,7 +424,10 @@ def _train(command: argparse.Namespace, overrides: list[str]) -> int:
     if not hosts.is_first():
         return 0
     final = ", ".join(f"{name} {value:.4f}" for name, value in result.final.items())
-    print(f"validation: {final}\n{_spent(built.value, result)}\n{workdir / 'metrics.jsonl'}")
+    print(
+        "trained before; " * is_over
+        + f"validation: {final}\n{_spent(built.value, result)}\n{workdir / 'metrics.jsonl'}"
+    )
     return 0
 
 
@@ -544,7 +562,9 @@ def _built_of_run(name: str, workdir: Path, overrides: list[str], trusts: bool) 
     from attnlab.train import Mesh, store
 
     if not (workdir / "config.gin").is_file():
-        raise UserError(f"{name}: {workdir} has no config.gin; give the folder of a run (`attnlab train`)")
+        inside = sorted(path.parent for path in workdir.glob("runs/*/config.gin"))
+        hint = f", such as {inside[0]}" if inside else " (`attnlab train`)"
+        raise UserError(f"{name}: {workdir} has no config.gin; give the folder of a run{hint}")
     with store.here(workdir / "config.gin") as resolved:
         try:
             return config.build([str(resolved)], overrides, root="Experiment", trusts=trusts)
@@ -640,6 +660,7 @@ def _ablate(command: argparse.Namespace, overrides: list[str]) -> int:
     arguments = [command.config, "--workdir", str(workdir), "--cache", str(runs), *(f"--gin.{o}" for o in overrides)]
     if is_distributed:
         _join(command)
+    start = time.monotonic()
     with helpers(sharing - 1, arguments, workdir):
         rows = run_ablation(command.config, overrides, workdir, runs=runs)
     reason = None if signals.HELPER in os.environ else measure_speed(command.config, overrides, workdir, rows)
@@ -649,6 +670,7 @@ def _ablate(command: argparse.Namespace, overrides: list[str]) -> int:
             print(f"speed: not measured ({reason})")
         page = write_report(rows, workdir)
         print(f"\n{(workdir / 'results.md').read_text()}\nreport: {store.whole(page)}")
+        print(f"{time.monotonic() - start:.0f} seconds, with compiling, timing and the report")
 
     hosts.by_first(report)
     return 1 if any(row["status"] == "failed" for row in rows) else 0

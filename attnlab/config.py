@@ -64,6 +64,14 @@ def shipped() -> list[str]:
     )
 
 
+def _beside(name: str) -> list[Path]:
+    """The .gin files in the folder of a path that may not exist."""
+    try:
+        return sorted(Path(name).parent.glob("*.gin"))
+    except (OSError, ValueError):
+        return []
+
+
 def find(name: str) -> Path:
     """The file of this path; a path that does not exist here is also looked up among the configs of attnlab."""
     path = _path(name)
@@ -76,7 +84,8 @@ def find(name: str) -> Path:
         inside = f", such as {Path(name) / held[0]}" if held else "; there is none in it"
         raise UserError(f"config: {name} is a folder; give a .gin file{inside}")
     named = [path for path in shipped() if Path(path).stem == Path(name).stem]
-    hint = f"; did you mean {' or '.join(map(repr, named))}?" if named else _nearest(name, shipped())
+    beside = [str(Path(name).with_name(file.name)) for file in _beside(name)]
+    hint = f"; did you mean {' or '.join(map(repr, named))}?" if named else _nearest(name, [*beside, *shipped()])
     raise UserError(f"config: no file {name[:200]}{hint} (`attnlab list` prints those that come along)")
 
 
@@ -173,7 +182,8 @@ def _read(sources: Sequence[str], overrides: Sequence[str], root: str, trusts: b
         for name in sorted(used - defined):
             raise UserError(f"config: macro %{name} is used but never set{_nearest(name, defined)}")
         for name in sorted(defined - used):
-            raise UserError(f"config: macro {name} is set but nothing uses it{_nearest(name, used)}")
+            hint = _nearest(name, used) or _files_that_use(name)
+            raise UserError(f"config: macro {name} is set but nothing uses it{hint}")
         yield selectors.pop()
 
 
@@ -279,7 +289,8 @@ def _check_harmless(name: str) -> None:
 
 def _untrusted(path: Path, what: str) -> UserError:
     return UserError(
-        f"config: {path} {what}, which is not attnlab's: it would run code. If you trust who wrote that, give --trust"
+        f"config: {path} {what}, which is not attnlab's: it would run code. If you trust who wrote that, give --trust "
+        "(in Python, trusts=True)"
     )
 
 
@@ -411,6 +422,11 @@ def _operative_values() -> Iterator[tuple[str, str]]:
             yield scope if selector == "gin.macro" else f"{prefix}.{parameter}", repr(value)
 
 
+def _files_that_use(macro: str) -> str:
+    files = [path for path in map(find, shipped()) if re.search(rf"%{re.escape(macro)}\b", path.read_text())]
+    return f"; used by {', '.join(path.name for path in files)}" if files else ""
+
+
 def _nearest(name: str, candidates: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
@@ -458,6 +474,8 @@ def _explained(error: Exception) -> str:
         registered = {selector.removeprefix("attnlab.") for selector, _ in gin.config._REGISTRY.items()}
         known = sorted({*_known_names(), *(name for name in registered if not name.startswith("gin."))})
         candidates = known if "." in name else sorted({full.rpartition(".")[2] for full in known})
+        module = name.rpartition(".")[0]
+        candidates += [f"{module}.{each}" for each in dir(sys.modules.get(module)) if each[0] != "_"]
         return f"unknown name {name!r}{_nearest(name, candidates)}{_location(text)}"
     parameter = re.search(r"'([\w./]+)' doesn't have a parameter named '(\w+)'", text)
     if parameter:

@@ -57,10 +57,11 @@ def _is_library(path: Path) -> bool:
 
 def missing_package(module: str) -> str:
     """What to do where a module of the extra "experiments" cannot be imported, from where attnlab was installed."""
-    return f"this needs {module}: {_installation()}"
+    return f"this needs {module}: {installation()}"
 
 
-def _installation() -> str:
+def installation() -> str:
+    """How to install attnlab with the extra "experiments", from where it came from."""
     try:
         recorded = metadata.distribution("attnlab").read_text("direct_url.json")
     except metadata.PackageNotFoundError:

@@ -8,8 +8,9 @@ README.md is the model card; what tokens stand for is in vocabulary.json or toke
 """
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import attnlab
 from attnlab import config, nn
 from attnlab.attention._shared.checks import shape_text
 from attnlab.data.shards import ShardedCorpus
-from attnlab.errors import UserError, parse_json
+from attnlab.errors import UserError, installation, parse_json
 from attnlab.train import Experiment, LanguageTask, restore_values
 from attnlab.train.store import here
 from attnlab.train.workdir import last_step
@@ -50,7 +51,9 @@ def export(experiment: Experiment, workdir: Path, folder: Path, *, trusts: bool 
     save_file(arrays, folder / _VALUES, metadata=facts)
     (folder / _CONFIG).write_text(f"# The model of {_VALUES}.\n{built.text}")
     tokens = _write_vocabulary(experiment.task, folder)
-    (folder / _CARD).write_text(_card(experiment, workdir, step, tokens))
+    (folder / _CARD).write_text(_card(experiment, workdir, step, tokens, _modules_of_others(built.text)))
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~_mask())  # safetensors lets nobody else read its file
     return step
 
 
@@ -100,8 +103,22 @@ def _write_vocabulary(task: Any, folder: Path) -> str:
     return f"Tokens are {corpus.unit}s, numbered as in vocabulary.json."
 
 
-def _card(experiment: Experiment, workdir: Path, step: int, tokens: str) -> str:
+def _mask() -> int:
+    """Of the modes of new files, which can be read only by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _modules_of_others(text: str) -> list[str]:
+    """Modules that a config imports and that are not attnlab's, by which its model is built."""
+    imported = (line.split()[1] for line in text.splitlines() if line.startswith(("import ", "from ")))
+    return sorted({name for name in imported if name.split(".")[0] not in ("attnlab", "__gin__")})
+
+
+def _card(experiment: Experiment, workdir: Path, step: int, tokens: str, others: Sequence[str]) -> str:
     model, task, root = experiment.model, experiment.task, type(experiment.model).__name__
+    trust = ", trusts=True" if others else ""
     facts = {
         "Parameters": f"{nn.count_parameters(model):,}",
         "Trained": f"{step:,} of {experiment.steps:,} steps of {experiment.batch_size} examples",
@@ -122,9 +139,11 @@ def _card(experiment: Experiment, workdir: Path, step: int, tokens: str) -> str:
         "```python",
         "from attnlab import export",
         "",
-        'model = export.load("FOLDER")  # this folder; needs `pip install "attnlab[experiments]"`',
+        f'model = export.load("FOLDER"{trust})  # this folder',
         f"out = model({'tokens' if isinstance(task, LanguageTask) else 'inputs'})",
         "```",
+        "",
+        f"It needs attnlab (`{installation()}`)" + f" and the modules {', '.join(others)}" * bool(others) + ".",
         "",
         "| | |",
         "|---|---|",

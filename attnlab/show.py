@@ -110,7 +110,7 @@ def _draw_reach(row: Any, seen: list[np.ndarray], space: tuple[int, ...]) -> Non
     if len(space) == 1:
         axes = row.subplots()
         axes.imshow(np.array(steps), cmap="Blues", aspect="auto", interpolation="nearest", vmin=0, vmax=1.4)
-        axes.set(xlabel="token", ylabel="layers, from the last", yticks=range(len(steps)))
+        axes.set(xlabel="token", ylabel="layers passed", yticks=range(len(steps)))
         row.suptitle(f"receptive field of the last token: {int(reach.sum())} of {positions} tokens")
         return
     for axes, step, number in zip(np.atleast_1d(row.subplots(1, len(steps))), steps, range(len(steps))):

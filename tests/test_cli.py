@@ -65,10 +65,13 @@ def test_ablate_runs_every_arm_with_every_seed(swept):
         assert (swept / "runs" / row["run"] / "config.gin").read_text() == row["config"]
 
 
-def test_ablate_again_runs_nothing_and_reports_the_same(swept):
+def test_ablate_again_runs_nothing_and_reports_the_same(swept, capsys):
     before, report = rows(swept), (swept / "report.html").read_text()
     stamps = {path: path.stat().st_mtime_ns for path in (swept / "runs").rglob("metrics.jsonl")}
     assert cli.main([*TINY_SWEEP, "--workdir", str(swept)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(", trained before\n") == len(before)
+    assert "training\n" not in printed
     assert rows(swept) == before
     assert (swept / "report.html").read_text() == report
     assert {path: path.stat().st_mtime_ns for path in (swept / "runs").rglob("metrics.jsonl")} == stamps
@@ -96,7 +99,20 @@ def test_train_continues_where_it_stopped(tmp_path, capsys):
     assert "validation: " in first
     assert re.search(r"time: steps \S+ s, data \S+ s, .*compilation \S+ s; [\d,]+ tokens per second\n", first)
     assert cli.main(command) == 0
-    assert capsys.readouterr().out == first
+    assert capsys.readouterr().out == first.replace("validation: ", "trained before; validation: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["abalte", SWEEP], "; did you mean 'ablate'?"),
+        (["train", LM, "--steps", "5"], "; an option of a config is --gin.NAME=VALUE"),
+    ],
+)
+def test_a_word_that_no_command_knows_has_a_hint(arguments, hint, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        cli.main(arguments)
+    assert capsys.readouterr().err.endswith(f"{hint}\n")
 
 
 # Options of a sample, and what is said of them.
@@ -248,6 +264,11 @@ def no_seeds(path):
     return ["ablate", str(path / "sweep.gin"), "--dry-run"]
 
 
+def misspelt_file(path):
+    (path / "mine.gin").write_text("")
+    return ["train", str(path / "mien.gin")]
+
+
 def a_folder(path):
     (path / "here").mkdir()
     return ["train", str(path / "here")]
@@ -318,6 +339,11 @@ MISTAKES = {
     },
     "no sweep": (lambda path: ["ablate", LM], "configures no Ablation"),
     "a mixer's name": (lambda path: ["show", "local"], "did you mean 'experiments/mixers/local.gin'?"),
+    "a file beside it": (misspelt_file, "mine.gin'?"),
+    "a macro of another file": (
+        lambda path: ["train", LM, "--gin.WINDOW=8"],
+        "macro WINDOW is set but nothing uses it; used by based.gin, dilated.gin, hybrid.gin, local.gin",
+    ),
     "a folder": (a_folder, "is a folder; give a .gin file"),
     "a sweep to train": (lambda path: ["train", SWEEP], "is a sweep of several runs; `attnlab ablate` runs it"),
     "a sweep to show": (lambda path: ["show", SWEEP], "is a sweep; give the files of one of its arms"),
@@ -444,7 +470,7 @@ def test_a_command_says_that_it_starts_before_anything_slow():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
     first, second = done.stderr.splitlines()
-    assert first == f"attnlab {__version__}: starting, which takes a while the first time"
+    assert first == f"attnlab {__version__}: starting"
     assert second.startswith("attnlab: list reads no config")
 
 

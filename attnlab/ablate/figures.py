@@ -219,7 +219,8 @@ def against_cost(rows: Sequence[Row], looks: dict[str, Style], metric: str, cost
         across = [point[0] for point in points.values()]
         if max(across) > 3 * min(across) > 0:
             axes.set_xscale("log")
-            subs = (1.0,) if max(across) > 300 * min(across) else (1.0, 2.0, 5.0)
+            ratio = max(across) / min(across)
+            subs = (1.0,) if ratio > 300 else (1.0, 3.0) if ratio > 10 else (1.0, 2.0, 5.0)
             axes.xaxis.set_major_locator(ticker.LogLocator(subs=subs))
             axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         else:

@@ -52,6 +52,7 @@ th:first-child, td:first-child { text-align: left; }
 thead th { font-weight: 600; vertical-align: bottom; white-space: normal; }
 td:first-child { white-space: normal; overflow-wrap: anywhere; }
 table.arms td:first-child { min-width: var(--names); }
+.arm { display: inline-flex; align-items: baseline; } .swatch { flex: none; }
 table.facts td { text-align: left; } table.facts td:last-child { white-space: normal; overflow-wrap: anywhere; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .75rem; background: var(--card); border-radius: .5rem; min-width: 0; }
@@ -133,7 +134,8 @@ def _table(table: Sequence[Sequence[str]], looks: Mapping[str, figures.Style]) -
         return ""
     head, *body = table
     lines = "".join(f"<tr><td>{_named(line[0], looks)}</td>{_cells('td', line[1:])}</tr>" for line in body)
-    style = f"--names: {5 + min(40, max(len(line[0]) for line in body))}ch"
+    # Letters are wider than a digit, and a swatch is as wide as four.
+    style = f"--names: {6 + min(40, 1.15 * max(len(line[0]) for line in body)):.0f}ch"
     return f"""<div class="scroll" tabindex="0"><table class="arms" style="{style}">
 <thead><tr>{_cells("th", head)}</tr></thead>
 <tbody>{lines}</tbody></table></div>"""
@@ -144,7 +146,7 @@ def _cells(tag: str, texts: Sequence[str]) -> str:
 
 
 def _named(arm: str, looks: Mapping[str, figures.Style]) -> str:
-    return figures.swatch(looks[arm]) + html.escape(arm)
+    return f'<span class="arm">{figures.swatch(looks[arm])}<span>{html.escape(arm)}</span></span>'
 
 
 def _section(arm: str, looks: Mapping[str, figures.Style], content: str) -> str:
@@ -305,7 +307,7 @@ def _what_ran(rows: Sequence[Row]) -> str:
     configs = ""
     for arm in arms_of(rows):
         row = first_row(rows, arm)
-        ran = "<br>".join(map(html.escape, row["implementations"]))
+        ran = "<br>".join(map(html.escape, row["implementations"])) or "no attention of attnlab's"
         config = html.escape(row["config"])
         configs += f"<details><summary>{html.escape(arm)}</summary><p>{ran}</p><pre>{config}</pre></details>"
     facts = {**rows[0]["environment"], **{f"data: {name}": value for name, value in rows[0]["task"].items()}}

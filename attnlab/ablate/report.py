@@ -291,7 +291,7 @@ def _shared(rows: Sequence[Row]) -> str:
         if arm != rows[0]["baseline"]:
             same = sum(math.prod(shape) for path, shape in shapes.items() if base.get(path) == shape)
             share = same / sum(math.prod(shape) for shape in shapes.values())
-            parts.append(f"{arm} {share:.1%}")
+            parts.append(f"{arm} {math.floor(1000 * share) / 10:.1f}%")  # 100% is all of them
     together = ", ".join(parts)
     return (
         "Runs with one seed see the same batches in the same order. "
@@ -311,8 +311,11 @@ def _verdict(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list
         if math.isnan(difference.p):
             few.append(f"{size} ({_few(difference.seeds)}, so no interval).")
         elif p[arm] >= _SIGNIFICANT:
-            more = f", corrected for {number} comparisons" if difference.p < _SIGNIFICANT else ""
-            sentences.append(f"{size}, but {difference.seeds} seeds cannot tell this from no difference{more}.")
+            if difference.p < _SIGNIFICANT:
+                alone = f"and its interval alone excludes 0, but corrected for {number} comparisons (Holm)"
+                sentences.append(f"{size}, {alone} {difference.seeds} seeds cannot tell this from no difference.")
+            else:
+                sentences.append(f"{size}, but {difference.seeds} seeds cannot tell this from no difference.")
         elif number > 1:
             sentences.append(f"{size}: a difference at 5 %, corrected for {number} comparisons (Holm).")
         else:

@@ -83,14 +83,14 @@ def run_ablation(
     with tqdm(total=plan.size, desc="runs", unit="run", disable=hidden, dynamic_ncols=True) as bar:
         while left := [run for run in plan.runs(outcomes) if run.digest not in outcomes]:
             before = len(outcomes)
-            for run, outcome in _outcomes(left, plan.parts, runs):
+            for run, outcome, is_kept in _outcomes(left, plan.parts, runs, report):
                 if outcome is None:
                     continue
                 _check_metric(plan, run, outcome)
                 outcomes[run.digest] = outcome
                 done = [run for run in plan.runs(outcomes) if run.digest in outcomes]
                 bar.update(len(done) - bar.n)
-                report(f"[{len(done)}/{plan.size}] {_summary(plan, run, outcome)}")
+                report(f"[{len(done)}/{plan.size}] {_summary(plan, run, outcome, is_kept)}")
                 compared = [run for run in plan.compared(outcomes) if run in done]
                 found = by_first(functools.partial(_attended, plan, compared, outcomes, runs, workdir))
                 rows = [_row(plan, run, outcomes, command) | more for run, more in zip(compared, found)]
@@ -121,9 +121,9 @@ def _say_nothing(line: str) -> None:
 
 
 def _outcomes(
-    left: Sequence[Run], parts: Sequence[Sequence[jax.Device]], runs: Path
-) -> Iterator[tuple[Run, dict[str, Any] | None]]:
-    """Each run with what it gave, as `_obtain` says, as it comes; as many are trained at once as there are parts."""
+    left: Sequence[Run], parts: Sequence[Sequence[jax.Device]], runs: Path, report: Callable[[str], None]
+) -> Iterator[tuple[Run, dict[str, Any] | None, bool]]:
+    """Each run with what `_obtain` says of it, as it comes; as many are trained at once as there are parts."""
     same: dict[str, list[Run]] = {}
     for run in left:
         same.setdefault(run.digest, []).append(run)
@@ -131,47 +131,49 @@ def _outcomes(
     for part in parts:
         free.put(part)
 
-    def obtain(run: Run) -> dict[str, Any] | None:
+    def obtain(run: Run) -> tuple[dict[str, Any] | None, bool]:
         part = free.get()
         try:
             with on_devices(part):
-                return _obtain(run, runs)
+                return _obtain(run, runs, report)
         finally:
             free.put(part)
 
     if len(parts) == 1:
         for alike in same.values():
-            outcome = obtain(alike[0])
-            yield from ((run, outcome) for run in alike)
+            found = obtain(alike[0])
+            yield from ((run, *found) for run in alike)
         return
     pool = futures.ThreadPoolExecutor(len(parts), "attnlab run")
     try:
         came = {pool.submit(obtain, alike[0]): alike for alike in same.values()}
         for future in futures.as_completed(came):
-            outcome = future.result()
-            yield from ((run, outcome) for run in came[future])
+            found = future.result()
+            yield from ((run, *found) for run in came[future])
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _obtain(run: Run, runs: Path) -> dict[str, Any] | None:
-    """What the run gave, trained here unless it is over already; None while another process has it."""
+def _obtain(run: Run, runs: Path, report: Callable[[str], None]) -> tuple[dict[str, Any] | None, bool]:
+    """(What the run gave, trained here unless it is over already, or None while another process has it; whether it was
+    over)."""
     try:
         with contextlib.ExitStack() as claimed:
             outcome, folder = by_first(functools.partial(_begin, run, runs, claimed))
             if folder is None:
-                return outcome
+                return outcome, True
+            report(f"{run.name}: training")
             fingerprint = {**run.built.values, "code": run.code}
             train(run.experiment, workdir=runs / folder, fingerprint=fingerprint, config_text=run.built.text)
-            return by_first(functools.partial(_known, run, runs))
+            return by_first(functools.partial(_known, run, runs)), False
     except OwnedError:
-        return None
+        return None, False
     except SystemExit as error:
         if error.code == 128 + signal.SIGTERM:  # by signals.stop
             raise
-        return _failed(run, runs, RuntimeError(f"it called sys.exit({error.code!r})"))
+        return _failed(run, runs, RuntimeError(f"it called sys.exit({error.code!r})")), False
     except Exception as error:
-        return _failed(run, runs, error)
+        return _failed(run, runs, error), False
 
 
 def _begin(run: Run, runs: Path, claimed: contextlib.ExitStack) -> tuple[dict[str, Any] | None, str | None]:
@@ -237,11 +239,12 @@ def _check_metric(plan: Plan, run: Run, outcome: Mapping[str, Any]) -> None:
         raise UserError(f"metric: got {metric!r}; {run.arm} has {', '.join(outcome['final'])}")
 
 
-def _summary(plan: Plan, run: Run, outcome: Mapping[str, Any]) -> str:
+def _summary(plan: Plan, run: Run, outcome: Mapping[str, Any], is_kept: bool) -> str:
     if outcome["status"] == "failed":
         return f"{run.name} failed: {outcome['error']}"
     metric = plan.ablation.metric
-    return f"{run.name}: validation {metric} {outcome['final'][metric]:.4f}, {outcome['seconds']:.0f} s"
+    how = "trained before" if is_kept else f"{outcome['seconds']:.0f} s"
+    return f"{run.name}: validation {metric} {outcome['final'][metric]:.4f}, {how}"
 
 
 def _row(plan: Plan, run: Run, outcomes: Mapping[str, Mapping[str, Any]], command: str) -> dict[str, Any]:
@@ -285,9 +288,15 @@ def _attended(
 
 
 def implementations(experiment: Experiment) -> list[str]:
-    """Which implementation each attention call of the model runs, once each."""
+    """Which implementation each attention call of the model runs on the devices of this run, once each."""
     model, task, batch_size = experiment.model, experiment.task, experiment.batch_size
-    return list(dict.fromkeys(str(choice) for choice in attnlab.explain(lambda: loss_shapes(model, task, batch_size))))
+    platform = {"gpu": "cuda"}.get(name := devices_of_runs()[0].platform, name)
+    choices = attnlab.explain(lambda: loss_shapes(model, task, batch_size))
+    names = [(choice.primitive, choice.by_platform) for choice in choices]
+    found = (
+        f"{primitive}: {by.get(platform) or by.get('elsewhere') or by['every platform']}" for primitive, by in names
+    )
+    return list(dict.fromkeys(found))
 
 
 def environment() -> dict[str, str]:

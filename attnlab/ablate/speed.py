@@ -58,6 +58,7 @@ def measure_speed(file: str, overrides: Sequence[str], workdir: Path, rows: Sequ
             if not by_first(lambda: claimed.enter_context(claim(workdir, "speed"))):
                 return "another process measures it"
             with on_devices(plan.parts[0]):
+                by_first(lambda: print("timing steps of the arms in turn", flush=True))
                 speeds = time_in_turn(experiments)
             device = f"{len(plan.parts[0])} x {plan.parts[0][0].device_kind}"
             arms = {arm: {"run": first[arm]["run"], "items_per_second": speeds[arm]} for arm in first}

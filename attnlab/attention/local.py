@@ -161,9 +161,9 @@ def windowed_attention(
     for axis, (length, k, s, d) in enumerate(zip(space, windows, strides, dilations, strict=True)):
         where = f"on axis {axis} of the space {space}"
         require(d >= 1, "dilation", dilation, f"must be at least 1 {where}")
-        dilated = "" if d == 1 else f" // {d} (dilation)"
+        most = length if d == 1 else f"{length // d} = {length} // {d} (dilation)"
         require(k >= 1, "window", window, f"must be at least 1 {where}")
-        require(k * d <= length, "window", window, f"at most {length // d} = {length}{dilated} fits {where}")
+        require(k * d <= length, "window", window, f"at most {most} fits {where}")
         require(1 <= s <= k, "stride", stride, f"must be from 1 to the window, {k}, {where}")
     require(edge in ("shift", "clip"), "edge", repr(edge), "need 'shift' or 'clip'")
     sinks = check_int("sinks", sinks, least=0)

@@ -50,7 +50,8 @@ def attention_fn(primitive: Callable[..., Any], **options: Any) -> Callable[...,
         needed: dict[str, Any] = {}
         for argument, array in (("bias", bias), ("mask", mask)):
             if array is not None:
-                require(argument in others, argument, shape_text(array), f"{name} takes none")
+                hint = "; give is_causal=True or segment_ids, and the layer decode=False" * (argument == "mask")
+                require(argument in others, argument, shape_text(array), f"{name} takes none{hint}")
                 require(argument not in options, argument, shape_text(array), "attention_fn was given one already")
                 needed[argument] = array.astype(bool) if argument == "mask" else array  # Flax's masks may be 0 and 1
         if is_causal and options.get("is_causal") is not True:

@@ -109,7 +109,8 @@ class Experiment:
             keep(self, gradient_dtype=check_dtype("gradient_dtype", self.gradient_dtype))
         keep(self, seed=check_int("seed", self.seed, least=0, most=MOST_SEED))
         warmup, steps = self.optimizer.warmup_steps, self.steps
-        require(warmup < steps, "warmup_steps", warmup, f"need fewer than steps, so 0 to {steps - 1}")
+        allowed = f"need fewer than steps, so OptimizerOptions.warmup_steps of 0 to {steps - 1}"
+        require(warmup < steps, "warmup_steps", warmup, allowed)
         _check_implementations(self.model)
         check_processes(self.mesh)
         check_batch_size(self.mesh, self.batch_size, self.accumulation)
@@ -230,6 +231,8 @@ def _run(experiment: Experiment, folder: Workdir | None, profiled: int = 0) -> R
     agreement = make_agreement(mesh)
     traced = range(start + 3, min(start + 3 + profiled, steps + 1))  # the first ones are not like the others
     with signals.deferred() as signal_came, _bar(start, steps) as progress, contextlib.ExitStack() as tracing:
+        if start:
+            _print(progress, f"continuing after step {start} of {steps}")
         if profiled and not traced:
             _print(progress, f"profile: {steps - start} steps are left, and the first two are not traced")
         segment_start, segment_step = time.perf_counter(), start

@@ -114,7 +114,9 @@ def test_a_difference_that_holds_alone_but_not_among_many_is_named_as_such(tmp_p
     page, _ = report([row for row in rows if row["arm"] in ("base", "low")], tmp_path)
     assert "low ends 1.0000 above base, and the 95 % interval excludes 0." in page
     page, table = report(rows, tmp_path)
-    assert "low ends 1.0000 above base, but 3 seeds cannot tell this from no difference, corrected for 3" in page
+    assert (
+        "low ends 1.0000 above base, and its interval alone excludes 0, but corrected for 3 comparisons (Holm)" in page
+    )
     assert "| low | 1.0000 ± 0.3000 | +1.0000 [+0.2548, +1.7452] | 0.086 |" in table
 
 

@@ -309,7 +309,7 @@ LINE = dict(zip(("query", "key", "value"), draw_arrays(0, (20,)))) | {"window": 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (GOOD | {"window": 9}, ValueError, r"window: got 9; at most 7 = 7 fits on axis 0 of the space \(7, 20\)"),
+        (GOOD | {"window": 9}, ValueError, r"window: got 9; at most 7 fits on axis 0 of the space \(7, 20\)"),
         (GOOD | {"window": 0}, ValueError, "window: got 0; must be at least 1"),
         (GOOD | {"window": (3, 3, 3)}, ValueError, "window: got .*one value or 2"),
         (GOOD | {"window": 3.0}, TypeError, "window: got 3.0; need int"),

@@ -168,7 +168,8 @@ def test_a_folder_that_disappears_in_mid_run(folder, untouched, place):
 
 def test_two_owners(folder, untouched):
     first = commands.Command(folder, *TRAIN)
-    wait_until((folder / "run" / "owner.1").exists, first)
+    claim = folder / "run" / "owner.1"
+    wait_until(lambda: claim.exists() and claim.stat().st_size > 0, first)  # it is made, then written
     first.send(signal.SIGSTOP)
     commands.run(folder, *TRAIN).check(2, f"run is in use by process {first.pid} on ", "; wait for it")
     first.send(signal.SIGCONT)

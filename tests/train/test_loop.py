@@ -353,7 +353,7 @@ def test_a_state_is_looked_at_beside_its_loss(tmp_path, monkeypatch):
         ({"steps": 0}, "steps: got 0"),
         ({"batch_size": -1}, "batch_size: got -1"),
         ({"evaluation_batches": 0}, "evaluation_batches: got 0"),
-        ({"steps": 4}, "warmup_steps: got 4; need fewer than steps, so 0 to 3"),
+        ({"steps": 4}, "warmup_steps: got 4; need fewer than steps, so OptimizerOptions.warmup_steps of 0 to 3"),
         ({"seed": -1}, "seed: got -1; need 0 to 2147483647"),
         ({"seed": 10**30}, "seed: got 1000000000000000000000000000000; need 0 to 2147483647"),
     ],
