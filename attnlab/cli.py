@@ -785,13 +785,13 @@ def _bench(command: argparse.Namespace, overrides: list[str]) -> int:
     names = prompts.MIXERS if command.prompts else lengths.NAMES
     if unknown := [name for name in command.only if not lengths.named(name, names=names)]:
         raise UserError(f"only: got {unknown[0]!r}; need some of {'; '.join(names)}")
+    if command.tune and command.device is None:
+        raise UserError("tune: got it without --device gpu, whose kernels have block sizes to choose from")
     if command.prompts and command.backward:
         raise UserError("backward: got it with --prompts, which have no gradient")
     _check_out(command.workdir / "bench.png", is_picture=True, option="workdir")
     if command.device is not None:
         return _bench_device(command)
-    if command.tune:
-        raise UserError("tune: got it without --device gpu, whose kernels have block sizes to choose from")
     if command.prompts:
         title = f"Reading a prompt, on {jax.devices()[0].device_kind}"
 
