@@ -44,7 +44,7 @@ def included(page: str, file: str) -> str:
 
 
 def rewritten(text: str, path: Path, page: str) -> str:
-    """Links that lead out of docs/, to a page that has the file in it, or to a copy of it."""
+    """Links that lead out of docs/, to another page that has the file in it, or to a copy of it."""
 
     def moved(match: re.Match[str]) -> str:
         bang, label, target = match.groups()
@@ -55,7 +55,7 @@ def rewritten(text: str, path: Path, page: str) -> str:
         name = full.relative_to(ROOT).as_posix() if full.is_relative_to(ROOT) else None
         if name is None or not full.exists():
             return match[0]  # Sphinx says what is wrong with it
-        if name in PAGES:
+        if PAGES.get(name, page) != page:
             return f"[{label}](/{PAGES[name]}.md)"
         if full.is_relative_to(DOCS):
             return match[0]
