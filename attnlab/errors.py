@@ -57,11 +57,10 @@ def _is_library(path: Path) -> bool:
 
 def missing_package(module: str) -> str:
     """What to do where a module of the extra "experiments" cannot be imported, from where attnlab was installed."""
-    return f"this needs {module}: {installation()}"
+    return f"this needs {module}: {_installation()}"
 
 
-def installation() -> str:
-    """How to install attnlab with the extra "experiments", from where it came from."""
+def _installation() -> str:
     try:
         recorded = metadata.distribution("attnlab").read_text("direct_url.json")
     except metadata.PackageNotFoundError:

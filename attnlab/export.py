@@ -8,7 +8,6 @@ README.md is the model card; what tokens stand for is in vocabulary.json or toke
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ import attnlab
 from attnlab import config, nn
 from attnlab.attention._shared.checks import shape_text
 from attnlab.data.shards import ShardedCorpus
-from attnlab.errors import UserError, installation, parse_json
+from attnlab.errors import UserError, parse_json
 from attnlab.train import Experiment, LanguageTask, restore_values
 from attnlab.train.store import here
 from attnlab.train.workdir import last_step
@@ -52,8 +51,7 @@ def export(experiment: Experiment, workdir: Path, folder: Path, *, trusts: bool 
     (folder / _CONFIG).write_text(f"# The model of {_VALUES}.\n{built.text}")
     tokens = _write_vocabulary(experiment.task, folder)
     (folder / _CARD).write_text(_card(experiment, workdir, step, tokens, _modules_of_others(built.text)))
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~_mask())  # safetensors lets nobody else read its file
+    (folder / _VALUES).chmod((folder / _CONFIG).stat().st_mode)  # safetensors lets nobody else read its file
     return step
 
 
@@ -103,13 +101,6 @@ def _write_vocabulary(task: Any, folder: Path) -> str:
     return f"Tokens are {corpus.unit}s, numbered as in vocabulary.json."
 
 
-def _mask() -> int:
-    """Of the modes of new files, which can be read only by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _modules_of_others(text: str) -> list[str]:
     """Modules that a config imports and that are not attnlab's, by which its model is built."""
     imported = (line.split()[1] for line in text.splitlines() if line.startswith(("import ", "from ")))
@@ -143,7 +134,7 @@ def _card(experiment: Experiment, workdir: Path, step: int, tokens: str, others:
         f"out = model({'tokens' if isinstance(task, LanguageTask) else 'inputs'})",
         "```",
         "",
-        f"It needs attnlab (`{installation()}`)" + f" and the modules {', '.join(others)}" * bool(others) + ".",
+        f"It needs attnlab with its extra experiments{' and the modules ' * bool(others)}{', '.join(others)}.",
         "",
         "| | |",
         "|---|---|",

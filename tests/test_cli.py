@@ -342,7 +342,7 @@ MISTAKES = {
     "a file beside it": (misspelt_file, "mine.gin'?"),
     "a macro of another file": (
         lambda path: ["train", LM, "--gin.WINDOW=8"],
-        "macro WINDOW is set but nothing uses it; used by based.gin, dilated.gin, hybrid.gin, local.gin",
+        "macro WINDOW is set but nothing uses it; used by based.gin, dilated.gin, ",
     ),
     "a folder": (a_folder, "is a folder; give a .gin file"),
     "a sweep to train": (lambda path: ["train", SWEEP], "is a sweep of several runs; `attnlab ablate` runs it"),

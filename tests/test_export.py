@@ -62,6 +62,9 @@ def test_the_card_says_what_it_is_and_what_tokens_are(run):
     assert card.startswith("---\nlibrary_name: attnlab\n")
     assert "Tokens are characters, numbered as in vocabulary.json." in card
     assert "| Trained | 2 of 2 steps of 2 examples |" in card
+    assert 'export.load("FOLDER")' in card
+    assert "It needs attnlab with its extra experiments.\n" in card
+    assert len({path.stat().st_mode for path in (run / "export").iterdir()}) == 1
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"| Validation, loss | {last['loss']:.4g} |" in card
     known = json.loads((run / "export" / "vocabulary.json").read_text())
