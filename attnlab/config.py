@@ -295,7 +295,8 @@ def _untrusted(path: Path, what: str) -> UserError:
 
 
 # How gin opens what a file includes: first of its readers, as its own for packages fails on a folder without modules.
-_READER = (lambda name: open(find(name)), lambda name: _path(name) is not None)  # noqa: SIM115
+# Of every name, so that what is not there is named as elsewhere and not looked for in packages.
+_READER = (lambda name: open(find(name)), lambda name: True)  # noqa: SIM115
 
 
 def _register_attnlab() -> None:

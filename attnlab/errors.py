@@ -55,22 +55,27 @@ def _is_library(path: Path) -> bool:
     return path.is_relative_to(Path(__file__).parent) or is_installed(path)
 
 
+# Of what the extra "experiments" does not bring.
+_EXTRAS = {"tokenizers": "tokenizers", "gcsfs": "gcs", "libtpu": "tpu-aot"}
+
+
 def missing_package(module: str) -> str:
-    """What to do where a module of the extra "experiments" cannot be imported, from where attnlab was installed."""
-    return f"this needs {module}: {_installation()}"
+    """What to do where a module of attnlab's extras cannot be imported, from where attnlab was installed."""
+    extras = ",".join(["experiments", *filter(None, [_EXTRAS.get(module.partition(".")[0])])])
+    return f"this needs {module}: {_installation(extras)}"
 
 
-def _installation() -> str:
+def _installation(extras: str) -> str:
     try:
         recorded = metadata.distribution("attnlab").read_text("direct_url.json")
     except metadata.PackageNotFoundError:
-        return f"pip install -e '{Path(__file__).parent.parent}[experiments]'"
+        return f"pip install -e '{Path(__file__).parent.parent}[{extras}]'"
     if recorded is None:  # from an index
-        return "pip install 'attnlab[experiments]'"
+        return f"pip install 'attnlab[{extras}]'"
     source = json.loads(recorded)
     url = source["url"]
     if source.get("dir_info", {}).get("editable"):
-        return f"pip install -e '{url.removeprefix('file://')}[experiments]'"
+        return f"pip install -e '{url.removeprefix('file://')}[{extras}]'"
     if "vcs_info" in source:
         url = f"{source['vcs_info']['vcs']}+{url}@{source['vcs_info']['commit_id']}"
-    return f"pip install 'attnlab[experiments] @ {url}'"
+    return f"pip install 'attnlab[{extras}] @ {url}'"

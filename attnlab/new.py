@@ -8,7 +8,7 @@ from attnlab import config
 from attnlab.errors import UserError
 
 _TEMPLATE = """\
-# What this sweep asks, in a line: `attnlab list` prints it.
+# What this sweep asks, in a line.
 #
 #   attnlab ablate {file} --dry-run      lists the runs and what they cost, and runs nothing
 #   attnlab ablate {file}

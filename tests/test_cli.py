@@ -13,7 +13,7 @@ import urllib.request
 import jax
 import pytest
 
-from attnlab import __version__, cli, config, regress
+from attnlab import __version__, cli, config, errors, regress
 from attnlab.ablate import speed
 from attnlab.bench import lengths
 from attnlab.train.mesh import on_devices
@@ -264,6 +264,11 @@ def no_seeds(path):
     return ["ablate", str(path / "sweep.gin"), "--dry-run"]
 
 
+def misspelt_include(path):
+    (path / "mine.gin").write_text("include 'experiments/lm/quikstart.gin'\n")
+    return ["train", str(path / "mine.gin")]
+
+
 def misspelt_file(path):
     (path / "mine.gin").write_text("")
     return ["train", str(path / "mien.gin")]
@@ -340,6 +345,7 @@ MISTAKES = {
     "no sweep": (lambda path: ["ablate", LM], "configures no Ablation"),
     "a mixer's name": (lambda path: ["show", "local"], "did you mean 'experiments/mixers/local.gin'?"),
     "a file beside it": (misspelt_file, "mine.gin'?"),
+    "a file that it includes": (misspelt_include, "experiments/lm/quikstart.gin; did you mean 'experiments/lm/quickst"),
     "a macro of another file": (
         lambda path: ["train", LM, "--gin.WINDOW=8"],
         "macro WINDOW is set but nothing uses it; used by based.gin, dilated.gin, ",
@@ -521,6 +527,8 @@ def test_a_missing_package_comes_from_where_attnlab_came_from(source, monkeypatc
     monkeypatch.setattr(cli, "_list", absent)
     assert cli.main(["list"]) == 2
     assert capsys.readouterr().err == f"attnlab: this needs optax: {advice}\n"
+    with_extra = advice.replace("[experiments]", "[experiments,tokenizers]")
+    assert errors.missing_package("tokenizers.models") == f"this needs tokenizers.models: {with_extra}"
 
 
 MINE = """import attnlab.attention as attention
