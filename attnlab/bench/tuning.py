@@ -53,11 +53,6 @@ def cases(trials: Sequence[Trial]) -> list[Case]:
     for trial in trials:
         problem = problems[trial.problem]
 
-        def prepare(trial: Trial = trial, problem: gpu_cases.Problem = problem) -> Prepared:
-            jax.clear_caches()  # they know nothing of sizes
-            calls, errors = _within(trial, gpu_cases.prepare)(problem, "pallas_gpu", trial.passes)
-            return calls, errors and _within(trial, errors)
-
         found.append(
             Case(
                 f"{problem.name}, {trial.passes}",
@@ -65,12 +60,18 @@ def cases(trials: Sequence[Trial]) -> list[Case]:
                 trial.passes,
                 flops=problem.passes[trial.passes] * problem.flops(problem.tokens),
                 tokens=problem.batch * problem.tokens,
-                prepare=prepare,
+                prepare=functools.partial(_prepare, trial, problem),
                 clock=_within(trial, gpu_cases.clock),
                 most_error=gpu_cases.MOST_ERROR,
             )
         )
     return found
+
+
+def _prepare(trial: Trial, problem: gpu_cases.Problem) -> Prepared:
+    jax.clear_caches()  # they know nothing of sizes
+    calls, errors = _within(trial, gpu_cases.prepare)(problem, "pallas_gpu", trial.passes)
+    return calls, errors and _within(trial, errors)
 
 
 def _within(trial: Trial, function: Callable[..., Any]) -> Callable[..., Any]:

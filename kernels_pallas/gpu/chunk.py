@@ -47,7 +47,7 @@ CHUNK = ROWS  # tokens
 SQUARE = (CHUNK, CHUNK)
 LEVELS = 6  # blocks of 1, 2, 4, ... 32 tokens are joined in pairs
 WIDEST = 256  # of keys and values
-MULTIPROCESSORS = 132  # of a Hopper GPU
+_MULTIPROCESSORS = 132  # of a Hopper GPU
 _LEAST_CHUNKS = 32  # of a stretch
 _LEAST_STRETCHES = 3  # two take as long as one
 _LEAST = np.float32(-104)  # float32's exp of less is 0
@@ -202,7 +202,7 @@ def stretches(chunks: int, blocks: int, transitions: int) -> int:
     them again. Only the second pass stores more than the ends. Inverses, weights, outputs and token gradients, of every
     chunk at once anyway, are computed once. To join two stretches takes as long as some chunks.
     """
-    most = min(chunks // _LEAST_CHUNKS, MULTIPROCESSORS // blocks, MULTIPROCESSORS // (blocks + transitions) + 1)
+    most = min(chunks // _LEAST_CHUNKS, _MULTIPROCESSORS // blocks, _MULTIPROCESSORS // (blocks + transitions) + 1)
     return most if most >= _LEAST_STRETCHES else 1
 
 
