@@ -184,6 +184,11 @@ OWN = {
         "return float('nan')",
         "OwnMixer.mechanism_flops: got nan; need a finite number",
     ),
+    "sees what is later": (
+        "mix",
+        "return arguments[2] + arguments[2].mean(axis=1, keepdims=True)",
+        "OwnMixer is to be causal and sees later tokens: its output at position 0 changes with the tokens from 1 on",
+    ),
     "has no cache after all": ("init_mechanism_cache", "raise ValueError('full')", "full (in Experiment)" + AT),
 }
 

@@ -15,7 +15,8 @@ from attnlab.ablate.matching import Match, closest, cost_of
 from attnlab.ablate.sweep import Ablation
 from attnlab.errors import UserError
 from attnlab.train import Experiment
-from attnlab.train.mesh import devices_of_runs, on_devices, without_mesh
+from attnlab.train.causality import check_causality
+from attnlab.train.mesh import devices_of_runs, is_described, on_devices, without_mesh
 from attnlab.train.step import validation_metrics
 
 # What a run gave, by the run's digest.
@@ -105,8 +106,13 @@ class Plan:
                     raise UserError(f"config: --gin.{name}: the sweep sets it itself, from Ablation.{field}; set that")
 
     def _check(self, run: Run) -> None:
-        """Refuses what of the sweep does not reach this run: the metric, and values that its arm varies."""
+        """Refuses what of the sweep does not reach this run, the metric and values that its arm varies, and a leak."""
         ablation, experiment = self.ablation, run.experiment
+        if not is_described():
+            try:
+                check_causality(experiment.model, experiment.task)
+            except UserError as error:
+                raise UserError(f"{error} (arm {run.arm})") from error
         if ablation.metric != "loss":
             names = validation_metrics(experiment.model, experiment.task, experiment.batch_size)
             if ablation.metric not in names:

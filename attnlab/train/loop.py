@@ -27,6 +27,7 @@ from attnlab.attention._shared.checks import check_dtype, check_int, keep, requi
 from attnlab.data.batches import MOST_SEED
 from attnlab.errors import UserError
 from attnlab.train import store
+from attnlab.train.causality import check_causality
 from attnlab.train.hosts import by_first, is_first, make_agreement, meet
 from attnlab.train.memory import check_memory
 from attnlab.train.mesh import (
@@ -167,12 +168,14 @@ def train(
       profiled: steps of which jax.profiler writes a trace into workdir/profile, from the third of this call on.
 
     Raises:
-      UserError: the workdir cannot be written, is in use or holds another run, or no checkpoint there can be read.
+      UserError: the workdir cannot be written, is in use or holds another run, or no checkpoint there can be read; a
+        mixer of one's own that is to be causal sees later tokens.
       FloatingPointError: the loss or the state is not finite. Checkpoints are of finite states alone, and stay.
       RunError: a file cannot be written or read.
       KeyboardInterrupt, SystemExit(143): after SIGINT or SIGTERM, once a checkpoint is written.
     """
     profiled = check_int("profiled", profiled, least=0)
+    check_causality(experiment.model, experiment.task)
     if workdir is None:
         if profiled:
             raise ValueError(f"profiled: got {profiled} without a workdir, which takes the trace")

@@ -68,3 +68,29 @@ def test_equal_runs_count_once(tmp_path):
     rows, total = cells(dry_run(tiny_sweep.write(tmp_path, f"ablate.Ablation.arms = {arms}"), [], tmp_path / "runs"))
     assert rows["twin-seed0"]["state"] == "is softmax-seed0"
     assert total.startswith("2 of 4 runs to do: ")
+
+
+LEAKING = """
+from attnlab import nn
+
+class Leaking(nn.Attention):
+    def mix(self, query, key, value, x, segment_ids):
+        return value[:, ::-1]
+
+    def mechanism_flops(self, space):
+        return 0
+"""
+
+
+def test_an_arm_that_sees_later_tokens_is_refused_already_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "leaking.py").write_text(LEAKING)
+    (tmp_path / "leaking.gin").write_text(
+        "from __gin__ import dynamic_registration\nimport leaking\nMIXERS = [@leaking.Leaking]\n"
+    )
+    arms = {"softmax": "experiments/mixers/softmax.gin", "mine": str(tmp_path / "leaking.gin")}
+    file = tiny_sweep.write(tmp_path, f"ablate.Ablation.arms = {arms}")
+    assert cli.main(["ablate", file, "--workdir", str(tmp_path / "out"), "--dry-run"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "Leaking is to be causal and sees later tokens" in line
+    assert line.endswith("mend its mix (arm mine)")
