@@ -2,11 +2,13 @@
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from attnlab import cli, nn
+from attnlab.errors import UserError
 from attnlab.models import LanguageModel
 from attnlab.show import show, skips_tiles
 
@@ -67,6 +69,19 @@ def test_a_linear_mixer_s_picture_claims_no_speed(tmp_path, monkeypatch):
     show(LanguageModel(vocabulary=8, mixers=[nn.LinearAttention], depth=1, features=32), tmp_path / "x.png", length=32)
     assert any("tiles of 16 x 16: 3 of 4 seen into" in text for text in titles)
     assert not any("faster" in text for text in titles)
+
+
+class Bounded(nn.SoftmaxAttention):
+    """Not linear in its values."""
+
+    def mix(self, query, key, value, x, segment_ids):
+        return jnp.tanh(super().mix(query, key, 3 * value, x, segment_ids))
+
+
+def test_what_has_no_weights_is_not_shown(tmp_path):
+    with pytest.raises(UserError, match="show: mixers: got Bounded, which is not linear in its values"):
+        show(LanguageModel(vocabulary=8, mixers=[Bounded], depth=1, features=32), tmp_path / "x.png", length=16)
+    assert list(tmp_path.iterdir()) == []
 
 
 def texts(figure):

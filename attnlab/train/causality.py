@@ -16,7 +16,7 @@ from attnlab.train.tasks.base import Task
 from attnlab.train.tasks.language import LanguageTask
 
 # Of a longer sequence its beginning is read, where the mixer takes one.
-_MOST_TOKENS = 1024
+_MOST_TOKENS = 512
 _CUTS = 6
 
 
