@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -79,7 +79,7 @@ class Plan:
 
     def __init__(self, file: str, overrides: Sequence[str]):
         self._file, self._overrides = file, list(overrides)
-        sweep = config.build([file], overrides, root="Ablation")
+        sweep = self._built()
         self.ablation: Ablation = sweep.value
         self.parts = _parts(self.ablation.devices_per_run)
         self._check_superseded()
@@ -92,9 +92,43 @@ class Plan:
         built = [self.run(arm, self.ablation.seeds[0], self.rates[0]).built for arm in self.arms]
         config.check_read(overrides, sweep, *built)
 
+    def _built(self) -> config.Built:
+        try:
+            return config.build([self._file], self._overrides, root="Ablation")
+        except UserError as error:
+            # Of a macro of its arms' files it says only that the sweep does not use it.
+            try:
+                alone = config.build([self._file], root="Ablation")
+            except UserError:
+                raise error from None
+            self._check_arms_keep(alone.value, config.sets)
+            raise
+
+    def _check_arms_keep(self, ablation: Ablation, sets: Callable[[str, str], bool]) -> None:
+        """Refuses overrides of what arms set themselves: they differ in it, or the sweep does not know it.
+
+        sets: whether a source of an arm sets a name.
+        """
+        for override in self._overrides:
+            name, _, value = (part.strip() for part in override.partition("="))
+            where: dict[str, str] = {}
+            for arm, given in ablation.arms.items():
+                listed = [given] if isinstance(given, str) else given
+                where.update((arm, source) for source in listed if sets(source, name))
+            for field, variations in (("product", ablation.product), ("zipped", ablation.zipped)):
+                for arm, bindings in variations.items():
+                    if any(config.sets(f"{binding} =", name) for binding in bindings):
+                        where[arm] = f"Ablation.{field}"
+            if where:
+                by = ", ".join(f"{arm} ({source})" for arm, source in where.items())
+                change = f"change it there, or add '{name} = {value}' to an arm's list, in {self._file}"
+                raise UserError(f"config: --gin.{name}: arms set it themselves, {by}; {change}")
+
     def _check_superseded(self) -> None:
         """Refuses overrides in whose place the sweep sets values of its own."""
         ablation = self.ablation
+        # A file's macros the override sets in all arms alike.
+        self._check_arms_keep(ablation, lambda source, name: "=" in source and config.sets(source, name))
         knobs = ablation.knobs.values() if isinstance(ablation.knobs, Mapping) else [ablation.knobs or ""]
         own = {"Experiment.seed": "seeds", **dict.fromkeys(filter(None, knobs), "knobs")}
         if ablation.learning_rates is not None:

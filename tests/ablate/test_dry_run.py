@@ -94,3 +94,12 @@ def test_an_arm_that_sees_later_tokens_is_refused_already_here(tmp_path, monkeyp
     line = capsys.readouterr().err.splitlines()[-1]
     assert "Leaking is to be causal and sees later tokens" in line
     assert line.endswith("mend its mix (arm mine)")
+
+
+def test_a_macro_of_an_arm_s_file_is_changed_in_the_arm(tmp_path, capsys):
+    arms = {"softmax": "experiments/mixers/softmax.gin", "local": "experiments/mixers/local.gin"}
+    file = tiny_sweep.write(tmp_path, f"ablate.Ablation.arms = {arms}")
+    assert cli.main(["ablate", file, "--dry-run", "--gin.WINDOW=3"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--gin.WINDOW: arms set it themselves, local (experiments/mixers/local.gin); change it there" in line
+    assert line.endswith(f"'WINDOW = 3' to an arm's list, in {file}")
