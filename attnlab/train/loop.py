@@ -233,7 +233,8 @@ def _run(experiment: Experiment, folder: Workdir | None, profiled: int = 0) -> R
 
     agreement = make_agreement(mesh)
     traced = range(start + 3, min(start + 3 + profiled, steps + 1))  # the first ones are not like the others
-    with signals.deferred() as signal_came, _bar(start, steps) as progress, contextlib.ExitStack() as tracing:
+    doing = "stopping after this step" + (": saving ..." if folder is not None else "")
+    with signals.deferred(doing) as signal_came, _bar(start, steps) as progress, contextlib.ExitStack() as tracing:
         if start:
             _print(progress, f"continuing after step {start} of {steps}")
         if profiled and not traced:

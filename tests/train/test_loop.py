@@ -86,7 +86,7 @@ def test_sigterm_keeps_the_step_it_came_at(uninterrupted, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert "attnlab: terminated; step " in message
+    assert "attnlab: terminated; stopping after this step: saving ...\nattnlab: terminated; step " in message
     kept = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
     assert f"step {kept} is kept in {tmp_path}" in message
     result = train(runs.experiment(), workdir=tmp_path, fingerprint=runs.FINGERPRINT)
