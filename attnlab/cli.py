@@ -10,7 +10,9 @@ import io
 import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Sequence
@@ -48,6 +50,7 @@ _MOST_SEQUENCES = 10_000  # of regress, by --seeds
 _MOST_PORT = 2**16 - 1
 _DEBUG = "--debug"
 _RED = 31
+_LEAST_BESIDE = 50  # columns of a text beside its name
 
 
 def run() -> NoReturn:
@@ -885,18 +888,34 @@ def _list(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab import config, nn, train
 
     def summary(thing: object) -> str:
-        return (thing.__doc__ or "").strip().splitlines()[0]
+        """The first sentence of its docstring."""
+        paragraph = " ".join(line.strip() for line in (thing.__doc__ or "").strip().split("\n\n")[0].splitlines())
+        return re.split(r"(?<=\.) (?=[A-Z])", paragraph)[0]
 
     mixers = [thing for _, thing in sorted(config.offered(nn).items()) if _is_mixer(thing)]
     tasks = [thing for name, thing in sorted(config.offered(train).items()) if name.endswith("Task") and name != "Task"]
     for title, things in (("mixers", mixers), ("tasks", tasks)):
         print(title)
         for thing in things:
-            print(f"  {thing.__name__:<26} {summary(thing)}")
+            _print_row(thing.__name__, 23, summary(thing))
     print("configs")
     for path in config.shipped():
-        print(f"  {path:<38} {config.describe(path)}")
+        _print_row(path, 41, config.describe(path))
     return 0
+
+
+def _print_row(name: str, width: int, text: str) -> None:
+    """A name and, beside it or where there is no room below it, what it is. On one line where no terminal reads it."""
+    row = f"  {name:<{width}} {text}"
+    if not sys.stdout.isatty():
+        print(row)
+        return
+    columns, indent = shutil.get_terminal_size().columns, " " * (width + 3)
+    if columns - len(indent) < _LEAST_BESIDE:
+        print(f"  {name}")
+        row = indent = " " * 6
+        row += text
+    print(textwrap.fill(row, columns, subsequent_indent=indent, break_on_hyphens=False))
 
 
 def _is_mixer(thing: Any) -> bool:

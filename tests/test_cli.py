@@ -203,6 +203,20 @@ def test_list_names_mixers_tasks_and_configs(capsys):
         assert name in out
 
 
+@pytest.mark.parametrize(("columns", "starts"), [(80, "      The last"), (120, f"  {LM:<41} The last")])
+def test_a_row_of_list_is_wrapped_on_a_terminal_and_whole_elsewhere(columns, starts, capsys, monkeypatch):
+    text = "The last of many words " * 8 + "end."
+    cli._print_row(LM, 41, text)
+    assert capsys.readouterr().out == f"  {LM:<41} {text}\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    cli._print_row(LM, 41, text)
+    lines = capsys.readouterr().out.splitlines()
+    assert " ".join(" ".join(lines).split()) == f"{LM} {text}"
+    assert sum(line.startswith(starts) for line in lines) == 1
+    assert max(map(len, lines)) <= columns
+
+
 def test_help_needs_no_jax_and_names_every_command():
     program = "import sys; from attnlab import cli; cli.main([]); assert 'flax' not in sys.modules"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
