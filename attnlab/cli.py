@@ -533,7 +533,7 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
             assert out is not None
             with store.here(out) as path:
                 task.illustrate(model, values, path, count=command.count or 64, **options)
-            print(out)
+            print(f"wrote {out}")
             return 0
         texts = [f"--- after {task.corpus.decode(prompt)!r}\n" for prompt in prompts]
         if out is None:
@@ -553,7 +553,7 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
             print("".join(f"\n\n{text}" for text in texts[1:]))
         else:
             out.write_text("\n\n".join(texts) + "\n")
-            print(out)
+            print(f"wrote {out}")
         if tokens:
             print(f"{rate:.0f} tokens per second", file=sys.stderr)
     return 0
@@ -589,7 +589,7 @@ def _export(command: argparse.Namespace, overrides: list[str]) -> int:
     out = command.out or workdir / "export"
     step = export(built.value, workdir, out, trusts=command.trust)
     print(f"step {step} of {built.value.steps}", file=sys.stderr)
-    print(out)
+    print(f"wrote {out}")
     return 0
 
 
@@ -692,7 +692,7 @@ def _new(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.new import write_sweep
 
     write_sweep(command.file, command.base, command.arms)
-    print(f"{command.file}\nwhat it would run: attnlab ablate {command.file} --dry-run")
+    print(f"wrote {command.file}\nwhat it would run: attnlab ablate {command.file} --dry-run")
     return 0
 
 
@@ -734,7 +734,7 @@ def _compile(command: argparse.Namespace, overrides: list[str]) -> int:
         [sweep] = command.configs
         workdir = command.workdir or Path("runs") / "compile" / Path(sweep).stem
         fit = compile_arms(sweep, overrides, command.topology, workdir)
-        print(workdir / "compiled.md")
+        print(f"wrote {workdir / 'compiled.md'}")
         return 0 if fit else 1
     if command.workdir is not None:
         raise UserError(f"workdir: got {command.workdir}; only a sweep's rows are kept")
@@ -768,7 +768,7 @@ def _show(command: argparse.Namespace, overrides: list[str]) -> int:
     built = config.build(sources, overrides, root="Experiment", trusts=trusts)
     config.check_read(overrides, built)
     show(built.value.model, out, length=command.length)
-    print(out)
+    print(f"wrote {out}")
     return 0
 
 
@@ -803,12 +803,12 @@ def _bench(command: argparse.Namespace, overrides: list[str]) -> int:
             print(prompts.table(rows[-1:]).splitlines()[-1], flush=True)
 
         rows = prompts.time_prompts(chosen, only=command.only, report=keep)
-        print(f"\n{prompts.table(rows)}\n\n{command.workdir / 'prompts.md'}")
+        print(f"\n{prompts.table(rows)}\n\nwrote {command.workdir / 'prompts.md'}")
         return 0
     rows = lengths.time_lengths(chosen, only=command.only, backward=command.backward)
     passes = "forward and backward" if command.backward else "forward"
     lengths.write(rows, command.workdir, f"Attention against length, {passes}, on {jax.devices()[0].device_kind}")
-    print(f"\n{lengths.table(rows)}\n\n{command.workdir / 'bench.png'}")
+    print(f"\n{lengths.table(rows)}\n\nwrote {command.workdir / 'bench.png'}")
     return 0
 
 
@@ -845,7 +845,7 @@ def _bench_device(command: argparse.Namespace) -> int:
         shown += f"\n\nFor kernels_pallas/gpu/blocks.py:\n\n```\n{found}\n```"
     (folder / "device.md").write_text(f"# {title}\n\n{shown}\n")
     device.draw(rows, folder / "device.png", title)
-    print(f"\n{shown}\n\n{folder / 'device.png'}")
+    print(f"\n{shown}\n\nwrote {folder / 'device.png'}")
     if left:
         print(f"{left} cases are left; the same command continues")
     return 0
@@ -867,7 +867,7 @@ def _regress(command: argparse.Namespace, overrides: list[str]) -> int:
     shown = regress.write(
         command.workdir, seeds=range(command.seeds), command=f"attnlab regress --seeds {command.seeds}"
     )
-    print(f"{shown}\n\n{command.workdir / 'regression.png'}")
+    print(f"{shown}\n\nwrote {command.workdir / 'regression.png'}")
     return 0
 
 
@@ -880,7 +880,7 @@ def _tokenize(command: argparse.Namespace, overrides: list[str]) -> int:
         command.texts, command.out, vocabulary=command.vocabulary, tokenizer=command.tokenizer
     )
     parts = ", ".join(f"{facts[part]['tokens']:,} for {part}" for part in ("train", "validation"))
-    print(f"{parts}; vocabulary {facts['vocabulary']:,}\n{command.out}")
+    print(f"{parts}; vocabulary {facts['vocabulary']:,}\nwrote {command.out}")
     return 0
 
 

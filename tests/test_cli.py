@@ -135,7 +135,7 @@ def test_sample_continues_the_text_of_a_run(tmp_path, capsys):
     text = capsys.readouterr().out
     assert text.count("--- after '") + text.count('--- after "') == 2
     assert cli.main(["sample", str(run), "--count", "2", "--seed", "4", "--out", str(out)]) == 0
-    assert capsys.readouterr().out == f"{out}\n"
+    assert capsys.readouterr().out == f"wrote {out}\n"
     assert out.read_text() == text
     draws = ["--length", "5", "--top-k", "40", "--top-p", "0.95", "--seed", "4"]
     assert cli.main(["sample", str(run), "--prompt", "def ", "--prompt", "naïve", *draws]) == 0
@@ -192,7 +192,7 @@ def test_a_run_on_images_leaves_a_picture_and_sample_draws_others(tmp_path, caps
     capsys.readouterr()
     assert cli.main(["sample", str(run), "--count", "3", "--temperature", "0", "--out", str(out)]) == 0
     printed = capsys.readouterr()
-    assert (printed.out, printed.err.splitlines()[-1]) == (f"{out}\n", "step 2 of 2")
+    assert (printed.out, printed.err.splitlines()[-1]) == (f"wrote {out}\n", "step 2 of 2")
     assert out.stat().st_size > 1000
 
 

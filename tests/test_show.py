@@ -27,7 +27,7 @@ def test_show_writes_a_picture(configs, tmp_path, capsys):
     out = tmp_path / "picture.png"
     assert cli.main(["show", *configs, "--out", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.strip() == str(out)
+    assert capsys.readouterr().out.strip() == f"wrote {out}"
 
 
 def test_the_numbers_in_the_picture_are_those_of_the_window(tmp_path, monkeypatch):
