@@ -67,6 +67,10 @@ def _parts(devices_per_run: int | None) -> list[Sequence[jax.Device]]:
     return [devices[start : start + size] for start in range(0, len(devices) - size + 1, size)]
 
 
+def counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
 class Plan:
     """Which runs a sweep needs, and what was decided for its arms.
 
@@ -168,6 +172,15 @@ class Plan:
         """Number of runs, searched rates among them."""
         searched = len(self.rates) if len(self.rates) > 1 else 0
         return len(self.arms) * (searched + len(self.ablation.seeds))
+
+    @property
+    def extent(self) -> str:
+        """What it is made of, for people: "3 arms x 3 seeds x 120 steps"."""
+        steps = sorted({self.run(arm, self.ablation.seeds[0], self.rates[0]).experiment.steps for arm in self.arms})
+        parts = [counted(len(self.arms), "arm"), counted(len(self.ablation.seeds), "seed")]
+        if len(self.rates) > 1:
+            parts[1] = f"({parts[1]} + {len(self.rates)} learning rates)"
+        return " x ".join([*parts, " to ".join(map(str, dict.fromkeys([steps[0], steps[-1]]))) + " steps"])
 
     def run(self, arm: str, seed: int, rate: float | None) -> Run:
         """A run of an arm. rate: None is the config's."""
