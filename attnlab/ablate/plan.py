@@ -100,12 +100,13 @@ class Plan:
         try:
             return config.build([self._file], self._overrides, root="Ablation")
         except UserError as error:
-            # Of a macro of its arms' files it says only that the sweep does not use it.
+            # Of a macro of its arms' files, which it names, it says only that the sweep does not use it.
+            text = str(error)
             try:
                 alone = config.build([self._file], root="Ablation")
             except UserError:
                 raise error from None
-            self._check_arms_keep(alone.value, config.sets)
+            self._check_arms_keep(alone.value, lambda source, name: name in text and config.sets(source, name))
             raise
 
     def _check_arms_keep(self, ablation: Ablation, sets: Callable[[str, str], bool]) -> None:

@@ -105,6 +105,8 @@ def test_a_macro_of_an_arm_s_file_is_changed_in_the_arm(tmp_path, capsys):
     line = capsys.readouterr().err.splitlines()[-1]
     assert "--gin.WINDOW: arms set it themselves, local (experiments/mixers/local.gin); change it there" in line
     assert line.endswith(f"'WINDOW = 3' to an arm's list, in {file}")
+    assert cli.main(["ablate", file, "--dry-run", "--gin.MIXERS=[]", "--gin.Ablation.seeds=[0.5]"]) == 2
+    assert "seeds: got [0.5]" in capsys.readouterr().err  # of another override than what an arm's file sets
 
 
 def test_a_sweep_says_how_much_it_is_and_after_each_run_about_how_long_the_rest_takes(tmp_path):
