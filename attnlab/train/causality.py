@@ -35,13 +35,10 @@ def check_causality(model: nnx.Module, task: Task) -> None:
         return
     for mixer in own:
         if (leak := find_leak(mixer, length)) is not None:
-            probe = ", or let --gin.LanguageTask.probe_future=True measure what it gives"
-            raise UserError(
-                f"mixers: {type(mixer).__name__} is to be causal and sees later tokens: its output at position "
-                f"{leak[0]} changes with the tokens from {leak[1]} on; mend its mix"
-                + probe
-                * isinstance(task, LanguageTask)
-            )
+            told = f"its output at position {leak[0]} changes with the tokens from {leak[1]} on; mend its mix"
+            if isinstance(task, LanguageTask):
+                told += ", or let --gin.LanguageTask.probe_future=True measure what it gives"
+            raise UserError(f"mixers: {type(mixer).__name__} is to be causal and sees later tokens: {told}")
 
 
 def find_leak(mixer: nn.Attention, length: int) -> tuple[int, int] | None:
