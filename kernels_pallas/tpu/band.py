@@ -463,7 +463,7 @@ def one_ahead(
 ) -> None:
     """use(head, piece, product(head, piece)) for all heads of a step and pieces of a body, the next product written
     before the use of this one: so the compiler fills the matrix unit while the vector units are at an exponential."""
-    parts = list(itertools.product(range(heads), body))
+    parts = [(head, piece) for piece in body for head in range(heads)]
     ahead = product(*parts[0])
     for number, (head, piece) in enumerate(parts):
         now, ahead = ahead, product(*parts[number + 1]) if number + 1 < len(parts) else None

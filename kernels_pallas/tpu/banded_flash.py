@@ -223,8 +223,8 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
         columns = jnp.zeros(maximum_ref.shape[1:], jnp.float32)
         for head in range(heads):
             maximum, total = maximum_ref[head], jnp.sum(sum_ref[head], axis=1, keepdims=True)
-            inverse = jnp.where(maximum <= MASKED, np.float32(0), _ONE / total)
-            out_ref[head] = (acc_ref[head] * over_lanes(inverse, acc_ref.shape[2])).astype(out_ref.dtype)
+            total = jnp.where(maximum <= MASKED, np.float32(np.inf), total)  # of a query that has seen no key
+            out_ref[head] = (acc_ref[head] * over_lanes(_ONE / total, acc_ref.shape[2])).astype(out_ref.dtype)
             columns = jnp.where(lanes == head, maximum, jnp.where(lanes == heads + head, total, columns))
         rows = jnp.transpose(columns)
         maxima, totals = rows[:heads], rows[heads : 2 * heads]
