@@ -34,7 +34,7 @@ Sees = Callable[[np.ndarray, np.ndarray], Any]
 
 # What a step does, as bits.
 FIRST, LAST, ACTIVE, FULL = (np.int32(2**bit) for bit in range(4))
-HEAD_BIT = np.int32(6)  # and above it the part of the query heads of a key head; those between are the kernel's
+HEAD_BIT = np.int32(6)  # and above it the part of a key head's query heads; the bits between are a kernel's own
 BANK_BIT = np.int32(4)  # or, of a pattern with a bank, the bank's tile
 
 
@@ -60,7 +60,6 @@ class Tiling:
     by_query: pairs (query tile, key tile); by_key: the same pairs as (key tile, query tile).
     diagonals: (offset, width) where query t sees the keys t + offset <= s < t + offset + width that there are, and the
     sinks: then the kernels read no bounds.
-    seen, full: bool [2 query tiles, 2 key tiles], of halves of tiles: some query sees some key, all see all. Or None.
     bank: int8 [tiles, block_q, block_k], not 0 where a query sees a key; a step's tile is in its flags. No bounds then.
     heads: how many lists there are for a row of the batch, one or as many as key heads; they follow each other.
     """
@@ -74,8 +73,6 @@ class Tiling:
     block_k: int
     sinks: int = 0
     diagonals: tuple[int, int] | None = None
-    seen: Any = None
-    full: Any = None
     bank: Any = None
     heads: int = 1
 
@@ -102,11 +99,9 @@ class Intervals:
         starts, ends = _cut(*self.bounds(np.arange(self.queries)), self.keys)
         diagonals = _diagonals(starts, ends, self.keys, block_k)
         starts = np.where(starts <= self.sinks, 0, starts)  # an interval that touches the sinks begins with them
-        bounds = starts, ends, self.keys, self.sinks
-        lists = lists_of(*_visited(*bounds, block_q, block_k))
-        halves = _of_halves(*bounds, block_q, block_k)
+        lists = lists_of(*_visited(starts, ends, self.keys, self.sinks, block_q, block_k))
         first, end = (x.astype(np.int32)[None, None] for x in (starts, ends))
-        return Tiling(first, end, None, *lists, block_q, block_k, self.sinks, diagonals, *halves)
+        return Tiling(first, end, None, *lists, block_q, block_k, self.sinks, diagonals)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -435,17 +430,6 @@ def _visited(
     first = np.arange(visited.shape[1]) * block_k
     after_start = (first >= latest_start[:, None]) | (first + block_k <= sinks)
     return visited, visited & after_start & (first + block_k <= earliest_end[:, None])
-
-
-def _of_halves(
-    starts: np.ndarray, ends: np.ndarray, num_keys: int, sinks: int, block_q: int, block_k: int
-) -> tuple[Any, Any]:
-    """Tiling.seen and full, or None twice where a tile has no halves."""
-    if block_q % 2 or block_k % 2:
-        return None, None
-    seen, full = _visited(starts, ends, num_keys, sinks, block_q // 2, block_k // 2)
-    past = [(0, side % 2) for side in seen.shape]
-    return np.pad(seen, past), np.pad(full, past)
 
 
 def _diagonals(starts: np.ndarray, ends: np.ndarray, num_keys: int, block_k: int) -> tuple[int, int] | None:

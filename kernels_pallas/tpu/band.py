@@ -223,29 +223,36 @@ def bodies_of(tiling: Tiling, *, segments: bool = False) -> tuple[list[Body], Vi
     """
     bodies = [_whole(tiling, is_masked=segments), _whole(tiling, is_masked=True)]
     lists = tiling.by_query, tiling.by_key
-    if tiling.seen is None or tiling.block_q // 2 % LANES or tiling.block_k // 2 % LANES:
-        numbers = [(x.flags & FULL == 0).astype(np.int32) for x in lists]
-    else:
-        tiles = [side // 2 for side in tiling.seen.shape]
-        by_tile = [
-            x.reshape(tiles[0], 2, tiles[1], 2).swapaxes(1, 2).reshape(*tiles, 4)
-            for x in (tiling.seen, tiling.full & (not segments))
-        ]
-        quarters = np.concatenate(by_tile, axis=2)
-        rows, columns, flags = tiling.by_query
-        listed = flags & ACTIVE != 0
-        kinds, counts = np.unique(quarters[rows[listed], columns[listed]], axis=0, return_counts=True)
+    numbers: list[Any] = [(x.flags & FULL == 0).astype(np.int32) for x in lists]
+    has_halves = tiling.block_q // 2 % LANES == tiling.block_k // 2 % LANES == 0
+    is_known = isinstance(tiling.by_query.flags, np.ndarray) and tiling.coordinates is None
+    if has_halves and is_known and (is_listed := tiling.by_query.flags[0] & ACTIVE != 0).any():
+        pairs = (tiling.by_query[:2], tiling.by_key[1::-1])  # query tiles, key tiles
+        kind_of = [_quarters(tiling, *(tiles[0] for tiles in pair), segments=segments) for pair in pairs]
+        kinds, counts = np.unique(kind_of[0][is_listed], axis=0, return_counts=True)
         frequent = kinds[np.argsort(-counts, kind="stable")[: _MOST_BODIES - (len(kinds) > _MOST_BODIES)]]
         others = bodies[1:] if len(kinds) > _MOST_BODIES else []
         bodies = [_body(tiling, *np.split(kind, 2)) for kind in frequent] + others
-        of_tile = np.full(tiles, len(frequent), np.int32)
-        for number, kind in enumerate(frequent):
-            of_tile[(quarters == kind).all(axis=2)] = number
-        numbers = [of_tile[rows, columns], of_tile.T[tiling.by_key.rows, tiling.by_key.columns]]
-    by_query, by_key = (
-        x._replace(flags=x.flags | number << _BODY_BIT) for x, number in zip(lists, numbers, strict=True)
-    )
+        for index, kind in enumerate(kind_of):
+            is_kind = (kind[:, None] == frequent).all(axis=2)
+            number = np.where(is_kind.any(axis=1), is_kind.argmax(axis=1), len(frequent))
+            numbers[index] = number.astype(np.int32)[None]
+    by_query, by_key = (x._replace(flags=x.flags | number << _BODY_BIT) for x, number in zip(lists, numbers))
     return bodies, by_query, by_key
+
+
+def _quarters(tiling: Tiling, query_tiles: np.ndarray, key_tiles: np.ndarray, *, segments: bool) -> np.ndarray:
+    """bool [pairs, 8]: of the quarters of each pair, two of the first half of the queries and two of the last, in which
+    some query sees some key, and then in which all see all."""
+    half_q, half_k = tiling.block_q // 2, tiling.block_k // 2
+    past = -tiling.starts.shape[2] % tiling.block_q
+    bounds = (np.pad(x[0, 0], (0, past), mode="edge") for x in (tiling.starts, tiling.ends))
+    start, end = (x.reshape(-1, 2, 1, half_q)[query_tiles] for x in bounds)
+    first = (key_tiles[:, None] * tiling.block_k + [0, half_k])[:, None, :, None]
+    last = first + half_k
+    seen = (np.maximum(start, first) < np.minimum(end, last)) | (first < np.minimum(tiling.sinks, end))
+    full = ((start <= first) | (last <= tiling.sinks)) & (last <= end) & (not segments)
+    return np.concatenate([x.reshape(-1, 4) for x in (seen.any(axis=3), full.all(axis=3))], axis=1)
 
 
 def _whole(tiling: Tiling, *, is_masked: bool) -> Body:
@@ -262,7 +269,7 @@ def _body(tiling: Tiling, seen: np.ndarray, full: np.ndarray) -> Body:
     for half in range(2):
         of_half = slice(2 * half, 2 * half + 2)
         keys, masked = (
-            slice(half_k * x.min(), half_k * (x.max() + 1)) if x.size else None
+            slice(half_k * int(x.min()), half_k * (int(x.max()) + 1)) if x.size else None
             for x in (np.flatnonzero(seen[of_half]), np.flatnonzero((seen & ~full)[of_half]))
         )
         if keys is not None:

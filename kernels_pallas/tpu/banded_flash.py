@@ -14,9 +14,13 @@ Milakov & Gimelshein 2018).
     tiles     1 . # .                                                       .: partly seen
               2   . # .
 
-The list comes by scalar prefetch, so that the pipeline knows the next tiles early. Query heads that share a key head
-read it in place. With several axes the caller orders the tokens so that a box of space is one tile (patterns.Boxes),
-and every key brings its coordinates.
+The list comes by scalar prefetch, so that the pipeline knows the next tiles early. With several axes the caller orders
+the tokens so that a box of space is one tile (patterns.Boxes), and every key brings its coordinates.
+
+The softmax of one head is a chain (product, maximum, exponential, product) in which the matrix unit waits. So a step
+has up to four heads, those of one key head or with their own, as independent chains: the next head's product is written
+before this one's softmax. A query's sum is kept per lane and added up at the end. Of a pair of tiles that is partly
+seen only the quarters that some query sees are computed, and only of those that are partly seen elements are masked.
 
 Numerics: products of bfloat16 operands are accumulated in float32; float32 operands are multiplied at full float32
 precision (Precision.HIGHEST, six passes of the matrix unit: a float32 call is about as accurate as XLA's at that

@@ -9,7 +9,8 @@ and d the gradient of a loss with respect to out and lse:
 
 The first kernel goes through the key tiles that a query tile sees, as the forward kernel does, and adds up dq. The
 second goes through the query tiles that see a key tile, over all query heads of a key head, and adds up dk and dv; its
-tiles of logits are [keys, queries], so that what belongs to a query lies along the lanes. Sums are float32.
+tiles of logits are [keys, queries], so that what belongs to a query lies along the lanes. Sums are float32. Heads go
+side by side and tiles by quarters, as in the forward kernel.
 """
 
 import functools
