@@ -84,7 +84,7 @@ def vmem_bytes(
     rows = 4 * common.SUBLANES * ((1 + heads) * block_q + (block_k if tables > 1 else 0))
     state = 4 * max(all_queries * (key_lanes + 2 * common.LANES), all_keys * both)
     # Logits and dp, those of the next head with them, p and dl, and these in the operands' dtype.
-    logits = (4 * (2 * min(heads, 2) + 2) + 2 * size) * block_q * block_k
+    logits = (4 * (2 * min(heads, 2) + 1) + 2 * size) * block_q * block_k
     columns = 4 * common.LANES * (block_q * 8 + (block_k if tables > 1 else 0))
     products = 4 * max(block_q * key_lanes, block_k * both)  # before they are added to the sums
     splits = 2 * size * (block_q + block_k) * both if size == 4 else 0
