@@ -254,7 +254,8 @@ def _halves(x: Array) -> tuple[Array, Array]:
 def _start(band: Band, step: Step, bounds: Sequence[Any], *sums: Any) -> None:
     @pl.when(is_first(step))
     def _() -> None:
-        save_bounds(band, step, bounds)
+        if not step.by_key:
+            save_bounds(band, step, bounds)
         for total in sums:
             total[...] = jnp.zeros_like(total)
 
