@@ -41,9 +41,9 @@ Array = jax.Array
 
 # Stands for -inf in masked logits and in the maximum of no logits: finite, so that a difference of two is not NaN.
 MASKED = np.float32(-0.7 * np.finfo(np.float32).max)
-# Query heads of a step: one head's softmax is a chain in which the matrix unit waits; with four independent ones the
-# compiler fills it, and with more it runs out of registers and memory.
-_MOST_HEADS = 4
+# Query heads of a step at most, by bytes of an element: one head's softmax is a chain in which the matrix unit waits,
+# and beside independent ones the compiler fills it. In float32 six passes fill it anyway, and code is long.
+_MOST_HEADS = {2: 4, 4: 2}
 # Rows of the tables of queries and of keys: START and WIDTH (queries) or COORDINATE (keys) of each axis, then SEGMENT.
 # START and WIDTH have their sign bit flipped: as int32, coordinate - START < WIDTH then is true iff the key is in the
 # interval, because below the interval the unsigned difference wraps to a large number.
@@ -125,7 +125,7 @@ def heads_of_a_step(
     widths = padded_width(query.shape[-1]), padded_width(value.shape[-1])
     tables = 1 + (pattern.has_coordinates or segment_ids is not None)
     heads, group = query.shape[2], query.shape[2] // key.shape[2]
-    for some in range(_MOST_HEADS, 1, -1):
+    for some in range(_MOST_HEADS[jnp.dtype(query.dtype).itemsize], 1, -1):
         divides = heads % some == 0 and (some % group == 0 or group % some == 0)
         of_step = {"heads": some, "key_heads": max(1, some // group)}
         if divides and footprint(*blocks, *widths, query.dtype, tables=tables, **of_step) <= VMEM_BUDGET:

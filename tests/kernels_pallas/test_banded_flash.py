@@ -74,7 +74,7 @@ IN_QUARTERS = {  # the same at tiles of 256, whose quarters are empty, full or i
     "causal in quarters": (513, {"window": 256, "is_causal": True}, {"heads": 8, "key_heads": 2} | NARROW),
     "quarters of many kinds": (700, {"window": 280, "is_causal": True, "sinks": 3}, {"key_heads": 2} | NARROW),
     "bidirectional in quarters": (600, {"window": 401}, {"heads": 8, "dtype": jnp.bfloat16}),
-    "segments in quarters": (520, {"window": 300}, {"heads": 6, "key_heads": 3, "segments": True} | HALF),
+    "segments in quarters": (520, {"window": 300}, {"heads": 4, "key_heads": 2, "segments": True} | HALF),
 }
 CASES |= IN_QUARTERS
 # Cases whose values, and whose gradients too, are looked at in every run of the tests.
