@@ -34,7 +34,7 @@ Sees = Callable[[np.ndarray, np.ndarray], Any]
 
 # What a step does, as bits.
 FIRST, LAST, ACTIVE, FULL = (np.int32(2**bit) for bit in range(4))
-HEAD_BIT = np.int32(4)  # and above it the query head, among those of its key head
+HEAD_BIT = np.int32(6)  # and above it the part of a key head's query heads; the bits between are a kernel's own
 BANK_BIT = np.int32(4)  # or, of a pattern with a bank, the bank's tile
 
 
@@ -338,7 +338,7 @@ def lists_of(visited: np.ndarray, full: np.ndarray) -> tuple[Visits, Visits]:
 
 
 def for_every_head(visits: Visits, group: int) -> Visits:
-    """A list's rows, each gone through once for every query head of a key head."""
+    """A list's rows, each gone through once for every query head of a key head, or this many parts of them."""
     if group == 1:
         return visits
     (rows, columns, flags) = (np.asarray(x) for x in visits)

@@ -43,19 +43,25 @@ class Schedule(NamedTuple):
         those cycles issue a matrix product's instruction.
 
         Short bodies may be predicated rather than skipped: they are in every step, and there are fewer regions than
-        bodies. Which ones is not known; what is returned is the most that it can be.
+        bodies. Which ones is not known; what is returned is the most that it can be. Of more regions than bodies the
+        smallest are the pipeline's own, and counted to every step.
         """
-        if len(self.regions) > len(runs):
-            raise ValueError(f"runs: got {len(runs)} counts; the kernel has regions of {self.regions} bundles")
+        by_size = sorted(range(len(self.regions)), key=lambda number: self.regions[number])
+        own = by_size[: max(0, len(self.regions) - len(runs))]
+        step, step_matmuls = (
+            size + sum(sizes[number] for number in own)
+            for size, sizes in ((self.step, self.regions), (self.step_matmuls, self.matmuls))
+        )
+        bodies = [number for number in range(len(self.regions)) if number not in own]
         totals = [
             (
-                sum(size * int(run) for size, run in zip(self.regions, some, strict=True)),
-                sum(count * int(run) for count, run in zip(self.matmuls, some, strict=True)),
+                sum(self.regions[number] * int(run) for number, run in zip(bodies, some, strict=True)),
+                sum(self.matmuls[number] * int(run) for number, run in zip(bodies, some, strict=True)),
             )
-            for some in itertools.combinations(runs, len(self.regions))
+            for some in itertools.combinations(runs, len(bodies))
         ]
         bundles, matmuls = max(totals)
-        return self.before + steps * self.step + bundles, steps * self.step_matmuls + matmuls
+        return self.before + steps * step + bundles, steps * step_matmuls + matmuls
 
 
 @contextlib.contextmanager

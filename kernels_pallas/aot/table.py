@@ -14,7 +14,7 @@ import numpy as np
 from kernels_pallas.aot import schedule
 from kernels_pallas.aot.compile import GPUS, TOPOLOGIES, Grid, Row, compile_for_tpu
 from kernels_pallas.aot.peers import OTHERS
-from kernels_pallas.patterns import Visits, for_every_head
+from kernels_pallas.patterns import ACTIVE, FIRST, LAST, for_every_head
 from kernels_pallas.shapes import SHAPES, Shape
 from kernels_pallas.tpu import (
     banded_covariance,
@@ -24,53 +24,63 @@ from kernels_pallas.tpu import (
     chunked_linear,
     linear_step,
 )
+from kernels_pallas.tpu.band import bodies_of, body_of
 from kernels_pallas.tpu.chunk import CHUNK
 from kernels_pallas.tpu.common import padded_width
 
 
-def _grid(visits: Visits, rows: int) -> Grid:
-    """Of a kernel that goes through the pairs of tiles for each of `rows`: first, full, partly seen, last."""
-    first, last, active, full = (int(np.count_nonzero(visits.flags & 2**bit)) for bit in range(4))
-    # A body that no step runs is compiled away where it is known; here flags are data, and both are there.
-    runs = (first, full, active - full, last)
-    return Grid(rows * visits.rows.size, tuple(rows * n for n in runs), rows * active)
+def _grid(shape: Shape, blocks: tuple[int, int], heads: int, *, by_key: bool = False) -> Grid:
+    """Of a kernel that goes through the pairs of tiles with this many query heads in a step: first, bodies, last."""
+    bodies, of_queries, of_keys = bodies_of(shape.pattern().tiled(*blocks))
+    group = shape.heads // shape.key_heads
+    visits = for_every_head(of_keys, max(1, group // heads)) if by_key else of_queries
+    steps = shape.key_heads // max(1, heads // group) if by_key else shape.heads // heads
+    first, last, active = (visits.flags & flag != 0 for flag in (FIRST, LAST, ACTIVE))
+    of_bodies = np.bincount(body_of(visits.flags[active]), minlength=len(bodies))
+    runs = (np.count_nonzero(first), *of_bodies, np.count_nonzero(last))
+    tiles = shape.heads * int(np.count_nonzero(of_queries.flags & ACTIVE))
+    return Grid(steps * visits.flags.size, tuple(steps * int(n) for n in runs), tiles)
+
+
+def _vmem(module: Any, shape: Shape, blocks: tuple[int, int], heads: int) -> int:
+    """By the model of a kernel with this many query heads in a step."""
+    key_heads = max(1, heads * shape.key_heads // shape.heads)
+    widths = shape.head_dim, shape.head_dim
+    return int(module.vmem_bytes(*blocks, *widths, shape.dtype, heads=heads, key_heads=key_heads))
 
 
 def _banded_flash(shape: Shape) -> Row:
-    arrays = shape.arrays()
-    blocks = banded_flash.default_blocks(*arrays)
-    pattern = shape.pattern()
+    arrays, pattern = shape.arrays(), shape.pattern()
 
     def attend(query: Any, key: Any, value: Any) -> Any:
         return banded_flash.banded_flash_attention(query, key, value, pattern=pattern, scale=shape.head_dim**-0.5)
 
-    vmem = banded_flash.vmem_bytes(*blocks, shape.head_dim, shape.head_dim, shape.dtype)
-    return Row(attend, arrays, vmem, {"banded_flash_attention": _grid(pattern.tiled(*blocks).by_query, shape.heads)})
+    blocks = banded_flash.default_blocks(*arrays)
+    heads = banded_flash.heads_of_a_step(*arrays, pattern=pattern)
+    vmem = _vmem(banded_flash, shape, blocks, heads)
+    return Row(attend, arrays, vmem, {"banded_flash_attention": _grid(shape, blocks, heads)})
 
 
 def _banded_flash_gradients(shape: Shape) -> Row:
-    arrays = shape.arrays()
+    arrays, pattern = shape.arrays(), shape.pattern()
     lse = shape.array(shape.heads, dtype=jnp.float32)
-    blocks = banded_flash_backward.default_blocks(*arrays)
-    pattern = shape.pattern()
-    tiling = pattern.tiled(*blocks)
 
     def gradients(*arrays: Any) -> Any:
         return banded_flash_backward.banded_flash_gradients(*arrays, pattern=pattern, scale=shape.head_dim**-0.5)
 
-    vmem = banded_flash_backward.vmem_bytes(*blocks, shape.head_dim, shape.head_dim, shape.dtype)
-    group = shape.heads // shape.key_heads
+    blocks = banded_flash_backward.default_blocks(*arrays)
+    heads = banded_flash_backward.heads_of_a_step(*arrays, pattern=pattern)
     grids = {
-        "banded_flash_query_gradient": _grid(tiling.by_query, shape.heads),
-        "banded_flash_key_value_gradients": _grid(for_every_head(tiling.by_key, group), shape.key_heads),
+        "banded_flash_query_gradient": _grid(shape, blocks, heads),
+        "banded_flash_key_value_gradients": _grid(shape, blocks, heads, by_key=True),
     }
+    vmem = _vmem(banded_flash_backward, shape, blocks, heads)
     return Row(gradients, [*arrays, arrays[0], lse, arrays[0], lse], vmem, grids)
 
 
 def _banded_covariance(shape: Shape) -> Row:
-    arrays = shape.arrays()
+    arrays, pattern = shape.arrays(), shape.pattern()
     blocks = banded_covariance.default_blocks(*arrays)
-    pattern = shape.pattern()
     wide = shape.array(shape.heads, shape.head_dim, dtype=jnp.float32)
     lse = shape.array(shape.heads, dtype=jnp.float32)
 
@@ -79,15 +89,12 @@ def _banded_covariance(shape: Shape) -> Row:
         return run(*arrays, scale=shape.head_dim**-0.5)
 
     vmem = banded_covariance.vmem_bytes(*blocks, shape.head_dim, shape.head_dim, shape.dtype)
-    grids = {"banded_covariance": _grid(pattern.tiled(*blocks).by_query, shape.heads)}
-    return Row(covariance, [*arrays, wide, lse, wide], vmem, grids)
+    return Row(covariance, [*arrays, wide, lse, wide], vmem, {"banded_covariance": _grid(shape, blocks, heads=1)})
 
 
 def _banded_covariance_gradients(shape: Shape) -> Row:
-    row = _banded_covariance(shape)
+    row, pattern = _banded_covariance(shape), shape.pattern()
     blocks = banded_covariance.default_blocks(*row.arrays[:3])
-    pattern = shape.pattern()
-    tiling = pattern.tiled(*blocks)
     wide = row.arrays[3]
 
     def gradients(*arrays: Any) -> Any:
@@ -95,10 +102,8 @@ def _banded_covariance_gradients(shape: Shape) -> Row:
         return run(*arrays, scale=shape.head_dim**-0.5)
 
     grids = {
-        "banded_covariance_query_gradients": _grid(tiling.by_query, shape.heads),
-        "banded_covariance_key_value_gradients": _grid(
-            for_every_head(tiling.by_key, shape.heads // shape.key_heads), shape.key_heads
-        ),
+        "banded_covariance_query_gradients": _grid(shape, blocks, heads=1),
+        "banded_covariance_key_value_gradients": _grid(shape, blocks, heads=1, by_key=True),
     }
     return Row(gradients, [*row.arrays, wide, wide, wide], row.vmem, grids)
 

@@ -1,6 +1,7 @@
 """What the banded kernels for TPU share: sizes and tables of a call, its grid over pairs of tiles, the element mask."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.patterns import ACTIVE, FIRST, FULL, HEAD_BIT, LAST, BlockLists, Pattern, Tiling, for_every_head
+from kernels_pallas.patterns import (
+    ACTIVE,
+    FIRST,
+    FULL,
+    HEAD_BIT,
+    LAST,
+    BlockLists,
+    Pattern,
+    Tiling,
+    Visits,
+    for_every_head,
+)
 from kernels_pallas.tpu.common import (
     LANES,
     SMEM_BUDGET,
@@ -29,10 +41,15 @@ Array = jax.Array
 
 # Stands for -inf in masked logits and in the maximum of no logits: finite, so that a difference of two is not NaN.
 MASKED = np.float32(-0.7 * np.finfo(np.float32).max)
+# Query heads of a step at most, by bytes of an element: one head's softmax is a chain in which the matrix unit waits,
+# and beside independent ones the compiler fills it. In float32 six passes fill it anyway, and code is long.
+_MOST_HEADS = {2: 4, 4: 2}
 # Rows of the tables of queries and of keys: START and WIDTH (queries) or COORDINATE (keys) of each axis, then SEGMENT.
 # START and WIDTH have their sign bit flipped: as int32, coordinate - START < WIDTH then is true iff the key is in the
 # interval, because below the interval the unsigned difference wraps to a large number.
 _SEGMENT = SUBLANES - 1
+# Where a step's flags have the number of its pair's body, and how many there are at most.
+_BODY_BIT, _MOST_BODIES = np.int32(4), 4
 _SIGN = np.int32(-(2**31))
 
 
@@ -90,6 +107,32 @@ def refusal(
     return None
 
 
+def heads_of_a_step(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    pattern: Pattern,
+    segment_ids: tuple[Any, Any] | None = None,
+    default_blocks: Callable[..., tuple[int, int]],
+    footprint: Callable[..., int],
+) -> int:
+    """How many query heads a step takes: some of one key head's or all of several key heads', as many as VMEM holds.
+
+    The arguments are refusal's.
+    """
+    blocks = pattern.blocks(default_blocks(query, key, value))
+    widths = padded_width(query.shape[-1]), padded_width(value.shape[-1])
+    tables = 1 + (pattern.has_coordinates or segment_ids is not None)
+    heads, group = query.shape[2], query.shape[2] // key.shape[2]
+    for some in range(_MOST_HEADS[jnp.dtype(query.dtype).itemsize], 1, -1):
+        divides = heads % some == 0 and (some % group == 0 or group % some == 0)
+        of_step = {"heads": some, "key_heads": max(1, some // group)}
+        if divides and footprint(*blocks, *widths, query.dtype, tables=tables, **of_step) <= VMEM_BUDGET:
+            return some
+    return 1
+
+
 class Tokens(NamedTuple):
     """An array as the kernels read it, heads first, of whole tiles and padded in head dim: of queries, [B, N, T', H'],
     or of keys, [B, K, S', H']."""
@@ -108,11 +151,12 @@ class Band:
         self.num_keys, self.key_heads, value_dim = value.shape[1:]
         self.group = self.heads // self.key_heads
         self.tiling, self.segments = tiling, segment_ids is not None
-        self.block_q, self.block_k, self.itemsize = tiling.block_q, tiling.block_k, query.dtype.itemsize
+        self.block_q, self.block_k = tiling.block_q, tiling.block_k
         self.key_width, self.value_width = padded_width(head_dim), padded_width(value_dim)
         self.padded_queries = round_up(self.num_queries, self.block_q)
         self.padded_keys = round_up(self.num_keys, self.block_k)
         self.axes = tiling.starts.shape[1]
+        self.bodies, self.by_query, self.by_key = bodies_of(tiling, segments=self.segments)
         # The table's rows that the kernels read.
         self.rows = [*range(0 if tiling.diagonals else 2 * self.axes), *([_SEGMENT] if self.segments else [])]
         # Queries in the padding copy the last one's interval, so that they do not spoil a full tile; keys in it have
@@ -136,12 +180,12 @@ class Band:
         """Of x [B, S, K, H]."""
         return Tokens(heads_first(x, self.padded_keys, padded_width(x.shape[-1])), of_keys=True)
 
-    def numbers(self, rows: dict[int, Array]) -> Array:
-        """[B, T, N] by row -> float32 [B, N, 8, T']."""
-        table = jnp.zeros((self.batch, self.heads, SUBLANES, self.padded_queries), jnp.float32)
-        for row, x in rows.items():
-            table = table.at[:, :, row, : x.shape[1]].set(jnp.swapaxes(x, 1, 2).astype(jnp.float32))
-        return table
+    def numbers(self, rows: Sequence[Array], heads: int = 1) -> Array:
+        """[B, T, N] each -> float32 [B, N / heads, rows x heads, T']: of every row, the heads of a step."""
+        table = jnp.stack([x.astype(jnp.float32) for x in rows], axis=1)
+        table = table.reshape(self.batch, len(rows), self.num_queries, self.heads // heads, heads)
+        table = jnp.transpose(table, (0, 3, 1, 4, 2)).reshape(self.batch, self.heads // heads, -1, self.num_queries)
+        return jnp.pad(table, ((0, 0),) * 3 + ((0, self.padded_queries - self.num_queries),))
 
     def bounds_scratch(self) -> list[Any]:
         """Scratch for the rows of the table of queries: one number per query and row, repeated over the lanes."""
@@ -158,6 +202,79 @@ class Band:
             return table
         ids = jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, past)))
         return jnp.broadcast_to(table, (self.batch, *table.shape[1:])).at[:, _SEGMENT].set(ids)
+
+
+class Piece(NamedTuple):
+    """A part of a pair of tiles that is computed at once. masked: the keys that some of its queries do not see."""
+
+    queries: slice
+    keys: slice
+    masked: slice | None
+
+
+# What is computed of a pair of tiles.
+Body = tuple[Piece, ...]
+
+
+def bodies_of(tiling: Tiling, *, segments: bool = False) -> tuple[list[Body], Visits, Visits]:
+    """The bodies that a tiling's pairs have, and its lists with the number of each pair's body at _BODY_BIT.
+
+    segments: whether a query sees keys of its own segment only.
+    """
+    bodies = [_whole(tiling, is_masked=segments), _whole(tiling, is_masked=True)]
+    lists = tiling.by_query, tiling.by_key
+    numbers: list[Any] = [(x.flags & FULL == 0).astype(np.int32) for x in lists]
+    has_halves = tiling.block_q // 2 % LANES == tiling.block_k // 2 % LANES == 0
+    is_known = isinstance(tiling.by_query.flags, np.ndarray) and tiling.coordinates is None
+    if has_halves and is_known and (is_listed := tiling.by_query.flags[0] & ACTIVE != 0).any():
+        pairs = (tiling.by_query[:2], tiling.by_key[1::-1])  # query tiles, key tiles
+        kind_of = [_quarters(tiling, *(tiles[0] for tiles in pair), segments=segments) for pair in pairs]
+        kinds, counts = np.unique(kind_of[0][is_listed], axis=0, return_counts=True)
+        frequent = kinds[np.argsort(-counts, kind="stable")[: _MOST_BODIES - (len(kinds) > _MOST_BODIES)]]
+        others = bodies[1:] if len(kinds) > _MOST_BODIES else []
+        bodies = [_body(tiling, *np.split(kind, 2)) for kind in frequent] + others
+        for index, kind in enumerate(kind_of):
+            is_kind = (kind[:, None] == frequent).all(axis=2)
+            number = np.where(is_kind.any(axis=1), is_kind.argmax(axis=1), len(frequent))
+            numbers[index] = number.astype(np.int32)[None]
+    by_query, by_key = (x._replace(flags=x.flags | number << _BODY_BIT) for x, number in zip(lists, numbers))
+    return bodies, by_query, by_key
+
+
+def _quarters(tiling: Tiling, query_tiles: np.ndarray, key_tiles: np.ndarray, *, segments: bool) -> np.ndarray:
+    """bool [pairs, 8]: of the quarters of each pair, two of the first half of the queries and two of the last, in which
+    some query sees some key, and then in which all see all."""
+    half_q, half_k = tiling.block_q // 2, tiling.block_k // 2
+    past = -tiling.starts.shape[2] % tiling.block_q
+    bounds = (np.pad(x[0, 0], (0, past), mode="edge") for x in (tiling.starts, tiling.ends))
+    start, end = (x.reshape(-1, 2, 1, half_q)[query_tiles] for x in bounds)
+    first = (key_tiles[:, None] * tiling.block_k + [0, half_k])[:, None, :, None]
+    last = first + half_k
+    seen = (np.maximum(start, first) < np.minimum(end, last)) | (first < np.minimum(tiling.sinks, end))
+    full = ((start <= first) | (last <= tiling.sinks)) & (last <= end) & (not segments)
+    return np.concatenate([x.reshape(-1, 4) for x in (seen.any(axis=3), full.all(axis=3))], axis=1)
+
+
+def _whole(tiling: Tiling, *, is_masked: bool) -> Body:
+    keys = slice(0, tiling.block_k)
+    return (Piece(slice(0, tiling.block_q), keys, keys if is_masked else None),)
+
+
+def _body(tiling: Tiling, seen: np.ndarray, full: np.ndarray) -> Body:
+    """Of quarters of a pair of tiles, two of the first half of its queries and two of the last, bool [4]."""
+    if full.all():
+        return _whole(tiling, is_masked=False)
+    half_q, half_k = tiling.block_q // 2, tiling.block_k // 2
+    pieces = []
+    for half in range(2):
+        of_half = slice(2 * half, 2 * half + 2)
+        keys, masked = (
+            slice(half_k * int(x.min()), half_k * (int(x.max()) + 1)) if x.size else None
+            for x in (np.flatnonzero(seen[of_half]), np.flatnonzero((seen & ~full)[of_half]))
+        )
+        if keys is not None:
+            pieces.append(Piece(slice(half_q * half, half_q * (half + 1)), keys, masked))
+    return tuple(pieces)
 
 
 class Step(NamedTuple):
@@ -177,14 +294,21 @@ class Step(NamedTuple):
 class Call:
     """A kernel over a list of pairs of tiles, in a grid (batch, heads, steps).
 
-    By query, the list's rows are query tiles, and the grid has the query heads. By key, rows are key tiles, and the
-    grid has the key heads: a row goes over all query heads of its key head, as the flags mark.
+    A step has `heads` query heads, some of one key head's or all of several key heads', and blocks with an axis of
+    heads; without a number it has one, and blocks without that axis.
+
+    By query, the list's rows are query tiles, and the grid goes over the query heads. By key, rows are key tiles, and
+    the grid goes over the key heads: a row goes over all query heads of its key heads, as the flags mark.
     """
 
-    def __init__(self, band: Band, *, by_key: bool):
+    def __init__(self, band: Band, *, by_key: bool, heads: int | None = None):
         self.band, self.by_key = band, by_key
-        self.visits = for_every_head(band.tiling.by_key, band.group) if by_key else band.tiling.by_query
-        self.grid = (band.batch, band.key_heads if by_key else band.heads, self.visits.rows.shape[1])
+        self.heads, self.key_heads = heads, None if heads is None else max(1, heads // band.group)
+        # How many steps it takes to go over the query heads of a key head.
+        self.parts = max(1, band.group // (heads or 1))
+        self.visits = for_every_head(band.by_key, self.parts) if by_key else band.by_query
+        steps_of_heads = band.key_heads // (self.key_heads or 1) if by_key else band.heads // (heads or 1)
+        self.grid = (band.batch, steps_of_heads, self.visits.rows.shape[1])
 
     def _index(self, b: Any, s: Any) -> Any:
         """A step's index in the lists, which lie behind each other."""
@@ -192,28 +316,38 @@ class Call:
         return s if lists == 1 else b * np.int32(steps) + s
 
     def _query(self, b: Any, n: Any, s: Any, rows: Any, columns: Any, flags: Any) -> tuple[Any, Any, Any]:
-        """(batch, head, tile) of a step's queries."""
+        """(batch, block of heads, tile) of a step's queries."""
         index = self._index(b, s)
         if not self.by_key:
             return b, n, rows[index]
-        head = lax.shift_right_logical(flags[index], HEAD_BIT)
-        return b, n * np.int32(self.band.group) + head, columns[index]
+        part = lax.shift_right_logical(flags[index], HEAD_BIT)
+        return b, n * np.int32(self.parts) + part, columns[index]
 
     def _key(self, b: Any, n: Any, s: Any, rows: Any, columns: Any, flags: Any) -> tuple[Any, Any, Any]:
-        """(batch, head, tile) of a step's keys."""
+        """(batch, block of heads, tile) of a step's keys."""
         index = self._index(b, s)
         if self.by_key:
             return b, n, rows[index]
         tile = columns[index]
-        return b, lax.div(n, np.int32(self.band.group)), tile
+        return b, lax.div(n, np.int32(self.parts)), tile
 
     def _of_tokens(self, width: int, *, of_keys: bool) -> Any:
         """Block of an array [B, N, T', width] or [B, K, S', width]."""
-        tile_of, block = (self._key, self.band.block_k) if of_keys else (self._query, self.band.block_q)
-        return pl.BlockSpec((None, None, block, width), lambda *step: (*tile_of(*step), zero()))
+        tile_of, heads, block = (
+            (self._key, self.key_heads, self.band.block_k) if of_keys else (self._query, self.heads, self.band.block_q)
+        )
+        return pl.BlockSpec((None, heads, block, width), lambda *step: (*tile_of(*step), zero()))
+
+    def _read(self, tokens: Tokens) -> int:
+        """Bytes that a call reads of an array: what belongs to rows once, else a block in every step."""
+        array, of_keys = tokens
+        if of_keys == self.by_key:
+            return int(array.nbytes)
+        of_step = (self.key_heads or 1) * self.band.block_k if of_keys else (self.heads or 1) * self.band.block_q
+        return math.prod(self.grid) * of_step * array.shape[-1] * array.dtype.itemsize
 
     def _of_numbers(self, rows: int) -> Any:
-        """Block of an array [B, N, rows, T']."""
+        """Block of an array [B, N / heads, rows, T']."""
 
         def index(*step: Any) -> tuple[Any, ...]:
             batch, head, tile = self._query(*step)
@@ -249,27 +383,28 @@ class Call:
           kernel: (step, scale, numbers if given, *tokens, *out, lse if asked for, *scratch), all but the step (a Step)
             references.
           scale: []. numbers: as Band.numbers gives them. tokens: as Band.queries and Band.keys do.
-          out: (head dim, dtype) of each result, for the tokens of the rows. lse: one more, float32 [B, N, 1, T'].
+          out: (head dim, dtype) of each result, for the tokens of the rows. lse: one more, float32
+            [B, N / heads, heads, T'].
           products: the head dim of each product of a step's tiles.
         """
         band = self.band
-        batch, heads, _ = self.grid
         scalar = pl.BlockSpec((1, 1), lambda *_: (zero(), zero()), memory_space=pltpu.SMEM)
         given = [(jnp.asarray(scale, jnp.float32).reshape(1, 1), scalar)]
         given.append((band.query_table, self._of_table(band.query_table, band.block_q, self._query)))
         if band.key_table is not None:
             given.append((band.key_table, self._of_table(band.key_table, band.block_k, self._key)))
         if numbers is not None:
-            given.append((numbers, self._of_numbers(SUBLANES)))
+            given.append((numbers, self._of_numbers(numbers.shape[2])))
         given += [(x, self._of_tokens(x.shape[-1], of_keys=of_keys)) for x, of_keys in tokens]
         arrays, in_specs = zip(*given)
 
-        length = band.padded_keys if self.by_key else band.padded_queries
-        shapes: list[Any] = [((batch, heads, length, width), dtype) for width, dtype in out]
+        heads, length = (band.key_heads, band.padded_keys) if self.by_key else (band.heads, band.padded_queries)
+        shapes: list[Any] = [((band.batch, heads, length, width), dtype) for width, dtype in out]
         out_specs = [self._of_tokens(width, of_keys=self.by_key) for width, _ in out]
         if lse:
-            shapes.append(((batch, heads, 1, length), jnp.float32))
-            out_specs.append(self._of_numbers(1))
+            of_step = self.heads or 1
+            shapes.append(((band.batch, heads // of_step, of_step, length), jnp.float32))
+            out_specs.append(self._of_numbers(of_step))
         over = varying(*arrays)
 
         def body(rows: Any, columns: Any, flags: Any, scale: Any, query_table: Any, *refs: Any) -> None:
@@ -279,9 +414,8 @@ class Call:
             key_table, *refs = refs if band.key_table is not None else (None, *refs)  # type: ignore[assignment]
             kernel(Step(query_tile, key_tile, flags[index], query_table, key_table, self.by_key), scale, *refs)
 
-        tile, both = band.block_q * band.block_k, band.key_width + band.value_width
-        all_steps = math.prod(self.grid)
-        moved = all_steps * band.block_k + batch * band.heads * band.padded_queries
+        pairs = math.prod(self.grid) * (self.heads or 1) * band.block_q * band.block_k
+        written = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in shapes)
         return pl.pallas_call(
             body,
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -296,9 +430,9 @@ class Call:
                 dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BUDGET
             ),
             cost_estimate=pl.CostEstimate(
-                flops=2 * all_steps * tile * sum(products),
-                transcendentals=all_steps * tile,
-                bytes_accessed=moved * both * band.itemsize,
+                flops=2 * pairs * sum(products),
+                transcendentals=pairs,
+                bytes_accessed=sum(map(self._read, tokens)) + written,
             ),
             name=name,
         )(*(jnp.asarray(x, jnp.int32).ravel() for x in self.visits), *arrays)
@@ -311,6 +445,11 @@ def has(flags: Array, flag: np.int32) -> Array:
     return lax.bitwise_and(flags, flag) != 0
 
 
+def body_of(flags: Any) -> Any:
+    """The number of the body of a step with these flags."""
+    return flags >> _BODY_BIT & np.int32(_MOST_BODIES - 1)
+
+
 def is_first(step: Step) -> Array:
     return has(step.flags, FIRST)
 
@@ -319,50 +458,82 @@ def is_last(step: Step) -> Array:
     return has(step.flags, LAST)
 
 
-def visit(band: Band, step: Step, accumulate: Callable[[bool], None]) -> None:
-    """Runs accumulate(masked) if the pair is looked at; without the element mask where every query sees every key."""
-    active, full = has(step.flags, ACTIVE), has(step.flags, FULL)
-    if band.segments:
-        pl.when(active)(lambda: accumulate(True))
-        return
-    pl.when(active & full)(lambda: accumulate(False))
-    pl.when(active & ~full)(lambda: accumulate(True))
+def visit(band: Band, step: Step, accumulate: Callable[[Body], None]) -> None:
+    """Runs accumulate(body) with what is to be computed of the pair, if it is looked at."""
+    active, body_number = has(step.flags, ACTIVE), body_of(step.flags)
+    for number, body in enumerate(band.bodies):
+        pl.when(active & (body_number == number))(functools.partial(accumulate, body))
 
 
-def visible(band: Band, step: Step, queries: Sequence[Array]) -> Array:
-    """bool, where a query sees a key, of a tile of logits.
+def one_ahead(
+    heads: int, body: Body, product: Callable[[int, Piece], Any], use: Callable[[int, Piece, Any], None]
+) -> None:
+    """use(head, piece, product(head, piece)) for all heads of a step and pieces of a body, the next product written
+    before the use of this one: so the compiler fills the matrix unit while the vector units are at an exponential."""
+    parts = [(head, piece) for piece in body for head in range(heads)]
+    ahead = product(*parts[0])
+    for number, (head, piece) in enumerate(parts):
+        now, ahead = ahead, product(*parts[number + 1]) if number + 1 < len(parts) else None
+        use(head, piece, now)
 
-    queries: band.rows of the queries' table; each broadcasts against the result.
+
+def hide(band: Band, step: Step, piece: Piece, logits: Array, bounds: Sequence[Any] = ()) -> Array:
+    """A piece's logits, [queries, keys], by key [keys, queries], MASKED where a query does not see a key.
+
+    bounds: Band.bounds_scratch, by key nothing.
+    """
+    if piece.masked is None:
+        return logits
+    axis = 0 if step.by_key else 1  # along which the keys lie
+    first, last = (edge - piece.keys.start for edge in (piece.masked.start, piece.masked.stop))
+    if step.by_key:
+        of_queries = [step.query_table[row : row + 1, piece.queries] for row in band.rows]
+    else:
+        of_queries = [over_lanes(ref[piece.queries], last - first) for ref in bounds]
+    parts = []
+    for edge, next_edge in itertools.pairwise(sorted({0, first, last, logits.shape[axis]})):
+        part = lax.slice_in_dim(logits, edge, next_edge, axis=axis)
+        if edge == first:
+            part = jnp.where(_visible(band, step, piece.queries, piece.masked, of_queries), part, MASKED)
+        parts.append(part)
+    return jnp.concatenate(parts, axis)
+
+
+def _visible(band: Band, step: Step, queries: slice, keys: slice, of_queries: Sequence[Array]) -> Array:
+    """bool, where a query sees a key, of these queries and keys of the step's tiles.
+
+    of_queries: band.rows of the queries' table; each broadcasts against the result.
     """
     tiling = band.tiling
-    axis = 0 if step.by_key else 1  # along which the keys lie
-    keys = None if step.key_table is None else step.key_table[...]
-    if keys is not None and step.by_key:
-        keys = jnp.transpose(keys)
+    axis = 0 if step.by_key else 1
+    of_keys = None if step.key_table is None else step.key_table[:, keys]
+    if of_keys is not None and step.by_key:
+        of_keys = jnp.transpose(of_keys)
 
-    def positions(tile: Array, block: int, axis: int, shift: int = 0) -> Array:
-        shape = (1, block) if axis == 1 else (block, 1)
-        return tile * np.int32(block) + np.int32(shift) + lax.broadcasted_iota(jnp.int32, shape, axis)
+    def positions(tile: Array, block: int, part: slice, axis: int, shift: int = 0) -> Array:
+        size = part.stop - part.start
+        shape = (1, size) if axis == 1 else (size, 1)
+        return tile * np.int32(block) + np.int32(part.start + shift) + lax.broadcasted_iota(jnp.int32, shape, axis)
 
     def of_key(row: int) -> Array:
-        assert keys is not None
-        return keys[row : row + 1, :] if axis == 1 else keys[:, row : row + 1]
+        assert of_keys is not None
+        return of_keys[row : row + 1, :] if axis == 1 else of_keys[:, row : row + 1]
 
     parts = []
     for number in range(band.axes):
         if tiling.diagonals:
-            start = positions(step.query_tile, band.block_q, 1 - axis, tiling.diagonals[0]) ^ _SIGN
+            start = positions(step.query_tile, band.block_q, queries, 1 - axis, tiling.diagonals[0]) ^ _SIGN
             width: Any = np.int32(tiling.diagonals[1]) ^ _SIGN
         else:
-            start, width = queries[2 * number : 2 * number + 2]
+            start, width = of_queries[2 * number : 2 * number + 2]
         is_numbered = tiling.coordinates is None
-        coordinate = positions(step.key_tile, band.block_k, axis) if is_numbered else of_key(number)
+        coordinate = positions(step.key_tile, band.block_k, keys, axis) if is_numbered else of_key(number)
         inside = coordinate - start < width
         if tiling.sinks:
             inside |= coordinate < jnp.minimum(np.int32(tiling.sinks), start + width)
         parts.append(inside)
     if band.segments:
-        parts.append(queries[-1] == of_key(_SEGMENT))
+        parts.append(of_queries[-1] == of_key(_SEGMENT))
     return functools.reduce(jnp.logical_and, parts)
 
 
@@ -370,11 +541,6 @@ def save_bounds(band: Band, step: Step, scratch: Sequence[Any]) -> None:
     """Fills Band.bounds_scratch from the tile's table."""
     for row, ref in zip(band.rows, scratch, strict=True):
         ref[...] = spread(step.query_table[row : row + 1, :])
-
-
-def bounds_along_lanes(band: Band, step: Step) -> list[Array]:
-    """[1, queries] each of band.rows."""
-    return [step.query_table[row : row + 1, :] for row in band.rows]
 
 
 def spread(row: Array) -> Array:

@@ -19,6 +19,7 @@ float32 operand is split in two bfloat16 numbers, so that a product is exact to 
 """
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,16 +30,17 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.patterns import Pattern
 from kernels_pallas.tpu import common
 from kernels_pallas.tpu.band import (
-    MASKED,
     Band,
+    Body,
     Call,
+    Piece,
     Step,
     Tokens,
     blocks_of,
-    bounds_along_lanes,
+    hide,
     is_first,
     is_last,
-    visible,
+    save_bounds,
     visit,
 )
 from kernels_pallas.tpu.band import refusal as band_refusal
@@ -102,10 +104,10 @@ def banded_covariance(
         functools.partial(_forward_kernel, band=band),
         "banded_covariance",
         scale=scale,
-        numbers=band.numbers({_LSE: _finite(lse), _KEY_MEAN: means}),
+        numbers=band.numbers([_finite(lse), means]),
         tokens=_tokens(band, query, key, value, direction),
         out=[(band.value_width, jnp.float32)],
-        scratch=[pltpu.VMEM((band.block_q, band.value_width), jnp.float32)],
+        scratch=[pltpu.VMEM((band.block_q, band.value_width), jnp.float32), *band.bounds_scratch()],
         products=(band.key_width, band.key_width, band.value_width),
     )
     return common.tokens_first(out, query.shape[1], value.shape[-1])
@@ -133,12 +135,12 @@ def banded_covariance_gradients(
     """
     band = _band("banded_covariance_gradients", query, key, value, pattern)
     gradient = gradient.astype(jnp.float32)
-    numbers = {
-        _LSE: _finite(lse),
-        _KEY_MEAN: jnp.sum(direction * key_mean.astype(jnp.float32), axis=-1),
-        _VALUE_MEAN: jnp.sum(gradient * value_mean.astype(jnp.float32), axis=-1),
-        _PRODUCT: jnp.sum(gradient * out, axis=-1),
-    }
+    numbers = [  # by row
+        _finite(lse),
+        jnp.sum(direction * key_mean.astype(jnp.float32), axis=-1),
+        jnp.sum(gradient * value_mean.astype(jnp.float32), axis=-1),
+        jnp.sum(gradient * out, axis=-1),
+    ]
     operands: Any = {
         "scale": scale,
         "numbers": band.numbers(numbers),
@@ -150,7 +152,7 @@ def banded_covariance_gradients(
         "banded_covariance_query_gradients",
         **operands,
         out=[(keys, jnp.float32), (keys, jnp.float32)],
-        scratch=[pltpu.VMEM((band.block_q, keys), jnp.float32)] * 2,
+        scratch=[*[pltpu.VMEM((band.block_q, keys), jnp.float32)] * 2, *band.bounds_scratch()],
         products=(keys, keys, values, keys, keys),
     )
     to_key, to_value = Call(band, by_key=True).run(
@@ -189,19 +191,21 @@ def _tokens(band: Band, query: Array, key: Array, value: Array, direction: Array
 
 
 class _Tile(NamedTuple):
-    """What all three kernels compute of a pair of tiles, [queries, keys], by key [keys, queries].
+    """What all three kernels compute of a piece of a pair of tiles, [queries, keys], by key [keys, queries].
 
-    Fields from scale on are references.
+    Fields from scale on are references; bounds: Band.bounds_scratch.
     """
 
     band: Band
     step: Step
+    piece: Piece
     scale: Any
     numbers: Any
     query: Any
     key: Any
     value: Any
     direction: Any
+    bounds: Sequence[Any]
 
     def number(self, row: int) -> Array:
         if self.step.by_key:
@@ -214,22 +218,23 @@ class _Tile(NamedTuple):
             return _product(of_key, of_query, (1, 1))
         return _product(of_query, of_key, (1, 1))
 
-    def weights(self, masked: bool) -> Array:
+    def weights(self) -> Array:
         logits = self.scale[0, 0] * self.pairs(self.query[...], self.key[...])
-        if masked:
-            if self.step.by_key:
-                queries = bounds_along_lanes(self.band, self.step)
-            else:
-                columns = jnp.transpose(self.step.query_table[...])
-                queries = [columns[:, row : row + 1] for row in self.band.rows]
-            logits = jnp.where(visible(self.band, self.step, queries), logits, MASKED)
-        return jnp.exp(logits - self.number(_LSE))
+        return jnp.exp(hide(self.band, self.step, self.piece, logits, self.bounds) - self.number(_LSE))
 
     def slopes(self) -> Array:
         return self.pairs(self.direction[...], self.key[...]) - self.number(_KEY_MEAN)
 
     def gains(self, gradient: Array) -> Array:
         return self.pairs(gradient, self.value[...]) - self.number(_VALUE_MEAN)
+
+
+def _pieces(band: Band, step: Step, body: Body, inputs: Sequence[Any], bounds: Sequence[Any]) -> Iterator[_Tile]:
+    scale, numbers, query, key, value, direction = inputs
+    for piece in body:
+        queries, keys = piece.queries, piece.keys
+        of_piece = numbers.at[:, queries], query.at[queries], key.at[keys], value.at[keys], direction.at[queries]
+        yield _Tile(band, step, piece, scale, *of_piece, bounds)
 
 
 def _product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
@@ -246,20 +251,23 @@ def _halves(x: Array) -> tuple[Array, Array]:
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
-def _clear(step: Step, *sums: Any) -> None:
+def _start(band: Band, step: Step, bounds: Sequence[Any], *sums: Any) -> None:
     @pl.when(is_first(step))
     def _() -> None:
+        if not step.by_key:
+            save_bounds(band, step, bounds)
         for total in sums:
             total[...] = jnp.zeros_like(total)
 
 
 def _forward_kernel(step: Step, *refs: Any, band: Band) -> None:
-    *inputs, out_ref, total = refs
-    tile = _Tile(band, step, *inputs)
-    _clear(step, total)
+    *inputs, out_ref, total = refs[:8]
+    bounds = refs[8:]
+    _start(band, step, bounds, total)
 
-    def accumulate(masked: bool) -> None:
-        total[...] += _product(tile.weights(masked) * tile.slopes(), tile.value[...], (1, 0))
+    def accumulate(body: Body) -> None:
+        for tile in _pieces(band, step, body, inputs, bounds):
+            total[tile.piece.queries] += _product(tile.weights() * tile.slopes(), tile.value[...], (1, 0))
 
     visit(band, step, accumulate)
 
@@ -269,36 +277,38 @@ def _forward_kernel(step: Step, *refs: Any, band: Band) -> None:
 
 
 def _query_kernel(step: Step, *refs: Any, band: Band) -> None:
-    *inputs, gradient_ref, query_out, direction_out, to_query, to_direction = refs
-    tile = _Tile(band, step, *inputs)
-    _clear(step, to_query, to_direction)
+    *inputs, gradient_ref, query_out, direction_out, to_query, to_direction = refs[:11]
+    scale, bounds = inputs[0], refs[11:]
+    _start(band, step, bounds, to_query, to_direction)
 
-    def accumulate(masked: bool) -> None:
-        weights, gains = tile.weights(masked), tile.gains(gradient_ref[...])
-        key = tile.key[...]
-        to_query[...] += _product(weights * (tile.slopes() * gains - tile.number(_PRODUCT)), key, (1, 0))
-        to_direction[...] += _product(weights * gains, key, (1, 0))
+    def accumulate(body: Body) -> None:
+        for tile in _pieces(band, step, body, inputs, bounds):
+            queries = tile.piece.queries
+            weights, gains, key = tile.weights(), tile.gains(gradient_ref[queries]), tile.key[...]
+            to_query[queries] += _product(weights * (tile.slopes() * gains - tile.number(_PRODUCT)), key, (1, 0))
+            to_direction[queries] += _product(weights * gains, key, (1, 0))
 
     visit(band, step, accumulate)
 
     @pl.when(is_last(step))
     def _() -> None:
-        query_out[...] = tile.scale[0, 0] * to_query[...]
+        query_out[...] = scale[0, 0] * to_query[...]
         direction_out[...] = to_direction[...]
 
 
 def _key_kernel(step: Step, *refs: Any, band: Band) -> None:
     *inputs, gradient_ref, key_out, value_out, to_key, to_value = refs
-    tile = _Tile(band, step, *inputs)
-    _clear(step, to_key, to_value)
+    _start(band, step, (), to_key, to_value)
 
-    def accumulate(masked: bool) -> None:
-        gradient = gradient_ref[...]
-        weights, slopes, gains = tile.weights(masked), tile.slopes(), tile.gains(gradient)
-        of_logits = tile.scale[0, 0] * (weights * (slopes * gains - tile.number(_PRODUCT)))
-        to_key[...] += _product(of_logits, tile.query[...], (1, 0))
-        to_key[...] += common.dot(weights * gains, tile.direction[...], (1, 0))
-        to_value[...] += common.dot(weights * slopes, gradient, (1, 0))
+    def accumulate(body: Body) -> None:
+        for tile in _pieces(band, step, body, inputs, ()):
+            queries, keys = tile.piece.queries, tile.piece.keys
+            gradient = gradient_ref[queries]
+            weights, slopes, gains = tile.weights(), tile.slopes(), tile.gains(gradient)
+            of_logits = tile.scale[0, 0] * (weights * (slopes * gains - tile.number(_PRODUCT)))
+            to_key[keys] += _product(of_logits, tile.query[...], (1, 0))
+            to_key[keys] += common.dot(weights * gains, tile.direction[...], (1, 0))
+            to_value[keys] += common.dot(weights * slopes, gradient, (1, 0))
 
     visit(band, step, accumulate)
 

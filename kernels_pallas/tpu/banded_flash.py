@@ -14,9 +14,13 @@ Milakov & Gimelshein 2018).
     tiles     1 . # .                                                       .: partly seen
               2   . # .
 
-The list comes by scalar prefetch, so that the pipeline knows the next tiles early. Query heads that share a key head
-read it in place. With several axes the caller orders the tokens so that a box of space is one tile (patterns.Boxes),
-and every key brings its coordinates.
+The list comes by scalar prefetch, so that the pipeline knows the next tiles early. With several axes the caller orders
+the tokens so that a box of space is one tile (patterns.Boxes), and every key brings its coordinates.
+
+The softmax of one head is a chain (product, maximum, exponential, product) in which the matrix unit waits. So a step
+has up to four heads, those of one key head or with their own, as independent chains: the next head's product is written
+before this one's softmax. A query's sum is kept per lane and added up at the end. Of a pair of tiles that is partly
+seen only the quarters that some query sees are computed, and only of those that are partly seen elements are masked.
 
 Numerics: products of bfloat16 operands are accumulated in float32; float32 operands are multiplied at full float32
 precision (Precision.HIGHEST, six passes of the matrix unit: a float32 call is about as accurate as XLA's at that
@@ -39,16 +43,20 @@ from kernels_pallas.patterns import Pattern
 from kernels_pallas.tpu.band import (
     MASKED,
     Band,
+    Body,
     Call,
+    Piece,
     Step,
     blocks_of,
+    hide,
     is_first,
     is_last,
+    one_ahead,
     over_lanes,
     save_bounds,
-    visible,
     visit,
 )
+from kernels_pallas.tpu.band import heads_of_a_step as band_heads
 from kernels_pallas.tpu.band import refusal as band_refusal
 from kernels_pallas.tpu.common import LANES, SUBLANES, dot, round_up, tokens_first
 
@@ -77,17 +85,29 @@ def default_blocks(query: Any, key: Any, value: Any) -> tuple[int, int]:
     return blocks_of(_BLOCKS, _DEFAULT_BLOCKS, query, key, value)
 
 
-def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype: Any, *, tables: int = 1) -> int:
+def vmem_bytes(
+    block_q: int,
+    block_k: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: Any,
+    *,
+    tables: int = 1,
+    heads: int = 1,
+    key_heads: int = 1,
+) -> int:
     """VMEM that the kernel takes at most: two buffers for every block, the running state, and a step's temporaries.
 
-    tables: 2 with a table of keys beside that of queries.
+    tables: 2 with a table of keys beside that of queries. heads, key_heads: of a step.
     """
     size = jnp.dtype(dtype).itemsize
     key_lanes, value_lanes = (round_up(width, LANES) for width in (head_dim, value_dim))
-    blocks = size * (block_q * (key_lanes + value_lanes) + block_k * (key_lanes + value_lanes))
-    rows = 4 * SUBLANES * (2 * block_q + (block_k if tables > 1 else 0))  # table of queries, lse; table of keys
-    state = 4 * block_q * (2 * LANES + value_lanes)
-    logits = (4 + 4 + size) * block_q * block_k  # logits, weights, weights in the values' dtype
+    blocks = size * (heads * block_q + key_heads * block_k) * (key_lanes + value_lanes)
+    # The tables of queries and of keys, and lse.
+    rows = 4 * SUBLANES * ((1 + heads) * block_q + (block_k if tables > 1 else 0))
+    state = 4 * heads * block_q * (2 * LANES + value_lanes)
+    # Logits, those of the next head with them, weights, weights in the values' dtype.
+    logits = (4 * min(heads, 2) + 4 + size) * block_q * block_k
     columns = 4 * block_q * LANES * 8  # which keys a query sees, one query per sublane
     product = 4 * block_q * value_lanes  # of weights and values, before it is added to the output
     # At full precision the operands of the logits are split into bfloat16 parts and remainders.
@@ -99,6 +119,12 @@ def refusal(query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: 
     """Why banded_flash_attention cannot serve these arguments (arrays may be shape structs), or None if it can."""
     settings: Any = {"pattern": pattern, "segment_ids": segment_ids}
     return band_refusal(query, key, value, **settings, default_blocks=default_blocks, footprint=vmem_bytes)
+
+
+def heads_of_a_step(query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None) -> int:
+    """How many query heads a step takes (arrays may be shape structs)."""
+    settings: Any = {"pattern": pattern, "segment_ids": segment_ids}
+    return band_heads(query, key, value, **settings, default_blocks=default_blocks, footprint=vmem_bytes)
 
 
 def banded_flash_attention(
@@ -132,12 +158,13 @@ def banded_flash_attention(
     reason = refusal(query, key, value, pattern=pattern, segment_ids=segment_ids)
     if reason is not None:
         raise ValueError(f"banded_flash_attention: {reason}")
+    heads = heads_of_a_step(query, key, value, pattern=pattern, segment_ids=segment_ids)
     tiling = pattern.tiled(*pattern.blocks(default_blocks(query, key, value)))
     band = Band(query, key, value, tiling, segment_ids)
     # The running maximum is that of q.k, which takes a scale above 0; the scale goes into the exponent's own factor.
     scale = jnp.asarray(scale, jnp.float32)
     query = query * jnp.where(scale < 0, -1, 1).astype(query.dtype)
-    out, lse = Call(band, by_key=False).run(
+    out, lse = Call(band, by_key=False, heads=heads).run(
         functools.partial(_kernel, band=band),
         "banded_flash_attention",
         scale=jnp.maximum(jnp.abs(scale), _LEAST_SCALE) / _LOG_2,
@@ -145,19 +172,21 @@ def banded_flash_attention(
         out=[(band.value_width, query.dtype)],
         lse=True,
         scratch=[
-            pltpu.VMEM((band.block_q, LANES), jnp.float32),
-            pltpu.VMEM((band.block_q, LANES), jnp.float32),
-            pltpu.VMEM((band.block_q, band.value_width), jnp.float32),
+            *[pltpu.VMEM((heads, band.block_q, width), jnp.float32) for width in (LANES, LANES, band.value_width)],
             *band.bounds_scratch(),
         ],
         products=(band.key_width, band.value_width),
     )
-    return tokens_first(out, query.shape[1], value.shape[-1]), jnp.swapaxes(lse[:, :, 0, : query.shape[1]], 1, 2)
+    lse = lse.reshape(band.batch, band.heads, -1)
+    return tokens_first(out, query.shape[1], value.shape[-1]), jnp.swapaxes(lse[:, :, : query.shape[1]], 1, 2)
 
 
 def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
-    """One visit of a query tile to a key tile. The maximum and sum of a query are repeated over the lanes."""
+    """One visit of a query tile to a key tile, of several heads. The maximum of a query is repeated over the lanes;
+    each lane has a sum of its own, over the keys at its place."""
     query_ref, key_ref, value_ref, out_ref, lse_ref, maximum_ref, sum_ref, acc_ref, *bounds = refs
+    heads = query_ref.shape[0]
+    per_key = heads // key_ref.shape[0]
 
     @pl.when(is_first(step))
     def _() -> None:
@@ -166,36 +195,42 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
         acc_ref[...] = jnp.zeros_like(acc_ref)
         save_bounds(band, step, bounds)
 
-    def accumulate(masked: bool) -> None:
-        products = dot(query_ref[...], key_ref[...], contract=(1, 1))
-        if masked:
-            sees = visible(band, step, [over_lanes(ref[...], band.block_k) for ref in bounds])
-            products = jnp.where(sees, products, MASKED)
-        old_maximum = maximum_ref[...]
-        maximum = jnp.maximum(old_maximum, jnp.max(products, axis=1, keepdims=True))
-        # Where a query has seen no key yet the maximum is MASKED and the weights are 1, not 0; the first key that it
-        # does see multiplies what they gave by `decay` = 0.
-        weights = jnp.exp2(scale_ref[0, 0] * (products - over_lanes(maximum, band.block_k)))
-        decay = jnp.exp2(scale_ref[0, 0] * (old_maximum - maximum))
-        maximum_ref[...] = maximum
-        sum_ref[...] = decay * sum_ref[...] + jnp.sum(weights, axis=1, keepdims=True)
-        values = value_ref[...]
-        acc_ref[...] = over_lanes(decay, acc_ref.shape[1]) * acc_ref[...] + dot(
-            weights.astype(values.dtype), values, contract=(1, 0)
-        )
+    def accumulate(body: Body) -> None:
+        def product(head: int, piece: Piece) -> Array:
+            products = dot(query_ref[head, piece.queries], key_ref[head // per_key, piece.keys], contract=(1, 1))
+            return hide(band, step, piece, products, bounds)
+
+        def use(head: int, piece: Piece, products: Array) -> None:
+            queries, num_keys = (head, piece.queries), products.shape[1]
+            old_maximum = maximum_ref[queries]
+            maximum = jnp.maximum(old_maximum, jnp.max(products, axis=1, keepdims=True))
+            # Where a query has seen no key yet the maximum is MASKED and the weights are 1, not 0; the first key that
+            # it does see multiplies what they gave by `decay` = 0.
+            weights = jnp.exp2(scale_ref[0, 0] * (products - over_lanes(maximum, num_keys)))
+            decay = jnp.exp2(scale_ref[0, 0] * (old_maximum - maximum))
+            maximum_ref[queries] = maximum
+            by_lane = [weights[:, lane : lane + LANES] for lane in range(0, num_keys, LANES)]
+            sum_ref[queries] = decay * sum_ref[queries] + functools.reduce(jnp.add, by_lane)
+            values = value_ref[head // per_key, piece.keys]
+            acc_ref[queries] = over_lanes(decay, acc_ref.shape[2]) * acc_ref[queries] + dot(
+                weights.astype(values.dtype), values, contract=(1, 0)
+            )
+
+        one_ahead(heads, body, product, use)
 
     visit(band, step, accumulate)
 
     @pl.when(is_last(step))
     def _() -> None:
-        maximum, total = maximum_ref[...], sum_ref[...]
-        empty = maximum <= MASKED
-        total = jnp.where(empty, _ONE, total)
-        inverse = jnp.where(empty, np.float32(0), _ONE / total)
-        out_ref[...] = (acc_ref[...] * over_lanes(inverse, acc_ref.shape[1])).astype(out_ref.dtype)
-        # Both in one transposition, of which one row each is read.
-        lanes = lax.broadcasted_iota(jnp.int32, maximum.shape, 1)
-        both = jnp.transpose(jnp.where(lanes == 0, maximum, total))
-        maximum, total = both[:1], both[1:2]
-        lse = scale_ref[0, 0] * _LOG_2 * maximum + jnp.log(total)
-        lse_ref[...] = jnp.where(maximum <= MASKED, np.float32(-np.inf), lse)
+        # Maxima and sums of all heads side by side, so that they become rows in one transposition.
+        lanes = lax.broadcasted_iota(jnp.int32, maximum_ref.shape[1:], 1)
+        columns = jnp.zeros(maximum_ref.shape[1:], jnp.float32)
+        for head in range(heads):
+            maximum, total = maximum_ref[head], jnp.sum(sum_ref[head], axis=1, keepdims=True)
+            total = jnp.where(maximum <= MASKED, np.float32(np.inf), total)  # of a query that has seen no key
+            out_ref[head] = (acc_ref[head] * over_lanes(_ONE / total, acc_ref.shape[2])).astype(out_ref.dtype)
+            columns = jnp.where(lanes == head, maximum, jnp.where(lanes == heads + head, total, columns))
+        rows = jnp.transpose(columns)
+        maxima, totals = rows[:heads], rows[heads : 2 * heads]
+        lse = scale_ref[0, 0] * _LOG_2 * maxima + jnp.log(totals)
+        lse_ref[...] = jnp.where(maxima <= MASKED, np.float32(-np.inf), lse)

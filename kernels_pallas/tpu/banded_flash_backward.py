@@ -9,7 +9,8 @@ and d the gradient of a loss with respect to out and lse:
 
 The first kernel goes through the key tiles that a query tile sees, as the forward kernel does, and adds up dq. The
 second goes through the query tiles that see a key tile, over all query heads of a key head, and adds up dk and dv; its
-tiles of logits are [keys, queries], so that what belongs to a query lies along the lanes. Sums are float32.
+tiles of logits are [keys, queries], so that what belongs to a query lies along the lanes. Sums are float32. Heads go
+side by side and tiles by quarters, as in the forward kernel.
 """
 
 import functools
@@ -24,20 +25,22 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.patterns import Pattern
 from kernels_pallas.tpu import common
 from kernels_pallas.tpu.band import (
-    MASKED,
     Band,
+    Body,
     Call,
+    Piece,
     Step,
     blocks_of,
-    bounds_along_lanes,
+    hide,
     is_first,
     is_last,
+    one_ahead,
     over_lanes,
     save_bounds,
     spread,
-    visible,
     visit,
 )
+from kernels_pallas.tpu.band import heads_of_a_step as band_heads
 from kernels_pallas.tpu.band import refusal as band_refusal
 
 Array = jax.Array
@@ -52,8 +55,7 @@ _BLOCKS = {
     (4, 256): (256, 256),
 }
 _DEFAULT_BLOCKS = (128, 256)  # at other widths
-# Rows of the table of numbers that belong to a query. Exponents are of 2, which spares a product.
-_LSE, _DELTA = range(2)
+# Exponents are of 2, which spares a product.
 _LOG_2 = np.float32(np.log(2))
 
 
@@ -62,25 +64,43 @@ def default_blocks(query: Any, key: Any, value: Any) -> tuple[int, int]:
     return blocks_of(_BLOCKS, _DEFAULT_BLOCKS, query, key, value)
 
 
-def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype: Any, *, tables: int = 1) -> int:
+def vmem_bytes(
+    block_q: int,
+    block_k: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: Any,
+    *,
+    tables: int = 1,
+    heads: int = 1,
+    key_heads: int = 1,
+) -> int:
     """VMEM that the larger of the two kernels takes at most, as in banded_flash.vmem_bytes."""
     size = jnp.dtype(dtype).itemsize
     key_lanes, value_lanes = (common.round_up(width, common.LANES) for width in (head_dim, value_dim))
-    both = key_lanes + value_lanes
-    read = size * (block_q + block_k) * both  # query, dout; key, value
-    written = size * max(block_q * key_lanes, block_k * both)
-    rows = 4 * common.SUBLANES * (2 * block_q + (block_k if tables > 1 else 0))
-    state = 4 * max(block_q * key_lanes, block_k * both)
-    logits = (4 * 4 + 2 * size) * block_q * block_k  # logits, p, dp and dl; p and dl in the operands' dtype
-    columns = 4 * common.LANES * (block_q * 10 + (block_k if tables > 1 else 0))
+    both, all_queries, all_keys = key_lanes + value_lanes, heads * block_q, key_heads * block_k
+    read = size * (all_queries + all_keys) * both  # query, dout; key, value
+    written = size * max(all_queries * key_lanes, all_keys * both)
+    rows = 4 * common.SUBLANES * ((1 + heads) * block_q + (block_k if tables > 1 else 0))
+    state = 4 * max(all_queries * (key_lanes + 2 * common.LANES), all_keys * both)
+    # Logits and dp, those of the next head with them, p and dl, and these in the operands' dtype.
+    logits = (4 * (2 * min(heads, 2) + 1) + 2 * size) * block_q * block_k
+    columns = 4 * common.LANES * (block_q * 8 + (block_k if tables > 1 else 0))
+    products = 4 * max(block_q * key_lanes, block_k * both)  # before they are added to the sums
     splits = 2 * size * (block_q + block_k) * both if size == 4 else 0
-    return 2 * (read + written + rows) + 2 * state + logits + columns + splits
+    return 2 * (read + written + rows) + state + logits + columns + products + splits
 
 
 def refusal(query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None) -> str | None:
     """Why banded_flash_gradients cannot serve these arguments (arrays may be shape structs), or None if it can."""
     settings: Any = {"pattern": pattern, "segment_ids": segment_ids}
     return band_refusal(query, key, value, **settings, default_blocks=default_blocks, footprint=vmem_bytes)
+
+
+def heads_of_a_step(query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None) -> int:
+    """How many query heads a step takes (arrays may be shape structs)."""
+    settings: Any = {"pattern": pattern, "segment_ids": segment_ids}
+    return band_heads(query, key, value, **settings, default_blocks=default_blocks, footprint=vmem_bytes)
 
 
 def banded_flash_gradients(
@@ -113,6 +133,7 @@ def banded_flash_gradients(
     reason = refusal(query, key, value, pattern=pattern, segment_ids=segment_ids)
     if reason is not None:
         raise ValueError(f"banded_flash_gradients: {reason}")
+    heads = heads_of_a_step(query, key, value, pattern=pattern, segment_ids=segment_ids)
     tiling = pattern.tiled(*pattern.blocks(default_blocks(query, key, value)))
     band = Band(query, key, value, tiling, segment_ids)
     delta = jnp.sum(out_gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - lse_gradient
@@ -120,7 +141,7 @@ def banded_flash_gradients(
     finite_lse = jnp.where(lse == -jnp.inf, 0, lse)
     operands: Any = {
         "scale": scale / _LOG_2,
-        "numbers": band.numbers({_LSE: finite_lse / _LOG_2, _DELTA: delta}),
+        "numbers": band.numbers([finite_lse / _LOG_2, delta], heads),
         "tokens": [
             band.queries(query),
             band.queries(out_gradient.astype(query.dtype)),
@@ -128,25 +149,26 @@ def banded_flash_gradients(
             band.keys(value),
         ],
     }
-    (to_query,) = Call(band, by_key=False).run(
+    (to_query,) = Call(band, by_key=False, heads=heads).run(
         functools.partial(_query_kernel, band=band),
         "banded_flash_query_gradient",
         **operands,
         out=[(band.key_width, query.dtype)],
         scratch=[
-            pltpu.VMEM((band.block_q, band.key_width), jnp.float32),
-            pltpu.VMEM((band.block_q, common.LANES), jnp.float32),
-            pltpu.VMEM((band.block_q, common.LANES), jnp.float32),
+            *[pltpu.VMEM((heads, band.block_q, width), jnp.float32) for width in (band.key_width, *[common.LANES] * 2)],
             *band.bounds_scratch(),
         ],
         products=(band.key_width, band.key_width, band.value_width),
     )
-    to_key, to_value = Call(band, by_key=True).run(
+    to_key, to_value = Call(band, by_key=True, heads=heads).run(
         functools.partial(_key_value_kernel, band=band),
         "banded_flash_key_value_gradients",
         **operands,
         out=[(width, query.dtype) for width in (band.key_width, band.value_width)],
-        scratch=[pltpu.VMEM((band.block_k, width), jnp.float32) for width in (band.key_width, band.value_width)],
+        scratch=[
+            pltpu.VMEM((max(1, heads // band.group), band.block_k, width), jnp.float32)
+            for width in (band.key_width, band.value_width)
+        ],
         products=(band.key_width,) * 2 + (band.value_width,) * 2,
     )
     to_query = common.tokens_first(to_query, *query.shape[1::2])
@@ -161,26 +183,36 @@ def banded_flash_gradients(
 
 
 def _query_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
-    """One visit of a query tile to a key tile."""
+    """One visit of a query tile to a key tile, of several heads."""
     numbers_ref, query_ref, gradient_ref, key_ref, value_ref, out_ref, acc_ref, lse_ref, delta_ref, *bounds = refs
+    heads = query_ref.shape[0]
+    per_key = heads // key_ref.shape[0]
 
     @pl.when(is_first(step))
     def _() -> None:
         acc_ref[...] = jnp.zeros_like(acc_ref)
-        for row, ref in ((_LSE, lse_ref), (_DELTA, delta_ref)):
-            ref[...] = spread(numbers_ref[row : row + 1, :])
+        for head in range(heads):
+            for ref, row in ((lse_ref, head), (delta_ref, heads + head)):
+                ref[head] = spread(numbers_ref[row : row + 1, :])
         save_bounds(band, step, bounds)
 
-    def accumulate(masked: bool) -> None:
-        key = key_ref[...]
-        logits = scale_ref[0, 0] * common.dot(query_ref[...], key, contract=(1, 1))
-        if masked:
-            sees = visible(band, step, [over_lanes(ref[...], band.block_k) for ref in bounds])
-            logits = jnp.where(sees, logits, MASKED)
-        weights = jnp.exp2(logits - over_lanes(lse_ref[...], band.block_k))
-        products = common.dot(gradient_ref[...], value_ref[...], contract=(1, 1))
-        slopes = weights * (products - over_lanes(delta_ref[...], band.block_k))
-        acc_ref[...] += common.dot(slopes.astype(key.dtype), key, contract=(1, 0))
+    def accumulate(body: Body) -> None:
+        def products(head: int, piece: Piece) -> tuple[Array, Array]:
+            of_query, of_key = (head, piece.queries), (head // per_key, piece.keys)
+            return (
+                common.dot(query_ref[of_query], key_ref[of_key], contract=(1, 1)),
+                common.dot(gradient_ref[of_query], value_ref[of_key], contract=(1, 1)),
+            )
+
+        def use(head: int, piece: Piece, products: tuple[Array, Array]) -> None:
+            queries, num_keys = (head, piece.queries), products[0].shape[1]
+            logits = hide(band, step, piece, scale_ref[0, 0] * products[0], bounds)
+            weights = jnp.exp2(logits - over_lanes(lse_ref[queries], num_keys))
+            slopes = weights * (products[1] - over_lanes(delta_ref[queries], num_keys))
+            key = key_ref[head // per_key, piece.keys]
+            acc_ref[queries] += common.dot(slopes.astype(key.dtype), key, contract=(1, 0))
+
+        one_ahead(heads, body, products, use)
 
     visit(band, step, accumulate)
 
@@ -190,26 +222,35 @@ def _query_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
 
 
 def _key_value_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
-    """One visit of a key tile to a query tile of one query head."""
+    """One visit of a key tile to a query tile, of several query heads."""
     numbers_ref, query_ref, gradient_ref, key_ref, value_ref, key_out_ref, value_out_ref, *sums = refs
     key_acc_ref, value_acc_ref = sums
+    heads = query_ref.shape[0]
+    per_key = heads // key_ref.shape[0]
 
     @pl.when(is_first(step))
     def _() -> None:
         key_acc_ref[...] = jnp.zeros_like(key_acc_ref)
         value_acc_ref[...] = jnp.zeros_like(value_acc_ref)
 
-    def accumulate(masked: bool) -> None:
-        query, gradient = query_ref[...], gradient_ref[...]
-        logits = scale_ref[0, 0] * common.dot(key_ref[...], query, contract=(1, 1))  # [keys, queries]
-        if masked:
-            sees = visible(band, step, bounds_along_lanes(band, step))
-            logits = jnp.where(sees, logits, MASKED)
-        weights = jnp.exp2(logits - numbers_ref[_LSE : _LSE + 1, :])
-        value_acc_ref[...] += common.dot(weights.astype(gradient.dtype), gradient, contract=(1, 0))
-        products = common.dot(value_ref[...], gradient, contract=(1, 1))
-        slopes = weights * (products - numbers_ref[_DELTA : _DELTA + 1, :])
-        key_acc_ref[...] += common.dot(slopes.astype(query.dtype), query, contract=(1, 0))
+    def accumulate(body: Body) -> None:
+        def products(head: int, piece: Piece) -> tuple[Array, Array]:  # [keys, queries]
+            of_query, of_key = (head, piece.queries), (head // per_key, piece.keys)
+            return (
+                common.dot(key_ref[of_key], query_ref[of_query], contract=(1, 1)),
+                common.dot(value_ref[of_key], gradient_ref[of_query], contract=(1, 1)),
+            )
+
+        def use(head: int, piece: Piece, products: tuple[Array, Array]) -> None:
+            of_query, of_key = (head, piece.queries), (head // per_key, piece.keys)
+            lse, delta = (numbers_ref[row : row + 1, piece.queries] for row in (head, heads + head))
+            query, gradient = query_ref[of_query], gradient_ref[of_query]
+            weights = jnp.exp2(hide(band, step, piece, scale_ref[0, 0] * products[0]) - lse)
+            slopes = weights * (products[1] - delta)
+            value_acc_ref[of_key] += common.dot(weights.astype(gradient.dtype), gradient, contract=(1, 0))
+            key_acc_ref[of_key] += common.dot(slopes.astype(query.dtype), query, contract=(1, 0))
+
+        one_ahead(heads, body, products, use)
 
     visit(band, step, accumulate)
 

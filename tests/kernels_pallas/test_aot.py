@@ -13,6 +13,7 @@ from marks import slow_but
 import attnlab
 from attnlab import local_attention
 from kernels_pallas.aot.compile import TOPOLOGIES, compile_for_tpu
+from kernels_pallas.aot.schedule import Schedule
 from kernels_pallas.aot.table import KERNELS
 from kernels_pallas.shapes import SHAPES
 
@@ -116,6 +117,19 @@ def test_the_command_prints_a_table():
         assert 0 < number(row["bundles per tile"]) < number(row["cycles"])
         assert 0 < number(row["matmul"]) < 100
     assert number(rows["linear"]["cycles"]) < number(rows["banded flash"]["cycles"])
+
+
+@pytest.mark.parametrize(
+    ("regions", "cycles"),
+    [
+        ((100, 900, 30), 10 + 8 * 5 + 2 * 100 + 8 * 900 + 3 * 30),
+        ((900, 100), 10 + 8 * 5 + 8 * 900 + 3 * 100),  # one body is predicated: at most, the one with fewer runs
+        ((40, 100, 900, 30, 35), 10 + 8 * (5 + 30 + 35) + 2 * 40 + 8 * 100 + 3 * 900),  # two are the pipeline's own
+    ],
+)
+def test_cycles_are_those_of_all_regions_by_their_runs(regions, cycles):
+    schedule = Schedule(before=10, step=5, step_matmuls=0, regions=regions, matmuls=(0,) * len(regions))
+    assert schedule.cycles(8, (2, 8, 3)) == (cycles, 0)
 
 
 @pytest.mark.slow

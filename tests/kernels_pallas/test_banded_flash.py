@@ -38,14 +38,18 @@ def draw_case(case):
     )
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
+def set_tiles(monkeypatch, block_q, block_k):
     for module in (banded_flash, banded_flash_backward):
         monkeypatch.setattr(module, "_BLOCKS", {})
-        monkeypatch.setattr(module, "_DEFAULT_BLOCKS", (128, 128))
+        monkeypatch.setattr(module, "_DEFAULT_BLOCKS", (block_q, block_k))
 
 
-CASES = {  # length, options of local_attention, options of draw_arrays; tiles of 128, or as many as the default takes
+@pytest.fixture
+def small_tiles(monkeypatch):
+    set_tiles(monkeypatch, 128, 128)
+
+
+CASES = {  # length, options of local_attention, options of draw_arrays; tiles of 128, in several axes the pattern's
     "one token": (1, {"window": 1}, {}),
     "causal": (300, {"window": 140, "is_causal": True}, {"heads": 4, "key_heads": 2}),
     "causal bfloat16": (257, {"window": 30, "is_causal": True}, {"dtype": jnp.bfloat16, "value_dim": 40}),
@@ -64,13 +68,24 @@ CASES = {  # length, options of local_attention, options of draw_arrays; tiles o
 }
 
 
+NARROW = {"head_dim": 16, "value_dim": 16}
+HALF = {"dtype": jnp.bfloat16, "value_dim": 130}
+IN_QUARTERS = {  # the same at tiles of 256, whose quarters are empty, full or in between; with more heads in a step
+    "causal in quarters": (513, {"window": 256, "is_causal": True}, {"heads": 8, "key_heads": 2} | NARROW),
+    "quarters of many kinds": (700, {"window": 280, "is_causal": True, "sinks": 3}, {"key_heads": 2} | NARROW),
+    "bidirectional in quarters": (600, {"window": 401}, {"heads": 8, "dtype": jnp.bfloat16}),
+    "segments in quarters": (520, {"window": 300}, {"heads": 4, "key_heads": 2, "segments": True} | HALF),
+}
+CASES |= IN_QUARTERS
 # Cases whose values, and whose gradients too, are looked at in every run of the tests.
-QUICK_VALUES = ("causal bfloat16", "sinks")
+QUICK_VALUES = ("causal bfloat16", "sinks", "causal in quarters")
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("case", slow_but(QUICK_VALUES, CASES))
-def test_equals_the_reference(case, interpreted):
+def test_equals_the_reference(case, interpreted, monkeypatch):
+    if case in IN_QUARTERS:
+        set_tiles(monkeypatch, 256, 256)
     attend, arrays, tolerance = draw_case(case)
     out, lse = interpreted(attend, *arrays, implementation="pallas_tpu")
     expected, expected_lse = attend(*arrays, implementation="reference")
@@ -129,7 +144,9 @@ def test_runs_give_the_same_bits_under_jit_and_not(interpreted):
 @pytest.mark.slow  # the fast tests hold it of the catalog's rows, in test_mechanisms.py
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_equal_the_reference_s(case, interpreted):
+def test_gradients_equal_the_reference_s(case, interpreted, monkeypatch):
+    if case in IN_QUARTERS:
+        set_tiles(monkeypatch, 256, 256)
     attend, (query, key, value), tolerance = draw_case(case)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(*query.shape[:-1], value.shape[-1])), jnp.float32)
 
