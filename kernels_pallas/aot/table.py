@@ -26,7 +26,7 @@ from kernels_pallas.tpu import (
 )
 from kernels_pallas.tpu.band import bodies_of, body_of
 from kernels_pallas.tpu.chunk import CHUNK
-from kernels_pallas.tpu.common import padded_width
+from kernels_pallas.tpu.chunk_call import plan_of
 
 
 def _grid(shape: Shape, blocks: tuple[int, int], heads: int, *, by_key: bool = False) -> Grid:
@@ -115,14 +115,14 @@ def _chunked_linear(shape: Shape, *, decay: str | None, delta: bool, backward: b
     log_decay = gates.get(decay, shape.array(heads, head_dim, dtype=jnp.float32))
     beta = shape.array(heads, dtype=jnp.float32) if delta else None
     state = jax.ShapeDtypeStruct((1, heads, head_dim, head_dim), jnp.float32)
-    chunks = math.ceil(shape.length / CHUNK)
-    vmem = chunked_linear.vmem_bytes(head_dim, head_dim, shape.dtype, decay=decay, delta=delta)
-    width = padded_width(head_dim)
-    states = jax.ShapeDtypeStruct((1, heads, chunks, width, width), jnp.float32)
-    steps = heads * chunks
-    grid = Grid(steps, (heads, heads), steps)
+    plan, vmem = plan_of(query, key, value, log_decay, beta, backwards=backward)
+    chunks, blocks = math.ceil(shape.length / CHUNK), heads // plan.block
+    steps = plan.block // plan.heads
+    lines = blocks * chunks
+    grid = Grid(lines * steps, (blocks * steps, lines, lines, blocks * steps), heads * chunks)
     if backward:
-        arrays = [query, key, value, log_decay, beta, states, query, state]
+        kept = chunked_linear.kept_shapes(query, value, log_decay, beta)
+        arrays = [query, key, value, log_decay, beta, kept, query, state]
         return Row(chunked_linear.chunked_linear_gradients, arrays, vmem, {"chunked_linear_gradients": grid})
     arrays = [query, key, value, log_decay, beta, state]
     return Row(chunked_linear.chunked_linear_attention, arrays, vmem, {"chunked_linear_attention": grid})
@@ -159,6 +159,7 @@ _LINEAR: dict[str, dict[str, Any]] = {
     "linear, channels": {"decay": "channel", "delta": False},
     "linear, delta": {"decay": None, "delta": True},
     "linear, gated delta": {"decay": "token", "delta": True},
+    "linear, gated delta by channel": {"decay": "channel", "delta": True},
 }
 KERNELS: dict[str, Callable[[Shape], Row]] = {
     "banded flash": _banded_flash,

@@ -2,228 +2,401 @@
 
 With D_ij = g_{j+1} + ... + g_i, the state S_0 before the chunk, and C tokens:
 
-    U   = (I + A)^{-1} beta (V - (e^{D_i0} K) S_0)            A = tril(beta KK^T * e^D, -1)
-    O   = tril(QK^T * e^D) U + (e^{D_i0} Q) S_0
+    U   = (I + A)^{-1} beta (V - e^{D_i0} K S_0)              A = tril(beta KK^T * e^D, -1)
+    O   = tril(QK^T * e^D) U + e^{D_i0} Q S_0
     S_C = e^{D_C0} S_0 + (e^{D_Cj} K)^T U
 
-(the chunk form of the delta rule: Yang et al. 2024; without it U = V.)
+(the chunk form of the delta rule: Yang et al. 2024; without it U = V.) Several heads at once, [heads, ...] each: their
+products are next to each other in the program and fill each other's waits. Keys and values may be of fewer heads, and
+are then read by several in a row.
 
-Numerics: every exponent is a sum of log decays, never a difference of two sums, so it is <= 0 and exact to float32
-behind any decay. Products of bfloat16 operands are accumulated in float32, and what is computed from float32 numbers
-(states, weights, decayed keys) is rounded to the operands' dtype before it is multiplied. Float32 operands are
-multiplied at full precision. Inverses are computed in float32, by blocks.
+Numerics: every exponent is <= 0 and exact to float32 behind any decay: per channel a sum of log decays, never a
+difference of two sums; per token a difference of exact sums. Products are of operands in the inputs' dtype,
+accumulated in float32: what is float32 (states, weights, decayed keys) is rounded to it before. The delta rule's system
+is solved to 16 bits: its blocks on the diagonal are inverted, and with bfloat16 a number is then multiplied as two.
+Float32 inputs are multiplied at full precision throughout.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.tpu import common
+from kernels_pallas.tpu.common import SUBLANES
 
 Array = jax.Array
+Results = tuple[tuple[Array, Array], Array | None]
 
 CHUNK = 128  # tokens
-# Rows that are next to each other in a block of decays per channel, done one by one; pairs of blocks are products.
-BLOCK_ROWS = 8
+# Tokens of the blocks on the system's diagonal that are inverted. From block to block it is solved by substitution: of
+# 16, 32 and 64 this takes the fewest cycles.
+BLOCK = 32
 
 
 def chunk(
-    state: Array, query: Array, key: Array, value: Array, log_decay: Array | None, beta: Array | None
-) -> tuple[Array, Array]:
-    """C tokens of one head.
+    dtype: Any,
+    state: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    decay: Array | None,
+    beta: Array | None,
+    inverses: Array | None = None,
+) -> Results:
+    """C tokens of N heads, which read K key heads. All arrays are float32; dtype is what products are of.
 
-    state: [F, V] float32. query, key: [C, F]. value: [C, V]. log_decay: [1, C] or [C, F] float32.
-    beta: [1, C] float32. Returns the state after them and their outputs [C, V], float32.
+    state: [N, F, V]. query: [N, C, F]. key: [K, C, F]. value: [K, C, V]. decay: sums of log decays up to each token,
+    [N, 2, C] of exact_sums(), or log decays per channel [N, C, F]. beta: [N, 1, C]. inverses: what an earlier call
+    gave, or None to compute them.
+
+    Returns the state after them and their outputs [N, C, V]; and with the delta rule inverses [N, BLOCK, C].
     """
-    dtype = query.dtype
-    if beta is not None and log_decay is None:
-        log_decay = beta * np.float32(0)  # without one, libtpu 0.0.51 fails at some head dims for v6e and tpu7x
-    into, from_key, onward, through = query, key, key, None
-    if log_decay is not None:
-        # Decay from before the chunk to each token, and from each token to the chunk's end.
-        if log_decay.shape[0] == 1:
-            before = jnp.sum(_where(_until, log_decay), axis=1, keepdims=True)
-            after = jnp.sum(_where(_after, log_decay), axis=1, keepdims=True)
-            through = jnp.exp(jnp.sum(log_decay, axis=1, keepdims=True))
-        else:
-            before, after = (_prefix(which, log_decay) for which in (_until, _after))
-            total = jnp.sum(log_decay, axis=0, keepdims=True)
-            through = jnp.exp(jnp.transpose(jnp.broadcast_to(total, (common.SUBLANES, total.shape[1])))[:, :1])
-        into, from_key, onward = (
-            _times(x, jnp.exp(sums)) for x, sums in ((query, before), (key, before), (key, after))
-        )
+    heads, size, _ = query.shape
+    dot = functools.partial(_dot, dtype)
+    into, onward, through, decays = None, None, None, None
+    by_channel = decay is not None and decay.shape[1] == size
+    if decay is not None and by_channel:
+        exponents, before, after = _by_channel(decay)
+        query, key, value = (_spread(x, heads) for x in (query, key, value))
+        into, onward, through = jnp.exp(before), jnp.exp(after), jnp.exp(_column(before[:, -1:]))
+        factors = [jnp.exp(x) for x in exponents]
+        keys = [key * x for x in factors]
+    elif decay is not None:
+        decays, into, onward, through = _by_token(decay)
+
+    def products(x: Array, is_system: bool) -> Array:
+        """Of queries, or for the system of keys, with keys, and the decays between them."""
+        if by_channel:
+            return _level_products(dtype, is_system, x, key, factors, keys)
+        return _times(_spread(dot(x, key, (1, 1)), heads), decays)
+
+    def from_state(x: Array) -> Array:
+        return dot(_times(x, into), state, (1, 0)) if by_channel else _times(dot(x, state, (1, 0)), into)
+
     if beta is not None:
-        strength = jnp.sum(_where(_same, beta), axis=1, keepdims=True)
-        value = strength * (value.astype(jnp.float32) - _dot(from_key, state.astype(dtype), (1, 0)))
-        system = strength * _decayed_products(key, key, log_decay, strict=True)
-        value = _dot(_inverse(system), value, (1, 0))
-    # In this order: with the state last, libtpu 0.0.51 fails at head dim 64 for v6e and tpu7x.
-    written = value.astype(dtype)
-    state_after = _dot(onward, written, (0, 0)) + (state if through is None else through * state)
-    from_state = _dot(into, state.astype(dtype), (1, 0))
-    weights = _decayed_products(query, key, log_decay, strict=False)
-    return state_after, _dot(weights.astype(dtype), written, (1, 0)) + from_state
+        strength = _column(beta)
+        value = strength * (_spread(value, heads) - from_state(key))
+        system = jnp.where(_where(_before, size), strength * products(key, True), np.float32(0))
+        if inverses is None:
+            inverses = _inverses(dtype, system)
+        value = _solve(dtype, inverses, system, value)
+    if by_channel:
+        written = dot(_times(key, onward), value, (0, 0))
+    else:
+        written = _spread(dot(key, value if onward is None else onward * _spread(value, heads), (0, 0)), heads)
+    weights = jnp.where(_where(_until, size), products(query, False), np.float32(0))
+    out = dot(weights, value, (1, 0)) + from_state(query)
+    return (_times(state, through) + written, out), inverses
 
 
-def _decayed_products(query: Array, key: Array, log_decay: Array | None, *, strict: bool) -> Array:
-    """[C, C] of sum_h q_ih k_jh exp(g_{j+1,h} + ... + g_{i,h}) for j <= i (j < i if strict), 0 elsewhere."""
-    keep = _before if strict else _until
-    if log_decay is None:
-        return _where(keep, _dot(query, key, (1, 1)))
-    if log_decay.shape[0] == 1:
-        size = log_decay.shape[1]
-        exponents = _sums(_where(_until, log_decay), _ones(_before, size))
-        return _where(keep, _dot(query, key, (1, 1)) * jnp.exp(exponents))
-    return _products_by_channel(query, key, log_decay, strict)
+# --- Decays -----------------------------------------------------------------------------------------------------------
 
 
-def _products_by_channel(query: Array, key: Array, log_decay: Array, strict: bool) -> Array:
-    """Within blocks of a few rows diagonal by diagonal; then pairs of blocks, of twice the rows each time.
+def exact_sums(log_decay: Array) -> Array:
+    """Log decays [..., C] -> [..., 2, C]: sums up to each token in two parts, of whose differences no error counts.
 
-    In a pair, query decays from the middle to each row of the later block, and key from each row of the earlier block
-    up to the middle.
+    The first is of multiples of 2^-9, which float32 adds exactly; the second of what is left of each number, less than
+    2^-9. A log decay below -128 leaves nothing, as -128 does. Gradients are the first's.
     """
-    size = query.shape[0]
-    rows, columns = _indices((size, size))
-    later, earlier = query.astype(jnp.float32), key.astype(jnp.float32)
-    exponents = jnp.zeros_like(log_decay)
-    total = jnp.zeros((size, size), jnp.float32)
-    for distance in range(min(BLOCK_ROWS, size)):
-        if distance:
-            exponents = exponents + _roll(log_decay, distance - 1)
-        if distance or not strict:
-            numbers = jnp.sum(later * _roll(earlier, distance) * jnp.exp(exponents), axis=1, keepdims=True)
-            here = (rows - columns == distance) & (lax.rem(rows, np.int32(BLOCK_ROWS)) >= distance)
-            total = jnp.where(here, numbers, total)
-    block = BLOCK_ROWS
-    before, after = (
-        _sums(jnp.where(which(rows, columns) & _share_block(rows, columns, block), *_one_zero()), log_decay)
-        for which in (_until, _after)
-    )
+    log_decay = jnp.maximum(log_decay, np.float32(-128))
+    coarse = jnp.round(log_decay * 512) / 512
+    # XLA's own sums move more bytes on a TPU than the kernel does; this product of float32 is exact where they are.
+    parts = jnp.stack([coarse, log_decay - coarse], axis=-2)
+    until = jnp.asarray(np.tri(log_decay.shape[-1], dtype=np.float32))
+    return jnp.einsum("...C,DC->...D", parts, until, precision=lax.Precision.HIGHEST)
+
+
+def _by_token(sums: Array) -> tuple[Array, Array, Array, Array]:
+    """exact_sums() -> e^{D_ij} [N, C, C], 0 above the diagonal, e^{D_i0} and e^{D_Ci} [N, C, 1], e^{D_C0} [N, 1, 1]."""
+    size = sums.shape[2]
+    rows = sums[:, :1], lax.stop_gradient(sums[:, 1:])
+    columns, last = [_column(x) for x in rows], [x[:, :, -1:] for x in rows]
+
+    def decay(later: Sequence[Array], earlier: Sequence[Array]) -> Array:
+        return (later[0] - earlier[0]) + (later[1] - earlier[1])
+
+    exponents = jnp.where(_where(_until, size), decay(columns, rows), np.float32(-1e30))  # before exp
+    return jnp.exp(exponents), jnp.exp(sum(columns)), jnp.exp(decay(last, columns)), jnp.exp(sum(last))
+
+
+def _by_channel(log_decay: Array) -> tuple[list[Array], Array, Array]:
+    """Of blocks of 1, 2, 4, ... C / 2 tokens, which are joined in pairs, the log decay between each token and its
+    pair's middle; D_i0 and D_Ci. All [N, C, F]."""
+    size = log_decay.shape[1]
+    before, after = log_decay, jnp.zeros_like(log_decay)  # of a token from its block's start, and to its end
+    exponents, block = [], 1
     while block < size:
-        corner = _dot(_times(query, jnp.exp(before)), _times(key, jnp.exp(after)), (1, 1))
-        pair = _share_block(rows, columns, 2 * block) & (
-            lax.div(rows, np.int32(block)) > lax.div(columns, np.int32(block))
-        )
-        total = jnp.where(pair, corner, total)
-        # A block's total, at all its rows, goes to the rows of its neighbour.
-        sums = before + after
-        odd = lax.rem(lax.div(lax.broadcasted_iota(jnp.int32, sums.shape, 0), np.int32(block)), np.int32(2)) == 1
-        zeros = jnp.zeros_like(sums)
-        before, after = (
-            before + jnp.where(odd, _roll(sums, block), zeros),
-            after + jnp.where(odd, zeros, _roll(sums, -block)),
-        )
+        is_later = lax.rem(lax.div(lax.broadcasted_iota(jnp.int32, before.shape, 1), np.int32(block)), np.int32(2)) == 1
+        exponents.append(jnp.where(is_later, before, after))
+        other = _exchanged(before + after, block)
+        zero = jnp.zeros_like(other)
+        before, after = before + jnp.where(is_later, other, zero), after + jnp.where(is_later, zero, other)
         block *= 2
+    return exponents, before, after
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _exchanged(x: Array, block: int) -> Array:
+    """[N, C, F] with each block of tokens in the place of its neighbour in a pair."""
+    heads, size, width = x.shape
+    if block >= SUBLANES:
+        pairs = x.reshape(heads, size // (2 * block), 2, block, width)
+        return jnp.stack([pairs[:, :, 1], pairs[:, :, 0]], axis=2).reshape(x.shape)
+    tiles = x.reshape(-1, SUBLANES, width)
+    is_later = lax.rem(lax.div(lax.broadcasted_iota(jnp.int32, tiles.shape, 1), np.int32(block)), np.int32(2)) == 1
+    from_before, from_after = (_rolled(tiles, shift, 1) for shift in (block, SUBLANES - block))
+    return jnp.where(is_later, from_before, from_after).reshape(x.shape)
+
+
+_exchanged.defvjp(
+    lambda x, block: (_exchanged(x, block), None), lambda block, _, gradient: (_exchanged(gradient, block),)
+)
+
+
+def _level_products(
+    dtype: Any, is_system: bool, query: Array, key: Array, factors: list[Array], keys: list[Array]
+) -> Array:
+    """[N, C, C] of sum_h q_ih k_jh e^{D_ij,h} for j <= i: of tokens in the later block of a pair with those in the
+    earlier one, each size of blocks in its place. factors: of decays to the middle of pairs; keys: with them.
+
+    The delta rule's system of keys that are alike magnifies what is rounded between close tokens: those are products to
+    more digits.
+    """
+    total = jnp.where(_where(_same, query.shape[1]), jnp.sum(query * key, axis=2, keepdims=True), np.float32(0))
+    for level, (factor, decayed) in enumerate(zip(factors, keys, strict=True)):
+        block = 2**level
+        total = total + _pair_products(dtype, block, is_system and block < SUBLANES, query * factor, decayed)
     return total
 
 
-@jax.custom_vjp
-def _inverse(system: Array) -> Array:
-    """(I + A)^{-1}, float32 [C, C], of A's strict lower triangle: blocks of twice the rows each time.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _pair_products(dtype: Any, block: int, is_wide: bool, query: Array, key: Array) -> Array:
+    """[N, C, C] of query and key, where query's token is in the later block of a pair and key's in the earlier one; 0
+    elsewhere."""
+    return _pair_products_forward(dtype, block, is_wide, query, key)[0]
 
-    With L the part of A that leads from the earlier block of a pair to the later one, and X the inverse so far, block
-    by block: X - X L X.
+
+def _pair_products_forward(
+    dtype: Any, block: int, is_wide: bool, query: Array, key: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    query = _later(query, block)
+    rounded = query.astype(dtype), key.astype(dtype)
+    products = _wide_dot(dtype, query, key, (1, 1)) if is_wide else _dots(*rounded, (1, 1))
+    return _among_earlier(jnp.where(_is_in_pair(key.shape[1], block), products, np.float32(0)), block), rounded
+
+
+def _pair_products_backward(
+    dtype: Any, block: int, is_wide: bool, operands: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    query, key = operands
+    is_in_pair = _is_in_pair(key.shape[1], block)
+    gradient = jnp.where(is_in_pair, _later(gradient, block), np.float32(0)).astype(dtype)
+    return _among_earlier(_dots(gradient, key, (1, 0)), block), _dots(gradient, query, (0, 0))
+
+
+_pair_products.defvjp(_pair_products_forward, _pair_products_backward)
+
+
+def _is_pair(size: int, block: int) -> Array:
+    """[C, C], whether the row is in the later block of a pair and the column in the earlier one."""
+    row, column = (lax.div(x, np.int32(block)) for x in _indices((size, size)))
+    return (row == column + np.int32(1)) & (lax.rem(row, np.int32(2)) == 1)
+
+
+def _is_in_pair(size: int, block: int) -> Array:
+    """The rows of _is_pair that _later takes."""
+    if block < SUBLANES:
+        return _is_pair(size, block)
+    row, column = (lax.div(x, np.int32(block)) for x in _indices((size // 2, size)))
+    return column == row * np.int32(2)
+
+
+def _later(x: Array, block: int) -> Array:
+    """[N, C, W] -> [N, C / 2, W], the rows of later blocks; all rows where those are within a register's."""
+    if block < SUBLANES:
+        return x
+    heads, size, width = x.shape
+    return x.reshape(heads, size // (2 * block), 2, block, width)[:, :, 1].reshape(heads, size // 2, width)
+
+
+def _among_earlier(x: Array, block: int) -> Array:
+    """The inverse of _later, with 0 in the rows of earlier blocks."""
+    if block < SUBLANES:
+        return x
+    heads, half, width = x.shape
+    later = x.reshape(heads, half // block, block, width)
+    return jnp.stack([jnp.zeros_like(later), later], axis=2).reshape(heads, 2 * half, width)
+
+
+# --- The delta rule's system ------------------------------------------------------------------------------------------
+
+
+def _inverses(dtype: Any, system: Array) -> Array:
+    """Of I + A's blocks on the diagonal, side by side: [N, BLOCK, C], of A = system [N, C, C], strictly lower.
+
+    First of blocks of 8 rows, which lie in one register: by substitution. Then in pairs, with L the part of A that
+    leads from the earlier block of a pair to the later one: X_later L X_earlier is what is missing.
     """
-    size = system.shape[0]
-    rows, columns = _indices(system.shape)
-    one, nothing = _one_zero()
-    result = jnp.where(rows == columns, one, nothing)
-    block = 1
-    while block < size:
-        pair = _share_block(rows, columns, 2 * block) & (
-            lax.div(rows, np.int32(block)) > lax.div(columns, np.int32(block))
-        )
-        leads = jnp.where(pair, system, nothing)
-        # X is the identity at first.
-        change = leads if block == 1 else common.dot(common.dot(result, leads, (1, 0)), result, (1, 0))
-        result = result - change
+    heads, size, _ = system.shape
+    rows, columns = _indices((size, size))
+    zero = np.float32(0)
+
+    def on_diagonal(block: int) -> Array:
+        return lax.div(rows, np.int32(block)) == lax.div(columns, np.int32(block))
+
+    row, column = _indices((SUBLANES, size))
+    column = lax.rem(column, np.int32(SUBLANES))
+    blocks = jnp.where(on_diagonal(SUBLANES), system, zero)
+    blocks = jnp.sum(blocks.reshape(heads, size // SUBLANES, SUBLANES, size), axis=1)
+    inverses = jnp.broadcast_to(jnp.where(row == column, np.float32(1), zero), blocks.shape)
+    for n in range(SUBLANES - 1):
+        # Column n of every block at all its columns, times row n of the inverse.
+        lane = _rolled(jnp.where(column == n, blocks, zero), (size - n) % size, 2)
+        for distance in (1, 2, 4):
+            lane = lane + _rolled(lane, distance, 2)
+        inverses = inverses - lane * inverses[:, n : n + 1]
+    block = SUBLANES
+    while block < BLOCK:
+        is_later = lax.rem(lax.div(_indices((block, size))[1], np.int32(block)), np.int32(2)) == 1
+        later, earlier = jnp.where(is_later, inverses, zero), jnp.where(is_later, zero, inverses)
+        whole = jnp.where(on_diagonal(block), jnp.concatenate([inverses] * (size // block), axis=1), zero)
+        leads = jnp.where(_is_pair(size, block), system, zero)
+        missing = _wide_dot(dtype, _wide_dot(dtype, later, leads, (1, 0)), whole, (1, 0))
+        inverses = jnp.concatenate([earlier, later - missing], axis=1)
         block *= 2
-    return result
+    return inverses
 
 
-def _inverse_forward(system: Array) -> tuple[Array, Array]:
-    result = _inverse(system)
-    return result, result
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _solve(dtype: Any, inverses: Array, system: Array, right: Array) -> Array:
+    """(I + A)^{-1} right, block after block: of a block A's product with those before is taken away first."""
+    solved: list[Array] = []
+    for start in range(0, right.shape[1], BLOCK):
+        block = slice(start, start + BLOCK)
+        rest = right[:, block]
+        if solved:
+            rest = rest - _wide_dot(dtype, system[:, block, :start], jnp.concatenate(solved, axis=1), (1, 0))
+        solved.append(_wide_dot(dtype, inverses[:, :, block], rest, (1, 0)))
+    return jnp.concatenate(solved, axis=1)
 
 
-def _inverse_backward(result: Array, gradient: Array) -> tuple[Array]:
-    inner = common.dot(result, gradient, (0, 0))
-    return (_where(_before, -common.dot(inner, result, (1, 1))),)
+def _solve_forward(dtype: Any, inverses: Array, system: Array, right: Array) -> tuple[Array, tuple[Array, ...]]:
+    solution = _solve(dtype, inverses, system, right)
+    return solution, (inverses, system, solution)
 
 
-_inverse.defvjp(_inverse_forward, _inverse_backward)
+def _solve_backward(dtype: Any, kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
+    """The transposed system, last block first. The inverses are the system's: no gradient is theirs."""
+    inverses, system, solution = kept
+    size = gradient.shape[1]
+    solved: list[Array] = []
+    for start in range(size - BLOCK, -1, -BLOCK):
+        block = slice(start, start + BLOCK)
+        rest = gradient[:, block]
+        if solved:
+            rest = rest - _wide_dot(dtype, system[:, start + BLOCK :, block], jnp.concatenate(solved, axis=1), (0, 0))
+        solved.insert(0, _wide_dot(dtype, inverses[:, :, block], rest, (0, 0)))
+    to_right = jnp.concatenate(solved, axis=1)
+    to_system = -_dots(to_right.astype(dtype), solution.astype(dtype), (1, 1))
+    return jnp.zeros_like(inverses), jnp.where(_where(_before, size), to_system, np.float32(0)), to_right
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """common.dot, whose gradients round the cotangent to the operands' dtype as it does its operands."""
-    return common.dot(a, b, contract)
+_solve.defvjp(_solve_forward, _solve_backward)
 
 
-def _dot_forward(a: Array, b: Array, contract: tuple[int, int]) -> tuple[Array, tuple[Array, Array]]:
-    return common.dot(a, b, contract), (a, b)
+# --- Products ---------------------------------------------------------------------------------------------------------
 
 
-def _dot_backward(contract: tuple[int, int], operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _dot(dtype: Any, a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Products of float32 matrices rounded to dtype, of every head; cotangents are rounded as well."""
+    return _dots(a.astype(dtype), b.astype(dtype), contract)
+
+
+def _dot_forward(dtype: Any, a: Array, b: Array, contract: tuple[int, int]) -> tuple[Array, tuple[Array, Array]]:
+    a, b = a.astype(dtype), b.astype(dtype)
+    return _dots(a, b, contract), (a, b)
+
+
+def _dot_backward(
+    dtype: Any, contract: tuple[int, int], operands: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
     a, b = operands
     of_a, of_b = contract
-    gradient = gradient.astype(a.dtype)
-    to_a = common.dot(gradient, b, (1, 1 - of_b)) if of_a == 1 else common.dot(b, gradient, (1 - of_b, 1))
-    to_b = common.dot(a, gradient, (1 - of_a, 0)) if of_b == 0 else common.dot(gradient, a, (0, 1 - of_a))
-    return to_a.astype(a.dtype), to_b.astype(b.dtype)
+    gradient = gradient.astype(dtype)
+    to_a = _dots(gradient, b, (1, 1 - of_b)) if of_a == 1 else _dots(b, gradient, (1 - of_b, 1))
+    to_b = _dots(a, gradient, (1 - of_a, 0)) if of_b == 0 else _dots(gradient, a, (0, 1 - of_a))
+    return _added(to_a, len(a)), _added(to_b, len(b))
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
 
 
+def _wide_dot(dtype: Any, a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Products of float32 matrices to twice the digits of dtype; float32 has enough of its own."""
+    if dtype == jnp.float32:
+        return _dots(a, b, contract)
+    (a_high, a_low), (b_high, b_low) = (_in_two(dtype, x) for x in (a, b))
+    both = _dots(jnp.concatenate([a_high, a_low], axis=2 - contract[0]), b_high, contract)
+    high, low = jnp.split(both, 2, axis=1)
+    return high + (low + _dots(a_high, b_low, contract))
+
+
+def _in_two(dtype: Any, x: Array) -> tuple[Array, Array]:
+    rounded = x.astype(dtype)
+    return rounded, (x - rounded.astype(jnp.float32)).astype(dtype)
+
+
+def _dots(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Of [N, ...] or [K, ...] each: as many products as the larger has heads."""
+    heads = max(len(a), len(b))
+    return jnp.stack([common.dot(a[n * len(a) // heads], b[n * len(b) // heads], contract) for n in range(heads)])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _roll(x: Array, rows: int) -> Array:
-    """Row i of the result is row i - rows of x, around the ends."""
-    rows %= x.shape[0]
-    return jnp.concatenate([x[x.shape[0] - rows :], x[: x.shape[0] - rows]], axis=0) if rows else x
+def _spread(x: Array, heads: int) -> Array:
+    """Every head's, of what several in a row share."""
+    return x if len(x) == heads else jnp.stack([x[n * len(x) // heads] for n in range(heads)])
 
 
-_roll.defvjp(lambda x, rows: (_roll(x, rows), None), lambda rows, _, gradient: (_roll(gradient, -rows),))
+_spread.defvjp(lambda x, heads: (_spread(x, heads), len(x)), lambda heads, own, gradient: (_added(gradient, own),))
 
 
-def _times(x: Array, factor: Array) -> Array:
-    return (x.astype(jnp.float32) * factor).astype(x.dtype)
+def _added(x: Array, heads: int) -> Array:
+    """The transpose of _spread."""
+    return x if len(x) == heads else jnp.sum(x.reshape(heads, len(x) // heads, *x.shape[1:]), axis=1)
 
 
-def _prefix(which: Callable[[Array, Array], Array], x: Array) -> Array:
-    """[C, F]: at each row the sum of the rows that `which` takes."""
-    return _sums(_ones(which, x.shape[0]), x)
+def _times(x: Array, factor: Array | None) -> Array:
+    return x if factor is None else x * factor
 
 
-def _sums(a: Array, b: Array) -> Array:
-    return _dot(a, b, (1, 0))
+def _rolled(x: Array, shift: int, axis: int) -> Array:
+    number: Any = np.int32(shift)  # a Python int would be an int64 under jax_enable_x64
+    return pltpu.roll(x, number, axis)
 
 
-def _ones(which: Callable[[Array, Array], Array], size: int) -> Array:
-    return jnp.where(which(*_indices((size, size))), *_one_zero())
+# --- Indices ----------------------------------------------------------------------------------------------------------
 
 
-def _where(which: Callable[[Array, Array], Array], x: Array) -> Array:
-    """x, [C, C] or one row of it, at the positions that `which` takes, 0 elsewhere."""
-    size = x.shape[1]
-    return jnp.where(which(*_indices((size, size))), jnp.broadcast_to(x, (size, size)), np.float32(0))
+def _column(row: Array) -> Array:
+    """[N, 1, C] -> [N, C, 1]"""
+    return jnp.sum(jnp.where(_where(_same, row.shape[2]), row, np.float32(0)), axis=2, keepdims=True)
 
 
-def _indices(shape: tuple[int, ...]) -> tuple[Array, Array]:
+def _where(which: Callable[[Array, Array], Array], size: int) -> Array:
+    """bool [C, C]: of a row and a column."""
+    return which(*_indices((size, size)))
+
+
+def _indices(shape: tuple[int, int]) -> tuple[Array, Array]:
     return lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)
-
-
-def _share_block(rows: Array, columns: Array, block: int) -> Array:
-    return lax.div(rows, np.int32(block)) == lax.div(columns, np.int32(block))
-
-
-def _one_zero() -> tuple[np.float32, np.float32]:
-    return np.float32(1), np.float32(0)
 
 
 def _until(row: Array, column: Array) -> Array:
@@ -232,10 +405,6 @@ def _until(row: Array, column: Array) -> Array:
 
 def _before(row: Array, column: Array) -> Array:
     return column < row
-
-
-def _after(row: Array, column: Array) -> Array:
-    return column > row
 
 
 def _same(row: Array, column: Array) -> Array:

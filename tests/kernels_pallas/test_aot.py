@@ -83,8 +83,8 @@ def test_a_name_overrides_the_choice():
 QUICK = {("v6e", "small model 2k")}
 
 
-# Kernels whose parts are in the gated delta rule's.
-PARTS = {"linear, delta", "linear, delta gradients"}
+# Kernels whose parts are in the gated delta rule's, and in those of decays per channel.
+PARTS = {f"linear, {name}{part}" for name in ("delta", "gated delta by channel") for part in ("", " gradients")}
 
 
 @pytest.mark.parametrize("kernel", slow_but(set(KERNELS) - PARTS, KERNELS))

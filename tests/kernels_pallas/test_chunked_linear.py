@@ -9,35 +9,47 @@ import pytest
 from marks import slow_but
 
 from attnlab import LinearState, linear_attention
-from kernels_pallas.tpu import chunked_linear
+from kernels_pallas.tpu import chunk_call, chunked_linear
+from kernels_pallas.tpu.common import VMEM_BUDGET
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}  # bfloat16: what is multiplied is rounded to it
 
 
 def draw(
-    length, *, decay=None, delta=False, segments=False, heads=2, key_heads=1, head_dim=64, value_dim=64, **options
+    length,
+    *,
+    decay=None,
+    delta=False,
+    segments=False,
+    batch=1,
+    heads=2,
+    key_heads=1,
+    head_dim=64,
+    value_dim=64,
+    **options,
 ):
     """(arrays of linear_attention by name, its other options)."""
     rng = np.random.default_rng(length)
     dtype, normalize = options.pop("dtype", jnp.float32), options.get("normalize", False)
     shapes = {"query": (heads, head_dim), "key": (key_heads, head_dim), "value": (key_heads, value_dim)}
-    arrays = {name: rng.normal(size=(1, length, *shape)) for name, shape in shapes.items()}
+    arrays = {name: rng.normal(size=(batch, length, *shape)) for name, shape in shapes.items()}
     arrays["key"] /= np.linalg.norm(arrays["key"], axis=-1, keepdims=True)
     arrays = {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
-    gates = {"constant": (heads,), "token": (1, length, heads), "channel": (1, length, heads, head_dim)}
+    gates = {"constant": (heads,), "token": (batch, length, heads), "channel": (batch, length, heads, head_dim)}
     if decay:
         arrays["log_decay"] = jnp.asarray(-rng.exponential(0.3, gates[decay]), jnp.float32)
     if delta:
-        arrays["beta"] = jnp.asarray(rng.uniform(size=(1, length, heads)), jnp.float32)
+        arrays["beta"] = jnp.asarray(rng.uniform(size=(batch, length, heads)), jnp.float32)
     if "feature_map" not in options:
-        kv = jnp.asarray(rng.normal(size=(1, heads, head_dim, value_dim)), jnp.float32)
-        k_sum = jnp.asarray(rng.uniform(1, 2, (1, heads, head_dim)), jnp.float32) if normalize else None
+        kv = jnp.asarray(rng.normal(size=(batch, heads, head_dim, value_dim)), jnp.float32)
+        k_sum = jnp.asarray(rng.uniform(1, 2, (batch, heads, head_dim)), jnp.float32) if normalize else None
         arrays["initial_state"] = LinearState(kv, k_sum)
     if segments:
-        options["segment_ids"] = jnp.asarray(np.sort(rng.integers(0, 4, (1, length)), axis=1), jnp.int32)
+        options["segment_ids"] = jnp.asarray(np.sort(rng.integers(0, 4, (batch, length)), axis=1), jnp.int32)
     return arrays, options
 
 
+WIDE = {"head_dim": 128, "value_dim": 128}
 CASES = {
     "one token": (1, {"decay": "token"}),
     "plain": (300, {"heads": 4, "key_heads": 2}),
@@ -52,6 +64,14 @@ CASES = {
     "delta": (200, {"delta": True}),
     "gated delta": (260, {"delta": True, "decay": "token", "heads": 3, "key_heads": 3, "dtype": jnp.bfloat16}),
     "gated delta per channel": (140, {"delta": True, "decay": "channel", "segments": True}),
+    "five heads": (130, {"heads": 5, "key_heads": 5}),
+    "six heads, two of a group": (130, {"decay": "token", "heads": 6, "key_heads": 3, "dtype": jnp.bfloat16}),
+    "eight heads of a group": (130, {"delta": True, "heads": 8}),
+    # Widths of 128 and blocks of 8 heads: arrays are read as they lie.
+    "in place": (140, {"delta": True, "decay": "token", "heads": 16, "key_heads": 4, **WIDE, "dtype": jnp.bfloat16}),
+    "in place, eight heads of a group": (130, {"batch": 2, "heads": 8, **WIDE, "dtype": jnp.bfloat16}),
+    "in place, own keys": (130, {"decay": "channel", "heads": 16, "key_heads": 16, **WIDE}),
+    "in place, few heads": (20, {"decay": "token", "batch": 2, "heads": 4, "key_heads": 2, **WIDE}),
 }
 QUICK = ("gated delta",)
 
@@ -122,6 +142,92 @@ def test_tangents_and_second_derivatives_are_the_blocked_form_s(interpreted):
 
     got = interpreted(derivatives, arrays, "pallas_tpu")
     assert_close(got, derivatives(arrays, "xla"), 1e-4)
+
+
+REGIMES = {  # log decays of a token, and strengths of the delta rule
+    "usual gates": (lambda rng, shape: -rng.exponential(0.05, shape), (0.0, 1.0)),
+    "strong gates": (lambda rng, shape: -rng.exponential(3.0, shape), (0.0, 1.0)),
+    "resets": (lambda rng, shape: np.where(rng.random(shape) < 0.05, -50.0, -rng.exponential(0.05, shape)), (0.0, 1.0)),
+    "repeated keys": (lambda rng, shape: np.full(shape, -1e-3), (1.0, 1.0)),
+}
+FORMS = {
+    "decay": {"decay": "token"},
+    "channels": {"decay": "channel"},
+    "gated delta": {"decay": "token", "delta": True},
+    "gated delta by channel": {"decay": "channel", "delta": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("regime", slow_but(["repeated keys"], REGIMES))
+@pytest.mark.parametrize("form", slow_but(["gated delta"], FORMS))
+def test_errors_against_float64_are_those_of_rounded_inputs(form, regime, dtype, interpreted):
+    """Outputs, states and gradients, in shares of the largest number of each: bfloat16 within 2^-6, or four times what
+    comes of rounding query, key and value once more; float32 within 1e-5. With -s it prints them: the table of
+    kernels_pallas/README.md."""
+    arrays, _ = draw(300, heads=2, dtype=dtype, **FORMS[form])
+    rng = np.random.default_rng(3)
+    decays, (least, most) = REGIMES[regime]
+    arrays["log_decay"] = jnp.asarray(decays(rng, arrays["log_decay"].shape), jnp.float32)
+    if "beta" in arrays:
+        arrays["beta"] = jnp.asarray(rng.uniform(least, most, arrays["beta"].shape), jnp.float32)
+    if regime == "repeated keys":
+        noise = 0.02 / 8 * rng.normal(size=arrays["key"].shape)
+        arrays["key"] = (arrays["key"][:, :1].astype(jnp.float32) + noise).astype(dtype)
+    weights = rng.normal(size=(1, 300, 2, 64))
+
+    def run(arrays, implementation):
+        def loss(arrays):
+            out, state = linear_attention(**arrays, return_state=True, implementation=implementation)
+            return jnp.sum(out * weights.astype(arrays["initial_state"].kv.dtype)), (out, state)
+
+        return jax.grad(loss, has_aux=True)(arrays)
+
+    got = interpreted(run, arrays, "pallas_tpu")
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), arrays)
+        tokens = {name: exact[name] * (1 + 2**-9 * rng.uniform(-1, 1, exact[name].shape)) for name in TOKENS}
+        want, rounded = (jax.tree.leaves(run(given, "reference")) for given in (exact, exact | tokens))
+    errors, allowed = (shares_of_largest(found, want) for found in (jax.tree.leaves(got), rounded))
+    *of_gradients, of_out, of_state = errors
+    print(f"\n| {form} | {regime} | {jnp.dtype(dtype)} | {of_out:.0e} | {of_state:.0e} | {max(of_gradients):.0e} |")
+    limits = np.maximum(2**-6, 4 * allowed) if dtype == jnp.bfloat16 else 1e-5
+    np.testing.assert_array_less(errors, limits)
+
+
+TOKENS = ("query", "key", "value")
+
+
+def shares_of_largest(found, want):
+    pairs = [[np.asarray(x, np.float64) for x in pair] for pair in zip(found, want, strict=True)]
+    return np.array([np.abs(a - b).max() / np.abs(b).max() for a, b in pairs])
+
+
+# query and key heads, width, float32, decay, delta: heads of a block, heads and key heads of a step, in place
+PLANS = [
+    ((32, 8, 128, False, "token", True), (8, 4, 1, True)),
+    ((32, 32, 128, False, None, False), (16, 4, 4, True)),
+    ((6, 3, 128, False, "token", False), (2, 2, 1, False)),
+    ((5, 5, 128, False, "token", False), (1, 1, 1, False)),
+    ((32, 8, 128, False, "channel", True), (8, 2, 1, True)),  # four do not fit
+    ((32, 8, 256, True, "channel", True), (1, 1, 1, False)),
+]
+
+
+@pytest.mark.parametrize(("call", "plan"), PLANS)
+def test_a_step_takes_as_many_heads_as_vmem_holds(call, plan):
+    arrays = call_of(*call)
+    found, size = chunk_call.plan_of(*arrays, backwards=True)
+    assert (found.block, found.heads, found.key_heads, found.in_place) == plan
+    assert size <= VMEM_BUDGET
+
+
+def call_of(heads, key_heads, width, is_float32, decay, delta):
+    dtype = jnp.float32 if is_float32 else jnp.bfloat16
+    query, key, value = (jax.ShapeDtypeStruct((1, 512, n, width), dtype) for n in (heads, key_heads, key_heads))
+    gate = jax.ShapeDtypeStruct((1, 512, heads, width), jnp.float32)
+    log_decay = {None: None, "token": gate.update(shape=gate.shape[:3]), "channel": gate}[decay]
+    return query, key, value, log_decay, gate.update(shape=gate.shape[:3]) if delta else None
 
 
 def structs(dtype=jnp.bfloat16, head_dim=64, value_dim=64, length=256):
