@@ -1,4 +1,4 @@
-"""Who sees whom, as index arithmetic: predicates on (query, key) coordinates, joined with & and |.
+"""Who sees whom, as index arithmetic: predicates on (query, key) coordinates, joined with &, | and ~.
 
 One definition of the neighbourhood window, `window_bounds`, serves every form: the dense mask of the references
 (`dense_mask`), the tiles that a kernel visits (`block_map`), the pictures (`draw`), and the blocked forms, which
@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -115,6 +115,9 @@ class Mask:
     def __or__(self, other: "Mask") -> "Mask":
         return Mask(lambda query, key: self.sees(query, key) | other.sees(query, key))
 
+    def __invert__(self) -> "Mask":
+        return Mask(lambda query, key: self.sees(query, key) ^ True)  # ~ of Python's True is -2
+
 
 def axis_windows(
     shape: Sequence[int],
@@ -160,6 +163,16 @@ def causal(axis: int = 0) -> Mask:
     return Mask(lambda query, key: key[axis] <= query[axis])
 
 
+def window(left: int, right: int, *, axis: int = 0) -> Mask:
+    """Keys from `left` before the query to `right` after it on one axis, the query's own among them."""
+
+    def sees(query: Coordinates, key: Coordinates) -> Any:
+        back = query[axis] - key[axis]
+        return (back <= left) & (back >= -right)
+
+    return Mask(sees)
+
+
 def first_keys(count: int) -> Mask:
     """The first `count` keys of a sequence, for every query."""
     return Mask(lambda query, key: (key[0] < count) & (query[0] >= 0))
@@ -171,6 +184,65 @@ def blocks(size: int, *, shift: int = 0, axis: int = 0) -> Mask:
     On every axis, without and with a shift in alternate layers: Swin Transformer (Liu et al. 2021).
     """
     return Mask(lambda query, key: (query[axis] - shift) // size == (key[axis] - shift) // size)
+
+
+def block_causal(size: int, *, prefix: int = 0) -> Mask:
+    """Keys of the query's own block and of earlier ones; the first `prefix` tokens are a block of their own.
+
+    (Next-block prediction, Ren et al. 2025; a prompt as the prefix.)
+    """
+
+    def number(token: Any) -> Any:
+        return _maximum(token - prefix, -1) // size
+
+    return Mask(lambda query, key: number(key[0]) <= number(query[0]))
+
+
+def block_diffusion(length: int, size: int) -> Mask:
+    """Of `length` noisy tokens, and then the same tokens clean: noisy ones see their own block and, clean, the blocks
+    before it; clean ones see clean blocks up to their own (Block Diffusion, Arriola et al. 2025)."""
+
+    def sees(query: Coordinates, key: Coordinates) -> Any:
+        own, other = (x % length // size for x in (query[0], key[0]))
+        are_alike = (query[0] < length) == (key[0] < length)
+        return (are_alike & (own == other)) | ((key[0] >= length) & (other < own))
+
+    return Mask(sees)
+
+
+def kinds(labels: Any, by_kind: Mapping[int, Mask]) -> Mask:
+    """Every key by the mask of its kind; keys of other kinds are not seen.
+
+    labels: int [S], a constant: the kind of each key of a sequence.
+    """
+    labels = np.asarray(labels)
+
+    def sees(query: Coordinates, key: Coordinates) -> Any:
+        kind = (jnp.asarray(labels) if isinstance(key[0], jax.Array) else labels)[key[0]]
+        return functools.reduce(
+            operator.or_, ((kind == name) & mask.sees(query, key) for name, mask in by_kind.items())
+        )
+
+    return Mask(sees)
+
+
+def aligned(shape: Sequence[int], radius: int, *, offset: int) -> Mask:
+    """Keys of a condition image within `radius`, along every axis, of the place that the query has in its own image.
+
+    The tokens are an image of this shape, in row-major order, and from `offset` on its condition, of the same shape.
+    Queries of both see the condition; what else they see, other masks say.
+    """
+    tokens = math.prod(shape)
+
+    def sees(query: Coordinates, key: Coordinates) -> Any:
+        near = (key[0] >= offset) & (key[0] < offset + tokens)
+        query_place, key_place = (t - offset * (t >= offset) for t in (query[0], key[0]))
+        for axis, length in enumerate(shape):
+            later = math.prod(shape[axis + 1 :])
+            near = near & (abs(query_place // later % length - key_place // later % length) <= radius)
+        return near
+
+    return Mask(sees)
 
 
 def power_blocks(size: int) -> Mask:
