@@ -14,6 +14,7 @@ sees keys of its own group alone; `window_bounds` works inside a group, `AxisWin
 Window arithmetic: NATTEN (Hassani et al. 2023, 2024), with the strides of Generalized Neighborhood Attention (2025).
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -25,6 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Pairs of tokens of which a block map is made in numpy, which compiles nothing.
+_MOST_IN_NUMPY = 2**24
+# What a mask raises that reads numpy's arrays by traced indices.
+_NEEDS_NUMPY = (jax.errors.TracerArrayConversionError, jax.errors.TracerBoolConversionError)
 Edge = Literal["shift", "clip"]
 # One integer (array) for each space axis.
 Coordinates = tuple[Any, ...]
@@ -268,9 +273,8 @@ def radial(frame_tokens: int, *, decay_factor: float = 1.0, block: int = 128) ->
     bits = frame_tokens.bit_length()
 
     def sees(query: Coordinates, key: Coordinates) -> Any:
-        frames, apart = abs(query[0] // frame_tokens - key[0] // frame_tokens), 0
-        for bit in range(20):  # the number of bits of `frames`, so up to a million frames
-            apart = apart + (frames >= 1 << bit)
+        frames = abs(query[0] // frame_tokens - key[0] // frame_tokens)
+        apart = _bit_length(frames)
         distance = abs(query[0] % frame_tokens - key[0] % frame_tokens)
         # In integers: decay = 2^(bits - apart) may be a fraction.
         near = (distance <= block) | (distance * (1 << apart) <= decay_factor * (1 << bits))
@@ -279,6 +283,13 @@ def radial(frame_tokens: int, *, decay_factor: float = 1.0, block: int = 128) ->
         return (frames <= 1) | (near & kept) | (key[0] < frame_tokens)
 
     return Mask(sees)
+
+
+def _bit_length(x: Any) -> Any:
+    """Of integers from 0."""
+    if isinstance(x, jax.Array):
+        return jnp.iinfo(x.dtype).bits - jax.lax.clz(x)
+    return np.frexp(x)[1]
 
 
 def _coordinates(shape: Sequence[int], xp: Any) -> Coordinates:
@@ -315,7 +326,11 @@ def block_map(
     key_tile: Sequence[int],
     key_shape: Sequence[int] | None = None,
 ) -> BlockMap:
-    """Which key tiles each query tile visits, exactly. Runs in numpy: O(T S) time, O(tile S) memory."""
+    """Which key tiles each query tile visits, exactly. O(T S) time, O(tile S) memory.
+
+    Of many pairs the mask is asked in a compiled program (of 65,536 x 65,536 that takes a second or two of two cores),
+    unless it reads what only numpy can.
+    """
     key_shape = query_shape if key_shape is None else key_shape
 
     def tile_of_token(shape: Sequence[int], tile: Sequence[int]) -> tuple[np.ndarray, int]:
@@ -323,19 +338,40 @@ def block_map(
         tiles = tuple(c // size for c, size in zip(_coordinates(shape, np), tile, strict=True))
         return np.ravel_multi_index(tiles, grid), math.prod(grid)
 
-    query_tiles, num_query_tiles = tile_of_token(query_shape, query_tile)
+    query_tiles, _ = tile_of_token(query_shape, query_tile)
     key_tiles, num_key_tiles = tile_of_token(key_shape, key_tile)
     keys_in_tile = np.bincount(key_tiles, minlength=num_key_tiles)
-    key = tuple(c[None, :] for c in _coordinates(key_shape, np))
-    queries = _coordinates(query_shape, np)
-    visited = np.zeros((num_query_tiles, num_key_tiles), bool)
-    full = np.zeros_like(visited)
-    tokens_by_tile = np.split(np.argsort(query_tiles, kind="stable"), np.cumsum(np.bincount(query_tiles))[:-1])
-    for row, tokens in enumerate(tokens_by_tile):
-        sees = mask.sees(tuple(c[tokens, None] for c in queries), key)
-        visited[row] = np.bincount(key_tiles, weights=sees.any(0), minlength=num_key_tiles) > 0
-        full[row] = np.bincount(key_tiles, weights=sees.all(0), minlength=num_key_tiles) == keys_in_tile
+    counts = np.bincount(query_tiles)
+    of_tile = np.split(np.argsort(query_tiles, kind="stable"), np.cumsum(counts)[:-1])
+    # The tokens of every tile; the last one of a smaller tile once more, which changes nothing.
+    tokens = np.stack([np.pad(numbers, (0, counts.max() - len(numbers)), mode="edge") for numbers in of_tile])
+    queries, keys = (_coordinates(shape, np) for shape in (query_shape, key_shape))
+    some, every = _seen_by_tile(mask, [c[tokens] for c in queries], [c[None, :] for c in keys])
+
+    def tiles_of(seen: np.ndarray) -> np.ndarray:
+        return np.stack([np.bincount(key_tiles, weights=row, minlength=num_key_tiles) for row in seen])
+
+    visited, full = tiles_of(some) > 0, tiles_of(every) == keys_in_tile[None]
     return BlockMap(visited, full)
+
+
+def _seen_by_tile(mask: Mask, queries: list[np.ndarray], key: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """bool [tiles, S]: whether some query of a tile sees the key, and whether every one does. queries: [tiles, n]."""
+
+    def of_tile(query: Any) -> tuple[Any, Any]:
+        sees = mask.sees(tuple(c[:, None] for c in query), tuple(key))
+        return sees.any(0), sees.all(0)
+
+    def compiled(queries: Any) -> Any:
+        return jax.lax.map(lambda query: of_tile(query), queries)
+
+    if queries[0].size * key[0].size > _MOST_IN_NUMPY:
+        cpu = jax.local_devices(backend="cpu")[0]
+        with jax.ensure_compile_time_eval(), jax.default_device(cpu), contextlib.suppress(*_NEEDS_NUMPY):
+            key = [c.astype(np.int32) for c in key]
+            return tuple(map(np.asarray, jax.jit(compiled)([c.astype(np.int32) for c in queries])))  # type: ignore
+    some, every = zip(*(of_tile([c[row] for c in queries]) for row in range(len(queries[0]))))
+    return np.stack(some), np.stack(every)
 
 
 def draw(mask: Mask, shape: Sequence[int], query: Sequence[int] | None = None, axes: Any = None) -> Any:
