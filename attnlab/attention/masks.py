@@ -44,7 +44,13 @@ def _maximum(a: Any, b: Any) -> Any:
 
 
 def window_bounds(
-    query: Any, length: Any, *, window: int, stride: int = 1, is_causal: bool = False, edge: Edge = "shift"
+    query: Any,
+    length: Any,
+    *,
+    window: int | tuple[int, int],
+    stride: int = 1,
+    is_causal: bool = False,
+    edge: Edge = "shift",
 ) -> tuple[Any, Any]:
     """The keys that a query sees on one axis: start <= key < end, in the coordinates of its residue group.
 
@@ -56,16 +62,18 @@ def window_bounds(
         causal       leader = min((query div stride) stride + stride - 1, length - 1)
                      keys with leader - window < key <= query
         edge="clip"  the window never moves: neither the leader nor the window follows the border, which cuts it
+        (l, r)       as the window: l keys before the leader and r after it; not causal, and with edge="clip"
 
     Both bounds grow with the query. Needs window <= length and stride <= window, so that a query sees itself.
     """
     group = query // stride * stride
     if is_causal:
+        assert not isinstance(window, tuple), "a pair is not causal"
         leader = group + (stride - 1)
         if edge == "shift":
             leader = _minimum(leader, length - 1)
         return _maximum(leader - (window - 1), 0), query + 1
-    left, right = window // 2, window - 1 - window // 2
+    left, right = window if isinstance(window, tuple) else (window // 2, window - 1 - window // 2)
     leader = group + stride // 2
     if edge == "clip":
         return _maximum(leader - left, 0), _minimum(leader + (right + 1), length)
@@ -78,7 +86,7 @@ class AxisWindow:
     """The neighbourhood on one space axis, in token coordinates. Hashable; all fields are static."""
 
     length: int
-    window: int
+    window: int | tuple[int, int]
     stride: int = 1
     dilation: int = 1
     is_causal: bool = False

@@ -106,6 +106,10 @@ _WITH_OPTIONS = {
         functools.partial(A.local_attention, window=4, stride=2, edge="clip"),
         _LINE,
     ),
+    "local, more before than after": (
+        lambda q, k, v, ids: A.local_attention(q, k, v, window=((5, 2),), edge="clip", segment_ids=ids),
+        (*_LINE, _IDS),
+    ),
     "local, grid with segments": (
         lambda q, k, v, ids: A.local_attention(q, k, v, window=3, is_causal=(True, False), segment_ids=ids),
         (*_IMAGE, _IDS.reshape(BATCH, 4, 4)),
