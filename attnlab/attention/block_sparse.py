@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.attention import block_selection, masks
-from attnlab.attention._cached import at, by_row, counted, put, tokens_at
+from attnlab.attention._cached import at, by_row, counted, filled, put, tokens_at
 from attnlab.attention._dispatch.choice import Implementations, dispatch
 from attnlab.attention._dispatch.deferred import tangent_call
 from attnlab.attention._dispatch.exchange import (
@@ -600,13 +600,7 @@ def prefill_block_sparse_cache(
     query_block, first = check_block("query_block", query_block), check_int("first", first, least=0, most=2**31 - 1)
     slots, count = cache.key.shape[1], counted(key, lengths)
     require(key.shape[1] <= slots, "key", shape_text(key), f"the cache was made for {slots} tokens")
-    is_token = (jnp.arange(key.shape[1])[None] < by_row(count))[..., None, None]
-
-    def placed(old: Array, new: Array) -> Array:
-        rest = ((0, 0), (0, slots - new.shape[1]), (0, 0), (0, 0))
-        return jnp.pad(jnp.where(is_token, new, 0).astype(old.dtype), rest)
-
-    key, value = placed(cache.key, key), placed(cache.value, value)
+    key, value = filled(cache.key, key, count), filled(cache.value, value, count)
     representative = block_selection.pool_blocks(key, _key_block(cache), "mean")
     start = jnp.maximum(by_row(count) - 1, 0) // query_block * query_block  # of the last query block
     chosen = _chosen(

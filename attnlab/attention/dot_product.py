@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.attention import masks
-from attnlab.attention._cached import attend_to_cache, by_row, counted, put
+from attnlab.attention._cached import attend_to_cache, by_row, counted, filled, put
 from attnlab.attention._dispatch.choice import Implementations, dispatch
 from attnlab.attention._dispatch.exchange import (
     Parts,
@@ -304,13 +304,7 @@ def prefill_dot_product_cache(
     lengths = check_prompt(key, value, cache.key, cache.value, lengths)
     slots, count = cache.key.shape[1], counted(key, lengths)
     require(key.shape[1] <= slots, "key", shape_text(key), f"the cache was made for {slots} tokens")
-    is_token = (jnp.arange(key.shape[1])[None] < by_row(count))[..., None, None]
-
-    def placed(old: Array, new: Array) -> Array:
-        rest = ((0, 0), (0, slots - new.shape[1]), (0, 0), (0, 0))
-        return jnp.pad(jnp.where(is_token, new, 0).astype(old.dtype), rest)
-
-    return DotProductCache(placed(cache.key, key), placed(cache.value, value), count)
+    return DotProductCache(filled(cache.key, key, count), filled(cache.value, value, count), count)
 
 
 @primitive("B*N.", like="cache")
