@@ -10,7 +10,9 @@ import io
 import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Sequence
@@ -48,6 +50,7 @@ _MOST_SEQUENCES = 10_000  # of regress, by --seeds
 _MOST_PORT = 2**16 - 1
 _DEBUG = "--debug"
 _RED = 31
+_LEAST_BESIDE = 50  # columns of a text beside its name
 
 
 def run() -> NoReturn:
@@ -530,7 +533,7 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
             assert out is not None
             with store.here(out) as path:
                 task.illustrate(model, values, path, count=command.count or 64, **options)
-            print(out)
+            print(f"wrote {out}")
             return 0
         texts = [f"--- after {task.corpus.decode(prompt)!r}\n" for prompt in prompts]
         if out is None:
@@ -550,7 +553,7 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
             print("".join(f"\n\n{text}" for text in texts[1:]))
         else:
             out.write_text("\n\n".join(texts) + "\n")
-            print(out)
+            print(f"wrote {out}")
         if tokens:
             print(f"{rate:.0f} tokens per second", file=sys.stderr)
     return 0
@@ -586,7 +589,7 @@ def _export(command: argparse.Namespace, overrides: list[str]) -> int:
     out = command.out or workdir / "export"
     step = export(built.value, workdir, out, trusts=command.trust)
     print(f"step {step} of {built.value.steps}", file=sys.stderr)
-    print(out)
+    print(f"wrote {out}")
     return 0
 
 
@@ -689,7 +692,7 @@ def _new(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.new import write_sweep
 
     write_sweep(command.file, command.base, command.arms)
-    print(f"{command.file}\nwhat it would run: attnlab ablate {command.file} --dry-run")
+    print(f"wrote {command.file}\nwhat it would run: attnlab ablate {command.file} --dry-run")
     return 0
 
 
@@ -731,7 +734,7 @@ def _compile(command: argparse.Namespace, overrides: list[str]) -> int:
         [sweep] = command.configs
         workdir = command.workdir or Path("runs") / "compile" / Path(sweep).stem
         fit = compile_arms(sweep, overrides, command.topology, workdir)
-        print(workdir / "compiled.md")
+        print(f"wrote {workdir / 'compiled.md'}")
         return 0 if fit else 1
     if command.workdir is not None:
         raise UserError(f"workdir: got {command.workdir}; only a sweep's rows are kept")
@@ -765,7 +768,7 @@ def _show(command: argparse.Namespace, overrides: list[str]) -> int:
     built = config.build(sources, overrides, root="Experiment", trusts=trusts)
     config.check_read(overrides, built)
     show(built.value.model, out, length=command.length)
-    print(out)
+    print(f"wrote {out}")
     return 0
 
 
@@ -800,12 +803,12 @@ def _bench(command: argparse.Namespace, overrides: list[str]) -> int:
             print(prompts.table(rows[-1:]).splitlines()[-1], flush=True)
 
         rows = prompts.time_prompts(chosen, only=command.only, report=keep)
-        print(f"\n{prompts.table(rows)}\n\n{command.workdir / 'prompts.md'}")
+        print(f"\n{prompts.table(rows)}\n\nwrote {command.workdir / 'prompts.md'}")
         return 0
     rows = lengths.time_lengths(chosen, only=command.only, backward=command.backward)
     passes = "forward and backward" if command.backward else "forward"
     lengths.write(rows, command.workdir, f"Attention against length, {passes}, on {jax.devices()[0].device_kind}")
-    print(f"\n{lengths.table(rows)}\n\n{command.workdir / 'bench.png'}")
+    print(f"\n{lengths.table(rows)}\n\nwrote {command.workdir / 'bench.png'}")
     return 0
 
 
@@ -842,7 +845,7 @@ def _bench_device(command: argparse.Namespace) -> int:
         shown += f"\n\nFor kernels_pallas/gpu/blocks.py:\n\n```\n{found}\n```"
     (folder / "device.md").write_text(f"# {title}\n\n{shown}\n")
     device.draw(rows, folder / "device.png", title)
-    print(f"\n{shown}\n\n{folder / 'device.png'}")
+    print(f"\n{shown}\n\nwrote {folder / 'device.png'}")
     if left:
         print(f"{left} cases are left; the same command continues")
     return 0
@@ -864,7 +867,7 @@ def _regress(command: argparse.Namespace, overrides: list[str]) -> int:
     shown = regress.write(
         command.workdir, seeds=range(command.seeds), command=f"attnlab regress --seeds {command.seeds}"
     )
-    print(f"{shown}\n\n{command.workdir / 'regression.png'}")
+    print(f"{shown}\n\nwrote {command.workdir / 'regression.png'}")
     return 0
 
 
@@ -877,7 +880,7 @@ def _tokenize(command: argparse.Namespace, overrides: list[str]) -> int:
         command.texts, command.out, vocabulary=command.vocabulary, tokenizer=command.tokenizer
     )
     parts = ", ".join(f"{facts[part]['tokens']:,} for {part}" for part in ("train", "validation"))
-    print(f"{parts}; vocabulary {facts['vocabulary']:,}\n{command.out}")
+    print(f"{parts}; vocabulary {facts['vocabulary']:,}\nwrote {command.out}")
     return 0
 
 
@@ -885,18 +888,34 @@ def _list(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab import config, nn, train
 
     def summary(thing: object) -> str:
-        return (thing.__doc__ or "").strip().splitlines()[0]
+        """The first sentence of its docstring."""
+        paragraph = " ".join(line.strip() for line in (thing.__doc__ or "").strip().split("\n\n")[0].splitlines())
+        return re.split(r"(?<=\.) (?=[A-Z])", paragraph)[0]
 
     mixers = [thing for _, thing in sorted(config.offered(nn).items()) if _is_mixer(thing)]
     tasks = [thing for name, thing in sorted(config.offered(train).items()) if name.endswith("Task") and name != "Task"]
     for title, things in (("mixers", mixers), ("tasks", tasks)):
         print(title)
         for thing in things:
-            print(f"  {thing.__name__:<26} {summary(thing)}")
+            _print_row(thing.__name__, 23, summary(thing))
     print("configs")
     for path in config.shipped():
-        print(f"  {path:<38} {config.describe(path)}")
+        _print_row(path, 41, config.describe(path))
     return 0
+
+
+def _print_row(name: str, width: int, text: str) -> None:
+    """A name and, beside it or where there is no room below it, what it is. On one line where no terminal reads it."""
+    row = f"  {name:<{width}} {text}"
+    if not sys.stdout.isatty():
+        print(row)
+        return
+    columns, indent = shutil.get_terminal_size().columns, " " * (width + 3)
+    if columns - len(indent) < _LEAST_BESIDE:
+        print(f"  {name}")
+        row = indent = " " * 6
+        row += text
+    print(textwrap.fill(row, columns, subsequent_indent=indent, break_on_hyphens=False))
 
 
 def _is_mixer(thing: Any) -> bool:

@@ -160,6 +160,13 @@ def named(
         return found
 
 
+def sets(source: str, name: str) -> bool:
+    """Whether a source, as of build, sets this macro or option itself; in a file, whether it sets this macro."""
+    if _is_file(source):
+        return "." not in name and bool(re.search(rf"^{re.escape(name)} *=", find(source).read_text(), re.MULTILINE))
+    return _name(source).split(".")[-2:] == name.split(".")[-2:]
+
+
 def _macro_value(value: Any) -> Any:
     """What a macro stands for, where it is set; any other value as it is."""
     passed = set[str]()

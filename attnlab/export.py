@@ -39,7 +39,7 @@ def export(experiment: Experiment, workdir: Path, folder: Path, *, trusts: bool 
     Raises UserError: there is no checkpoint, or the folder holds something.
     """
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"out: {folder} holds something already; give a new folder")
+        raise UserError(f"out: {folder} holds something already, maybe an earlier export; give a new folder with --out")
     step, root = last_step(workdir), type(experiment.model).__name__
     values = flatten_dict(restore_values(experiment, workdir), sep=".")
     with here(workdir / _CONFIG) as source:

@@ -9,7 +9,9 @@ import numpy as np
 
 from attnlab import nn
 from attnlab.attention import masks
+from attnlab.errors import UserError
 from attnlab.models import ImageClassifier, LanguageModel
+from attnlab.nn.mixers.base import check_weights
 
 # Positions on a side of the tiles that are counted as visited.
 _TILE = 16
@@ -25,6 +27,8 @@ def show(model: LanguageModel | ImageClassifier, path: Path, *, length: int = 12
       path: the picture, .png, .svg or .pdf.
       length: tokens, for a language model.
       seed: of the parameters and inputs.
+
+    Raises UserError: a mixer is not linear in its values, so that no weights say what it takes of each.
     """
     from matplotlib.figure import Figure
 
@@ -43,7 +47,12 @@ def show(model: LanguageModel | ImageClassifier, path: Path, *, length: int = 12
 def _weights(mixer: nn.Attention, space: tuple[int, ...], seed: int) -> jax.Array:
     """Mean size of the weights over heads and a few random inputs, [T, S]."""
     x = jax.random.normal(jax.random.key(seed), (4, *space, mixer.features))
-    return jnp.mean(jnp.abs(jax.jit(lambda x: mixer.attention_weights(x))(x)), axis=(0, 1))
+    weights = jax.jit(lambda x: mixer.attention_weights(x))(x)
+    try:
+        check_weights(type(mixer).__name__, weights)
+    except ValueError as error:
+        raise UserError(f"show: {error}") from error
+    return jnp.mean(jnp.abs(weights), axis=(0, 1))
 
 
 def _kinds(model: Any) -> dict[str, list[int]]:

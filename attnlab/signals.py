@@ -1,5 +1,5 @@
 """SIGINT and SIGTERM, which do the same: what trains is saved, the process ends with status 130 or 143, and a second
-signal ends it at once.
+signal ends it at once. Each is answered by a line.
 
 A thread reads the signals (signal.set_wakeup_fd), since a handler waits until the main thread is back in Python, which
 a compilation or a write can put off for minutes, and since an exception raised out of one is lost in a callback.
@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 # Set for a process that ends with its parent, of which its standard input is then a pipe.
 HELPER = "ATTNLAB_HELPER"
+_AGAIN = " again; ending at once, and what is not saved is lost"
 
 
 class _Received:
@@ -27,6 +28,7 @@ class _Received:
         self.came: int | None = None
         self.is_handled = False
         self.deferring = 0  # blocks of `deferred`, of one thread or of several that each train
+        self.doing = ""  # what these do first
         self.continues = False
         self.helpers: list[tuple[Callable[[], None], Callable[[], None]]] = []
 
@@ -82,8 +84,10 @@ def handled(*, continues: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[Callable[[], int | None]]:
+def deferred(doing: str) -> Iterator[Callable[[], int | None]]:
     """Yields a function: the number of the signal that has come, or None. The block then saves and calls `stop`.
+
+    doing: what the block does before it stops, which is printed as the signal comes.
 
     Outside a program's `handled` the signals are taken here, if this is the main thread; a second one raises as `stop`.
     """
@@ -92,6 +96,7 @@ def deferred() -> Iterator[Callable[[], int | None]]:
         with _received.lock:
             ending = _received.came
             _received.deferring += ending is None
+            _received.doing = doing
         if ending is not None and not is_main:
             stop(ending)
         while ending is not None:  # the process is about to end, and nothing new begins
@@ -110,7 +115,9 @@ def deferred() -> Iterator[Callable[[], int | None]]:
         def note(number: int, _: Any) -> None:
             numbers.append(number)
             if len(numbers) > 1:
+                announce(number, _AGAIN)
                 stop(number)
+            announce(number, f"; {doing}")
 
         taken = [n for n in _NUMBERS if is_main and signal.getsignal(n) is not signal.SIG_IGN]
         previous = {number: signal.signal(number, note) for number in taken}
@@ -162,9 +169,12 @@ def _watch_parent() -> None:
 def _receive(number: int) -> None:
     with _received.lock:
         if _received.came is not None:
+            announce(number, _AGAIN)
             os._exit(128 + number)
         _received.came = number
         at_once = not _received.deferring
+    if not at_once:
+        announce(number, f"; {_received.doing}")
     for tell, _ in _received.helpers:
         tell()
     if at_once:

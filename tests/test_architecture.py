@@ -26,7 +26,7 @@ ALLOWED = {
     "peers": {"train", "models", "data", "nn", ""},
     "new": {"config", "errors"},
     "regress": {""},
-    "show": {"models", "nn", "attention"},
+    "show": {"models", "nn", "attention", "errors"},
     "config": {"errors", "train", "models", "data", "nn"},
     "export": {"errors", "config", "train", "data", "nn", "attention", ""},
     "cli": {

@@ -135,7 +135,7 @@ def test_sample_continues_the_text_of_a_run(tmp_path, capsys):
     text = capsys.readouterr().out
     assert text.count("--- after '") + text.count('--- after "') == 2
     assert cli.main(["sample", str(run), "--count", "2", "--seed", "4", "--out", str(out)]) == 0
-    assert capsys.readouterr().out == f"{out}\n"
+    assert capsys.readouterr().out == f"wrote {out}\n"
     assert out.read_text() == text
     draws = ["--length", "5", "--top-k", "40", "--top-p", "0.95", "--seed", "4"]
     assert cli.main(["sample", str(run), "--prompt", "def ", "--prompt", "naïve", *draws]) == 0
@@ -192,7 +192,7 @@ def test_a_run_on_images_leaves_a_picture_and_sample_draws_others(tmp_path, caps
     capsys.readouterr()
     assert cli.main(["sample", str(run), "--count", "3", "--temperature", "0", "--out", str(out)]) == 0
     printed = capsys.readouterr()
-    assert (printed.out, printed.err.splitlines()[-1]) == (f"{out}\n", "step 2 of 2")
+    assert (printed.out, printed.err.splitlines()[-1]) == (f"wrote {out}\n", "step 2 of 2")
     assert out.stat().st_size > 1000
 
 
@@ -201,6 +201,20 @@ def test_list_names_mixers_tasks_and_configs(capsys):
     out = capsys.readouterr().out
     for name in ("LocalAttention", "LinearAttention", "LanguageTask", SWEEP, LM):
         assert name in out
+
+
+@pytest.mark.parametrize(("columns", "starts"), [(80, "      The last"), (120, f"  {LM:<41} The last")])
+def test_a_row_of_list_is_wrapped_on_a_terminal_and_whole_elsewhere(columns, starts, capsys, monkeypatch):
+    text = "The last of many words " * 8 + "end."
+    cli._print_row(LM, 41, text)
+    assert capsys.readouterr().out == f"  {LM:<41} {text}\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    cli._print_row(LM, 41, text)
+    lines = capsys.readouterr().out.splitlines()
+    assert " ".join(" ".join(lines).split()) == f"{LM} {text}"
+    assert sum(line.startswith(starts) for line in lines) == 1
+    assert max(map(len, lines)) <= columns
 
 
 def test_help_needs_no_jax_and_names_every_command():

@@ -73,7 +73,7 @@ def test_the_card_says_what_it_is_and_what_tokens_are(run):
 
 def test_a_folder_that_holds_something_is_not_written_to(run, capsys):
     assert cli.main(["export", str(run)]) == 2
-    assert "holds something already; give a new folder" in capsys.readouterr().err
+    assert "holds something already, maybe an earlier export; give a new folder with --out" in capsys.readouterr().err
     assert cli.main(["export", str(run / "checkpoints")]) == 2
     assert "has no config.gin; give the folder of a run" in capsys.readouterr().err
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from mixers import MIXERS
 
+import attnlab
 from attnlab import config, data, models, nn, train
 from attnlab.ablate import Ablation
 
@@ -189,3 +190,21 @@ def test_numpy_scalars_are_the_numbers_that_they_are(constructor):
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, np.float32, jnp.dtype("float16")])
 def test_a_dtype_is_one_or_its_name(dtype):
     assert models.LanguageModel(vocabulary=8, **STACK, dtype=dtype).dtype == dtype
+
+
+MISSPELLED = {
+    "LocalAttention has no option 'windows'; did you mean 'window'": (nn.LocalAttention, {"windows": 4}),
+    "SoftmaxAttention has no option 'num_head'; did you mean 'num_heads'": (nn.SoftmaxAttention, {"num_head": 4}),
+    "LanguageModel has no option 'vocab'; did you mean 'vocabulary'": (models.LanguageModel, {"vocab": 8}),
+    "LanguageModel has no option 'deph'; did you mean 'depth'": (models.LanguageModel, {"deph": 2, "vocabulary": 8}),
+    "local_attention has no option 'windows'; did you mean 'window'": (attnlab.local_attention, {"windows": 4}),
+    "linear_step has no option 'normalise'; did you mean 'normalize'": (attnlab.linear_step, {"normalise": True}),
+    "local_attention has no option 'colour'$": (attnlab.local_attention, {"colour": 4}),
+}
+
+
+@pytest.mark.parametrize("message", MISSPELLED)
+def test_a_misspelled_option_is_named_before_one_that_is_missing(message):
+    thing, options = MISSPELLED[message]
+    with pytest.raises(TypeError, match=f"^{message}"):
+        thing(**options)

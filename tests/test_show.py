@@ -2,11 +2,13 @@
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from attnlab import cli, nn
+from attnlab.errors import UserError
 from attnlab.models import LanguageModel
 from attnlab.show import show, skips_tiles
 
@@ -25,7 +27,7 @@ def test_show_writes_a_picture(configs, tmp_path, capsys):
     out = tmp_path / "picture.png"
     assert cli.main(["show", *configs, "--out", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.strip() == str(out)
+    assert capsys.readouterr().out.strip() == f"wrote {out}"
 
 
 def test_the_numbers_in_the_picture_are_those_of_the_window(tmp_path, monkeypatch):
@@ -67,6 +69,19 @@ def test_a_linear_mixer_s_picture_claims_no_speed(tmp_path, monkeypatch):
     show(LanguageModel(vocabulary=8, mixers=[nn.LinearAttention], depth=1, features=32), tmp_path / "x.png", length=32)
     assert any("tiles of 16 x 16: 3 of 4 seen into" in text for text in titles)
     assert not any("faster" in text for text in titles)
+
+
+class Bounded(nn.SoftmaxAttention):
+    """Not linear in its values."""
+
+    def mix(self, query, key, value, x, segment_ids):
+        return jnp.tanh(super().mix(query, key, 3 * value, x, segment_ids))
+
+
+def test_what_has_no_weights_is_not_shown(tmp_path):
+    with pytest.raises(UserError, match="show: mixers: got Bounded, which is not linear in its values"):
+        show(LanguageModel(vocabulary=8, mixers=[Bounded], depth=1, features=32), tmp_path / "x.png", length=16)
+    assert list(tmp_path.iterdir()) == []
 
 
 def texts(figure):

@@ -33,7 +33,7 @@ with signals.handled(continues=True):
             pass
 """,
     "saving": """
-with signals.handled(), signals.deferred() as came:
+with signals.handled(), signals.deferred("saving ...") as came:
     begin()
     while came() is None:
         time.sleep(0.01)
@@ -43,21 +43,21 @@ with signals.handled(), signals.deferred() as came:
 """,
     "too late": """
 with signals.handled():
-    with signals.deferred():
+    with signals.deferred("saving ..."):
         begin()
         time.sleep(1)
         print("saved", flush=True)
     print("went on", flush=True)
 """,
     "library": """
-with signals.deferred() as came:
+with signals.deferred("saving ...") as came:
     begin()
     while came() is None:
         time.sleep(0.01)
     print("saved", flush=True)
     signals.stop(came())
 """,
-    "hanging": f"with signals.handled(), signals.deferred():\n    {BLOCKED}",
+    "hanging": f"with signals.handled(), signals.deferred('saving ...'):\n    {BLOCKED}",
 }
 
 
@@ -85,13 +85,15 @@ NUMBERS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminate
 def test_a_program_ends_alike(number, status, verb):
     kept = "; the same command continues from what is kept"
     assert run("deaf", number) == (status, [], f"attnlab: {verb}{kept}\n")
-    assert run("saving", number) == (status, ["saved"], f"attnlab: {verb}; saved\n")
-    assert run("too late", number) == (status, ["saved"], f"attnlab: {verb}\n")
+    at_once = f"attnlab: {verb}; saving ...\n"
+    assert run("saving", number) == (status, ["saved"], f"{at_once}attnlab: {verb}; saved\n")
+    assert run("too late", number) == (status, ["saved"], f"{at_once}attnlab: {verb}\n")
 
 
 @pytest.mark.parametrize(("number", "status", "verb"), NUMBERS)
 def test_a_second_signal_ends_at_once_even_in_a_call_that_never_returns(number, status, verb):
-    assert run("hanging", signal.SIGTERM, number) == (status, [], "")
+    lines = ["terminated; saving ...", f"{verb} again; ending at once, and what is not saved is lost"]
+    assert run("hanging", signal.SIGTERM, number) == (status, [], "".join(f"attnlab: {line}\n" for line in lines))
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
@@ -99,6 +101,7 @@ def test_in_a_library_the_loop_saves_and_raises(number, status):
     code, printed, errors = run("library", number)
     assert (code, printed) == (status, ["saved"])
     assert ("KeyboardInterrupt" in errors) == (number == signal.SIGINT)
+    assert "; saving ...\n" in errors
 
 
 def test_a_signal_that_was_ignored_stays_so():
@@ -124,14 +127,14 @@ def test_handlers_are_restored():
         return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     before, threads = handlers(), threading.active_count()
-    with signals.handled(), signals.deferred() as came:
+    with signals.handled(), signals.deferred("saving ...") as came:
         assert came() is None
         assert handlers() != before
     assert handlers() == before
-    with signals.deferred():
+    with signals.deferred("saving ..."):
         assert handlers() != before
     assert (handlers(), threading.active_count()) == (before, threads)
-    outside = threading.Thread(target=lambda: signals.deferred().__enter__())
+    outside = threading.Thread(target=lambda: signals.deferred("saving ...").__enter__())
     outside.start()
     outside.join()
     assert handlers() == before

@@ -112,6 +112,20 @@ ABLATE = {
         ["Ablation.learning_rates=[0.1, 0.2]", "OptimizerOptions.learning_rate=1.0"],
         "OptimizerOptions.learning_rate: the sweep sets it itself, from Ablation.learning_rates",
     ),
+    "a macro that an arm sets": (["WINDOW=16"], "--gin.WINDOW: arms set it themselves, local (WINDOW = 32); change it"),
+    "an option that an arm sets": (
+        [
+            "Ablation.arms={'softmax': 'experiments/mixers/softmax.gin', 'wide': ['experiments/mixers/softmax.gin', "
+            "'models.LanguageModel.features = 64']}",
+            "LanguageModel.features=32",
+        ],
+        "--gin.LanguageModel.features: arms set it themselves, wide (models.LanguageModel.features = 64); change it",
+    ),
+    "an option that an arm varies": (
+        ["Ablation.product={'local': {'LocalAttention.window': [8, 16]}}", "LocalAttention.window=4"],
+        "--gin.LocalAttention.window: arms set it themselves, local (Ablation.product); change it there, or add "
+        "'LocalAttention.window = 4' to an arm's list, in experiments/sweeps/quickstart.gin",
+    ),
     "a knob that is a list": (["Ablation.match=flops", "Ablation.knobs=['WINDOW']"], "knobs: got ['WINDOW']; need an"),
     "an arm made of a number": (["Ablation.arms={'softmax': 3}"], "arms: got 3 for softmax; need a file"),
     "an arm whose file is a word": (["Ablation.arms={'softmax': 'linear'}"], "mean 'experiments/mixers/linear.gin'"),
@@ -183,6 +197,11 @@ OWN = {
         "mechanism_flops",
         "return float('nan')",
         "OwnMixer.mechanism_flops: got nan; need a finite number",
+    ),
+    "sees what is later": (
+        "mix",
+        "return arguments[2] + arguments[2].mean(axis=1, keepdims=True)",
+        "OwnMixer is to be causal and sees later tokens: its output at position 0 changes with the tokens from 1 on",
     ),
     "has no cache after all": ("init_mechanism_cache", "raise ValueError('full')", "full (in Experiment)" + AT),
 }

@@ -15,6 +15,7 @@ from attnlab import nn
 from attnlab.ablate.results import mean_of_known, printable
 from attnlab.errors import parse_json
 from attnlab.models.blocks import Block, Stack
+from attnlab.nn.mixers.base import check_weights
 from attnlab.train import Experiment, LanguageTask, restore_values
 from attnlab.train.store import replace_text
 from attnlab.train.workdir import last_step
@@ -101,7 +102,8 @@ def layer_weights(
 ) -> list[tuple[str, tuple[int, ...], np.ndarray]]:
     """(mixer's name, space, weights [N, T, S] of example 0) of every block, as the model evaluates a batch.
 
-    Raises ValueError: the model has no blocks, or an example has too many positions.
+    Raises ValueError: the model has no blocks, an example has too many positions, or a mixer is not linear in its
+    values.
     """
     seen: list[tuple[str, tuple[int, ...]]] = []
 
@@ -127,6 +129,8 @@ def layer_weights(
     if most > _MOST_POSITIONS:
         raise ValueError(f"length: an example has {most} positions; weights are shown of at most {_MOST_POSITIONS}")
     arrays = jax.jit(weights)(values, batch)
+    for (name, _), array in zip(seen, arrays):
+        check_weights(name, array)
     return [(name, space, np.asarray(array)) for (name, space), array in zip(seen, arrays)]
 
 

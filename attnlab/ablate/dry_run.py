@@ -7,6 +7,7 @@ from typing import Any
 
 import attnlab.ablate.cache as cache
 from attnlab.ablate.plan import Plan, Run
+from attnlab.train.loop import duration
 from attnlab.train.workdir import last_step
 
 
@@ -49,18 +50,18 @@ def dry_run(file: str, overrides: Sequence[str], runs: Path) -> str:
         seconds = line.left * run.items / speeds[run.arm] if run.arm in speeds else None
         cells = [line.name, line.learning_rate, f"{run.costs['parameters']:,}", f"{run.training_flops:.3g}"]
         cells += [f"{run.items:,}", line.state]
-        table.append([*cells, *(["unknown" if seconds is None else _duration(seconds)] if speeds else [])])
+        table.append([*cells, *(["unknown" if seconds is None else duration(seconds)] if speeds else [])])
     table.insert(1, ["---"] + ["---:"] * (len(table[0]) - 1))
     flops, items = sum(line.run.training_flops for line in lines), sum(line.run.items for line in lines)
     flops_left = sum(line.left * line.run.training_flops for line in lines)
     items_left = sum(line.left * line.run.items for line in lines)
     total = (
-        f"{sum(line.left > 0 for line in lines)} of {len(lines)} runs to do: {flops_left:.3g} of {flops:.3g} FLOPs, "
-        f"{items_left:,.0f} of {items:,} {unit}s"
+        f"{plan.extent}: {sum(line.left > 0 for line in lines)} of {len(lines)} runs to do: "
+        f"{flops_left:.3g} of {flops:.3g} FLOPs, {items_left:,.0f} of {items:,} {unit}s"
     )
     if speeds and all(line.run.arm in speeds for line in lines if line.left):
         seconds = sum(line.left * line.run.items / speeds[line.run.arm] for line in lines if line.left)
-        total += f", {_duration(seconds)} of training one after the other"
+        total += f", {duration(seconds)} of training one after the other"
     return "\n".join("| " + " | ".join(cells) + " |" for cells in table) + f"\n\n{total}"
 
 
@@ -79,9 +80,3 @@ def _lines(plan: Plan, outcomes: dict[str, dict[str, Any]], runs: Path) -> Itera
         if not plan.is_searched(arm, outcomes):
             for seed in plan.ablation.seeds:
                 yield _Line(f"{arm}-seed{seed}", "the best", plan.searches(arm)[0], "to run", 1.0)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

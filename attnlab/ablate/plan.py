@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,8 @@ from attnlab.ablate.matching import Match, closest, cost_of
 from attnlab.ablate.sweep import Ablation
 from attnlab.errors import UserError
 from attnlab.train import Experiment
-from attnlab.train.mesh import devices_of_runs, on_devices, without_mesh
+from attnlab.train.causality import check_causality
+from attnlab.train.mesh import devices_of_runs, is_described, on_devices, without_mesh
 from attnlab.train.step import validation_metrics
 
 # What a run gave, by the run's digest.
@@ -66,6 +67,10 @@ def _parts(devices_per_run: int | None) -> list[Sequence[jax.Device]]:
     return [devices[start : start + size] for start in range(0, len(devices) - size + 1, size)]
 
 
+def counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
 class Plan:
     """Which runs a sweep needs, and what was decided for its arms.
 
@@ -78,7 +83,7 @@ class Plan:
 
     def __init__(self, file: str, overrides: Sequence[str]):
         self._file, self._overrides = file, list(overrides)
-        sweep = config.build([file], overrides, root="Ablation")
+        sweep = self._built()
         self.ablation: Ablation = sweep.value
         self.parts = _parts(self.ablation.devices_per_run)
         self._check_superseded()
@@ -91,9 +96,44 @@ class Plan:
         built = [self.run(arm, self.ablation.seeds[0], self.rates[0]).built for arm in self.arms]
         config.check_read(overrides, sweep, *built)
 
+    def _built(self) -> config.Built:
+        try:
+            return config.build([self._file], self._overrides, root="Ablation")
+        except UserError as error:
+            # Of a macro of its arms' files, which it names, it says only that the sweep does not use it.
+            text = str(error)
+            try:
+                alone = config.build([self._file], root="Ablation")
+            except UserError:
+                raise error from None
+            self._check_arms_keep(alone.value, lambda source, name: name in text and config.sets(source, name))
+            raise
+
+    def _check_arms_keep(self, ablation: Ablation, sets: Callable[[str, str], bool]) -> None:
+        """Refuses overrides of what arms set themselves: they differ in it, or the sweep does not know it.
+
+        sets: whether a source of an arm sets a name.
+        """
+        for override in self._overrides:
+            name, _, value = (part.strip() for part in override.partition("="))
+            where: dict[str, str] = {}
+            for arm, given in ablation.arms.items():
+                listed = [given] if isinstance(given, str) else given
+                where.update((arm, source) for source in listed if sets(source, name))
+            for field, variations in (("product", ablation.product), ("zipped", ablation.zipped)):
+                for arm, bindings in variations.items():
+                    if any(config.sets(f"{binding} =", name) for binding in bindings):
+                        where[arm] = f"Ablation.{field}"
+            if where:
+                by = ", ".join(f"{arm} ({source})" for arm, source in where.items())
+                change = f"change it there, or add '{name} = {value}' to an arm's list, in {self._file}"
+                raise UserError(f"config: --gin.{name}: arms set it themselves, {by}; {change}")
+
     def _check_superseded(self) -> None:
         """Refuses overrides in whose place the sweep sets values of its own."""
         ablation = self.ablation
+        # A file's macros the override sets in all arms alike.
+        self._check_arms_keep(ablation, lambda source, name: "=" in source and config.sets(source, name))
         knobs = ablation.knobs.values() if isinstance(ablation.knobs, Mapping) else [ablation.knobs or ""]
         own = {"Experiment.seed": "seeds", **dict.fromkeys(filter(None, knobs), "knobs")}
         if ablation.learning_rates is not None:
@@ -105,8 +145,13 @@ class Plan:
                     raise UserError(f"config: --gin.{name}: the sweep sets it itself, from Ablation.{field}; set that")
 
     def _check(self, run: Run) -> None:
-        """Refuses what of the sweep does not reach this run: the metric, and values that its arm varies."""
+        """Refuses what of the sweep does not reach this run, the metric and values that its arm varies, and a leak."""
         ablation, experiment = self.ablation, run.experiment
+        if not is_described():
+            try:
+                check_causality(experiment.model, experiment.task)
+            except UserError as error:
+                raise UserError(f"{error} (arm {run.arm})") from error
         if ablation.metric != "loss":
             names = validation_metrics(experiment.model, experiment.task, experiment.batch_size)
             if ablation.metric not in names:
@@ -128,6 +173,15 @@ class Plan:
         """Number of runs, searched rates among them."""
         searched = len(self.rates) if len(self.rates) > 1 else 0
         return len(self.arms) * (searched + len(self.ablation.seeds))
+
+    @property
+    def extent(self) -> str:
+        """What it is made of, for people: "3 arms x 3 seeds x 120 steps"."""
+        steps = sorted({self.run(arm, self.ablation.seeds[0], self.rates[0]).experiment.steps for arm in self.arms})
+        parts = [counted(len(self.arms), "arm"), counted(len(self.ablation.seeds), "seed")]
+        if len(self.rates) > 1:
+            parts[1] = f"({parts[1]} + {len(self.rates)} learning rates)"
+        return " x ".join([*parts, " to ".join(map(str, dict.fromkeys([steps[0], steps[-1]]))) + " steps"])
 
     def run(self, arm: str, seed: int, rate: float | None) -> Run:
         """A run of an arm. rate: None is the config's."""

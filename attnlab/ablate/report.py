@@ -25,6 +25,7 @@ from attnlab.ablate.results import (
     front,
     mean_over_layers,
     printable,
+    tied,
 )
 from attnlab.ablate.speed import ROUNDS, with_speed
 from attnlab.ablate.statistics import FEWEST_SEEDS, Difference, holm, paired_difference
@@ -107,7 +108,7 @@ def _table(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[l
     metric, baseline, unit = rows[0]["metric"], rows[0]["baseline"], rows[0]["unit"]
     with_state = decodes(rows)
     p, speeds = _corrected(differences), {row["arm"]: row["rounds"] for row in rows if "rounds" in row}
-    with_p = any(not math.isnan(value) for value in p.values())
+    with_p, ties = any(not math.isnan(value) for value in p.values()), _ties(rows)
     head = ["arm", f"validation {metric}", f"minus {baseline} [95 % CI]"]
     head += [*([_p_name(p)] if with_p else []), "parameters", f"FLOPs/{unit}", *([f"{unit}s/s"] if speeds else [])]
     table = [[*head, *(["decode state"] if with_state else []), "seeds"]]
@@ -132,7 +133,7 @@ def _table(rows: Sequence[Row], differences: Mapping[str, Difference]) -> list[l
                 *([_p(p.get(arm, math.nan))] if with_p else []),
                 f"{some['parameters']:,}",
                 count(some["flops"]),
-                *([_speed(speeds[arm])] if speeds else []),
+                *([_speed(speeds[arm]) + ", tie" * (arm in ties)] if speeds else []),
                 *([_state(some)] if with_state else []),
                 str(len(done)),
             ]
@@ -162,6 +163,10 @@ def _p(value: float) -> str:
 def _speed(rounds: Sequence[float]) -> str:
     low, middle, high = np.quantile(rounds, [0.25, 0.5, 0.75])
     return f"{count(middle)} ± {50 * (high - low) / middle:.0f} %"
+
+
+def _ties(rows: Sequence[Row]) -> list[str]:
+    return [arm for cost in costs(rows) if cost.column == "speed" for arm in tied(rows, cost)]
 
 
 def _state(row: Row) -> str:
@@ -267,6 +272,8 @@ def _timed(rows: Sequence[Row]) -> list[str]:
         f"{unit.capitalize()}s/s: of training steps alone, timed after all runs on {device}, the arms in turn; median "
         f"of {ROUNDS} rounds ± half the distance of their quartiles. An arm counts as faster than another if it was so "
         f"in at least {ROUNDS - 1} rounds."
+        + " Tie: not on the Pareto front, as it is not faster than every better arm."
+        * bool(_ties(rows))
     ]
 
 

@@ -184,21 +184,40 @@ def front(rows: Sequence[Row], cost: Cost) -> list[str]:
     Speed is measured, so an arm counts as slower only where `is_slower` holds: on its front are those that are faster
     than every better arm.
     """
-    arms = weighed(rows, cost)
-    quality, expense = (-1 if rows[0]["higher_is_better"] else 1), (-1 if cost.more_is_better else 1)
-    points = {
-        arm: (expense * mean_cost(rows, arm, cost), quality * float(np.mean(list(by_seed(rows, arm).values()))))
-        for arm in arms
-    }
+    arms, losses = weighed(rows, cost), _losses(rows)
     if cost.column != "speed":
-        return [arms[index] for index in pareto_front(list(points.values()))]
-    rounds = {arm: finished(rows, arm)[0]["rounds"] for arm in arms}
+        expense = -1 if cost.more_is_better else 1
+        points = [(expense * mean_cost(rows, arm, cost), losses[arm]) for arm in arms]
+        return [arms[index] for index in pareto_front(points)]
+    rounds = _rounds(rows, arms)
     best = [
         arm
         for arm in arms
-        if all(points[other][1] >= points[arm][1] or is_slower(rounds[other], rounds[arm]) for other in arms)
+        if all(losses[other] >= losses[arm] or is_slower(rounds[other], rounds[arm]) for other in arms)
     ]
-    return sorted(best, key=lambda arm: points[arm][1], reverse=True)
+    return sorted(best, key=lambda arm: losses[arm], reverse=True)
+
+
+def tied(rows: Sequence[Row], cost: Cost) -> list[str]:
+    """Arms that the front of speed leaves out though no better arm is faster: they tie with one."""
+    arms, losses, best = weighed(rows, cost), _losses(rows), front(rows, cost)
+    rounds = _rounds(rows, arms)
+
+    def is_beaten(arm: str) -> bool:
+        return any(losses[other] < losses[arm] and is_slower(rounds[arm], rounds[other]) for other in arms)
+
+    return [arm for arm in arms if arm not in best and not is_beaten(arm)]
+
+
+def _losses(rows: Sequence[Row]) -> dict[str, float]:
+    """The metric's mean over seeds, by arm, of its negative where higher is better."""
+    quality = -1 if rows[0]["higher_is_better"] else 1
+    values = {arm: list(by_seed(rows, arm).values()) for arm in arms_of(rows)}
+    return {arm: quality * float(np.mean(some)) for arm, some in values.items() if some}
+
+
+def _rounds(rows: Sequence[Row], arms: Sequence[str]) -> dict[str, Sequence[float]]:
+    return {arm: finished(rows, arm)[0]["rounds"] for arm in arms}
 
 
 def is_slower(one: Sequence[float], other: Sequence[float]) -> bool:

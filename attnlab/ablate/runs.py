@@ -26,12 +26,13 @@ import attnlab
 import attnlab.ablate.cache as cache
 from attnlab import nn, signals
 from attnlab.ablate.attending import attend
-from attnlab.ablate.plan import Plan, Run
+from attnlab.ablate.plan import Plan, Run, counted
 from attnlab.ablate.results import are_rows
 from attnlab.errors import OwnedError, RunError, UserError, parse_json
 from attnlab.train import Experiment, store, train
 from attnlab.train.claims import claim, forget
 from attnlab.train.hosts import all_failed, by_first, is_first, lost_process
+from attnlab.train.loop import duration
 from attnlab.train.mesh import devices_of_runs, on_devices
 from attnlab.train.step import loss_shapes
 from attnlab.train.store import replace_text
@@ -75,9 +76,13 @@ def run_ablation(
     command = shlex.join(["attnlab", "ablate", file, *(f"--gin.{override}" for override in overrides)])
     if not is_first():
         report = _say_nothing
-    report(f"{plan.ablation.question}\n{len(plan.arms)} arms, {plan.size} runs in {workdir}")
+    report(f"{plan.ablation.question}\n{plan.extent}: {counted(plan.size, 'run')} in {workdir}")
 
     outcomes: dict[str, dict[str, Any]] = {}
+    begun = time.monotonic()
+    named = plan.runs({}) if is_first() else []
+    folders = {run.digest: cache.folder(runs, run.name, run.digest) for run in named}
+    were_over = {digest for digest, folder in folders.items() if (folder / "result.json").is_file()}
     has_waited = False
     hidden = not (is_first() and sys.stderr.isatty())
     with tqdm(total=plan.size, desc="runs", unit="run", disable=hidden, dynamic_ncols=True) as bar:
@@ -90,7 +95,8 @@ def run_ablation(
                 outcomes[run.digest] = outcome
                 done = [run for run in plan.runs(outcomes) if run.digest in outcomes]
                 bar.update(len(done) - bar.n)
-                report(f"[{len(done)}/{plan.size}] {_summary(plan, run, outcome, is_kept)}")
+                rest = "" if is_kept else _time_left(plan, outcomes, were_over, time.monotonic() - begun)
+                report(f"[{len(done)}/{plan.size}] {_summary(plan, run, outcome, is_kept)}{rest}")
                 compared = [run for run in plan.compared(outcomes) if run in done]
                 found = by_first(functools.partial(_attended, plan, compared, outcomes, runs, workdir))
                 rows = [_row(plan, run, outcomes, command) | more for run, more in zip(compared, found)]
@@ -245,6 +251,16 @@ def _summary(plan: Plan, run: Run, outcome: Mapping[str, Any], is_kept: bool) ->
     metric = plan.ablation.metric
     how = "trained before" if is_kept else f"{outcome['seconds']:.0f} s"
     return f"{run.name}: validation {metric} {outcome['final'][metric]:.4f}, {how}"
+
+
+def _time_left(plan: Plan, outcomes: Mapping[str, Mapping[str, Any]], were_over: set[str], seconds: float) -> str:
+    """About how long the runs that are left take, from those that came in so many seconds, of all processes.
+
+    were_over: digests of runs that were finished already.
+    """
+    came = len(outcomes.keys() - were_over)
+    left = plan.size - sum(run.digest in outcomes or run.digest in were_over for run in plan.runs(outcomes))
+    return f"; about {duration(seconds / came * left)} left" if came and left else ""
 
 
 def _row(plan: Plan, run: Run, outcomes: Mapping[str, Mapping[str, Any]], command: str) -> dict[str, Any]:

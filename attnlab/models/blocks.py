@@ -117,7 +117,7 @@ class Stack(nnx.Module):
         dropout_rate = check_float("dropout_rate", dropout_rate, least=0, most=1)
         self.features, self.dropout_rate, self.dtype = features, dropout_rate, dtype
         self.remat, self.scan_layers = check_remat(remat), check_bool("scan_layers", scan_layers)
-        self._period = len(mixers)
+        self.period = len(mixers)
         hidden = -(-features * 8 // 24) * 8 if mlp_hidden is None else check_int("mlp_hidden", mlp_hidden, least=1)
         self.layers = nnx.List(
             Block(
@@ -148,8 +148,8 @@ class Stack(nnx.Module):
             block_key = None if key is None else jax.random.fold_in(key, layer)
             return block(laid(x, layout), segment_ids=segment_ids, key=block_key)
 
-        turns = len(self.layers) // self._period if self.scan_layers else 0
-        scanned = turns * self._period if turns > 1 else 0
+        turns = len(self.layers) // self.period if self.scan_layers else 0
+        scanned = turns * self.period if turns > 1 else 0
         if scanned:
             x = self._scan(apply, x, turns)
         for layer, block in enumerate(self.layers[scanned:], scanned):
@@ -163,7 +163,7 @@ class Stack(nnx.Module):
 
     def _scan(self, apply: Callable[[Block, jax.Array, Any], jax.Array], x: jax.Array, turns: int) -> jax.Array:
         """Applies the first layers, of which each `period` are alike, in a loop over that many turns."""
-        period = self._period
+        period = self.period
         functions, states = zip(*(as_function(apply, block) for block in self.layers[: turns * period]))
         alike = functions[:period]
 

@@ -27,6 +27,7 @@ from attnlab.attention._shared.checks import check_dtype, check_int, keep, requi
 from attnlab.data.batches import MOST_SEED
 from attnlab.errors import UserError
 from attnlab.train import store
+from attnlab.train.causality import check_causality
 from attnlab.train.hosts import by_first, is_first, make_agreement, meet
 from attnlab.train.memory import check_memory
 from attnlab.train.mesh import (
@@ -53,6 +54,8 @@ from attnlab.train.tasks.base import Batch, Illustrated, Task
 from attnlab.train.workdir import Workdir, newest_state
 
 _PENDING = ("seconds", "items", "data_seconds", "checkpoint_seconds")
+# Seconds that steps are to take for it to be said, where no bar shows it.
+_WORTH_SAYING = 30
 # Folded into the seed's key to draw samples; the step folds in smaller numbers.
 _SAMPLES = 2
 
@@ -167,12 +170,14 @@ def train(
       profiled: steps of which jax.profiler writes a trace into workdir/profile, from the third of this call on.
 
     Raises:
-      UserError: the workdir cannot be written, is in use or holds another run, or no checkpoint there can be read.
+      UserError: the workdir cannot be written, is in use or holds another run, or no checkpoint there can be read; a
+        mixer of one's own that is to be causal sees later tokens.
       FloatingPointError: the loss or the state is not finite. Checkpoints are of finite states alone, and stay.
       RunError: a file cannot be written or read.
       KeyboardInterrupt, SystemExit(143): after SIGINT or SIGTERM, once a checkpoint is written.
     """
     profiled = check_int("profiled", profiled, least=0)
+    check_causality(experiment.model, experiment.task)
     if workdir is None:
         if profiled:
             raise ValueError(f"profiled: got {profiled} without a workdir, which takes the trace")
@@ -228,9 +233,11 @@ def _run(experiment: Experiment, folder: Workdir | None, profiled: int = 0) -> R
             where = "" if folder is None else f"; {folder.kept()}"
             raise FloatingPointError(f"{name} is {loss} at step {step}{where}")
 
-    agreement = make_agreement(mesh)
+    agreement, estimated = make_agreement(mesh), False
+    run_name = "" if folder is None or _is_alone() else f"{folder.path.name}: "
     traced = range(start + 3, min(start + 3 + profiled, steps + 1))  # the first ones are not like the others
-    with signals.deferred() as signal_came, _bar(start, steps) as progress, contextlib.ExitStack() as tracing:
+    doing = "stopping after this step" + (": saving ..." if folder is not None else "")
+    with signals.deferred(doing) as signal_came, _bar(start, steps) as progress, contextlib.ExitStack() as tracing:
         if start:
             _print(progress, f"continuing after step {start} of {steps}")
         if profiled and not traced:
@@ -270,6 +277,10 @@ def _run(experiment: Experiment, folder: Workdir | None, profiled: int = 0) -> R
                 row |= task.derived(row)
                 record({"step": step, "split": "train", **row, **pending})
                 speed = pending["items"] / pending["seconds"]
+                left = (steps - step) * experiment.batch_size * units / speed
+                if progress.disable and left > _WORTH_SAYING and not estimated:
+                    _print(progress, f"{run_name}step {step} of {steps}: about {duration(left)} of steps left")
+                estimated = True
                 progress.set_postfix_str(f"loss {row['loss']:.4f}, {speed:,.0f} {unit}s/s")
                 state = state._replace(sums=jax.tree.map(lambda total: total * 0, state.sums))
                 pending = dict.fromkeys(_PENDING, 0.0)
@@ -278,8 +289,7 @@ def _run(experiment: Experiment, folder: Workdir | None, profiled: int = 0) -> R
                 metrics = evaluate(experiment, evaluate_function, nn.merge(state.parameters, state.buffers))
                 refuse_diverged("validation loss", metrics["loss"], step)
                 record({"step": step, "split": "validation", **metrics, "seconds": time.perf_counter() - before})
-                run = "" if folder is None or _is_alone() else f"{folder.path.name}: "
-                _print(progress, f"{run}step {step} of {steps}: validation loss {metrics['loss']:.4f}")
+                _print(progress, f"{run_name}step {step} of {steps}: validation loss {metrics['loss']:.4f}")
             if evaluating and not stopping:  # which took its time
                 stopping = agreement(signal_came() or 0, state.step, now=True)
             if folder is not None and (saving or stopping):
@@ -380,6 +390,13 @@ def _bar(start: int, steps: int) -> tqdm:
 def _is_alone() -> bool:
     """Whether no other run trains in this process: those that do have threads of their own."""
     return threading.current_thread() is threading.main_thread()
+
+
+def duration(seconds: float) -> str:
+    """For people: "40 s", "12 min" or "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _print(progress: tqdm, line: str) -> None:

@@ -43,6 +43,9 @@ from attnlab.train.store import delete_folder, is_remote, move_folder, replace_t
 
 _KEPT_CHECKPOINTS = 2
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy")
+# Orbax numbers saves by one counter of the process, and by that number a save's threads wait for its folders, so two
+# saves at once write where no folder is yet. Runs of several processes, which save together, train one after the other.
+_saving = threading.Lock()
 _RESULT = {"final", "history", "items_per_second", "seconds", "compile_seconds"}
 
 
@@ -267,7 +270,8 @@ class Workdir:
             state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave({**facts, "digest": _digest(facts)})
         )
         try:
-            _checkpointer().save(self._checkpoints / str(step), args=arguments)
+            with _saving:
+                _checkpointer().save(self._checkpoints / str(step), args=arguments)
         except Exception as error:
             if lost_process(error):
                 raise

@@ -153,11 +153,22 @@ def test_examples_of_numbers_are_shown_as_they_are():
     assert [len(line.split(" ")) for line in lines] == [3] * source.length
 
 
+class Bounded(nn.SoftmaxAttention):
+    """Not linear in its values."""
+
+    def mix(self, query, key, value, x, segment_ids):
+        return jnp.tanh(super().mix(query, key, 3 * value, x, segment_ids))
+
+
 def test_long_examples_and_other_models_are_skipped_with_the_reason(tmp_path):
     experiment = language(length=600)
     values = nn.initialize(experiment.model, jax.random.key(0))
     with pytest.raises(ValueError, match="length: an example has 600 positions; weights are shown of at most 512"):
         attending.layer_weights(experiment, values, first_batch(experiment))
+    bounded = language(mixers=[nn.SoftmaxAttention, Bounded])
+    values = nn.initialize(bounded.model, jax.random.key(0))
+    with pytest.raises(ValueError, match="mixers: got Bounded, which is not linear in its values"):
+        attending.layer_weights(bounded, values, first_batch(bounded))
     without = types.SimpleNamespace(
         model=LanguageModel(vocabulary=8, mixers=MIXERS, depth=1, features=8).norm,
         task=types.SimpleNamespace(loss=lambda model, batch, key: None),

@@ -283,6 +283,9 @@ def test_speed_is_that_of_the_timing_and_ranks_only_what_it_tells_apart(tmp_path
     page, table = report(rows, tmp_path)
     assert "| worse | 2.0000 | -1.0000 (one seed: no interval) | 8 | 1.23 k | 101 ± 0 % | 2.05 k | 1 |" in table
     assert "tokens/s: worse, good." in table
+    assert "| 102 ± 0 %, tie | 2.05 k | 1 |" in table
+    assert table.count(", tie |") == 1
+    assert "Tie: not on the Pareto front, as it is not faster than every better arm." in page
     assert "timed after all runs on 1 x cpu, the arms in turn; median of 9 rounds ± half" in table
     assert "Quality against tokens/s" in page
     lines = list(csv.DictReader((tmp_path / "results.csv").open()))

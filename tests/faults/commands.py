@@ -97,8 +97,9 @@ class Command:
 
     @property
     def lines(self) -> list[str]:
-        """What attnlab itself says."""
-        return [line for line in self.printed.splitlines() if line.startswith("attnlab:")]
+        """What attnlab itself says, without its answer at once to a signal, which a line on what was saved follows."""
+        said = [line for line in self.printed.splitlines() if line.startswith("attnlab:")]
+        return [line for line in said if not line.endswith("; stopping after this step: saving ...")]
 
     def is_running(self) -> bool:
         return self.process.exitcode is None

@@ -1,6 +1,8 @@
 """Every file of a checkpoint, flipped, emptied or deleted: harmless, or it is named and the one before is used."""
 
 import shutil
+import threading
+from concurrent import futures
 
 import commands
 import jax
@@ -152,6 +154,26 @@ def test_only_the_newest_two_stay(saved, tmp_path):
         opened.restore(state_at(0), batches)
         opened.save(3, state_at(3), batches, ROWS, {"items": 3})
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_runs_of_one_process_save_at_once(tmp_path):
+    """As those of a sweep do, each in a thread of its own: of what orbax keeps once a process, nothing is mixed up."""
+    runs = 4
+    begins = threading.Barrier(runs, timeout=60)
+
+    def save(run):
+        opened, batches = workdir.Workdir(tmp_path / str(run), {}, ""), Batches()
+        with opened.owned():
+            opened.restore(state_at(0), batches)
+            begins.wait()
+            for step in range(run + 1, run + 6):
+                batches.set_state({"next_index": step})
+                opened.save(step, state_at(step), batches, ROWS, {"items": step})
+
+    with futures.ThreadPoolExecutor(runs) as pool:
+        for run in [pool.submit(save, run) for run in range(runs)]:
+            run.result()
+    assert all(equal(reopened(tmp_path / str(run)), run + 5) for run in range(runs))
 
 
 @pytest.mark.parametrize("place", ["large", "bfloat16"])

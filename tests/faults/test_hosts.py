@@ -53,6 +53,7 @@ def test_a_signal_to_one_saves_on_both_and_one_process_of_four_devices_continues
     wait_for_checkpoint(pair, folder / "run")
     pair.both[1].send(signal.SIGTERM)
     pair.check(143, "terminated; step ", " is kept in ")
+    assert ["terminated; stopping after this step" in command.printed for command in pair.both] == [False, True]
     shards = sorted((folder / "run" / "checkpoints").glob("*/state/ocdbt.process_*/d/*"))
     assert {path.parts[-3] for path in shards} == {"ocdbt.process_0", "ocdbt.process_1"}
     prepare = functools.partial(commands.devices, 4)

@@ -95,6 +95,10 @@ LINEAR, DENSE = attention_fn(attnlab.linear_attention), attention_fn(attnlab.dot
         (lambda: layer(DENSE)(X, sow_weights=True), "sow_weights: got True; dot_product_attention keeps no"),
         (lambda: layer(DENSE, precision="highest")(X), "precision: got .*; dot_product_attention chooses its own"),
         (lambda: attention_fn(attnlab.local_attention), "window: got nothing; local_attention needs it"),
+        (
+            lambda: layer(attention_fn(attnlab.local_attention, window=11))(X),  # the mixers of attnlab.nn cut theirs
+            "window: got 11; at most 10 fits on axis 0",
+        ),
         (lambda: attention_fn(attnlab.local_attention, windw=3), "windw: got 3; local_attention takes window, stride"),
         (
             lambda: layer(attention_fn(attnlab.dot_product_attention, return_lse=True))(X),

@@ -11,6 +11,7 @@ from marks import slow_but
 from mixers import DECODING, MIXERS, Mixer
 
 from attnlab import attention, nn
+from attnlab.nn.mixers.base import check_weights
 
 FEATURES, LENGTH, BATCH = 16, 13, 2
 # Rows that share most of their code with another one.
@@ -76,6 +77,19 @@ def test_attention_weights_are_what_the_mechanism_applies_to_the_values(name):
     value = jnp.repeat(value, mixer.num_heads // mixer.num_key_heads, axis=2)
     np.testing.assert_allclose(jnp.einsum("BNTS,BSNV->BTNV", weights, value), want, atol=1e-5)
     assert np.all(weights[:, :, *np.triu_indices(LENGTH, 1)] == 0)
+
+
+def test_a_mixer_that_is_not_linear_in_its_values_has_no_weights():
+    class Bounded(nn.SoftmaxAttention):
+        def mix(self, query, key, value, x, segment_ids):
+            return jnp.tanh(super().mix(query, key, 3 * value, x, segment_ids))
+
+    mixer = Bounded(FEATURES, is_causal=True)
+    bound = nn.bind(mixer, nn.initialize(mixer, jax.random.key(0)))
+    weights = bound.attention_weights(jax.random.normal(jax.random.key(1), (BATCH, LENGTH, FEATURES)))
+    assert np.all(np.isnan(weights))
+    with pytest.raises(ValueError, match="mixers: got Bounded, which is not linear in its values; so no weights say"):
+        check_weights("Bounded", weights)
 
 
 # L2ViT's, without its convolution of images.

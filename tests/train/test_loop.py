@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -75,6 +76,21 @@ def test_the_same_experiment_gives_the_same_numbers(uninterrupted):
     assert without_times(train(runs.experiment()).history) == without_times(uninterrupted.history)
 
 
+def test_without_a_bar_the_first_steps_say_once_how_long_the_others_take(monkeypatch, capsys):
+    few = {"steps": 12, "evaluate_every": 12, "checkpoint_every": 12}
+    train(runs.experiment(**few))
+    assert "left" not in capsys.readouterr().err  # too short
+    monkeypatch.setattr(loop, "_WORTH_SAYING", 0)
+    train(runs.experiment(**few))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "left" in line]
+    assert [re.sub(r"\d+ s ", "N s ", line) for line in lines] == ["step 4 of 12: about N s of steps left"]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (99, "99 s"), (120, "2 min"), (7200, "2.0 h")])
+def test_durations_are_for_people(seconds, text):
+    assert loop.duration(seconds) == text
+
+
 @pytest.mark.slow
 def test_another_seed_gives_others(uninterrupted):
     assert without_times(train(runs.experiment(seed=1)).history) != without_times(uninterrupted.history)
@@ -86,7 +102,7 @@ def test_sigterm_keeps_the_step_it_came_at(uninterrupted, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert "attnlab: terminated; step " in message
+    assert "attnlab: terminated; stopping after this step: saving ...\nattnlab: terminated; step " in message
     kept = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
     assert f"step {kept} is kept in {tmp_path}" in message
     result = train(runs.experiment(), workdir=tmp_path, fingerprint=runs.FINGERPRINT)

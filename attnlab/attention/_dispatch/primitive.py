@@ -4,9 +4,10 @@ A call outside jit would trace its loops anew each time, and XLA would compile t
 into a jit of its own, as a call of which it also stands in larger programs.
 """
 
+import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
@@ -62,6 +63,7 @@ def primitive(*layouts: str, like: str = "") -> Callable[[Callable[P, R]], Calla
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            check_names(function.__name__, kwargs, signature.parameters)
             leaves, tree = jax.tree.flatten((args, kwargs))
             kinds = tuple(_Array if _is_array(leaf) else type(leaf) for leaf in leaves)
             arrays = [leaf for leaf, kind in zip(leaves, kinds) if kind is _Array]
@@ -78,6 +80,14 @@ def primitive(*layouts: str, like: str = "") -> Callable[[Callable[P, R]], Calla
         return call
 
     return decorate
+
+
+def check_names(owner: str, given: Collection[str], known: Collection[str]) -> None:
+    """Raises TypeError for an option that the owner has not, before one is missed that it was meant for."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise TypeError(f"{owner} has no option {name!r}" + "".join(f"; did you mean {one!r}?" for one in close))
 
 
 def _is_array(leaf: Any) -> bool:

@@ -55,6 +55,8 @@ class MixerCache(NamedTuple):
     convolved: dict[str, Array]
 
 
+# By which share of the largest output the values times the weights may miss it: rounding misses by far less.
+_LINEAR = 0.05
 # What a mixer that lacks a method says.
 _UNDECODABLE = {
     "init_mechanism_cache": "{}: it has no cache to decode from",
@@ -285,13 +287,18 @@ class Attention(nnx.Module):
         """What each query takes of each value: x [B, *space, D] -> [B, N, T, S], positions in raster order.
 
         Read off the mechanism itself, which is linear in the values, by giving key s the s-th unit vector as its value.
-        Convolutions of the values and what `finish` does are not in it.
+        NaN of one that is not: what it gives of its values is then not the values times these. Convolutions of the
+        values and what `finish` does are not in it.
         """
-        query, key, *_ = self._heads(x, grid_positions(x.shape[1:-1]), None)
+        query, key, value, _ = self._heads(x, grid_positions(x.shape[1:-1]), None)
         positions = math.prod(x.shape[1:-1])
         unit = jnp.eye(positions, dtype=self.dtype).reshape(1, *x.shape[1:-1], 1, positions)
-        weights = self.mix(query, key, jnp.broadcast_to(unit, (*key.shape[:-1], positions)), x, None)
-        return rearrange(flat(weights), "B T N S -> B N T S")
+        weights = flat(self.mix(query, key, jnp.broadcast_to(unit, (*key.shape[:-1], positions)), x, None))
+        out = flat(self.mix(query, key, value, x, None)).astype(jnp.float32)
+        values = jnp.repeat(flat(value), self.num_heads // self.num_key_heads, axis=2)
+        expected = jnp.einsum("BTNS,BSNV->BTNV", weights, values, preferred_element_type=jnp.float32)
+        is_linear = jnp.max(jnp.abs(out - expected)) <= _LINEAR * jnp.max(jnp.abs(out))
+        return jnp.where(is_linear, rearrange(weights, "B T N S -> B N T S"), jnp.nan)
 
     def init_cache(self, batch: int, max_length: int) -> MixerCache:
         """An empty cache for decoding up to max_length tokens. Raises ValueError with its decoding_refusal."""
@@ -380,6 +387,12 @@ class Attention(nnx.Module):
 
 # A mixer as models take it: a class above with its options bound, called as mixer(features, is_causal=..., dtype=...).
 MixerFactory = Callable[..., Attention]
+
+
+def check_weights(mixer: str, weights: Array) -> None:
+    """Raises ValueError for attention_weights, computed, of a mixer of this name that has none."""
+    given = f"{mixer}, which is not linear in its values"
+    require(not bool(jnp.isnan(weights).any()), "mixers", given, "so no weights say what a query takes of each")
 
 
 def flat(heads: Array) -> Array:
