@@ -32,6 +32,7 @@ from attnlab.attention._dispatch.exchange import (
     whole_space,
 )
 from attnlab.attention._dispatch.primitive import primitive
+from attnlab.attention._kernels import block_sparse as kernels
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
     check_array,
@@ -94,7 +95,8 @@ def block_sparse_attention(
       scale: factor on the logits; None means H ** -0.5.
       segment_ids: integers [B, T] when T = S, or a pair ([B, T], [B, S]). Queries see keys of their own segment.
       return_lse: return (out, lse).
-      implementation: None, "reference" or "xla".
+      implementation: None, "reference", "xla" or "pallas_gpu" (bfloat16 or float16, blocks of multiples of 128 tokens,
+        lists of key heads, no block_bias).
 
     Returns:
       out [B, T, N, V] in query's dtype; with return_lse also lse [B, T, N], float32 (float64 for float64 inputs),
@@ -523,7 +525,7 @@ def _transpose(
     return _Inputs(_joined(to_query, query_blocks), to_key, to_value, to_bias)
 
 
-IMPLEMENTATIONS: Implementations = {"reference": spoiling(_reference), "xla": spoiling(_xla)}
+IMPLEMENTATIONS: Implementations = {"reference": spoiling(_reference), "xla": spoiling(_xla), **kernels.KERNELS}
 
 
 # --- Decoding ---------------------------------------------------------------------------------------------------------
