@@ -7,6 +7,7 @@ over this table, so that a mechanism that has a row is in all of them.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -124,6 +125,20 @@ def _probe(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
     return {"probe": 0.5 * rng.normal(size=(sizes.batch, *sizes.space, sizes.heads, sizes.head_dim))}
 
 
+@functools.wraps(attnlab.block_sparse_attention)
+def _block_sparse(query: Any, key: Any, value: Any, blocks: Any = None, *, places: int = 3, **options: Any) -> Any:
+    """With lists, unless some are given, of so many places: the first, the last and the own key block, and those before
+    it."""
+    sizes = [options[name] for name in ("query_block", "key_block")]
+    if blocks is None and all(isinstance(size, (int, np.integer)) and size > 0 for size in sizes):
+        query_block, key_block = sizes
+        (queries,), (keys,) = (np.shape(x)[1:2] or (1,) for x in (query, key))
+        own = np.arange(0, queries, query_block) // key_block
+        columns = [0 * own, own, 0 * own + (keys - 1) // key_block, *(own - back for back in range(1, places - 2))]
+        blocks = np.stack(columns[:places], axis=-1)[None, None].astype(np.int32)
+    return attnlab.block_sparse_attention(query, key, value, blocks, **options)
+
+
 def _linear(**row: Any) -> Mechanism:
     return Mechanism(attnlab.linear_attention, **{"is_causal": True, **row})
 
@@ -147,6 +162,17 @@ MECHANISMS: dict[str, Mechanism] = {
         attnlab.dilated_attention,
         {"window": 3, "dilation": 2},
         large=lambda length: {"window": WINDOW // 4, "dilation": 4},
+    ),
+    "block-sparse": Mechanism(
+        _block_sparse,
+        {"query_block": 3, "key_block": 3},
+        large=lambda length: {"query_block": 128, "key_block": 128, "places": 8},
+    ),
+    "block-sparse, causal": Mechanism(
+        _block_sparse,
+        {"query_block": 2, "key_block": 4, "is_causal": True},
+        large=lambda length: {"query_block": 128, "key_block": 128, "places": 8},
+        is_causal=True,
     ),
     "axial": Mechanism(attnlab.axial_attention, {"axis": 0}, grid=True),
     "agent": Mechanism(attnlab.agent_attention, arrays=_agents_and_biases, grid=True),

@@ -26,7 +26,7 @@ from attnlab.train.mesh import placed
 Call = Callable[[], Any]
 
 _SIZES = ((4, 64), (8, 128))  # heads, head_dim
-_WINDOW, _AGENTS = 256, 16
+_WINDOW, _AGENTS, _BLOCK = 256, 16, 128
 # nanoGPT's setting for a CPU.
 _VOCABULARY, _FEATURES, _DEPTH, _HEADS, _TOKENS, _BATCH = 65, 128, 4, 4, 64, 12
 
@@ -185,6 +185,24 @@ def _agents(length: int) -> Pairs:
             yield label, "linear_attention, elu", ours, theirs
 
 
+def _blocks(length: int) -> Pairs:
+    """An eighth of the key blocks beside dense attention."""
+    blocks = -(-length // _BLOCK)
+    drawn = np.random.default_rng(0).permuted(np.tile(np.arange(blocks), (blocks, 1)), axis=1)
+    lists = jnp.asarray(np.sort(drawn[:, : -(-blocks // 8)])[None, None])
+
+    def sparse(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return attnlab.block_sparse_attention(query, key, value, lists, query_block=_BLOCK, key_block=_BLOCK)
+
+    for heads, head_dim in _SIZES:
+        arrays = _tokens(length, heads, head_dim)
+        for gradients in (False, True):
+            label = f"{lists.shape[-1]} of {blocks} blocks of {_BLOCK}, {heads} x {head_dim}"
+            functions = sparse, attnlab.dot_product_attention
+            ours, theirs = (_jitted(function, *arrays, gradients=gradients) for function in functions)
+            yield label + ", with gradients" * gradients, "dot_product_attention", ours, theirs
+
+
 def _training(length: int) -> Pairs:
     """Ten training steps in nanoGPT's setting for a CPU, beside an equal model of PyTorch, eager and compiled.
 
@@ -275,7 +293,14 @@ def _torch_step(torch: Any, compiled: bool) -> Call:
     return call
 
 
-_PAIRS = {"dense": _dense, "window": _window, "gated-delta": _gated_delta, "agents": _agents, "training": _training}
+_PAIRS = {
+    "dense": _dense,
+    "window": _window,
+    "gated-delta": _gated_delta,
+    "agents": _agents,
+    "blocks": _blocks,
+    "training": _training,
+}
 
 if __name__ == "__main__":
     main()

@@ -48,6 +48,14 @@ MIXERS = {
     "dilated_stride": Mixer(
         nn.DilatedAttention, {"window": 4, "dilation": 3, "stride": 2, "edge": "clip"}, state_sizes=(96, 384, 384)
     ),
+    "block_sparse": Mixer(
+        nn.BlockSparseAttention, {"query_block": 2, "key_block": 4, "count": 2}, state_sizes=(144, 576, 2304)
+    ),
+    "block_sparse_grouped": Mixer(
+        nn.BlockSparseAttention,
+        {"query_block": 1, "key_block": 2, "count": 3, "num_key_heads": 2, "value_dim": 3},
+        state_sizes=(72, 252, 1152),
+    ),
     "linear": Mixer(
         nn.LinearAttention, {"feature_map": "elu", "normalize": True}, state_sizes=(80, 80, 80), kernels=LINEAR
     ),
@@ -105,6 +113,7 @@ MIXERS = {
         {"convolution": 3, "residual_convolution": 5, "num_key_heads": 2},
         state_sizes=(144, 304, 1120),
     ),
+    "block_sparse, grid": Mixer(nn.BlockSparseAttention, {"query_block": 4, "key_block": 3, "count": 3}, is_grid=True),
     "softmax, grid": Mixer(nn.SoftmaxAttention, is_grid=True),
     "local, grid": Mixer(nn.LocalAttention, {"window": (3, 9)}, is_grid=True, needs_grid=True),
     "dilated, grid": Mixer(nn.DilatedAttention, {"window": 3, "dilation": (1, 2)}, is_grid=True, needs_grid=True),

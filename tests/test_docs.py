@@ -165,7 +165,7 @@ def test_every_public_name_is_in_the_api_once(package):
 
 
 def test_the_api_has_all_that_attnlab_offers():
-    assert {*api.public("attnlab")} == {*attnlab.__all__} - {"masks"}
+    assert {*api.public("attnlab")} == {*attnlab.__all__} - {"masks", "block_selection"}
     assert "LocalAttention" in api.public("attnlab.nn")
     assert "neighborhood" in api.public("attnlab.masks")
 

@@ -75,6 +75,13 @@ def counted(x: Array, lengths: Array | None) -> Array:
     return jnp.asarray(x.shape[1], jnp.int32) if lengths is None else lengths
 
 
+def filled(cache: Array, prompt: Array, count: Array) -> Array:
+    """An empty cache [B, S, K, H] with a prompt's tokens [B, P, K, H], zeros from `count` on."""
+    is_token = (jnp.arange(prompt.shape[1])[None] < by_row(count))[..., None, None]
+    rest = ((0, 0), (0, cache.shape[1] - prompt.shape[1]), (0, 0), (0, 0))
+    return jnp.pad(jnp.where(is_token, prompt, 0).astype(cache.dtype), rest)
+
+
 def newest(count: Array, slots: int) -> Array:
     """Of counts [B or 1, 1] of tokens, of which token i goes into slot i mod slots: the last one that came into each,
     [B or 1, slots], negative where none did."""

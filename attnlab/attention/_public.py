@@ -1,10 +1,18 @@
 """The public names of the primitives, once: they are attributes of attnlab and of attnlab.attention alike."""
 
-from attnlab.attention import masks
+from attnlab.attention import block_selection, masks
 from attnlab.attention._dispatch.choice import Choice, explain
 from attnlab.attention._dispatch.exchange import positions_over
 from attnlab.attention.agent import agent_attention, agent_bias, pool_agents
 from attnlab.attention.axial import axial_attention
+from attnlab.attention.block_sparse import (
+    BlockSparseCache,
+    block_sparse_attention,
+    block_sparse_step,
+    init_block_sparse_cache,
+    prefill_block_sparse_cache,
+)
+from attnlab.attention.block_statistics import block_statistics
 from attnlab.attention.causal_agent import AgentState, agent_step, causal_agent_attention, init_agent_cache
 from attnlab.attention.centroids import RoutingState, RoutingStatistics, fit_routing, init_routing, update_routing
 from attnlab.attention.dilated import dilated_attention, dilated_step, init_dilated_cache, prefill_dilated_cache

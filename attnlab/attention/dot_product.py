@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.attention import masks
-from attnlab.attention._cached import attend_to_cache, by_row, counted, put
+from attnlab.attention._cached import attend_to_cache, by_row, counted, filled, put
 from attnlab.attention._dispatch.choice import Implementations, dispatch
 from attnlab.attention._dispatch.exchange import (
     Parts,
@@ -36,7 +36,7 @@ from attnlab.attention._shared.checks import (
     check_position,
     check_prompt,
     check_query_key_value,
-    check_segment_ids,
+    check_segment_pair,
     check_sizes,
     check_type,
     default_scale,
@@ -102,7 +102,7 @@ def dot_product_attention(
         full = (batch, heads, queries, *whole_space((keys,)))  # all keys, also where devices share positions
         fits = all(got in (1, want) for got, want in zip(array.shape, full, strict=True))
         require(fits, name, shape_text(array), f"need [batch|1, heads|1, T|1, S|1] of {list(full)}")
-    segments = _segment_pair(segment_ids, batch, queries, keys)
+    segments = check_segment_pair(segment_ids, batch, queries, keys)
     is_causal, return_lse = check_bool("is_causal", is_causal), check_bool("return_lse", return_lse)
     factor = default_scale(scale, query.shape[-1])
     # A name of its own: what a card checks, and what becomes a default by it, are calls without.
@@ -189,19 +189,6 @@ def in_ring(
     own = query, bias, scale if isinstance(scale, jax.Array) else None
     out, lse = softmax_ring(turn, parts, own, (key, value), ((mask, query_ids), key_ids))
     return out.astype(query.dtype), lse
-
-
-def _segment_pair(segment_ids: Any, batch: int, queries: int, keys: int) -> tuple[Array, Array] | None:
-    if segment_ids is None:
-        return None
-    if isinstance(segment_ids, (tuple, list)):
-        require(len(segment_ids) == 2, "segment_ids", f"{len(segment_ids)} arrays", "need one, or (query's, key's)")
-        query_ids, key_ids = segment_ids
-    else:
-        query_ids = key_ids = segment_ids
-    check_segment_ids("segment_ids", query_ids, (batch, queries), "[batch, T]")
-    check_segment_ids("segment_ids", key_ids, (batch, keys), "[batch, S] (a pair gives T and S ids of their own)")
-    return query_ids, key_ids
 
 
 def _reference(
@@ -317,13 +304,7 @@ def prefill_dot_product_cache(
     lengths = check_prompt(key, value, cache.key, cache.value, lengths)
     slots, count = cache.key.shape[1], counted(key, lengths)
     require(key.shape[1] <= slots, "key", shape_text(key), f"the cache was made for {slots} tokens")
-    is_token = (jnp.arange(key.shape[1])[None] < by_row(count))[..., None, None]
-
-    def placed(old: Array, new: Array) -> Array:
-        rest = ((0, 0), (0, slots - new.shape[1]), (0, 0), (0, 0))
-        return jnp.pad(jnp.where(is_token, new, 0).astype(old.dtype), rest)
-
-    return DotProductCache(placed(cache.key, key), placed(cache.value, value), count)
+    return DotProductCache(filled(cache.key, key, count), filled(cache.value, value, count), count)
 
 
 @primitive("B*N.", like="cache")

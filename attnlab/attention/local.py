@@ -74,7 +74,7 @@ def local_attention(
     key: Array,
     value: Array,
     *,
-    window: int | tuple[int, ...],
+    window: int | tuple[int, ...] | tuple[tuple[int, int]],
     stride: int | tuple[int, ...] = 1,
     is_causal: bool | tuple[bool, ...] = False,
     edge: masks.Edge = "shift",
@@ -92,7 +92,8 @@ def local_attention(
       key: [B, *space, K, H]. K divides N: query head n reads key head n // (N / K).
       value: [B, *space, K, V].
       window*: number of keys seen along the axis, the query's own included. An even window reaches one key further
-        back than forward. At most the axis' length.
+        back than forward. At most the axis' length. Or ((left, right),), for one axis that is not causal, stride=1 and
+        edge="clip": so many keys before the query's own, and after it.
       stride*: this many neighbouring queries share one window. At most the window.
       is_causal*: keys after the query, along the axis, are not seen; axes combine by AND. The window then ends at its
         leader, the last query of the stride group, and early queries see fewer keys.
@@ -153,12 +154,18 @@ def windowed_attention(
     """Checks the arguments of local and dilated attention and dispatches: (out, lse)."""
     check_query_key_value(query, key, value, space_ranks=(1, 2, 3))
     space = whole_space(query.shape[1:-2])
-    windows, strides, dilations = (
-        per_axis(name, given, len(space))
-        for name, given in (("window", window), ("stride", stride), ("dilation", dilation))
+    strides, dilations = (
+        per_axis(name, given, len(space)) for name, given in (("stride", stride), ("dilation", dilation))
     )
     causal = per_axis("is_causal", is_causal, len(space), bool)
-    for axis, (length, k, s, d) in enumerate(zip(space, windows, strides, dilations, strict=True)):
+    if (sides := _sides(window)) is None:
+        windows = lengths = per_axis("window", window, len(space))
+    else:
+        fits = (len(space), causal, strides, dilations, edge) == (1, (False,), (1,), (1,), "clip")
+        needs = 'a pair needs one axis, is_causal=False, stride=1, dilation=1 and edge="clip"'
+        require(fits, "window", window, needs)
+        windows, lengths = ((min(sides[0], space[0]), min(sides[1], space[0])),), (1,)
+    for axis, (length, k, s, d) in enumerate(zip(space, lengths, strides, dilations, strict=True)):
         where = f"on axis {axis} of the space {space}"
         require(d >= 1, "dilation", dilation, f"must be at least 1 {where}")
         most = length if d == 1 else f"{length // d} = {length} // {d} (dilation)"
@@ -194,6 +201,15 @@ def windowed_attention(
 
     layouts = ("B*N.", "B*K.", "B*K.", "B*")
     return over_positions(attend, parted, layouts, ("B*N.", "B*N"), query, key, value, segment_ids)
+
+
+def _sides(window: Any) -> tuple[int, int] | None:
+    """(left, right) of ((left, right),), None of other windows."""
+    if not (isinstance(window, (tuple, list)) and len(window) == 1 and isinstance(window[0], (tuple, list))):
+        return None
+    require(len(window[0]) == 2, "window", window, "need ((left, right),)")
+    left, right = (check_int("window", side, least=0, most=2**31 - 1, of=window) for side in window[0])
+    return left, right
 
 
 class _Stretch(NamedTuple):
@@ -278,7 +294,8 @@ def _tile_axis(axis: masks.AxisWindow, rank: int) -> Tiles:
     # Half the window balances the box's overhang against small matrix products; a multiple of the stride lets a
     # stride group, which shares one window, stay in one tile.
     smallest, largest = _TILE_RANGE[rank]
-    size = min(max(axis.window // 2, smallest), largest, group_length)
+    window = sum(axis.window) + 1 if isinstance(axis.window, tuple) else axis.window
+    size = min(max(window // 2, smallest), largest, group_length)
     size = -(-group_length // -(-group_length // size))  # tiles of equal size
     size = min(-(-size // axis.stride) * axis.stride, group_length)
     in_group = np.arange(-(-group_length // size)) * size

@@ -1,4 +1,4 @@
-"""Who sees whom, as index arithmetic: predicates on (query, key) coordinates, joined with & and |.
+"""Who sees whom, as index arithmetic: predicates on (query, key) coordinates, joined with &, | and ~.
 
 One definition of the neighbourhood window, `window_bounds`, serves every form: the dense mask of the references
 (`dense_mask`), the tiles that a kernel visits (`block_map`), the pictures (`draw`), and the blocked forms, which
@@ -14,17 +14,22 @@ sees keys of its own group alone; `window_bounds` works inside a group, `AxisWin
 Window arithmetic: NATTEN (Hassani et al. 2023, 2024), with the strides of Generalized Neighborhood Attention (2025).
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Pairs of tokens of which a block map is made in numpy, which compiles nothing.
+_MOST_IN_NUMPY = 2**24
+# What a mask raises that reads numpy's arrays by traced indices.
+_NEEDS_NUMPY = (jax.errors.TracerArrayConversionError, jax.errors.TracerBoolConversionError)
 Edge = Literal["shift", "clip"]
 # One integer (array) for each space axis.
 Coordinates = tuple[Any, ...]
@@ -39,7 +44,13 @@ def _maximum(a: Any, b: Any) -> Any:
 
 
 def window_bounds(
-    query: Any, length: Any, *, window: int, stride: int = 1, is_causal: bool = False, edge: Edge = "shift"
+    query: Any,
+    length: Any,
+    *,
+    window: int | tuple[int, int],
+    stride: int = 1,
+    is_causal: bool = False,
+    edge: Edge = "shift",
 ) -> tuple[Any, Any]:
     """The keys that a query sees on one axis: start <= key < end, in the coordinates of its residue group.
 
@@ -51,16 +62,18 @@ def window_bounds(
         causal       leader = min((query div stride) stride + stride - 1, length - 1)
                      keys with leader - window < key <= query
         edge="clip"  the window never moves: neither the leader nor the window follows the border, which cuts it
+        (l, r)       as the window: l keys before the leader and r after it; not causal, and with edge="clip"
 
     Both bounds grow with the query. Needs window <= length and stride <= window, so that a query sees itself.
     """
     group = query // stride * stride
     if is_causal:
+        assert not isinstance(window, tuple), "a pair is not causal"
         leader = group + (stride - 1)
         if edge == "shift":
             leader = _minimum(leader, length - 1)
         return _maximum(leader - (window - 1), 0), query + 1
-    left, right = window // 2, window - 1 - window // 2
+    left, right = window if isinstance(window, tuple) else (window // 2, window - 1 - window // 2)
     leader = group + stride // 2
     if edge == "clip":
         return _maximum(leader - left, 0), _minimum(leader + (right + 1), length)
@@ -73,7 +86,7 @@ class AxisWindow:
     """The neighbourhood on one space axis, in token coordinates. Hashable; all fields are static."""
 
     length: int
-    window: int
+    window: int | tuple[int, int]
     stride: int = 1
     dilation: int = 1
     is_causal: bool = False
@@ -114,6 +127,9 @@ class Mask:
 
     def __or__(self, other: "Mask") -> "Mask":
         return Mask(lambda query, key: self.sees(query, key) | other.sees(query, key))
+
+    def __invert__(self) -> "Mask":
+        return Mask(lambda query, key: self.sees(query, key) ^ True)  # ~ of Python's True is -2
 
 
 def axis_windows(
@@ -160,6 +176,16 @@ def causal(axis: int = 0) -> Mask:
     return Mask(lambda query, key: key[axis] <= query[axis])
 
 
+def window(left: int, right: int, *, axis: int = 0) -> Mask:
+    """Keys from `left` before the query to `right` after it on one axis, the query's own among them."""
+
+    def sees(query: Coordinates, key: Coordinates) -> Any:
+        back = query[axis] - key[axis]
+        return (back <= left) & (back >= -right)
+
+    return Mask(sees)
+
+
 def first_keys(count: int) -> Mask:
     """The first `count` keys of a sequence, for every query."""
     return Mask(lambda query, key: (key[0] < count) & (query[0] >= 0))
@@ -171,6 +197,65 @@ def blocks(size: int, *, shift: int = 0, axis: int = 0) -> Mask:
     On every axis, without and with a shift in alternate layers: Swin Transformer (Liu et al. 2021).
     """
     return Mask(lambda query, key: (query[axis] - shift) // size == (key[axis] - shift) // size)
+
+
+def block_causal(size: int, *, prefix: int = 0) -> Mask:
+    """Keys of the query's own block and of earlier ones; the first `prefix` tokens are a block of their own.
+
+    (Next-block prediction, Ren et al. 2025; a prompt as the prefix.)
+    """
+
+    def number(token: Any) -> Any:
+        return _maximum(token - prefix, -1) // size
+
+    return Mask(lambda query, key: number(key[0]) <= number(query[0]))
+
+
+def block_diffusion(length: int, size: int) -> Mask:
+    """Of `length` noisy tokens, and then the same tokens clean: noisy ones see their own block and, clean, the blocks
+    before it; clean ones see clean blocks up to their own (Block Diffusion, Arriola et al. 2025)."""
+
+    def sees(query: Coordinates, key: Coordinates) -> Any:
+        own, other = (x % length // size for x in (query[0], key[0]))
+        are_alike = (query[0] < length) == (key[0] < length)
+        return (are_alike & (own == other)) | ((key[0] >= length) & (other < own))
+
+    return Mask(sees)
+
+
+def kinds(labels: Any, by_kind: Mapping[int, Mask]) -> Mask:
+    """Every key by the mask of its kind; keys of other kinds are not seen.
+
+    labels: int [S], a constant: the kind of each key of a sequence.
+    """
+    labels = np.asarray(labels)
+
+    def sees(query: Coordinates, key: Coordinates) -> Any:
+        kind = (jnp.asarray(labels) if isinstance(key[0], jax.Array) else labels)[key[0]]
+        return functools.reduce(
+            operator.or_, ((kind == name) & mask.sees(query, key) for name, mask in by_kind.items())
+        )
+
+    return Mask(sees)
+
+
+def aligned(shape: Sequence[int], radius: int, *, offset: int) -> Mask:
+    """Keys of a condition image within `radius`, along every axis, of the place that the query has in its own image.
+
+    The tokens are an image of this shape, in row-major order, and from `offset` on its condition, of the same shape.
+    Queries of both see the condition; what else they see, other masks say.
+    """
+    tokens = math.prod(shape)
+
+    def sees(query: Coordinates, key: Coordinates) -> Any:
+        near = (key[0] >= offset) & (key[0] < offset + tokens)
+        query_place, key_place = (t - offset * (t >= offset) for t in (query[0], key[0]))
+        for axis, length in enumerate(shape):
+            later = math.prod(shape[axis + 1 :])
+            near = near & (abs(query_place // later % length - key_place // later % length) <= radius)
+        return near
+
+    return Mask(sees)
 
 
 def power_blocks(size: int) -> Mask:
@@ -196,9 +281,8 @@ def radial(frame_tokens: int, *, decay_factor: float = 1.0, block: int = 128) ->
     bits = frame_tokens.bit_length()
 
     def sees(query: Coordinates, key: Coordinates) -> Any:
-        frames, apart = abs(query[0] // frame_tokens - key[0] // frame_tokens), 0
-        for bit in range(20):  # the number of bits of `frames`, so up to a million frames
-            apart = apart + (frames >= 1 << bit)
+        frames = abs(query[0] // frame_tokens - key[0] // frame_tokens)
+        apart = _bit_length(frames)
         distance = abs(query[0] % frame_tokens - key[0] % frame_tokens)
         # In integers: decay = 2^(bits - apart) may be a fraction.
         near = (distance <= block) | (distance * (1 << apart) <= decay_factor * (1 << bits))
@@ -207,6 +291,13 @@ def radial(frame_tokens: int, *, decay_factor: float = 1.0, block: int = 128) ->
         return (frames <= 1) | (near & kept) | (key[0] < frame_tokens)
 
     return Mask(sees)
+
+
+def _bit_length(x: Any) -> Any:
+    """Of integers from 0."""
+    if isinstance(x, jax.Array):
+        return jnp.iinfo(x.dtype).bits - jax.lax.clz(x)
+    return np.frexp(x)[1]
 
 
 def _coordinates(shape: Sequence[int], xp: Any) -> Coordinates:
@@ -243,7 +334,11 @@ def block_map(
     key_tile: Sequence[int],
     key_shape: Sequence[int] | None = None,
 ) -> BlockMap:
-    """Which key tiles each query tile visits, exactly. Runs in numpy: O(T S) time, O(tile S) memory."""
+    """Which key tiles each query tile visits, exactly. O(T S) time, O(tile S) memory.
+
+    Of many pairs the mask is asked in a compiled program (of 65,536 x 65,536 that takes a second or two of two cores),
+    unless it reads what only numpy can.
+    """
     key_shape = query_shape if key_shape is None else key_shape
 
     def tile_of_token(shape: Sequence[int], tile: Sequence[int]) -> tuple[np.ndarray, int]:
@@ -251,19 +346,40 @@ def block_map(
         tiles = tuple(c // size for c, size in zip(_coordinates(shape, np), tile, strict=True))
         return np.ravel_multi_index(tiles, grid), math.prod(grid)
 
-    query_tiles, num_query_tiles = tile_of_token(query_shape, query_tile)
+    query_tiles, _ = tile_of_token(query_shape, query_tile)
     key_tiles, num_key_tiles = tile_of_token(key_shape, key_tile)
     keys_in_tile = np.bincount(key_tiles, minlength=num_key_tiles)
-    key = tuple(c[None, :] for c in _coordinates(key_shape, np))
-    queries = _coordinates(query_shape, np)
-    visited = np.zeros((num_query_tiles, num_key_tiles), bool)
-    full = np.zeros_like(visited)
-    tokens_by_tile = np.split(np.argsort(query_tiles, kind="stable"), np.cumsum(np.bincount(query_tiles))[:-1])
-    for row, tokens in enumerate(tokens_by_tile):
-        sees = mask.sees(tuple(c[tokens, None] for c in queries), key)
-        visited[row] = np.bincount(key_tiles, weights=sees.any(0), minlength=num_key_tiles) > 0
-        full[row] = np.bincount(key_tiles, weights=sees.all(0), minlength=num_key_tiles) == keys_in_tile
+    counts = np.bincount(query_tiles)
+    of_tile = np.split(np.argsort(query_tiles, kind="stable"), np.cumsum(counts)[:-1])
+    # The tokens of every tile; the last one of a smaller tile once more, which changes nothing.
+    tokens = np.stack([np.pad(numbers, (0, counts.max() - len(numbers)), mode="edge") for numbers in of_tile])
+    queries, keys = (_coordinates(shape, np) for shape in (query_shape, key_shape))
+    some, every = _seen_by_tile(mask, [c[tokens] for c in queries], [c[None, :] for c in keys])
+
+    def tiles_of(seen: np.ndarray) -> np.ndarray:
+        return np.stack([np.bincount(key_tiles, weights=row, minlength=num_key_tiles) for row in seen])
+
+    visited, full = tiles_of(some) > 0, tiles_of(every) == keys_in_tile[None]
     return BlockMap(visited, full)
+
+
+def _seen_by_tile(mask: Mask, queries: list[np.ndarray], key: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """bool [tiles, S]: whether some query of a tile sees the key, and whether every one does. queries: [tiles, n]."""
+
+    def of_tile(query: Any) -> tuple[Any, Any]:
+        sees = mask.sees(tuple(c[:, None] for c in query), tuple(key))
+        return sees.any(0), sees.all(0)
+
+    def compiled(queries: Any) -> Any:
+        return jax.lax.map(lambda query: of_tile(query), queries)
+
+    if queries[0].size * key[0].size > _MOST_IN_NUMPY:
+        cpu = jax.local_devices(backend="cpu")[0]
+        with jax.ensure_compile_time_eval(), jax.default_device(cpu), contextlib.suppress(*_NEEDS_NUMPY):
+            key = [c.astype(np.int32) for c in key]
+            return tuple(map(np.asarray, jax.jit(compiled)([c.astype(np.int32) for c in queries])))  # type: ignore
+    some, every = zip(*(of_tile([c[row] for c in queries]) for row in range(len(queries[0]))))
+    return np.stack(some), np.stack(every)
 
 
 def draw(mask: Mask, shape: Sequence[int], query: Sequence[int] | None = None, axes: Any = None) -> Any:

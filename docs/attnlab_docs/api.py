@@ -15,6 +15,7 @@ from attnlab_docs.links import DOCS
 PACKAGES = (
     "attnlab",
     "attnlab.masks",
+    "attnlab.block_selection",
     "attnlab.nn",
     "attnlab.models",
     "attnlab.data",
@@ -22,6 +23,8 @@ PACKAGES = (
     "attnlab.ablate",
     "attnlab.catalog",
 )
+# Modules of attnlab.attention that are attributes of attnlab.
+_OF_ATTENTION = ("attnlab.masks", "attnlab.block_selection")
 EXAMPLES = DOCS / "api" / "examples"
 
 
@@ -32,8 +35,8 @@ def public(package: str) -> dict[str, Any]:
         import attnlab
 
         found = {name: getattr(attnlab, name) for name in attnlab.__all__}
-    elif package in ("attnlab.masks", "attnlab.catalog"):
-        module = importlib.import_module(package.replace(".masks", ".attention.masks"))
+    elif package in (*_OF_ATTENTION, "attnlab.catalog"):
+        module = importlib.import_module(path_of(package))
         found = {name: value for name, value in vars(module).items() if _home(value) == module.__name__}
     else:
         found = vars(importlib.import_module(package))
@@ -63,8 +66,8 @@ def _targets() -> dict[str, str]:
 
 
 def path_of(package: str) -> str:
-    """What Python imports: masks are a module of attnlab.attention, and an attribute of attnlab."""
-    return "attnlab.attention.masks" if package == "attnlab.masks" else package
+    """What Python imports."""
+    return package.replace("attnlab.", "attnlab.attention.") if package in _OF_ATTENTION else package
 
 
 def target(name: str) -> str | None:

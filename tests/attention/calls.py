@@ -32,6 +32,7 @@ _LENGTHS = _REAL.sum(1).astype(np.int32)
 _DECAY = -np.abs(_normal(BATCH, LENGTH, HEADS))
 _BETA = np.abs(_normal(BATCH, LENGTH, HEADS)).clip(0, 1) / HEAD_DIM
 _AGENTS = _normal(3, HEADS, HEAD_DIM)
+_LISTS = _rng.integers(-1, 6, size=(1, KEY_HEADS, 8, 3), dtype=np.int32)
 _centroids = _normal(HEADS, 3, HEAD_DIM)
 _STATE = A.RoutingState(_centroids, np.ones_like(_centroids[..., 0]), _centroids)
 
@@ -56,6 +57,45 @@ _WITH_OPTIONS = {
         lambda q, k, v, ids, others, scale: A.dot_product_attention(q, k, v, segment_ids=(ids, others), scale=scale),
         (_LINE[0], _LINE[1][:, :9], _LINE[2][:, :9], _IDS, _IDS[:, :9], np.float32(0.3)),
     ),
+    "block-sparse, everything": (
+        lambda q, k, v, bias, ids: A.block_sparse_attention(
+            q,
+            k,
+            v,
+            _LISTS,
+            query_block=2,
+            key_block=3,
+            block_bias=bias,
+            mask=A.masks.window(9, 2),
+            segment_ids=ids,
+            return_lse=True,
+        ),
+        (*_LINE, _normal(BATCH, KEY_HEADS, 8, 3), _IDS),
+    ),
+    "block-sparse, lists per head": (
+        lambda q, k, v: A.block_sparse_attention(
+            q, k, v, _LISTS.repeat(2, 1), query_block=2, key_block=3, is_causal=True
+        ),
+        _LINE,
+    ),
+    "block-sparse, pooled": (
+        lambda q, k, v: A.block_sparse_attention(
+            q,
+            k,
+            v,
+            A.block_selection.pooled_blocks(q, k, query_block=2, key_block=4, count=2),
+            query_block=2,
+            key_block=4,
+            is_causal=True,
+        ),
+        _LINE,
+    ),
+    "block statistics": (
+        lambda q, k, lse: A.block_statistics(
+            q, k, lse, query_block=3, key_block=4, reduce="mean", mask=A.masks.causal()
+        ),
+        (*_LINE[:2], _normal(BATCH, LENGTH, HEADS)),
+    ),
     "local, sinks and segments": (
         lambda q, k, v, ids: A.local_attention(
             q, k, v, window=4, sinks=2, is_causal=True, segment_ids=ids, return_lse=True
@@ -65,6 +105,10 @@ _WITH_OPTIONS = {
     "local, strided and clipped": (
         functools.partial(A.local_attention, window=4, stride=2, edge="clip"),
         _LINE,
+    ),
+    "local, more before than after": (
+        lambda q, k, v, ids: A.local_attention(q, k, v, window=((5, 2),), edge="clip", segment_ids=ids),
+        (*_LINE, _IDS),
     ),
     "local, grid with segments": (
         lambda q, k, v, ids: A.local_attention(q, k, v, window=3, is_causal=(True, False), segment_ids=ids),
@@ -178,6 +222,11 @@ _STEPS = {
     "local step": _scanned(
         functools.partial(A.local_step, window=4, sinks=2),
         A.init_local_cache(BATCH, *_CACHED, window=4, sinks=2, value_dim=VALUE_DIM),
+        *_TOKEN,
+    ),
+    "block_sparse step": _scanned(
+        functools.partial(A.block_sparse_step, query_block=2),
+        A.init_block_sparse_cache(BATCH, 6, *_CACHED, key_block=2, count=2, value_dim=VALUE_DIM),
         *_TOKEN,
     ),
     "dilated step": _scanned(

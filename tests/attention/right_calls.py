@@ -44,6 +44,11 @@ _BY_NAME = {
     "dilation": 2,
     "edge": "clip",
     "chunk_size": 4,
+    "query_block": 2,
+    "key_block": 4,
+    "count": 2,
+    "first": 1,
+    "reduce": "sum",
     "lengths": np.array([6, 0, 1, 4, 6, 3], np.int32),
     "scale": 0.5,
     "feature_map": "elu",
@@ -58,6 +63,12 @@ _BY_NAME = {
 _OWN = {
     "dot_product_attention": {"bias": _normal(1, 1, 6, 6), "mask": np.ones((1, 1, 6, 6), bool)},
     "local_attention": {"is_causal": True},
+    "block_sparse_attention": {
+        "blocks": np.array([[[[0, -1], [1, 0], [1, 1]]]], np.int32),
+        "block_bias": _normal(1, 1, 3, 2),
+        "mask": A.masks.causal(),
+    },
+    "block_statistics": {"lse": _normal(BATCH, 6, HEADS)},
     "dilated_attention": {"window": 2},
     "axial_attention": {**_IMAGE, "axis": 1},
     "agent_attention": {"gather_bias": _normal(HEADS, 3, 6), "broadcast_bias": _normal(HEADS, 6, 3)},
@@ -83,6 +94,9 @@ _OWN = {
     },
     "prefill_dot_product_cache": {
         "cache": A.init_dot_product_cache(BATCH, 7, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM)
+    },
+    "prefill_block_sparse_cache": {
+        "cache": A.init_block_sparse_cache(BATCH, 7, KEY_HEADS, HEAD_DIM, key_block=4, count=2, value_dim=VALUE_DIM)
     },
     "prefill_local_linear_cache": {
         "cache": A.init_local_linear_cache(BATCH, 4, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM, window=6),

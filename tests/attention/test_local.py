@@ -1,5 +1,6 @@
 """Local and dilated attention: against vectors, a float64 oracle, each other, other libraries' conventions."""
 
+import functools
 import pathlib
 
 import jax
@@ -19,7 +20,7 @@ from attnlab import (
     local_attention,
     local_step,
 )
-from attnlab.attention import local
+from attnlab.attention import local, masks
 
 IMPLEMENTATIONS = ["reference", "xla"]
 every_implementation = pytest.mark.parametrize("implementation", slow_but(["xla"], IMPLEMENTATIONS))
@@ -346,3 +347,43 @@ def test_step_checks_its_cache():
         local_step(cache, query, key, value, window=5, sinks=1)
     with pytest.raises(ValueError, match=r"query: .*one token"):
         local_step(cache, *draw_arrays(0, (2,)), window=6, sinks=1)
+
+
+@pytest.mark.parametrize("form", slow_but(["xla"], ["reference", "xla"]))
+@pytest.mark.parametrize("sides", slow_but([(5, 2)], [(0, 0), (5, 2), (0, 3), (40, 1), (3, 10**9)]), ids=str)
+def test_a_pair_is_so_many_keys_before_and_after(form, sides):
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(2, 37, n, 8)).astype(np.float32) for n in (4, 2, 2))
+
+    def loss(form, arrays):
+        out = local_attention(*arrays, window=(sides,), edge="clip", implementation=form)
+        return jnp.sum(jnp.sin(out)), out
+
+    def masked(arrays):
+        mask = masks.dense_mask(masks.window(*(min(side, 99) for side in sides)), (37,))
+        out = dot_product_attention(*arrays, mask=mask[None, None], implementation="reference")
+        return jnp.sum(jnp.sin(out)), out
+
+    arrays = (query, key, value)
+    got = jax.jit(jax.grad(functools.partial(loss, form), has_aux=True))(arrays)
+    want = jax.jit(jax.grad(masked, has_aux=True))(arrays)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_allclose(x, y, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": ((3, 2),)},
+        {"window": ((3, 2),), "edge": "clip", "is_causal": True},
+        {"window": ((3, 2),), "edge": "clip", "stride": 2},
+        {"window": ((3, 2, 1),), "edge": "clip"},
+        {"window": ((-1, 2),), "edge": "clip"},
+        {"window": ((3, 2), (3, 2)), "edge": "clip"},
+    ],
+    ids=str,
+)
+def test_a_pair_that_cannot_be_is_refused(options):
+    x = np.zeros((1, 9, 2, 4), np.float32)
+    with pytest.raises((ValueError, TypeError), match="window: got"):
+        local_attention(x, x, x, **options)

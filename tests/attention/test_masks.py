@@ -1,6 +1,9 @@
 """The window arithmetic against its definition by brute force; masks, block maps and pictures from one definition."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -200,3 +203,67 @@ def test_radial_attention_equals_its_definition(factor):
             want = np.ones_like(want)
         np.testing.assert_array_equal(seen[i, :, j], want, err_msg=f"frames {i} and {j}")
     assert 0.1 < mask.mean() < 0.9
+
+
+def test_a_large_block_map_is_compiled_and_what_numpy_gives(monkeypatch):
+    table = np.tri(96, dtype=bool)
+    patterns = {
+        "window": (masks.causal() & masks.window(7, 0) | masks.first_keys(3), (96,), (10,), (7,)),
+        "radial": (masks.radial(10, block=4), (96,), (16,), (16,)),
+        "power_blocks": (masks.power_blocks(5), (96,), (16,), (10,)),
+        "grid": (masks.neighborhood((8, 12), (3, 5), dilation=(2, 1)), (8, 12), (4, 5), (3, 4)),
+        "numpy's table": (masks.Mask(lambda query, key: table[query[0], key[0]]), (96,), (16,), (16,)),
+    }
+    for name, pattern in patterns.items():
+        want = masks.block_map(*pattern)
+        with monkeypatch.context() as patch:
+            patch.setattr(masks, "_MOST_IN_NUMPY", 0)
+            got = masks.block_map(*pattern)
+        for x, y in zip(got, want):
+            np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+_LARGE = """
+import time
+from attnlab.attention import masks
+pattern = masks.causal() & (masks.power_blocks(256) | masks.window(256, 0) | masks.first_keys(4))
+start = time.process_time()
+visited, full = masks.block_map(pattern, (65536,), (128,), (128,))
+print(time.process_time() - start, visited.shape, full.sum() < visited.sum() < visited.size // 4)
+"""
+
+
+@pytest.mark.slow
+def test_a_block_map_of_65536_tokens_takes_seconds():
+    """In a process with XLA's own flags; those of the tests compile slower programs."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    run = subprocess.run([sys.executable, "-c", _LARGE], env=environment, capture_output=True, text=True, check=True)
+    seconds, rest = run.stdout.strip().split(maxsplit=1)
+    assert rest == "(512, 512) True"
+    assert float(seconds) < 5
+
+
+def test_masks_are_negated_and_joined():
+    shape, pairs = (13,), (np.arange(13)[:, None], np.arange(13)[None])
+    query, key = pairs
+    for mask, want in {
+        ~masks.causal(): key > query,
+        ~~masks.window(3, 1): (query - key <= 3) & (query - key >= -1),
+        masks.window(4, 0): masks.dense_mask(masks.neighborhood(shape, 5, is_causal=True), shape),
+        masks.block_causal(4): (key <= query) | (key // 4 == query // 4),
+        masks.kinds(np.arange(13) % 3, {0: masks.causal(), 2: masks.window(2, 0)}): (key % 3 != 1)
+        & (key <= query)
+        & ((key % 3 == 0) | (query - key <= 2)),
+    }.items():
+        np.testing.assert_array_equal(masks.dense_mask(mask, shape), np.broadcast_to(want, (13, 13)))
+        assert bool(mask.sees((5,), (3,))) == bool(np.broadcast_to(want, (13, 13))[5, 3])  # Python's numbers too
+
+
+def test_a_condition_is_seen_at_its_place():
+    """Image tokens see the image and the condition around their own place, condition tokens the condition there."""
+    height, width, tokens = 3, 4, 12
+    mask = (masks.first_keys(tokens) & masks.blocks(tokens)) | masks.aligned((height, width), 1, offset=tokens)
+    got = np.asarray(masks.dense_mask(mask, (2 * tokens,)))
+    y, x = np.divmod(np.arange(tokens), width)
+    near = (abs(y[:, None] - y[None]) <= 1) & (abs(x[:, None] - x[None]) <= 1)
+    np.testing.assert_array_equal(got, np.block([[np.ones_like(near), near], [np.zeros_like(near), near]]))

@@ -26,36 +26,46 @@ def banded_attention(
     *,
     scale: Any,
     pattern: Any,
+    lists: Array | None = None,
     backend: str = "tpu",
 ) -> tuple[Array, Array]:
     """(out, lse) of query [B, T, N, H], key, value and a pair of segment ids, or None, on a "tpu" or "gpu".
 
-    blocked: (query, key, value, segment_ids, scale) -> the same in plain JAX. pattern: one of kernels_pallas.patterns.
+    blocked: (query, key, value, segment_ids, scale) -> the same in plain JAX. pattern: one of kernels_pallas.patterns;
+    of lists [B|1, K|1, ...] a function of these, which then are what blocked takes last.
     """
     banded_flash, banded_flash_backward = (kernel_module(backend, name) for name in _MODULES)
 
-    def kernel(arrays: Any, segment_ids: Any, keep: bool) -> tuple[Any, Any]:
+    def options_of(fixed: Any) -> dict[str, Any]:
+        segment_ids, *lists = fixed
+        return {"pattern": pattern(*lists) if lists else pattern, "segment_ids": segment_ids}
+
+    def kernel(arrays: Any, fixed: Any, keep: bool) -> tuple[Any, Any]:
         *tokens, scale = arrays
-        results = banded_flash.banded_flash_attention(*tokens, pattern=pattern, segment_ids=segment_ids, scale=scale)
+        results = banded_flash.banded_flash_attention(*tokens, **options_of(fixed), scale=scale)
         return results, results
 
-    def gradients(arrays: Any, segment_ids: Any, kept: Any, cotangents: Any) -> Any:
+    def gradients(arrays: Any, fixed: Any, kept: Any, cotangents: Any) -> Any:
         *tokens, scale = arrays
         return banded_flash_backward.banded_flash_gradients(
-            *tokens, *kept, *cotangents, pattern=pattern, segment_ids=segment_ids, scale=scale
+            *tokens, *kept, *cotangents, **options_of(fixed), scale=scale
         )
 
-    def in_plain_jax(arrays: Any, segment_ids: Any) -> Any:
+    def in_plain_jax(arrays: Any, fixed: Any) -> Any:
         *tokens, scale = arrays
-        return blocked(*tokens, segment_ids, scale)
+        segment_ids, *lists = fixed
+        return blocked(*tokens, segment_ids, scale, *lists)
 
     arrays = (query, key, value, jnp.asarray(scale, jnp.float32))
     results = (like(query, width=value.shape[-1]), jax.ShapeDtypeStruct(query.shape[:3], jnp.float32))
     ids = None if segment_ids is None else ("B.", "B.")
-    layouts = (("B.N.", "B.K.", "B.K.", ""), ids, ("B.N.", "B.N"), ("B.N.", "B.N"))
-    return kernel_call(
-        kernel, gradients, in_plain_jax, arrays, segment_ids, results=results, kept=results, layouts=layouts
-    )
+    fixed: tuple[Any, ...] = (segment_ids,)
+    of_fixed: tuple[Any, ...] = (ids,)
+    if lists is not None:
+        rows = "".join("." if size == 1 else letter for size, letter in zip(lists.shape, "BK"))
+        fixed, of_fixed = (*fixed, lists), (*of_fixed, rows + "." * (lists.ndim - 2))
+    layouts = (("B.N.", "B.K.", "B.K.", ""), of_fixed, ("B.N.", "B.N"), ("B.N.", "B.N"))
+    return kernel_call(kernel, gradients, in_plain_jax, arrays, fixed, results=results, kept=results, layouts=layouts)
 
 
 def banded_refusal(

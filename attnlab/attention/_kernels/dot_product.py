@@ -58,27 +58,35 @@ def _refusal(
     reason = banded_refusal(query, key, value, segments, window_pattern(queries, keys, is_causal=is_causal), backend)
     if predicate is None or reason is not None:
         return reason
+    if (reason := mask_refusal(queries, keys, is_causal, predicate)) is not None:
+        return reason
+    return banded_refusal(query, key, value, segments, mask_lists(queries, keys, is_causal, predicate), backend)
+
+
+def mask_refusal(queries: int, keys: int, is_causal: bool, predicate: masks.Mask) -> str | None:
+    """Why there are no mask_lists."""
     if queries * keys > _MOST_PAIRS:
         return f"serves masks of up to {_MOST_PAIRS} pairs of a query and a key, got {queries * keys}"
     from kernels_pallas.patterns import LargeBank
 
     try:
-        pattern = _pattern(queries, keys, is_causal, predicate)
+        mask_lists(queries, keys, is_causal, predicate)
     except jax.errors.TracerArrayConversionError:
         return "needs a mask that reads no arrays of the program"
     except LargeBank as error:
         return str(error)
-    return banded_refusal(query, key, value, segments, pattern, backend)
+    return None
 
 
 def _pattern(queries: int, keys: int, is_causal: bool, predicate: masks.Mask | None) -> Any:
     if predicate is None:
         return window_pattern(queries, keys, is_causal=is_causal)
-    return _lists(queries, keys, is_causal, predicate)
+    return mask_lists(queries, keys, is_causal, predicate)
 
 
 @functools.lru_cache(maxsize=16)  # a call needs them twice: to be served, and to run
-def _lists(queries: int, keys: int, is_causal: bool, predicate: masks.Mask) -> Any:
+def mask_lists(queries: int, keys: int, is_causal: bool, predicate: masks.Mask) -> Any:
+    """patterns.BlockLists of a mask, in the GPU kernels' tiles."""
     from kernels_pallas.gpu.band import TILE
     from kernels_pallas.patterns import BlockLists
 

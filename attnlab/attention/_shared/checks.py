@@ -42,6 +42,11 @@ def check_int(name: str, value: Any, *, least: int | None = None, most: int | No
     return number
 
 
+def check_block(name: str, value: Any) -> int:
+    """A number of tokens, from 1."""
+    return check_int(name, value, least=1, most=2**31 - 1)
+
+
 def check_ints(name: str, value: Any, *, least: int = 1, layout: tuple[str, ...] = ()) -> Any:
     """An option per axis: an int, or a tuple of ints (a list as well), each at least `least`.
 
@@ -239,6 +244,22 @@ def check_segment_ids(name: str, ids: Any, shape: tuple[int, ...], layout: str) 
     check_array(name, ids, shape, layout)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"{name}: got dtype {ids.dtype}; need an integer dtype")
+
+
+def check_segment_pair(
+    segment_ids: Array | tuple[Array, Array] | None, batch: int, queries: int, keys: int
+) -> tuple[Array, Array] | None:
+    """Ids of one run of tokens, or of queries and of keys, as a pair [B, T], [B, S]."""
+    if segment_ids is None:
+        return None
+    if isinstance(segment_ids, (tuple, list)):
+        require(len(segment_ids) == 2, "segment_ids", f"{len(segment_ids)} arrays", "need one, or (query's, key's)")
+        query_ids, key_ids = segment_ids
+    else:
+        query_ids = key_ids = segment_ids
+    check_segment_ids("segment_ids", query_ids, (batch, queries), "[batch, T]")
+    check_segment_ids("segment_ids", key_ids, (batch, keys), "[batch, S] (a pair gives T and S ids of their own)")
+    return query_ids, key_ids
 
 
 def check_step(query: Array, key: Array, value: Array) -> None:

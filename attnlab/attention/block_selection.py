@@ -1,0 +1,358 @@
+"""Which blocks of keys a block of queries sees: scores of blocks, and the lists that are made of them.
+
+    scores [B, N, nq, nk]  ->  select_blocks  ->  lists int [B, N, nq, M]  ->  block_sparse_attention
+
+T queries come in nq = ceil(T / query_block) blocks, S keys in nk = ceil(S / key_block). A list has the numbers of key
+blocks, ascending, and -1 behind them. Lists carry no gradients.
+
+Strictness is decided once, by `causal_blocks`: blocks whose keys all come before the first query of a block compete, by
+scores of that query and of the block's own keys; the blocks that a query block touches itself are listed in any case,
+outside the count and under attention's element mask, so that nothing of a later token enters a list.
+"""
+
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attnlab.attention._dispatch.primitive import primitive
+from attnlab.attention._shared.checks import (
+    accumulator_dtype,
+    check_array,
+    check_block,
+    check_bool,
+    check_choice,
+    check_float,
+    check_floating,
+    check_int,
+    default_scale,
+    require,
+    shape_text,
+    shown,
+)
+
+Array = jax.Array
+Pooling = Literal["mean", "max", "min", "first", "last", "centre"]
+
+
+# --- Lists ------------------------------------------------------------------------------------------------------------
+
+
+def causal_blocks(
+    query_blocks: int, key_blocks: int, query_block: int, key_block: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(complete, own), bool [query_blocks, key_blocks]: blocks that end before the first query of a query block, which
+    may compete, and those that hold a key at or before one of its queries and are not complete.
+
+    One of query_block and key_block must divide the other: then a query block has max(1, query_block / key_block) own
+    blocks at most.
+    """
+    counts = {"query_blocks": query_blocks, "key_blocks": key_blocks}
+    query_blocks, key_blocks = (check_int(name, count, least=0) for name, count in counts.items())
+    query_block, key_block = check_block("query_block", query_block), check_block("key_block", key_block)
+    divides = max(query_block, key_block) % min(query_block, key_block) == 0
+    require(divides, "query_block", query_block, f"need one of it and key_block, {key_block}, to divide the other")
+    first_query, first_key = np.arange(query_blocks)[:, None] * query_block, np.arange(key_blocks)[None] * key_block
+    complete = first_key + key_block <= first_query
+    return complete, (first_key < first_query + query_block) & ~complete
+
+
+def lists_of(block_mask: Array | np.ndarray, width: int | None = None) -> Array:
+    """bool [..., nq, nk] -> int32 [..., nq, width]: the blocks of each row, ascending, and -1 behind.
+
+    width: None means as many as the fullest row has, of a mask that is known. Of more blocks the first are kept.
+    """
+    block_mask = _check_block_mask(block_mask)
+    if width is None:
+        if isinstance(block_mask, jax.core.Tracer):
+            raise TypeError("width: got None; need an int where block_mask is traced")
+        width = int(np.asarray(block_mask).sum(-1).max(initial=0))
+    width, blocks = check_int("width", width, least=0), block_mask.shape[-1]
+    numbers = jnp.where(block_mask, lax.broadcasted_iota(jnp.int32, block_mask.shape, block_mask.ndim - 1), blocks)
+    first = jnp.sort(numbers, axis=-1)[..., :width]
+    lists = jnp.where(first < blocks, first, -1)
+    return jnp.pad(lists, [(0, 0)] * (lists.ndim - 1) + [(0, width - lists.shape[-1])], constant_values=-1)
+
+
+def _check_block_mask(block_mask: Any) -> Any:
+    if not hasattr(block_mask, "dtype") or block_mask.dtype != bool or block_mask.ndim < 2:
+        given = shape_text(block_mask) if hasattr(block_mask, "dtype") else shown(block_mask)
+        raise TypeError(f"block_mask: got {given}; need a bool array [..., query blocks, key blocks]")
+    return block_mask
+
+
+def block_mask_of(blocks: Array, key_blocks: int) -> Array:
+    """int [..., nq, M] -> bool [..., nq, key_blocks]: whether a list has the block. Others than there are, are none."""
+    numbers = lax.broadcasted_iota(blocks.dtype, (*blocks.shape, key_blocks), blocks.ndim)
+    return (blocks[..., None] == numbers).any(-2)
+
+
+def select_blocks(
+    scores: Array,
+    *,
+    eligible: Array | np.ndarray,
+    count: int | None = None,
+    mass: float | None = None,
+    threshold: float | None = None,
+    first: int = 0,
+    own: np.ndarray | None = None,
+) -> Array:
+    """Of the blocks that may compete, the first ones and those of the highest scores.
+
+    Args:
+      scores: floating [..., nq, nk]; read where eligible, and without a gradient.
+      eligible: bool, broadcasts to scores: who competes.
+      count: how many are taken in all. None: as many as there are.
+      mass: until the softmax over the eligible scores of what is taken reaches this; the block that crosses it is in.
+      threshold: while the score is above it.
+      first: so many eligible blocks are taken before the others, the lowest numbers first.
+      own: bool, broadcasts to [nq, nk], known when traced: listed in any case, outside the count.
+
+    Returns:
+      int32 [..., nq, M], ascending, -1 behind. M is count (nk without one) and the most own blocks of a row. Of equal
+      scores the lower number is taken.
+
+    Complexity: O(nk log nk) a row.
+    """
+    check_array("scores", scores, (None,) * max(getattr(scores, "ndim", 2), 2), "[..., query blocks, key blocks]")
+    check_floating("scores", scores)
+    blocks, first = scores.shape[-1], check_int("first", first, least=0, most=2**31 - 1)
+    _check_broadcasts("eligible", eligible, scores.shape)
+    count = None if count is None else check_int("count", count, least=0)
+    require(mass is None or threshold is None, "threshold", threshold, "give mass or threshold, not both")
+    xp: Any = np if isinstance(eligible, np.ndarray) else jnp
+    eligible = xp.broadcast_to(eligible, (*eligible.shape[:-1], blocks))
+    is_first = eligible & (xp.cumsum(eligible, axis=-1) <= first)
+    scores = lax.stop_gradient(scores)
+    eligible, is_first = (jnp.broadcast_to(x, scores.shape) for x in (eligible, is_first))
+    numbers = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    place = jnp.where(is_first, 0, jnp.where(eligible, 1, 2)).astype(jnp.int32)
+    falling = jnp.where(is_first, 0, -scores)
+    place, _, order = lax.sort((place, falling, numbers), num_keys=3)
+    taken = place < 2
+    if count is not None:
+        taken &= numbers < count
+    if mass is not None and check_float("mass", mass, least=0, most=1) < 1:
+        shares = jnp.take_along_axis(_masked_softmax(scores, eligible), order, -1)
+        taken &= (place == 0) | (jnp.cumsum(shares, axis=-1) - shares < mass)
+    if threshold is not None:
+        sorted_scores = jnp.take_along_axis(scores, order, -1)
+        taken &= (place == 0) | (sorted_scores > check_float("threshold", threshold))
+    _, chosen = lax.sort((order, taken), num_keys=1)  # back in the order of their numbers
+    width = blocks if count is None else count
+    if own is not None:
+        if isinstance(own, jax.core.Tracer):
+            raise TypeError("own: got a traced array; need one that is known, as the lists' width depends on it")
+        _check_broadcasts("own", own, scores.shape)
+        chosen |= jnp.broadcast_to(own, chosen.shape)
+        width += int(np.asarray(own).sum(-1).max(initial=0))
+    return lists_of(chosen, width)
+
+
+def _check_broadcasts(name: str, mask: Any, shape: tuple[int, ...]) -> None:
+    is_mask = hasattr(mask, "dtype") and mask.dtype == bool
+    fits = is_mask and mask.ndim <= len(shape) and all(a in (1, b) for a, b in zip(mask.shape[::-1], shape[::-1]))
+    if not fits:
+        given = shape_text(mask) if hasattr(mask, "dtype") else shown(mask)
+        raise (ValueError if is_mask else TypeError)(f"{name}: got {given}; need bool that broadcasts to {list(shape)}")
+
+
+def _masked_softmax(scores: Array, eligible: Array) -> Array:
+    """0 where not eligible, also in rows in which none is."""
+    logits = jnp.where(eligible, scores, -jnp.inf)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    numerators = jnp.exp(logits - jnp.where(jnp.isfinite(largest), largest, 0))
+    total = numerators.sum(-1, keepdims=True)
+    return numerators / jnp.where(total == 0, 1, total)
+
+
+# --- Scores -----------------------------------------------------------------------------------------------------------
+
+
+def pool_blocks(x: Array, size: int, kind: Pooling) -> Array:
+    """[B, T, N, H] -> [B, ceil(T / size), N, H]: one token for the real tokens of each block.
+
+    kind: their "mean", "max" or "min", channel by channel, or the "first", "last" or "centre" one, m // 2 of m.
+    """
+    check_array("x", x, (None,) * 4, "[batch, tokens, heads, head_dim]")
+    size = min(check_block("size", size), max(x.shape[1], 1))
+    check_choice("kind", kind, get_args(Pooling))
+    length = x.shape[1]
+    starts = np.arange(0, length, size)
+    real = np.minimum(starts + size, length) - starts
+    places = {"first": starts, "last": starts + real - 1, "centre": starts + real // 2}
+    if kind in places:
+        return x[:, places[kind]]
+    fill = {"mean": 0, "max": -jnp.inf, "min": jnp.inf}[kind]
+    padded = jnp.pad(x, ((0, 0), (0, -length % size), (0, 0), (0, 0)), constant_values=fill)
+    in_blocks = padded.reshape(x.shape[0], len(starts), size, *x.shape[2:])
+    if kind == "mean":
+        dtype = accumulator_dtype(x)
+        return (in_blocks.astype(dtype).sum(2) / jnp.asarray(real, dtype)[None, :, None, None]).astype(x.dtype)
+    return in_blocks.max(2) if kind == "max" else in_blocks.min(2)
+
+
+def pooled_scores(queries: Array, keys: Array, scale: float | Array | None = None) -> Array:
+    """[B, N, nq, nk] of scale q_i . k_j: queries [B, nq, N, H], keys [B, nk, K, H] of the blocks, K divides N.
+
+    Queries averaged over the heads of a group, N = K, give lists that serve the group. scale: None means H ** -0.5.
+    """
+    batch, blocks, heads, _ = queries.shape
+    key_heads = keys.shape[2]
+    dtype = accumulator_dtype(queries, keys)
+    grouped = queries.astype(dtype).reshape(batch, blocks, key_heads, heads // key_heads, -1)
+    products = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, keys.astype(dtype)).reshape(batch, heads, blocks, -1)
+    return jnp.asarray(default_scale(scale, queries.shape[-1]), dtype) * products
+
+
+@primitive("B...")
+def pooled_blocks(
+    query: Array,
+    key: Array,
+    *,
+    query_block: int,
+    key_block: int,
+    count: int,
+    first: int = 1,
+    is_causal: bool = True,
+) -> Array:
+    """Lists by the products of one query and the mean key of each block, for every key head.
+
+    Args:
+      query: [B, T, N, H], of which the heads of a group are averaged. key: [B, S, K, H], K divides N.
+      count, first: how many blocks are taken, the first ones among them; as in `select_blocks`.
+      is_causal: a block's first query chooses among complete blocks, and its own are listed besides. Else its queries'
+        mean chooses among all.
+
+    Returns int32 [B, K, nq, M], for block_sparse_attention with the same blocks and is_causal.
+    """
+    queries = pool_blocks(query, query_block, "first" if is_causal else "mean")
+    scores = scores_by_group(queries, pool_blocks(key, key_block, "mean"))
+    if not check_bool("is_causal", is_causal):
+        return select_blocks(scores, eligible=np.ones((1, 1), bool), count=count, first=first)
+    complete, own = causal_blocks(scores.shape[-2], scores.shape[-1], query_block, key_block)
+    return select_blocks(scores, eligible=complete, count=count, first=first, own=own)
+
+
+def scores_by_group(queries: Array, keys: Array) -> Array:
+    """[B, K, nq, nk]: pooled_scores of queries [B, nq, N, H], averaged over the heads that read a key head."""
+    grouped = queries.reshape(*queries.shape[:2], keys.shape[2], -1, queries.shape[-1])
+    return pooled_scores(grouped.astype(accumulator_dtype(queries, keys)).mean(3), keys)
+
+
+def gate_scores(queries: Array, keys: Array, query_weights: Array, key_weights: Array) -> Array:
+    """[B, N, nq, nk] of D^-1/2 (q_i W) . (k_j W'), the gate of SeerAttention (Gao et al. 2024), without positions.
+
+    Args:
+      queries: [B, nq, N, F], such as the blocks' means; keys: [B, nk, K, F'], such as mean, max and min, one behind the
+        other. K divides N.
+      query_weights: [N, F, D]. key_weights: [K, F', D].
+
+    Differentiable; trained by the divergence from what attention does (`block_statistics`).
+    """
+    queries = jnp.einsum("BTNF,NFD->BTND", queries, query_weights)
+    return pooled_scores(queries, jnp.einsum("BSKF,KFD->BSKD", keys, key_weights))
+
+
+def chunk_scores(query: Array, key: Array, starts: Array) -> Array:
+    """[B, T, C] of sqrt(m) sum_n q_n . mean(k_n) over the m keys of each chunk, all heads together (DHSA, 2025).
+
+    Args:
+      query: [B, T, N, H]. key: [B, S, K, H], K divides N.
+      starts: int [C] or [B, C], growing: where chunks begin; those that begin at S have no keys, and score 0.
+
+    Complexity: O(S H + T C N H).
+    """
+    batch, _, heads, _ = query.shape
+    length, key_heads = key.shape[1:3]
+    dtype = accumulator_dtype(query, key)
+    starts = jnp.broadcast_to(starts, (batch, starts.shape[-1]))
+    chunk_of = jax.vmap(lambda starts: jnp.searchsorted(starts, jnp.arange(length), side="right") - 1)(starts)
+
+    def sums(key: Array, chunk_of: Array) -> Array:
+        return jax.ops.segment_sum(key, chunk_of, num_segments=starts.shape[1])
+
+    sizes = jnp.diff(starts, append=jnp.full((batch, 1), length)).astype(dtype)
+    summed = jax.vmap(sums)(key.astype(dtype), chunk_of) / jnp.sqrt(jnp.maximum(sizes, 1))[..., None, None]
+    grouped = query.astype(dtype).reshape(*query.shape[:2], key_heads, heads // key_heads, -1)
+    return jnp.einsum("BTKGH,BCKH->BTC", grouped, summed)
+
+
+def tree_blocks(
+    queries: Array,
+    key: Array,
+    count: int,
+    *,
+    key_block: int,
+    candidates: np.ndarray,
+    representative: Literal["centre", "block"] = "centre",
+) -> Array:
+    """The blocks that a search down a tree finds for each query block, in O(count log(nk / count)) products a head
+    (HiP attention, Lee et al. 2024).
+
+    The candidates are cut into `count` cells. Each is halved until all cells are single blocks, and after each halving
+    the `count` cells of the highest scores stay, of equal ones the earlier. A cell's score is that of its first block:
+    the largest product of a query and the block's centre key, or any of its keys.
+
+    Args:
+      queries: [B, nq, R, N, H], the R rows that stand for a block of queries.
+      key: [B, S, K, H], K divides N.
+      candidates: int [nq], known when traced: block i chooses among the first candidates[i] key blocks. Of a causal
+        model these are complete before the block's first query (R = 1), see `causal_blocks`.
+      representative: "centre" or "block".
+
+    Returns: int32 [B, N, nq, count], ascending, -1 behind. All candidates where there are no more than count.
+    """
+    count, key_block = check_int("count", count, least=1), check_block("key_block", key_block)
+    check_choice("representative", representative, ("centre", "block"))
+    check_array("queries", queries, (None,) * 5, "[batch, query blocks, rows, heads, head_dim]")
+    candidates = np.asarray(candidates)
+    check_array("candidates", candidates, (queries.shape[1],), "[query blocks]")
+    queries, key = lax.stop_gradient((queries, key))
+    batch, query_blocks, _, heads, _ = queries.shape
+    length, key_heads = key.shape[1:3]
+    key_blocks = -(-length // key_block)
+    most = candidates.max(initial=0)
+    require(most <= key_blocks, "candidates", most, f"need at most {key_blocks}")
+    dtype = accumulator_dtype(queries, key)
+    grouped = queries.astype(dtype).reshape(batch, query_blocks, -1, key_heads, heads // key_heads, queries.shape[-1])
+    by_head = jnp.moveaxis(key, 2, 1).astype(dtype)
+
+    def scores(blocks: Array) -> Array:
+        """[B, K, G, nq, C] of the first blocks [B, K, G, nq, C] of cells."""
+        size = jnp.minimum(key_block, length - blocks * key_block)[..., None]
+        offsets = (
+            size // 2 if representative == "centre" else lax.broadcasted_iota(jnp.int32, (1,) * 5 + (key_block,), 5)
+        )
+        tokens = blocks[..., None] * key_block + offsets
+        there = tokens < length
+        rows = jax.vmap(jax.vmap(lambda key, at: key[at]))(by_head, jnp.where(there, tokens, 0))
+        products = jnp.einsum("BTRKGH,BKGTCMH->BKGTRCM", grouped, rows)
+        return jnp.where(there[:, :, :, :, None], products, -jnp.inf).max((4, 6))
+
+    ends = np.arange(count + 1) * candidates[:, None] // count
+    shape = (batch, key_heads, heads // key_heads, query_blocks, count)
+    start, end = (jnp.broadcast_to(x, shape).astype(jnp.int32) for x in (ends[:, :-1], ends[:, 1:]))
+
+    def halve(_: Any, cells: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        start, end, score = cells
+        middle = start + (end - start) // 2
+        # An earlier half begins where its cell does, so it has the cell's score; a single block is its later half.
+        of_later = scores(jnp.minimum(middle, key_blocks - 1))
+        starts, ends = jnp.stack([start, middle], -1), jnp.stack([middle, end], -1)
+        both = jnp.stack([score, of_later], -1)
+        starts, ends, both = (x.reshape(*shape[:-1], -1) for x in (starts, ends, both))
+        is_empty = (starts == ends).astype(jnp.int32)
+        _, _, starts, ends, both = lax.sort((is_empty, -both, starts, ends, both), num_keys=3)
+        # In the order of their places again, by which ties are decided.
+        starts, ends, both = (x[..., :count] for x in (starts, ends, both))
+        past = jnp.where(starts == ends, key_blocks, starts)
+        return tuple(lax.sort((past, starts, ends, both), num_keys=1)[1:])  # type: ignore[return-value]
+
+    rounds = int(np.ceil(np.log2(max(most / count, 1))))
+    cells = (start, end, scores(jnp.minimum(start, key_blocks - 1)))
+    start, end, _ = lax.fori_loop(0, rounds, halve, cells)
+    found = jnp.sort(jnp.where(start < end, start, key_blocks), -1).reshape(batch, heads, query_blocks, count)
+    return jnp.where(found < key_blocks, found, -1)

@@ -1,0 +1,691 @@
+"""Softmax attention of blocks of queries to the blocks of keys in their lists.
+
+    out_t = sum_{s in A(t)} softmax_s(scale q_t . k_s + c_ts) v_s
+    lse_t = log sum_{s in A(t)} exp(scale q_t . k_s + c_ts)
+    A(t) = {s : s div key_block is listed for t div query_block, and mask, causality and segments let t see s}
+    c_ts = block_bias at the place where the block is listed
+
+What chooses the blocks is in block_selection.py; attention itself is the same for all of it (BiFormer, SeerAttention,
+HiP and others). The blocked form takes a few query blocks at a time, gathers the keys and values that their lists have,
+and attends to these; its gradient gathers them once more and adds what they get to their places.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnlab.attention import block_selection, masks
+from attnlab.attention._cached import at, by_row, counted, filled, put, tokens_at
+from attnlab.attention._dispatch.choice import Implementations, dispatch
+from attnlab.attention._dispatch.deferred import tangent_call
+from attnlab.attention._dispatch.exchange import (
+    Parts,
+    as_one,
+    given_positions,
+    over_positions,
+    own_positions,
+    whole_positions,
+    whole_space,
+)
+from attnlab.attention._dispatch.primitive import primitive
+from attnlab.attention._kernels import block_sparse as kernels
+from attnlab.attention._shared.checks import (
+    accumulator_dtype,
+    check_array,
+    check_block,
+    check_bool,
+    check_dtype,
+    check_floating,
+    check_int,
+    check_position,
+    check_prompt,
+    check_query_key_value,
+    check_segment_pair,
+    check_sizes,
+    check_type,
+    default_scale,
+    require,
+    shape_text,
+)
+from attnlab.attention._shared.finite import spoiling
+from attnlab.attention._shared.heads import repeat_key_heads
+from attnlab.attention._shared.softmax import (
+    dense_attention,
+    reference_attention,
+    scaled_for_logits,
+    softmax_parts,
+)
+
+Array = jax.Array
+_GATHERED = 2**20  # numbers of keys and values that are gathered at once, about
+
+
+@primitive("B*N.", "B*N")
+def block_sparse_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    blocks: Array,
+    *,
+    query_block: int,
+    key_block: int,
+    block_bias: Array | None = None,
+    mask: masks.Mask | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    segment_ids: Array | tuple[Array, Array] | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """Attention of blocks of queries to listed blocks of keys.
+
+    Args:
+      query: [B, T, N, H], floating. key: [B, S, K, H], K divides N. value: [B, S, K, V].
+      blocks: integers [B|1, N|K|1, nq, M], the numbers of the key blocks that a query block sees, in any order. Others
+        than there are, such as -1, are none; of one that is listed twice the first place counts. nq is
+        ceil(T / query_block). Lists for K heads serve the group, whose keys are then read once. No gradient.
+      query_block, key_block: tokens in a block, from 1; the last one may be cut short.
+      block_bias: floating, [B|1] and blocks' other axes: added to all logits of the block.
+      mask: a masks.Mask of one axis, of the numbers of queries and keys, inside the blocks.
+      is_causal: query t sees keys s <= t, of its blocks.
+      scale: factor on the logits; None means H ** -0.5.
+      segment_ids: integers [B, T] when T = S, or a pair ([B, T], [B, S]). Queries see keys of their own segment.
+      return_lse: return (out, lse).
+      implementation: None, "reference", "xla" or "pallas_gpu" (bfloat16 or float16, blocks of multiples of 128 tokens,
+        lists of key heads, no block_bias).
+
+    Returns:
+      out [B, T, N, V] in query's dtype; with return_lse also lse [B, T, N], float32 (float64 for float64 inputs),
+      differentiable. A query that sees no key gives 0 and lse = -inf, with zero gradients.
+
+    Raises:
+      ValueError, TypeError: naming the argument.
+
+    Complexity, of "xla": O(T M key_block (H + V)) time a head, forward and back; memory O(T + S) beside the lists.
+    """
+    check_query_key_value(query, key, value, same_space=False)
+    batch, queries, heads, head_dim = query.shape
+    keys, key_heads = key.shape[1:3]
+    (all_queries,) = whole_space((queries,))  # where devices share positions, each has the lists of all
+    # A block longer than the sequence is all of it.
+    query_block, key_block = check_block("query_block", query_block), check_block("key_block", key_block)
+    sizes = Blocks(min(query_block, all_queries), min(key_block, max(*whole_space((keys,)), 1)))
+    _check_lists("blocks", blocks, (batch, (heads, key_heads), -(-all_queries // sizes.query)))
+    if not jnp.issubdtype(blocks.dtype, jnp.integer):
+        raise TypeError(f"blocks: got dtype {blocks.dtype}; need an integer dtype")
+    if block_bias is not None:
+        check_array("block_bias", block_bias, (None, *blocks.shape[1:]), "[batch|1] and blocks' other axes")
+        require(block_bias.shape[0] in (1, batch), "block_bias", shape_text(block_bias), f"need batch 1 or {batch}")
+        check_floating("block_bias", block_bias)
+    if mask is not None and not isinstance(mask, masks.Mask):
+        raise TypeError(f"mask: got {type(mask).__name__}; need a masks.Mask of one axis")
+    segments = check_segment_pair(segment_ids, batch, queries, keys)
+    is_causal, return_lse = check_bool("is_causal", is_causal), check_bool("return_lse", return_lse)
+    settings: dict[str, Any] = {
+        "sizes": sizes,
+        "is_causal": is_causal,
+        "mask": mask,
+        "scale": default_scale(scale, head_dim),
+    }
+    attend = functools.partial(dispatch, "block_sparse_attention", IMPLEMENTATIONS, implementation, **settings)
+    all_keys = keys if given_positions() is None else None
+
+    def layout(lists: Array) -> str:
+        head = "." if lists.shape[1] == 1 else "K" if lists.shape[1] == key_heads else "N"
+        return ("B" if lists.shape[0] == batch else ".") + head + ".."
+
+    of_bias = None if block_bias is None else layout(block_bias)
+    layouts: list[Any] = ["B*N.", "B+K.", "B+K.", layout(blocks), of_bias, None]
+    if segments is not None:
+        layouts[5] = ("B*", "B+")
+    parted = functools.partial(_parted, attend, all_keys)
+    arrays = query, key, value, blocks.astype(jnp.int32), block_bias, segments
+    out, lse = over_positions(attend, parted, layouts, ("B*N.", "B*N"), *arrays)
+    return (out, lse) if return_lse else out
+
+
+class Blocks(NamedTuple):
+    """Tokens in a block of queries and of keys."""
+
+    query: int
+    key: int
+
+
+def _parted(
+    attend: Callable[..., tuple[Array, Array]],
+    all_keys: int | None,
+    parts: Parts,
+    query: Array,
+    key: Array,
+    value: Array,
+    blocks: Array,
+    block_bias: Array | None,
+    segments: tuple[Array, Array] | None,
+) -> tuple[Array, Array]:
+    """Each device attends in whole sequences, of its share of the batch and the key heads.
+
+    all_keys: where the key has so many, it is whole already. Lists are whole on every device.
+    """
+    batch, own, heads, _ = query.shape
+    key_heads = key.shape[2]
+    rows = batch * key_heads  # independent sequences
+    share = -(-rows // parts.many)
+
+    def of_rows(x: Array) -> Array:
+        """[B, T, N|K, H] -> [B x K, T, (N / K) H]."""
+        return jnp.moveaxis(x.reshape(*x.shape[:2], key_heads, -1), 2, 1).reshape(rows, x.shape[1], -1)
+
+    def of_share(x: Array) -> Array:
+        """[B x K, ...] -> [share, ...]."""
+        x = jnp.pad(x, [(0, share * parts.many - rows)] + [(0, 0)] * (x.ndim - 1))
+        return lax.dynamic_slice_in_dim(x, share * parts.number(), share)
+
+    def of_lists(x: Array) -> Array:
+        """[B|1, N|K|1, nq, M] -> [share, N / K or 1, nq, M]."""
+        of_group = -(-x.shape[1] // key_heads)
+        x = jnp.broadcast_to(x, (batch, key_heads * of_group, *x.shape[2:]))
+        return of_share(x.reshape(rows, of_group, *x.shape[2:]))
+
+    def of_ids(x: Array, is_whole: bool) -> Array:
+        x = x if is_whole else lax.all_gather(x, parts.names, axis=1, tiled=True)
+        return of_share(jnp.repeat(x, key_heads, axis=0))
+
+    are_whole = key.shape[1] == all_keys
+    sent = [of_rows(x) for x in (query, key, value)]
+    gathered = functools.partial(whole_positions, parts=parts)
+    if are_whole:
+        sent = [gathered(sent[0]), *map(of_share, sent[1:])]
+    else:
+        sent = [x for arrays in ([sent[0]], sent[1:]) for x in as_one(gathered, arrays)]
+    ids = None if segments is None else (of_ids(segments[0], False), of_ids(segments[1], are_whole))
+    query, key, value = (
+        x.reshape(*x.shape[:2], -1, width) for x, width in zip(sent, (query.shape[-1], key.shape[-1], value.shape[-1]))
+    )
+    bias = None if block_bias is None else of_lists(block_bias)
+    out, lse = attend(query, key, value, of_lists(blocks), bias, ids)
+
+    def back(x: Array) -> Array:
+        """[share, T, N / K, V] -> [B, own part, N, V]."""
+        x = own_positions(x.reshape(*x.shape[:2], -1), rows, parts).reshape(batch, key_heads, own, -1)
+        return jnp.moveaxis(x, 1, 2).reshape(batch, own, heads, -1)
+
+    return back(out), back(lse[..., None])[..., 0]
+
+
+def _check_lists(name: str, lists: Any, sizes: tuple[int, tuple[int, ...], int]) -> None:
+    batch, heads, query_blocks = sizes
+    check_array(name, lists, (None, None, query_blocks, None), "[batch|1, heads|key heads|1, query blocks, places]")
+    fits = lists.shape[0] in (1, batch) and lists.shape[1] in (1, *heads)
+    require(fits, name, shape_text(lists), f"need batch 1 or {batch}, and heads 1 or {' or '.join(map(str, heads))}")
+
+
+def first_places(blocks: Array, key_blocks: int) -> tuple[Array, Array]:
+    """Of lists [..., M]: the block at each place, 0 where there is none, and bool, whether the place counts."""
+    is_block = (blocks >= 0) & (blocks < key_blocks)
+    number = jnp.where(is_block, blocks, key_blocks)
+    order = jnp.argsort(number, axis=-1, stable=True)
+    by_number = jnp.take_along_axis(number, order, -1)
+    is_first = jnp.concatenate([jnp.ones_like(is_block[..., :1]), by_number[..., 1:] != by_number[..., :-1]], -1)
+    counts = is_block & jnp.take_along_axis(is_first, jnp.argsort(order, axis=-1), -1)
+    return jnp.where(counts, number, 0), counts
+
+
+def _within_blocks(
+    visible: Array, query: Array, key: Array, *, is_causal: bool, mask: masks.Mask | None, same: Array | None
+) -> Array:
+    """visible, of queries and keys with these numbers, which broadcast, without what is hidden inside the blocks."""
+    if is_causal:
+        visible = visible & (key <= query)
+    if mask is not None:
+        visible = visible & mask.sees((query,), (key,))
+    return visible if same is None else visible & same
+
+
+# --- Reference --------------------------------------------------------------------------------------------------------
+
+
+def _reference(
+    query: Array,
+    key: Array,
+    value: Array,
+    blocks: Array,
+    block_bias: Array | None,
+    segments: tuple[Array, Array] | None,
+    *,
+    sizes: Blocks,
+    is_causal: bool,
+    mask: masks.Mask | None,
+    scale: Any,
+) -> tuple[Array, Array]:
+    queries, keys, heads = query.shape[1], key.shape[1], query.shape[2]
+    key_blocks = -(-keys // sizes.key)
+    number, counts = first_places(jnp.broadcast_to(blocks, (query.shape[0], *blocks.shape[1:])), key_blocks)
+    places = jax.nn.one_hot(number, key_blocks) * counts[..., None]
+
+    def dense(x: Array) -> Array:
+        """Of each place [b, n, nq, M] -> of each pair of tokens [b, N, T, S]."""
+        of_blocks = jnp.einsum("BNTM,BNTMS->BNTS", x, places.astype(x.dtype), precision="highest")
+        of_tokens = jnp.repeat(jnp.repeat(of_blocks, sizes.query, 2), sizes.key, 3)[:, :, :queries, :keys]
+        return jnp.swapaxes(repeat_key_heads(jnp.swapaxes(of_tokens, 1, 2), heads), 1, 2)
+
+    same = None if segments is None else segments[0][:, None, :, None] == segments[1][:, None, None, :]
+    query_number, key_number = jnp.arange(queries)[:, None], jnp.arange(keys)[None]
+    visible = _within_blocks(
+        dense(jnp.ones_like(places[..., 0])) > 0, query_number, key_number, is_causal=is_causal, mask=mask, same=same
+    )
+    bias = None if block_bias is None else dense(jnp.broadcast_to(block_bias, number.shape))
+    return dense_attention(query, key, value, visible=visible, bias=bias, scale=scale)
+
+
+# --- A few query blocks at a time -------------------------------------------------------------------------------------
+
+
+class _Inputs(NamedTuple):
+    """By heads U that have lists of their own, N or K of them, of which R rows are the queries of a block, those of a
+    group's heads one behind the other: query [B, U, nq, R, H], scaled; key [B, K, nk, key_block, H]; value
+    [B, K, nk, key_block, V]; bias [B, U, nq, M] or None. Of one dtype, in which all is computed."""
+
+    query: Array
+    key: Array
+    value: Array
+    bias: Array | None
+
+
+class _Fixed(NamedTuple):
+    """Lists [B, U, nq, M]: number, counts as in first_places. Segment ids of queries [B, nq, R], of keys [B, nk,
+    key_block], or None."""
+
+    number: Array
+    counts: Array
+    query_ids: Array | None
+    key_ids: Array | None
+
+
+class _Settings(NamedTuple):
+    keys: int
+    query_block: int
+    is_causal: bool
+    mask: masks.Mask | None
+
+
+def _xla(
+    query: Array,
+    key: Array,
+    value: Array,
+    blocks: Array,
+    block_bias: Array | None,
+    segments: tuple[Array, Array] | None,
+    *,
+    sizes: Blocks,
+    is_causal: bool,
+    mask: masks.Mask | None,
+    scale: Any,
+) -> tuple[Array, Array]:
+    batch, queries, heads, _ = query.shape
+    keys, key_heads = key.shape[1:3]
+    own = heads if blocks.shape[1] == heads else key_heads  # heads with lists of their own
+    dtype = accumulator_dtype(query, key, value)
+    scaled, key = scaled_for_logits(query, key, scale, dtype)
+    past = -queries % sizes.query
+
+    def of_queries(x: Array) -> Array:
+        """[B, T, N, H] -> [B, U, nq, R, H]."""
+        x = jnp.pad(x, ((0, 0), (0, past), (0, 0), (0, 0)))
+        x = x.reshape(batch, -1, sizes.query, own, heads // own, x.shape[-1])
+        return x.transpose(0, 3, 1, 4, 2, 5).reshape(batch, own, -1, heads // own * sizes.query, x.shape[-1])
+
+    def of_keys(x: Array, by_head: bool = True) -> Array:
+        """[B, S, ...] -> [B, nk, key_block, ...], with the key heads K in front of nk."""
+        x = jnp.pad(x, [(0, 0), (0, -keys % sizes.key)] + [(0, 0)] * (x.ndim - 2))
+        x = x.reshape(batch, -1, sizes.key, *x.shape[2:])
+        return jnp.moveaxis(x, 3, 1) if by_head else x
+
+    def of_lists(x: Array) -> Array:
+        return jnp.broadcast_to(x, (batch, own, *x.shape[2:]))
+
+    number, counts = first_places(blocks, -(-keys // sizes.key))
+    bias = None if block_bias is None else of_lists(block_bias.astype(dtype))
+    query_ids, key_ids = None, None
+    if segments is not None:
+        query_ids = jnp.pad(segments[0], ((0, 0), (0, past))).reshape(batch, -1, sizes.query)
+        query_ids, key_ids = jnp.tile(query_ids, heads // own), of_keys(segments[1], by_head=False)
+    inputs = _Inputs(of_queries(scaled), of_keys(key), of_keys(value.astype(dtype)), bias)
+    fixed = _Fixed(of_lists(number), of_lists(counts), query_ids, key_ids)
+    out, lse = _attend(inputs, fixed, _Settings(keys, sizes.query, is_causal, mask))
+
+    def of_tokens(x: Array) -> Array:
+        """[B, U, nq, R, V] -> [B, T, N, V]."""
+        x = x.reshape(batch, own, -1, heads // own, sizes.query, x.shape[-1])
+        return x.transpose(0, 2, 4, 1, 3, 5).reshape(batch, -1, heads, x.shape[-1])[:, :queries]
+
+    return of_tokens(out).astype(query.dtype), of_tokens(lse[..., None])[..., 0]
+
+
+def _attend(inputs: _Inputs, fixed: _Fixed, settings: _Settings) -> tuple[Array, Array]:
+    """(out [B, U, nq, R, V], lse [B, U, nq, R]), whose gradients are _transpose's, and other derivatives _forward's."""
+
+    def blocked(inputs: _Inputs, fixed: _Fixed) -> tuple[Array, Array]:
+        return _forward(inputs, fixed, settings)
+
+    def tangent(residuals: Any, tangents: Any) -> Any:
+        inputs, fixed, _ = residuals
+        return jax.jvp(lambda inputs: blocked(inputs, fixed), (inputs,), (tangents,))[1]
+
+    def of_blocked(residuals: Any, cotangents: Any) -> Any:
+        inputs, fixed, _ = residuals
+        return jax.vjp(lambda inputs: blocked(inputs, fixed), inputs)[1](cotangents)[0]
+
+    @jax.custom_jvp
+    def transpose(residuals: Any, cotangents: Any) -> Any:
+        inputs, fixed, results = residuals
+        return _transpose(inputs, fixed, results, cotangents, settings)
+
+    @transpose.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        return transpose(*primals), jax.jvp(of_blocked, primals, tangents)[1]
+
+    attend = jax.custom_jvp(blocked)
+
+    @attend.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        results = attend(*primals)
+        return results, tangent_call(tangent, transpose, results, (*primals, results), tangents[0])
+
+    return attend(inputs, fixed)
+
+
+def _steps(inputs: _Inputs, fixed: _Fixed) -> tuple[int, int]:
+    """Query blocks that are taken at once, and how often."""
+    batch, own, query_blocks, places = fixed.number.shape
+    batch = 1 if jax.export.is_symbolic_dim(batch) else batch
+    gathered = batch * own * places * inputs.key.shape[3] * (inputs.key.shape[-1] + inputs.value.shape[-1])
+    at_once = min(max(_GATHERED // max(gathered, 1), 1), query_blocks)
+    return at_once, -(-query_blocks // at_once)
+
+
+def _in_steps(x: Any, at_once: int, steps: int, axis: int = 2) -> Any:
+    """[.., nq, ...] -> [steps, .., at_once, ...]."""
+
+    def cut(x: Array) -> Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, at_once * steps - x.shape[axis])
+        x = jnp.pad(x, widths)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], steps, at_once, *x.shape[axis + 1 :]), axis, 0)
+
+    return jax.tree.map(cut, x)
+
+
+def _joined(x: Array, query_blocks: int) -> Array:
+    """[steps, B, U, at_once, ...] -> [B, U, nq, ...]."""
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :query_blocks]
+
+
+class _Gathered(NamedTuple):
+    """Of g query blocks: places in key and value; these' keys, values [B, U, g, M key_block, .]; logits and what is
+    visible, [B, U, g, R, M key_block]."""
+
+    at: tuple[Array, Array, Array]
+    key: Array
+    value: Array
+    logits: Array
+    visible: Array
+
+
+def _gathered(inputs: _Inputs, settings: _Settings, step: Any) -> _Gathered:
+    """step: (first query block, query, bias, number, counts, query_ids), the arrays of these blocks."""
+    (first, query, bias, number, counts, query_ids), key_ids = step
+    batch, own, blocks, rows, _ = query.shape
+    key_heads, _, size, _ = inputs.key.shape[1:]
+    head = jnp.arange(own) // (own // key_heads)
+    at = jnp.arange(batch)[:, None, None, None], head[None, :, None, None], number
+
+    def flat(x: Array) -> Array:
+        """[B, U, g, M, key_block, ...] -> [B, U, g, M key_block, ...]."""
+        return x.reshape(*x.shape[:3], -1, *x.shape[5:])
+
+    key, value = flat(inputs.key[at]), flat(inputs.value[at])
+    logits = jnp.einsum("BUGRH,BUGSH->BUGRS", query, key)
+    if bias is not None:
+        logits = logits + jnp.repeat(bias, size, axis=-1)[..., None, :]
+    within = jnp.arange(rows) % settings.query_block
+    query_number = (first + jnp.arange(blocks))[:, None] * settings.query_block + within[None]
+    in_block = lax.broadcasted_iota(number.dtype, (1, 1, 1, 1, size), 4)
+    key_number = flat(number[..., None] * size + in_block)[..., None, :]
+    same = None
+    if query_ids is not None:
+        same = query_ids[:, None, :, :, None] == flat(key_ids[at[0], number])[..., None, :]
+    listed = jnp.repeat(counts, size, axis=-1)[..., None, :]
+    if settings.keys % size:
+        listed = listed & (key_number < settings.keys)
+    query_number = query_number[None, None, :, :, None]
+    visible = _within_blocks(
+        listed, query_number, key_number, is_causal=settings.is_causal, mask=settings.mask, same=same
+    )
+    return _Gathered(at, key, value, logits, visible)
+
+
+def _over_steps(inputs: _Inputs, fixed: _Fixed, *more: Array) -> tuple[int, Any]:
+    """(query blocks, what a loop goes over): per step the first block's number, arrays of its blocks, and `more`'s."""
+    at_once, steps = _steps(inputs, fixed)
+    first = jnp.arange(steps, dtype=jnp.int32) * at_once
+    of_lists = _in_steps((inputs.query, inputs.bias, fixed.number, fixed.counts), at_once, steps)
+    ids = _in_steps(fixed.query_ids, at_once, steps, axis=1)
+    return inputs.query.shape[2], ((first, *of_lists, ids), _in_steps(more, at_once, steps))
+
+
+def _forward(inputs: _Inputs, fixed: _Fixed, settings: _Settings) -> tuple[Array, Array]:
+    query_blocks, (blocks, _) = _over_steps(inputs, fixed)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def some(step: Any) -> tuple[Array, Array]:
+        seen = _gathered(inputs, settings, (step, fixed.key_ids))
+        numerators, denominator, lse = softmax_parts(seen.logits, seen.visible)
+        return jnp.einsum("BUGRS,BUGSV->BUGRV", numerators, seen.value) / denominator, lse
+
+    out, lse = lax.map(some, blocks)
+    return _joined(out, query_blocks), _joined(lse, query_blocks)
+
+
+def _transpose(
+    inputs: _Inputs, fixed: _Fixed, results: tuple[Array, Array], cotangents: tuple[Array, Array], settings: _Settings
+) -> _Inputs:
+    """w = p (dout . v - dout . out + dlse)   dq = w k   dk = w^T q   dv = p^T dout   dbias = sum of a block's w"""
+    out, lse = results
+    of_out, of_lse = cotangents
+    reference = jnp.where(lse == -jnp.inf, 0, lse)
+    minus = jnp.where(lse == -jnp.inf, 0, of_lse - (of_out * out).sum(-1))
+    query_blocks, (blocks, more) = _over_steps(inputs, fixed, reference, of_out, minus)
+    size = inputs.key.shape[3]
+
+    def some(sums: tuple[Array, Array], step: Any) -> tuple[tuple[Array, Array], tuple[Array, Array | None]]:
+        step, (reference, of_out, minus) = step
+        query, bias = step[1:3]
+        seen = _gathered(inputs, settings, (step, fixed.key_ids))
+        weights = jnp.exp(jnp.where(seen.visible, seen.logits - reference[..., None], -jnp.inf))
+        changes = weights * (jnp.einsum("BUGRV,BUGSV->BUGRS", of_out, seen.value) + minus[..., None])
+        to_query = jnp.einsum("BUGRS,BUGSH->BUGRH", changes, seen.key)
+        to_key = jnp.einsum("BUGRS,BUGRH->BUGSH", changes, query)
+        to_value = jnp.einsum("BUGRS,BUGRV->BUGSV", weights, of_out)
+        to_bias = None if bias is None else changes.sum(3).reshape(*bias.shape, size).sum(-1)
+        added = (
+            total.at[seen.at].add(x.reshape(*x.shape[:3], -1, size, x.shape[-1]))
+            for total, x in zip(sums, (to_key, to_value))
+        )
+        return tuple(added), (to_query, to_bias)  # type: ignore[return-value]
+
+    zeros = jnp.zeros_like(inputs.key), jnp.zeros_like(inputs.value)
+    (to_key, to_value), by_step = lax.scan(some, zeros, (blocks, more))
+    to_query, to_bias = by_step
+    to_bias = None if to_bias is None else _joined(to_bias, query_blocks)
+    return _Inputs(_joined(to_query, query_blocks), to_key, to_value, to_bias)
+
+
+IMPLEMENTATIONS: Implementations = {"reference": spoiling(_reference), "xla": spoiling(_xla), **kernels.KERNELS}
+
+
+# --- Decoding ---------------------------------------------------------------------------------------------------------
+
+
+class BlockSparseCache(NamedTuple):
+    """What the tokens so far have left, to decode with lists by `block_selection.pooled_blocks`.
+
+    key: [B, nk key_block, K, H], value: [B, nk key_block, K, V]. representative: [B, nk, K, H], the blocks' mean keys,
+    with zeros for those to come. blocks: int32 [B, K, count], what the current query block has chosen.
+    length: int32 [], how many tokens they are, or [B], of each row.
+    """
+
+    key: Array
+    value: Array
+    representative: Array
+    blocks: Array
+    length: Array
+
+
+def init_block_sparse_cache(
+    batch: int,
+    max_length: int,
+    num_key_heads: int,
+    head_dim: int,
+    *,
+    key_block: int,
+    count: int,
+    value_dim: int | None = None,
+    dtype: Any = jnp.float32,
+) -> BlockSparseCache:
+    """An empty cache for causal decoding of at most max_length tokens, and then to the end of a block.
+
+    key_block, count: as in `block_selection.pooled_blocks`. value_dim=None means head_dim.
+    """
+    value_dim, dtype = head_dim if value_dim is None else value_dim, check_dtype("dtype", dtype)
+    sizes = {"batch": batch, "max_length": max_length, "num_key_heads": num_key_heads, "head_dim": head_dim}
+    checked = check_sizes(**sizes, value_dim=value_dim, key_block=key_block, count=count)
+    batch, max_length, key_heads, head_dim, value_dim, key_block, count = checked
+    key_blocks = -(-max_length // key_block)
+    slots = key_blocks * key_block
+    return BlockSparseCache(
+        key=jnp.zeros((batch, slots, key_heads, head_dim), dtype),
+        value=jnp.zeros((batch, slots, key_heads, value_dim), dtype),
+        representative=jnp.zeros((batch, key_blocks, key_heads, head_dim), dtype),
+        blocks=jnp.full((batch, key_heads, count), -1, jnp.int32),
+        length=jnp.zeros((), jnp.int32),
+    )
+
+
+@primitive(like="cache")
+def prefill_block_sparse_cache(
+    cache: BlockSparseCache,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    query_block: int,
+    first: int = 1,
+    lengths: Array | None = None,
+) -> BlockSparseCache:
+    """The cache after a prompt: what block_sparse_step leaves of it, token by token.
+
+    Args:
+      cache: an empty one, which the prompt fits into.
+      query: [B, P, N, H], key: [B, P, K, H], value: [B, P, K, V]. Attention over the prompt is block_sparse_attention
+        with the lists of `block_selection.pooled_blocks`.
+      query_block, first: as there.
+      lengths: integers [B], 0 to P: the row's tokens, padding after them. None: P in all rows.
+    """
+    check_type("cache", cache, BlockSparseCache, "init_block_sparse_cache")
+    lengths = check_prompt(key, value, cache.key, cache.value, lengths)
+    check_query_key_value(query, key, value)
+    query_block, first = check_block("query_block", query_block), check_int("first", first, least=0, most=2**31 - 1)
+    slots, count = cache.key.shape[1], counted(key, lengths)
+    require(key.shape[1] <= slots, "key", shape_text(key), f"the cache was made for {slots} tokens")
+    key, value = filled(cache.key, key, count), filled(cache.value, value, count)
+    representative = block_selection.pool_blocks(key, _key_block(cache), "mean")
+    start = jnp.maximum(by_row(count) - 1, 0) // query_block * query_block  # of the last query block
+    chosen = _chosen(
+        tokens_at(query, jnp.broadcast_to(start, (query.shape[0], 1))), representative, cache, start, first
+    )
+    blocks = jnp.where((by_row(count) > 0)[..., None], chosen, cache.blocks)
+    return BlockSparseCache(key, value, representative, blocks, count)
+
+
+def _key_block(cache: BlockSparseCache) -> int:
+    return cache.key.shape[1] // cache.representative.shape[1]
+
+
+def _chosen(query: Array, representative: Array, cache: BlockSparseCache, start: Array, first: int) -> Array:
+    """int32 [B, K, count]: what the query [B, 1, N, H] at start [B or 1, 1] chooses of the blocks before it."""
+    scores = block_selection.scores_by_group(query, representative)
+    ends = (jnp.arange(representative.shape[1]) + 1)[None] * _key_block(cache)
+    eligible = (ends <= start)[:, None, None]
+    lists = block_selection.select_blocks(scores, eligible=eligible, count=cache.blocks.shape[-1], first=first)
+    return lists[:, :, 0]
+
+
+@primitive("B*N.", like="cache")
+def block_sparse_step(
+    cache: BlockSparseCache,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    query_block: int,
+    first: int = 1,
+    scale: float | None = None,
+) -> tuple[Array, BlockSparseCache]:
+    """The next tokens of causal block-sparse attention: their rows of block_sparse_attention(..., is_causal=True) with
+    the lists of `block_selection.pooled_blocks`, however a sequence is cut into steps.
+
+    Args:
+      cache: of the tokens before.
+      query, key, value: of T >= 1 tokens, [B, T, N, H], [B, T, K, H], [B, T, K, V].
+      query_block, first: as in pooled_blocks, whose key_block and count the cache has.
+
+    Returns:
+      (out [B, T, N, V], the cache with the tokens added). Past the cache's slots, out is NaN.
+
+    Complexity, a token: O(nk H + (count key_block + max(query_block, key_block)) (H + V)) a head.
+    """
+    check_type("cache", cache, BlockSparseCache, "init_block_sparse_cache")
+    check_query_key_value(query, key, value)
+    check_prompt(key, value, cache.key, cache.value, None)
+    check_position("cache.length", cache.length, query.shape[0])
+    key_block, slots = _key_block(cache), cache.key.shape[1]
+    query_block, first = check_block("query_block", query_block), check_int("first", first, least=0, most=2**31 - 1)
+    divides = max(query_block, key_block) % min(query_block, key_block) == 0
+    require(divides, "query_block", query_block, f"need one of it and key_block, {key_block}, to divide the other")
+    factor, heads = default_scale(scale, query.shape[-1]), query.shape[2]
+    own_blocks = jnp.arange(min(max(1, query_block // key_block), cache.representative.shape[1]))
+
+    def token(cache: BlockSparseCache, now: tuple[Array, ...]) -> tuple[BlockSparseCache, Array]:
+        query, key, value = (x[:, None] for x in now)
+        position = by_row(cache.length)
+        keys, values = put(cache.key, key, cache.length), put(cache.value, value, cache.length)
+        in_blocks = keys.reshape(keys.shape[0], -1, key_block, *keys.shape[2:])
+        own_keys = at(in_blocks, cache.length // key_block)
+        mean = block_selection.pool_blocks(own_keys, key_block, "mean")
+        representative = put(cache.representative, mean, cache.length // key_block)
+        start = position // query_block * query_block
+        chosen = _chosen(query, representative, cache, start, first)
+        blocks = jnp.where((position == start)[..., None], chosen, cache.blocks)
+        own = jnp.broadcast_to((start // key_block + own_blocks[None])[:, None], (*blocks.shape[:2], own_blocks.size))
+        number, counts = first_places(jnp.concatenate([blocks, own], -1), in_blocks.shape[1])
+
+        def gathered(x: Array) -> Array:
+            """[B, slots, K, H] -> [B, M key_block, K, H], of each key head's own blocks."""
+            by_head = jnp.moveaxis(x.reshape(x.shape[0], -1, key_block, *x.shape[2:]), 3, 1)
+            taken = jnp.take_along_axis(by_head, number[..., None, None], axis=2)
+            return jnp.moveaxis(taken.reshape(*taken.shape[:2], -1, x.shape[-1]), 1, 2)
+
+        tokens = number[..., None] * key_block + jnp.arange(key_block)[None, None, None]
+        visible = counts[..., None] & (tokens <= position[..., None, None])
+        visible = jnp.repeat(visible.reshape(*number.shape[:2], 1, -1), heads // number.shape[1], axis=1)
+        out, _ = reference_attention(query, gathered(keys), gathered(values), visible=visible, scale=factor)
+        out = jnp.where((position < slots)[..., None, None], out, jnp.nan)
+        return BlockSparseCache(keys, values, representative, blocks, cache.length + 1), out[:, 0]
+
+    cache, out = lax.scan(token, cache, tuple(jnp.moveaxis(x, 1, 0) for x in (query, key, value)))
+    return jnp.moveaxis(out, 0, 1), cache

@@ -1,0 +1,101 @@
+"""Softmax attention to the blocks of keys that a block of queries chooses."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+import attnlab.attention as attention
+from attnlab.attention import block_selection
+from attnlab.attention._shared.checks import check_int, require
+from attnlab.nn.mixers.base import Attention, flat
+
+Array = jax.Array
+
+
+class BlockSparseAttention(Attention):
+    """Blocks of queries attend to the blocks of keys with the best mean keys, chosen for every key head:
+    attention.block_sparse_attention with the lists of attention.block_selection.pooled_blocks.
+
+    Causal, a block's first query chooses among the blocks that end before it, and the block's own are seen besides. Not
+    causal, a block's mean query chooses among all, of images in raster order.
+
+    Args:
+      query_block, key_block: positions in a block; one of them divides the other.
+      count: blocks that are chosen, of causal ones besides the own.
+      first: how many of them are the sequence's first.
+    """
+
+    segments_refusal = "chooses among the blocks of all documents"
+
+    def __init__(
+        self, features: int, *, query_block: int = 1, key_block: int, count: int, first: int = 1, **attention: Any
+    ):
+        super().__init__(features, **attention)
+        self.query_block = check_int("query_block", query_block, least=1)
+        self.key_block = check_int("key_block", key_block, least=1)
+        self.count, self.first = check_int("count", count, least=1), check_int("first", first, least=0)
+        divides = max(self.query_block, self.key_block) % min(self.query_block, self.key_block) == 0
+        allowed = f"need one of it and key_block, {self.key_block}, to divide the other"
+        require(divides or not self.is_causal, "query_block", query_block, allowed)
+
+    def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
+        shape, (query, key, value) = query.shape, (flat(heads) for heads in (query, key, value))
+        lists = block_selection.pooled_blocks(
+            query,
+            key,
+            query_block=self.query_block,
+            key_block=self.key_block,
+            count=self.count,
+            first=self.first,
+            is_causal=self.is_causal,
+        )
+        out = attention.block_sparse_attention(
+            query,
+            key,
+            value,
+            lists,
+            query_block=self.query_block,
+            key_block=self.key_block,
+            is_causal=self.is_causal,
+            implementation=self.implementation,
+        )
+        return out.reshape(*shape[:-1], value.shape[-1])
+
+    def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
+        return attention.init_block_sparse_cache(
+            batch,
+            max_length,
+            self.num_key_heads,
+            self.head_dim,
+            key_block=self.key_block,
+            count=self.count,
+            value_dim=self.value_dim,
+            dtype=self.dtype,
+        )
+
+    def mechanism_prefill(
+        self, cache: Any, query: Array, key: Array, value: Array, x: Array, lengths: Array | None
+    ) -> tuple[Array, Any]:
+        options = {"query_block": self.query_block, "first": self.first}
+        cache = attention.prefill_block_sparse_cache(cache, query, key, value, **options, lengths=lengths)
+        return self.mix(query, key, value, x, None), cache
+
+    def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
+        return attention.block_sparse_step(cache, query, key, value, query_block=self.query_block, first=self.first)
+
+    def mechanism_flops(self, space: tuple[int, ...]) -> int:
+        """With the products of the blocks' queries and keys, by which they choose."""
+        length = math.prod(space)
+        starts = np.arange(0, length, self.query_block)
+        ends = np.minimum(starts + self.query_block, length)
+        key_blocks = -(-length // self.key_block)
+        if self.is_causal:
+            complete = starts // self.key_block
+            within = (ends * (ends + 1) - starts * (starts + 1)) // 2 - complete * self.key_block * (ends - starts)
+            pairs = np.minimum(self.count, complete) * self.key_block * (ends - starts) + within
+        else:
+            pairs = min(self.count * self.key_block, length) * (ends - starts)
+        choosing = 2 * len(starts) * key_blocks * self.num_key_heads * self.head_dim
+        return self.pair_flops(int(pairs.sum())) + choosing

@@ -1,0 +1,273 @@
+"""Lists of blocks: the published vectors, ties and counts, and that nothing of a later token enters a causal list."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import attnlab as A
+from attnlab.attention import block_selection as selection
+
+VECTORS = Path(__file__).parents[1] / "vectors" / "block_sparse"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _wide():
+    with jax.enable_x64(True):
+        yield
+
+
+def vectors(name):
+    return {key: x if x.ndim else x.item() for key, x in np.load(VECTORS / f"{name}.npz").items()}
+
+
+def test_vectors_of_selection_with_exact_ties():
+    data = vectors("select")
+    causal = {"eligible": data["eligible"], "first": data["first"], "own": data["own"]}
+    np.testing.assert_array_equal(
+        selection.select_blocks(data["scores"], count=data["count"], **causal), data["blocks_count"]
+    )
+    limited = {"count": data["count_threshold"], "threshold": data["threshold"]}
+    np.testing.assert_array_equal(
+        selection.select_blocks(data["scores"], **limited, **causal), data["blocks_threshold"]
+    )
+    every = np.ones_like(data["eligible"])
+    np.testing.assert_array_equal(
+        selection.select_blocks(data["scores"], eligible=every, count=data["count"]), data["blocks_not_causal"]
+    )
+
+
+def test_vectors_of_strict_pooled_lists():
+    data = vectors("strict")
+    query_block, key_block = data["query_block"], data["key_block"]
+    queries = selection.pool_blocks(data["query"], query_block, "first")
+    scores = selection.pooled_scores(queries, selection.pool_blocks(data["key"], key_block, "mean"))
+    np.testing.assert_allclose(scores, data["scores"], atol=1e-12)
+    complete, own = selection.causal_blocks(*scores.shape[2:], query_block, key_block)
+    lists = selection.select_blocks(scores, eligible=complete, count=data["count"], first=data["first"], own=own)
+    np.testing.assert_array_equal(lists, data["blocks"])
+
+
+def test_vectors_of_the_tree():
+    data = vectors("tree_published")
+    rows = data["query"].reshape(-1, data["query_block"], 8)[:, 1::2]
+    ends = (np.arange(len(rows)) + 1) * data["query_block"] // data["key_block"]
+    count = data["mask_k"] // data["key_block"]
+    published = {"key_block": data["key_block"], "candidates": ends, "representative": "block"}
+    found = selection.tree_blocks(rows[None, :, :, None], data["key"][None, :, None], count, **published)
+    np.testing.assert_array_equal(found[0, 0], data["blocks"])
+
+    data = vectors("tree_strict")
+    queries, keys = data["query"].shape[1], -(-data["key"].shape[1] // data["key_block"])
+    complete, own = selection.causal_blocks(queries, keys, 1, data["key_block"])
+    found = selection.tree_blocks(
+        data["query"][:, :, None], data["key"], data["count"], key_block=data["key_block"], candidates=complete.sum(-1)
+    )
+    first = np.arange(keys)[None] == 0
+    chosen = selection.block_mask_of(found, keys) | (own | first)[None, None]
+    np.testing.assert_array_equal(selection.lists_of(chosen, data["blocks"].shape[-1]), data["blocks"])
+
+
+def test_vectors_of_the_gate_and_its_training():
+    """The gate learns from what attention does; attention's inputs get no gradient from it, by stop_gradient."""
+    data = vectors("gate_published")
+    block = data["key_block"]
+    _, lse = A.dot_product_attention(data["query"], data["key"], data["key"], is_causal=True, return_lse=True)
+    largest = A.block_statistics(
+        data["query"], data["key"], lse, query_block=block, key_block=block, reduce="max", is_causal=True
+    )
+    targets = largest / largest.sum(-1, keepdims=True)
+    np.testing.assert_allclose(targets, data["targets"], atol=1e-12)
+    queries = selection.pool_blocks(data["query"], block, "mean")
+    keys = jnp.concatenate([selection.pool_blocks(data["key"], block, kind) for kind in ("mean", "max", "min")], -1)
+
+    def loss(query_weights, key_weights):
+        scores = selection.gate_scores(queries, keys, query_weights, key_weights)
+        logs = jax.nn.log_softmax(jnp.where(data["eligible"][None, None], scores, -jnp.inf))
+        terms = jnp.where(targets > 0, targets * (jnp.log(jnp.where(targets > 0, targets, 1)) - logs), 0)
+        return terms.sum(-1).mean()
+
+    kl, gradients = jax.value_and_grad(loss, argnums=(0, 1))(data["weight_query"], data["weight_key"])
+    np.testing.assert_allclose(kl, data["kl"], atol=1e-12)
+    for got, name in zip(gradients, ("grad_weight_query", "grad_weight_key")):
+        np.testing.assert_allclose(got, data[name], atol=1e-12)
+
+
+def test_vectors_of_chunks():
+    data = vectors("chunks")
+    scores = selection.chunk_scores(data["query"], data["key"], data["starts"])
+    known = np.isfinite(data["chunk_scores"])
+    np.testing.assert_allclose(np.where(known, scores[0], 0), np.where(known, data["chunk_scores"], 0), atol=1e-12)
+    # Tokens of the best chunks that end before the recent ones: blocks of one key, by their chunk's score.
+    length = data["query"].shape[1]
+    chunk = np.searchsorted(data["starts"], np.arange(length), side="right") - 1
+    ends = np.append(data["starts"][1:], length)[chunk]
+    now = np.arange(length)[:, None]
+    recent, first = (np.arange(length) > now - data["recent"]), np.arange(length) < data["first"]
+    forced = (recent | first) & (np.arange(length) <= now)
+    eligible = (ends <= now - data["recent"] + 1) & ~forced
+    left = data["budget"] - forced.sum(-1)
+    lists = [
+        selection.select_blocks(scores[:, None, t : t + 1, chunk], eligible=eligible[t : t + 1], count=int(n))
+        for t, n in enumerate(left)
+    ]
+    seen = np.stack([np.asarray(selection.block_mask_of(x, length))[0, 0, 0] for x in lists]) | forced
+    np.testing.assert_array_equal(seen, data["visible"][0, 0])
+
+
+def test_vectors_of_masks():
+    data = vectors("masks")
+    masks = A.masks
+    for name, mask in {
+        "block_diffusion_12_4": masks.block_diffusion(12, 4),
+        "window_14_left5_right2": masks.window(5, 2),
+        "block_causal_14_size4": masks.block_causal(4),
+        "block_causal_15_size4_prefix5": masks.block_causal(4, prefix=5),
+    }.items():
+        np.testing.assert_array_equal(masks.dense_mask(mask, data[name].shape[:1]), data[name], err_msg=name)
+
+
+# --- Properties -------------------------------------------------------------------------------------------------------
+
+SCORES = np.random.default_rng(0).normal(size=(2, 3, 6, 6))
+
+
+def lists(**options):
+    return np.asarray(selection.select_blocks(SCORES, **{"eligible": np.tri(6, k=-1, dtype=bool), **options}))
+
+
+def test_no_more_are_listed_than_may_compete_and_none_twice():
+    for count in (0, 2, 6, 9):
+        got = lists(count=count)
+        assert got.shape[-1] == count
+        for row in range(6):
+            listed = got[:, :, row][got[:, :, row] >= 0]
+            assert (listed < row).all()
+            assert (np.sum(got[:, :, row] >= 0, -1) == min(count, row)).all()
+    assert (lists(count=3, eligible=np.zeros((6, 6), bool)) == -1).all()
+
+
+def test_more_places_list_a_superset():
+    previous = np.zeros((2, 3, 6, 6), bool)
+    for count in range(7):
+        now = np.asarray(selection.block_mask_of(jnp.asarray(lists(count=count, first=2)), 6))
+        assert (now | ~previous).all()
+        previous = now
+
+
+def test_mass_lists_until_it_is_reached():
+    eligible = np.tri(6, k=-1, dtype=bool)
+    assert (lists(mass=0.0, eligible=eligible) == -1).all()
+    np.testing.assert_array_equal(lists(mass=1.0), lists())
+    weights = np.where(eligible, np.exp(SCORES), 0)
+    shares = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    got = np.asarray(selection.block_mask_of(jnp.asarray(lists(mass=0.7)), 6))
+    kept = np.where(got, shares, 0)
+    assert (kept.sum(-1)[..., 1:] >= 0.7 - 1e-12).all()
+    least = np.where(got, shares, np.inf).min(-1)[..., 1:]
+    assert (kept.sum(-1)[..., 1:] - least < 0.7).all()  # without the last one it was not
+
+
+def test_first_blocks_are_taken_before_better_ones():
+    got = lists(count=2, first=2)
+    np.testing.assert_array_equal(got[..., 3:, :], np.broadcast_to([0, 1], (2, 3, 3, 2)))
+
+
+def test_a_query_that_competes_for_all_finds_what_begins_a_child_of_the_first_level():
+    rng = np.random.default_rng(1)
+    key = rng.normal(size=(1, 32, 1, 8)) * 0.01
+    query = np.ones((1, 1, 1, 1, 8))
+    key[0, 8] = 5  # the first block of the first cell's later half
+    found = selection.tree_blocks(query, key, 2, key_block=1, candidates=np.array([32]))
+    assert 8 in np.asarray(found)
+    same = selection.tree_blocks(query, np.ones_like(key), 2, key_block=1, candidates=np.array([32]))
+    np.testing.assert_array_equal(np.asarray(same)[0, 0, 0], [0, 1])  # of equal scores the earliest
+    few = selection.tree_blocks(query, key, 4, key_block=8, candidates=np.array([3]))
+    np.testing.assert_array_equal(np.asarray(few)[0, 0, 0], [0, 1, 2, -1])
+
+
+BATCH, TOKENS = 2, 32
+_rng = np.random.default_rng(3)
+QUERY, OTHER_QUERY = _rng.normal(size=(2, BATCH, TOKENS, 4, 8))
+KEY, OTHER_KEY = _rng.normal(size=(2, BATCH, TOKENS, 2, 8))
+
+
+def pooled(query, key):
+    return selection.pooled_blocks(query, key, query_block=4, key_block=4, count=2)
+
+
+def tree(query, key):
+    complete, own = selection.causal_blocks(TOKENS // 4, TOKENS // 4, 4, 4)
+    queries = selection.pool_blocks(query, 4, "first")[:, :, None]
+    found = selection.tree_blocks(queries, key, 2, key_block=4, candidates=complete.sum(-1))
+    return selection.lists_of(selection.block_mask_of(found, TOKENS // 4) | jnp.asarray(own)[None, None], 3)
+
+
+def gated(query, key):
+    weights = np.random.default_rng(4).normal(size=(2, 4 * 8, 6))
+    complete, own = selection.causal_blocks(TOKENS // 4, TOKENS // 4, 4, 4)
+    keys = jnp.concatenate([selection.pool_blocks(key, 4, kind) for kind in ("mean", "max", "min")], -1)
+    queries = selection.pool_blocks(query, 4, "first")
+    scores = selection.gate_scores(queries, keys, np.repeat(weights[:, :8], 2, 0), weights[:, 8:])
+    return selection.select_blocks(scores, eligible=complete, count=2, first=1, own=own)
+
+
+def published(query, key):
+    """As papers train: a query block pooled whole competes for its own key block as well."""
+    complete, own = selection.causal_blocks(TOKENS // 4, TOKENS // 4, 4, 4)
+    scores = selection.pooled_scores(selection.pool_blocks(query, 4, "mean"), selection.pool_blocks(key, 4, "mean"))
+    return selection.select_blocks(scores, eligible=complete | own, count=2)
+
+
+def changed_by_later_tokens(rule):
+    """Whether any list of a block up to t, or its attention at tokens up to t, depends on tokens after t."""
+
+    @jax.jit
+    def results(query, key):
+        lists = rule(query, key)
+        out = A.block_sparse_attention(query, key, key, lists, query_block=4, key_block=4, is_causal=True)
+        return lists, out
+
+    want = results(QUERY, KEY)
+    for t in range(TOKENS):
+        query, key = (
+            jnp.where((np.arange(TOKENS) <= t)[None, :, None, None], x, y)
+            for x, y in ((QUERY, OTHER_QUERY), (KEY, OTHER_KEY))
+        )
+        got = results(query, key)
+        blocks = t // 4 + 1
+        if not (
+            jnp.array_equal(got[0][:, :, :blocks], want[0][:, :, :blocks])
+            and jnp.array_equal(got[1][:, : t + 1], want[1][:, : t + 1])
+        ):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("rule", [pooled, tree, gated])
+def test_nothing_of_a_later_token_enters_a_strict_list(rule):
+    assert not changed_by_later_tokens(rule)
+
+
+def test_what_is_published_fails_that_test():
+    assert changed_by_later_tokens(published)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: selection.causal_blocks(4, 4, 3, 2), "query_block: got 3; need one of it and key_block, 2, to divide"),
+        (lambda: selection.select_blocks(SCORES, eligible=np.ones((2, 2), bool)), "eligible: got bool"),
+        (lambda: selection.select_blocks(SCORES, eligible=np.ones((6, 6))), "eligible: got float64"),
+        (lambda: lists(count=1, mass=0.5, threshold=0.1), "threshold: got 0.1; give mass or threshold, not both"),
+        (lambda: lists(mass=1.5), "mass: got 1.5"),
+        (lambda: selection.pool_blocks(KEY, 4, "median"), "kind: got 'median'; need one of mean, max"),
+        (lambda: selection.tree_blocks(QUERY[:, :, None], KEY, 0, key_block=4, candidates=np.zeros(32, int)), "count"),
+        (lambda: jax.jit(selection.lists_of)(np.ones((2, 2), bool)), "width: got None; need an int"),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()

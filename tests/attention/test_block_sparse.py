@@ -1,0 +1,260 @@
+"""Block-sparse attention: the published vectors, dense attention under the same mask, decoding, and its exchanges."""
+
+import functools
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import prompts
+import pytest
+from marks import slow_but
+
+import attnlab as A
+from attnlab.attention import block_selection
+
+VECTORS = Path(__file__).parents[1] / "vectors" / "block_sparse"
+FORMS = ("reference", "xla")
+
+
+def vectors(name):
+    return {key: x if x.ndim else x.item() for key, x in np.load(VECTORS / f"{name}.npz").items()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["lists_per_head", "causal_bias", "strict", "tree_strict", "gate_strict"])
+def test_vectors(name, form):
+    data = vectors(name)
+    given = {name: data[name] for name in ("query", "key", "value", "block_bias") if name in data}
+    finite = np.isfinite(data["lse"])
+
+    def loss(given):
+        out, lse = A.block_sparse_attention(
+            **given,
+            blocks=data["blocks"],
+            query_block=data["query_block"],
+            key_block=data["key_block"],
+            is_causal=name != "lists_per_head",
+            return_lse=True,
+            implementation=form,
+        )
+        shown = jnp.where(finite, lse * data["cotangent_lse"], 0)
+        return (out * data["cotangent_out"]).sum() + shown.sum(), (out, lse)
+
+    with jax.enable_x64(True):
+        gradients, (out, lse) = jax.jit(jax.grad(loss, has_aux=True))(given)
+        np.testing.assert_allclose(out, data["out"], atol=1e-12)
+        np.testing.assert_allclose(lse, data["lse"], atol=1e-12)
+        for argument, gradient in gradients.items():
+            np.testing.assert_allclose(gradient, data[f"grad_{argument}"], atol=1e-11, err_msg=argument)
+
+
+def test_regions_of_an_image():
+    """BiFormer: tokens by region, whose mean queries and keys choose regions, for all heads together."""
+    data = vectors("biformer")
+    (rows, columns), (batch, height, width, *_) = data["regions"].tolist(), data["query"].shape
+
+    def by_region(x):
+        x = x.reshape(batch, rows, height // rows, columns, width // columns, *x.shape[3:])
+        return x.swapaxes(2, 3).reshape(batch, height * width, *x.shape[5:])
+
+    size = height * width // (rows * columns)
+    with jax.enable_x64(True):
+        query, key, value = (by_region(jnp.asarray(data[name])) for name in ("query", "key", "value"))
+        together = [x.reshape(batch, -1, 1, x.shape[2] * x.shape[3]) for x in (query, key)]
+        lists = block_selection.pooled_blocks(
+            *together, query_block=size, key_block=size, count=data["topk"], first=0, is_causal=False
+        )
+        np.testing.assert_array_equal(lists[:, 0], np.sort(data["region_lists"], -1))
+        out = A.block_sparse_attention(query, key, value, lists, query_block=size, key_block=size, scale=data["scale"])
+        np.testing.assert_allclose(out, by_region(jnp.asarray(data["out"])), atol=1e-12)
+
+
+_rng = np.random.default_rng(0)  # float32 where jax_enable_x64 is off
+BATCH, QUERIES, KEYS, HEADS, KEY_HEADS = 2, 19, 23, 4, 2
+QUERY = _rng.normal(size=(BATCH, QUERIES, HEADS, 8))
+KEY, VALUE = _rng.normal(size=(BATCH, KEYS, KEY_HEADS, 8)), _rng.normal(size=(BATCH, KEYS, KEY_HEADS, 5))
+SIZES = [(1, 1), (1, 16), (3, 4), (4, 3), (16, 1), (16, 16), (4, 1)]
+
+
+@pytest.mark.parametrize("sizes", slow_but([(3, 4), (4, 1)], SIZES), ids=str)
+@pytest.mark.parametrize("form", slow_but(["xla"], FORMS))
+def test_equals_dense_attention_under_its_mask(form, sizes):
+    """Values, lse and all gradients, with repeated blocks, such as there are not, and rows without any."""
+    (query_block, key_block), places = sizes, 3
+    query_blocks, key_blocks = -(-QUERIES // query_block), -(-KEYS // key_block)
+    rng = np.random.default_rng(1)
+    blocks = rng.integers(-2, key_blocks + 2, size=(BATCH, KEY_HEADS, query_blocks, places))
+    blocks[:, 0, 0] = -1
+
+    def dense(query, key, value):
+        listed = (blocks[..., None] == np.arange(key_blocks)).any(-2)
+        mask = listed.repeat(query_block, 2).repeat(key_block, 3).repeat(HEADS // KEY_HEADS, 1)
+        return A.dot_product_attention(
+            query, key, value, mask=mask[:, :, :QUERIES, :KEYS], return_lse=True, implementation="reference"
+        )
+
+    def sparse(query, key, value):
+        return A.block_sparse_attention(
+            query,
+            key,
+            value,
+            blocks,
+            query_block=query_block,
+            key_block=key_block,
+            return_lse=True,
+            implementation=form,
+        )
+
+    def loss(function, arrays):
+        out, lse = function(*arrays)
+        return (jnp.sin(out)).sum() + jnp.where(jnp.isfinite(lse), jnp.cos(lse), 0).sum(), (out, lse)
+
+    with jax.enable_x64(True):
+        arrays = tuple(map(jnp.asarray, (QUERY, KEY, VALUE)))
+        got, want = (jax.jit(jax.grad(functools.partial(loss, f), has_aux=True))(arrays) for f in (sparse, dense))
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-12)
+
+
+def test_all_blocks_are_full_attention_and_places_do_not_matter():
+    lists = np.tile(np.arange(6), (1, 1, 5, 1))
+    call = jax.jit(functools.partial(A.block_sparse_attention, query_block=4, key_block=4))
+    out = call(QUERY, KEY, VALUE, lists)
+    np.testing.assert_allclose(out, A.dot_product_attention(QUERY, KEY, VALUE), atol=2e-6)
+    np.testing.assert_allclose(out, call(QUERY, KEY, VALUE, lists[..., ::-1]), atol=2e-6)
+    bias = np.random.default_rng(2).normal(size=lists.shape)
+    biased = call(QUERY, KEY, VALUE, lists, block_bias=bias)
+    np.testing.assert_allclose(biased, call(QUERY, KEY, VALUE, lists[..., ::-1], block_bias=bias[..., ::-1]), atol=2e-6)
+    assert np.abs(biased - out).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [A.masks.window(6, 2), A.masks.causal() & A.masks.power_blocks(3), ~A.masks.block_causal(5, prefix=2)],
+    ids=["window", "power_blocks", "not block_causal"],
+)
+def test_a_mask_is_the_tiles_that_it_visits(mask):
+    visited = A.masks.block_map(mask, (QUERIES,), (4,), (3,), (KEYS,)).visited
+    assert not visited.all()
+    lists = block_selection.lists_of(visited[None, None])
+    out = A.block_sparse_attention(QUERY, KEY, VALUE, lists, query_block=4, key_block=3, mask=mask)
+    dense = A.dot_product_attention(QUERY, KEY, VALUE, mask=A.masks.dense_mask(mask, (QUERIES,), (KEYS,))[None, None])
+    np.testing.assert_allclose(out, dense, atol=2e-6)
+
+
+def test_the_bias_alone_gets_a_gradient_where_it_counts():
+    data = vectors("causal_bias")
+
+    def loss(bias):
+        out = A.block_sparse_attention(
+            data["query"],
+            data["key"],
+            data["value"],
+            data["blocks"],
+            query_block=1,
+            key_block=4,
+            block_bias=bias,
+            is_causal=True,
+        )
+        return (out**2).sum()
+
+    gradient = jax.grad(loss)(data["block_bias"])
+    assert (np.asarray(gradient)[data["blocks"] < 0] == 0).all()
+    assert np.abs(gradient).max() > 1e-3
+
+
+def test_memory_is_linear_at_equal_places():
+    """Temporary memory of the compiled gradient: twice for twice the tokens, at 8 places a block."""
+
+    def temporary(length):
+        shapes = [jax.ShapeDtypeStruct((1, length, n, 32), jnp.float32) for n in (4, 2, 2)]
+        lists = jax.ShapeDtypeStruct((1, 2, length // 64, 8), jnp.int32)
+
+        def loss(arrays, lists):
+            return (A.block_sparse_attention(*arrays, lists, query_block=64, key_block=64) ** 2).sum()
+
+        return jax.jit(jax.grad(loss)).lower(shapes, lists).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(16384) < 2.2 * temporary(8192)
+
+
+RULES = [
+    {"query_block": q, "key_block": k, "count": count, "first": first}
+    for q, k, count, first in itertools.product((1, 4, 8), (1, 2, 4), (2, 3), (0, 1))
+]
+some_rules = slow_but([1, 17, 30], range(len(RULES)))
+
+
+@pytest.mark.parametrize("cuts", [(1, 2, 3, 12, 19), (19,)], ids=str)
+@pytest.mark.parametrize("number", some_rules)
+def test_decoding_is_the_parallel_form_however_it_is_cut(number, cuts):
+    rule = RULES[number]
+    sizes = {"query_block": rule["query_block"], "key_block": rule["key_block"]}
+    key, value = KEY[:, :QUERIES], VALUE[:, :QUERIES]
+    with jax.enable_x64(True):
+        lists = block_selection.pooled_blocks(QUERY, key, **rule)
+        want = A.block_sparse_attention(QUERY, key, value, lists, **sizes, is_causal=True)
+        cache = A.init_block_sparse_cache(
+            BATCH, QUERIES, KEY_HEADS, 8, key_block=rule["key_block"], count=rule["count"], value_dim=5, dtype="float64"
+        )
+        outs = []
+        for start, end in itertools.pairwise((0, *cuts)):
+            out, cache = A.block_sparse_step(
+                cache,
+                *(x[:, start:end] for x in (QUERY, key, value)),
+                query_block=rule["query_block"],
+                first=rule["first"],
+            )
+            outs.append(out)
+        np.testing.assert_allclose(np.concatenate(outs, 1), want, atol=1e-12)
+        slots = cache.key.shape[1]
+        past = [x[:, : slots - QUERIES + 1] for x in (QUERY, key, value)]
+        out, _ = A.block_sparse_step(cache, *past, query_block=rule["query_block"], first=rule["first"])
+        assert np.isnan(out[:, -1]).all()
+        assert np.isfinite(out[:, :-1]).all()
+
+
+@pytest.mark.parametrize("number", slow_but([17], range(len(RULES))))
+def test_a_prompt_leaves_what_steps_leave(number):
+    rule = RULES[number]
+    options = {"query_block": rule["query_block"], "first": rule["first"]}
+    with jax.enable_x64(True):
+        cache = A.init_block_sparse_cache(
+            prompts.BATCH,
+            13,
+            prompts.KEY_HEADS,
+            prompts.HEAD_DIM,
+            value_dim=prompts.VALUE_DIM,
+            dtype="float64",
+            key_block=rule["key_block"],
+            count=rule["count"],
+        )
+        prompts.assert_leaves_what_steps_leave(
+            cache,
+            functools.partial(A.prefill_block_sparse_cache, **options),
+            functools.partial(A.block_sparse_step, **options),
+            prompts.ARRAYS,
+        )
+
+
+@pytest.mark.parametrize("name", ["statistics"])
+def test_statistics(name):
+    data = vectors(name)
+    sizes = {"query_block": data["query_block"], "key_block": data["key_block"], "is_causal": data["is_causal"]}
+    with jax.enable_x64(True):
+        _, lse = A.dot_product_attention(
+            data["query"], data["key"], data["key"], is_causal=data["is_causal"], return_lse=True
+        )
+        for reduce in ("max", "sum", "mean"):
+            got = A.block_statistics(data["query"], data["key"], lse, reduce=reduce, **sizes)
+            np.testing.assert_allclose(got, data[f"block_{reduce}"], atol=1e-12)
+        total = A.block_statistics(data["query"], data["key"], lse, reduce="sum", **sizes).sum(-1)
+        rows = np.minimum(data["query_block"], lse.shape[1] - np.arange(0, lse.shape[1], data["query_block"]))
+        np.testing.assert_allclose(total, np.broadcast_to(rows, total.shape), atol=1e-12)  # every query's weights are 1
+
+        def loss(query):
+            return A.block_statistics(query, data["key"], lse, reduce="sum", **sizes).sum()
+
+        assert (np.asarray(jax.grad(loss)(data["query"])) == 0).all()
