@@ -29,9 +29,9 @@ from kernels_pallas.tpu.chunk import CHUNK
 from kernels_pallas.tpu.chunk_call import plan_of
 
 
-def _grid(shape: Shape, blocks: tuple[int, int], heads: int, *, by_key: bool = False) -> Grid:
+def _grid(shape: Shape, blocks: tuple[int, int], heads: int, *, by_key: bool = False, quarters: bool = True) -> Grid:
     """Of a kernel that goes through the pairs of tiles with this many query heads in a step: first, bodies, last."""
-    bodies, of_queries, of_keys = bodies_of(shape.pattern().tiled(*blocks))
+    bodies, of_queries, of_keys = bodies_of(shape.pattern().tiled(*blocks), quarters=quarters)
     group = shape.heads // shape.key_heads
     visits = for_every_head(of_keys, max(1, group // heads)) if by_key else of_queries
     steps = shape.key_heads // max(1, heads // group) if by_key else shape.heads // heads
@@ -89,7 +89,12 @@ def _banded_covariance(shape: Shape) -> Row:
         return run(*arrays, scale=shape.head_dim**-0.5)
 
     vmem = banded_covariance.vmem_bytes(*blocks, shape.head_dim, shape.head_dim, shape.dtype)
-    return Row(covariance, [*arrays, wide, lse, wide], vmem, {"banded_covariance": _grid(shape, blocks, heads=1)})
+    return Row(
+        covariance,
+        [*arrays, wide, lse, wide],
+        vmem,
+        {"banded_covariance": _grid(shape, blocks, heads=1, quarters=False)},
+    )
 
 
 def _banded_covariance_gradients(shape: Shape) -> Row:

@@ -142,10 +142,20 @@ class Tokens(NamedTuple):
 
 
 class Band:
-    """A call's sizes, padded to whole tiles, and the tables of its queries and keys, int32 [1 or B, 8, tokens]."""
+    """A call's sizes, padded to whole tiles, and the tables of its queries and keys, int32 [1 or B, 8, tokens].
+
+    quarters: as in bodies_of.
+    """
 
     def __init__(
-        self, query: Array, key: Array, value: Array, tiling: Tiling, segment_ids: tuple[Array, Array] | None = None
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        tiling: Tiling,
+        segment_ids: tuple[Array, Array] | None = None,
+        *,
+        quarters: bool = True,
     ):
         self.batch, self.num_queries, self.heads, head_dim = query.shape
         self.num_keys, self.key_heads, value_dim = value.shape[1:]
@@ -156,7 +166,7 @@ class Band:
         self.padded_queries = round_up(self.num_queries, self.block_q)
         self.padded_keys = round_up(self.num_keys, self.block_k)
         self.axes = tiling.starts.shape[1]
-        self.bodies, self.by_query, self.by_key = bodies_of(tiling, segments=self.segments)
+        self.bodies, self.by_query, self.by_key = bodies_of(tiling, segments=self.segments, quarters=quarters)
         # The table's rows that the kernels read.
         self.rows = [*range(0 if tiling.diagonals else 2 * self.axes), *([_SEGMENT] if self.segments else [])]
         # Queries in the padding copy the last one's interval, so that they do not spoil a full tile; keys in it have
@@ -216,17 +226,17 @@ class Piece(NamedTuple):
 Body = tuple[Piece, ...]
 
 
-def bodies_of(tiling: Tiling, *, segments: bool = False) -> tuple[list[Body], Visits, Visits]:
+def bodies_of(tiling: Tiling, *, segments: bool = False, quarters: bool = True) -> tuple[list[Body], Visits, Visits]:
     """The bodies that a tiling's pairs have, and its lists with the number of each pair's body at _BODY_BIT.
 
-    segments: whether a query sees keys of its own segment only.
+    segments: whether a query sees keys of its own segment only. quarters: whether to leave out those that nobody sees.
     """
     bodies = [_whole(tiling, is_masked=segments), _whole(tiling, is_masked=True)]
     lists = tiling.by_query, tiling.by_key
     numbers: list[Any] = [(x.flags & FULL == 0).astype(np.int32) for x in lists]
     has_halves = tiling.block_q // 2 % LANES == tiling.block_k // 2 % LANES == 0
     is_known = isinstance(tiling.by_query.flags, np.ndarray) and tiling.coordinates is None
-    if has_halves and is_known and (is_listed := tiling.by_query.flags[0] & ACTIVE != 0).any():
+    if quarters and has_halves and is_known and (is_listed := tiling.by_query.flags[0] & ACTIVE != 0).any():
         pairs = (tiling.by_query[:2], tiling.by_key[1::-1])  # query tiles, key tiles
         kind_of = [_quarters(tiling, *(tiles[0] for tiles in pair), segments=segments) for pair in pairs]
         kinds, counts = np.unique(kind_of[0][is_listed], axis=0, return_counts=True)
