@@ -22,7 +22,7 @@ def vectors(name):
     return {key: x if x.ndim else x.item() for key, x in np.load(VECTORS / f"{name}.npz").items()}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but(["xla"], FORMS))
 @pytest.mark.parametrize("name", ["lists_per_head", "causal_bias", "strict", "tree_strict", "gate_strict"])
 def test_vectors(name, form):
     data = vectors(name)
@@ -130,12 +130,16 @@ def test_all_blocks_are_full_attention_and_places_do_not_matter():
     assert np.abs(biased - out).max() > 0.1
 
 
-@pytest.mark.parametrize(
-    "mask",
-    [A.masks.window(6, 2), A.masks.causal() & A.masks.power_blocks(3), ~A.masks.block_causal(5, prefix=2)],
-    ids=["window", "power_blocks", "not block_causal"],
-)
-def test_a_mask_is_the_tiles_that_it_visits(mask):
+MASKS = {
+    "window": A.masks.window(6, 2),
+    "power_blocks": A.masks.causal() & A.masks.power_blocks(3),
+    "not block_causal": ~A.masks.block_causal(5, prefix=2),
+}
+
+
+@pytest.mark.parametrize("name", slow_but(["power_blocks"], MASKS))
+def test_a_mask_is_the_tiles_that_it_visits(name):
+    mask = MASKS[name]
     visited = A.masks.block_map(mask, (QUERIES,), (4,), (3,), (KEYS,)).visited
     assert not visited.all()
     lists = block_selection.lists_of(visited[None, None])
@@ -184,11 +188,11 @@ RULES = [
     {"query_block": q, "key_block": k, "count": count, "first": first}
     for q, k, count, first in itertools.product((1, 4, 8), (1, 2, 4), (2, 3), (0, 1))
 ]
-some_rules = slow_but([1, 17, 30], range(len(RULES)))
+CUTS = [(1, 2, 3, 12, 19), (19,)]
 
 
-@pytest.mark.parametrize("cuts", [(1, 2, 3, 12, 19), (19,)], ids=str)
-@pytest.mark.parametrize("number", some_rules)
+@pytest.mark.parametrize("cuts", slow_but([CUTS[0]], CUTS), ids=str)
+@pytest.mark.parametrize("number", slow_but([17], range(len(RULES))))
 def test_decoding_is_the_parallel_form_however_it_is_cut(number, cuts):
     rule = RULES[number]
     sizes = {"query_block": rule["query_block"], "key_block": rule["key_block"]}
