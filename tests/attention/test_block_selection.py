@@ -110,11 +110,13 @@ def test_vectors_of_chunks():
     forced = (recent | first) & (np.arange(length) <= now)
     eligible = (ends <= now - data["recent"] + 1) & ~forced
     left = data["budget"] - forced.sum(-1)
-    lists = [
-        selection.select_blocks(scores[:, None, t : t + 1, chunk], eligible=eligible[t : t + 1], count=int(n))
-        for t, n in enumerate(left)
-    ]
-    seen = np.stack([np.asarray(selection.block_mask_of(x, length))[0, 0, 0] for x in lists]) | forced
+    seen = forced.copy()
+    for count in np.unique(left):
+        rows = left == count
+        lists = selection.select_blocks(
+            scores[:, None][:, :, rows][..., chunk], eligible=eligible[rows], count=int(count)
+        )
+        seen[rows] |= np.asarray(selection.block_mask_of(lists, length))[0, 0]
     np.testing.assert_array_equal(seen, data["visible"][0, 0])
 
 

@@ -100,7 +100,7 @@ SEQUENCES = [name for name, mixer in MIXERS.items() if not mixer.is_grid]
 
 
 @pytest.mark.parametrize("name", slow_but(["softmax", "routing", "routing_global", "gated_delta"], SEQUENCES))
-@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("length", slow_but([40], [1, 40]))
 def test_of_the_library_s_mixers_only_the_one_that_says_so_leaks(name, length):
     leaks = name == "routing_global" and length > 1
     assert (find_leak(MIXERS[name](16), length) is not None) == leaks

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from marks import slow_but
 
 from attnlab import block_sparse_attention, masks
 
@@ -19,7 +18,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", slow_but(["one block"], CASES))
+@pytest.mark.slow  # lists of tiles have a fast case in test_gpu_banded_flash.py
+@pytest.mark.parametrize("case", CASES)
 def test_lists_are_the_kernel_s(case, on_gpu):
     """Values, lse and gradients, of lists for each row and key head, to 2 % of the largest number."""
     length, (query_block, key_block), options = CASES[case]

@@ -19,8 +19,6 @@ REFUSED = {
     "linear, not causal": "serves causal calls",
     "linear, taylor2": "serves up to 256 features and value channels, got 2145 and 65",
 }
-# Looked at in every run of the tests; jax 0.10 simulates a block in two seconds.
-QUICK = {"linear"}
 
 
 def serves(name):
@@ -28,9 +26,8 @@ def serves(name):
     return "pallas_gpu" in getattr(module, "IMPLEMENTATIONS", ("pallas_gpu",)) and name not in REFUSED
 
 
-SERVED = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow, id=name) for name in MECHANISMS if serves(name)
-]
+# Jax 0.10 simulates a block in two seconds; each kernel has a few fast cases in a file of its own.
+SERVED = [pytest.param(name, marks=pytest.mark.slow, id=name) for name in MECHANISMS if serves(name)]
 
 
 def catalog_inputs(name, length):

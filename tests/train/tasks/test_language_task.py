@@ -11,7 +11,9 @@ from attnlab import data, models, nn
 from attnlab.train import LanguageTask
 
 
-@pytest.mark.parametrize(("membership", "leaks"), [("strict", False), ("global", True)])
+@pytest.mark.parametrize(
+    ("membership", "leaks"), [pytest.param("strict", False, marks=pytest.mark.slow), ("global", True)]
+)
 def test_another_future_moves_the_past_of_leaking_models_alone(membership, leaks):
     text = np.random.default_rng(0).integers(16, size=2000).astype(np.uint8)
     task = LanguageTask(data.Corpus("noise", text[:1000], text[1000:]), sequence_length=32, probe_future=True)
