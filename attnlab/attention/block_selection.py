@@ -24,6 +24,7 @@ from attnlab.attention._shared.checks import (
     check_block,
     check_bool,
     check_choice,
+    check_dividing_blocks,
     check_float,
     check_floating,
     check_int,
@@ -32,6 +33,7 @@ from attnlab.attention._shared.checks import (
     shape_text,
     shown,
 )
+from attnlab.attention._shared.softmax import softmax_parts
 
 Array = jax.Array
 Pooling = Literal["mean", "max", "min", "first", "last", "centre"]
@@ -51,9 +53,7 @@ def causal_blocks(
     """
     counts = {"query_blocks": query_blocks, "key_blocks": key_blocks}
     query_blocks, key_blocks = (check_int(name, count, least=0) for name, count in counts.items())
-    query_block, key_block = check_block("query_block", query_block), check_block("key_block", key_block)
-    divides = max(query_block, key_block) % min(query_block, key_block) == 0
-    require(divides, "query_block", query_block, f"need one of it and key_block, {key_block}, to divide the other")
+    query_block, key_block = check_dividing_blocks(query_block, key_block)
     first_query, first_key = np.arange(query_blocks)[:, None] * query_block, np.arange(key_blocks)[None] * key_block
     complete = first_key + key_block <= first_query
     return complete, (first_key < first_query + query_block) & ~complete
@@ -135,7 +135,8 @@ def select_blocks(
     if count is not None:
         taken &= numbers < count
     if mass is not None and check_float("mass", mass, least=0, most=1) < 1:
-        shares = jnp.take_along_axis(_masked_softmax(scores, eligible), order, -1)
+        numerators, denominator, _ = softmax_parts(scores, eligible)
+        shares = jnp.take_along_axis(numerators / denominator, order, -1)
         taken &= (place == 0) | (jnp.cumsum(shares, axis=-1) - shares < mass)
     if threshold is not None:
         sorted_scores = jnp.take_along_axis(scores, order, -1)
@@ -157,15 +158,6 @@ def _check_broadcasts(name: str, mask: Any, shape: tuple[int, ...]) -> None:
     if not fits:
         given = shape_text(mask) if hasattr(mask, "dtype") else shown(mask)
         raise (ValueError if is_mask else TypeError)(f"{name}: got {given}; need bool that broadcasts to {list(shape)}")
-
-
-def _masked_softmax(scores: Array, eligible: Array) -> Array:
-    """0 where not eligible, also in rows in which none is."""
-    logits = jnp.where(eligible, scores, -jnp.inf)
-    largest = jnp.max(logits, axis=-1, keepdims=True)
-    numerators = jnp.exp(logits - jnp.where(jnp.isfinite(largest), largest, 0))
-    total = numerators.sum(-1, keepdims=True)
-    return numerators / jnp.where(total == 0, 1, total)
 
 
 # --- Scores -----------------------------------------------------------------------------------------------------------

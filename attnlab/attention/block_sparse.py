@@ -38,6 +38,7 @@ from attnlab.attention._shared.checks import (
     check_array,
     check_block,
     check_bool,
+    check_dividing_blocks,
     check_dtype,
     check_floating,
     check_int,
@@ -654,9 +655,8 @@ def block_sparse_step(
     check_prompt(key, value, cache.key, cache.value, None)
     check_position("cache.length", cache.length, query.shape[0])
     key_block, slots = _key_block(cache), cache.key.shape[1]
-    query_block, first = check_block("query_block", query_block), check_int("first", first, least=0, most=2**31 - 1)
-    divides = max(query_block, key_block) % min(query_block, key_block) == 0
-    require(divides, "query_block", query_block, f"need one of it and key_block, {key_block}, to divide the other")
+    query_block, _ = check_dividing_blocks(query_block, key_block)
+    first = check_int("first", first, least=0, most=2**31 - 1)
     factor, heads = default_scale(scale, query.shape[-1]), query.shape[2]
     own_blocks = jnp.arange(min(max(1, query_block // key_block), cache.representative.shape[1]))
 

@@ -47,6 +47,14 @@ def check_block(name: str, value: Any) -> int:
     return check_int(name, value, least=1, most=2**31 - 1)
 
 
+def check_dividing_blocks(query_block: Any, key_block: Any) -> tuple[int, int]:
+    """Tokens in a block of queries and of keys, one of which divides the other."""
+    query_block, key_block = check_block("query_block", query_block), check_block("key_block", key_block)
+    divides = max(query_block, key_block) % min(query_block, key_block) == 0
+    require(divides, "query_block", query_block, f"need one of it and key_block, {key_block}, to divide the other")
+    return query_block, key_block
+
+
 def check_ints(name: str, value: Any, *, least: int = 1, layout: tuple[str, ...] = ()) -> Any:
     """An option per axis: an int, or a tuple of ints (a list as well), each at least `least`.
 

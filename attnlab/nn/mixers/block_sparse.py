@@ -8,7 +8,7 @@ import numpy as np
 
 import attnlab.attention as attention
 from attnlab.attention import block_selection
-from attnlab.attention._shared.checks import check_int, require
+from attnlab.attention._shared.checks import check_dividing_blocks, check_int
 from attnlab.nn.mixers.base import Attention, flat
 
 Array = jax.Array
@@ -36,9 +36,8 @@ class BlockSparseAttention(Attention):
         self.query_block = check_int("query_block", query_block, least=1)
         self.key_block = check_int("key_block", key_block, least=1)
         self.count, self.first = check_int("count", count, least=1), check_int("first", first, least=0)
-        divides = max(self.query_block, self.key_block) % min(self.query_block, self.key_block) == 0
-        allowed = f"need one of it and key_block, {self.key_block}, to divide the other"
-        require(divides or not self.is_causal, "query_block", query_block, allowed)
+        if self.is_causal:
+            check_dividing_blocks(self.query_block, self.key_block)
 
     def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
         shape, (query, key, value) = query.shape, (flat(heads) for heads in (query, key, value))
