@@ -34,8 +34,7 @@ Sees = Callable[[np.ndarray, np.ndarray], Any]
 
 # What a step does, as bits.
 FIRST, LAST, ACTIVE, FULL = (np.int32(2**bit) for bit in range(4))
-HEAD_BIT = np.int32(6)  # and above it the part of a key head's query heads; the bits between are a kernel's own
-BANK_BIT = np.int32(4)  # or, of a pattern with a bank, the bank's tile
+BANK_BIT = np.int32(4)  # and above it, of a pattern with a bank, the bank's tile; else these bits are a kernel's own
 
 
 class Visits(NamedTuple):
@@ -335,27 +334,6 @@ Pattern = Intervals | Boxes | SortedIntervals | AllPairs | BlockLists
 def lists_of(visited: np.ndarray, full: np.ndarray) -> tuple[Visits, Visits]:
     """bool [query tiles, key tiles], in which some query sees some key, and all see all -> (by_query, by_key)."""
     return _list_visits(visited, full), _list_visits(visited.T, full.T)
-
-
-def for_every_head(visits: Visits, group: int) -> Visits:
-    """A list's rows, each gone through once for every query head of a key head, or this many parts of them."""
-    if group == 1:
-        return visits
-    (rows, columns, flags) = (np.asarray(x) for x in visits)
-    first, last = (flags & flag != 0 for flag in (FIRST, LAST))
-    parts: list[list[np.ndarray]] = []
-    for numbers in zip(rows, columns, flags, first, last, strict=True):
-        row, column, flag, begins, ends = numbers
-        order, heads = [], []
-        for a, b in zip(np.flatnonzero(begins), np.flatnonzero(ends), strict=True):
-            order.append(np.tile(np.arange(a, b + 1), group))
-            heads.append(np.repeat(np.arange(group), b + 1 - a))
-        steps, head = np.concatenate(order), np.concatenate(heads)
-        bits = flag[steps] & ~(FIRST | LAST)
-        bits |= np.where(begins[steps] & (head == 0), FIRST, 0)
-        bits |= np.where(ends[steps] & (head == group - 1), LAST, 0)
-        parts.append([row[steps], column[steps], bits | head << HEAD_BIT])
-    return Visits(*(np.stack(part).astype(np.int32) for part in zip(*parts, strict=True)))
 
 
 def _list_visits(visited: np.ndarray, full: np.ndarray) -> Visits:

@@ -76,8 +76,8 @@ def dot_product_attention(
       scale: factor on the logits; None means H ** -0.5.
       segment_ids: integers [B, T] when T = S, or a pair ([B, T], [B, S]). Queries see keys of their own segment.
       return_lse: return (out, lse).
-      implementation: None, "reference", "xla", "pallas_tpu" (bfloat16 or float32; no mask) or "pallas_gpu" (bfloat16 or
-        float16; a mask is a masks.Mask), both without bias.
+      implementation: None, "reference", "xla", "pallas_tpu" (bfloat16 or float32) or "pallas_gpu" (bfloat16 or
+        float16); both take a mask that is a masks.Mask, and no bias.
 
     Returns:
       out [B, T, N, V] in query's dtype; with return_lse also lse [B, T, N], float32 (float64 for float64 inputs),

@@ -14,7 +14,7 @@ import numpy as np
 from kernels_pallas.aot import schedule
 from kernels_pallas.aot.compile import GPUS, TOPOLOGIES, Grid, Row, compile_for_tpu
 from kernels_pallas.aot.peers import OTHERS
-from kernels_pallas.patterns import ACTIVE, FIRST, LAST, for_every_head
+from kernels_pallas.patterns import ACTIVE, FIRST, LAST
 from kernels_pallas.shapes import SHAPES, Shape
 from kernels_pallas.tpu import (
     banded_covariance,
@@ -33,13 +33,13 @@ def _grid(shape: Shape, blocks: tuple[int, int], heads: int, *, by_key: bool = F
     """Of a kernel that goes through the pairs of tiles with this many query heads in a step: first, bodies, last."""
     bodies, of_queries, of_keys = bodies_of(shape.pattern().tiled(*blocks), quarters=quarters)
     group = shape.heads // shape.key_heads
-    visits = for_every_head(of_keys, max(1, group // heads)) if by_key else of_queries
+    visits, parts = (of_keys, max(1, group // heads)) if by_key else (of_queries, 1)
     steps = shape.key_heads // max(1, heads // group) if by_key else shape.heads // heads
     first, last, active = (visits.flags & flag != 0 for flag in (FIRST, LAST, ACTIVE))
     of_bodies = np.bincount(body_of(visits.flags[active]), minlength=len(bodies))
-    runs = (np.count_nonzero(first), *of_bodies, np.count_nonzero(last))
+    runs = (np.count_nonzero(first), *(parts * of_bodies), np.count_nonzero(last))
     tiles = shape.heads * int(np.count_nonzero(of_queries.flags & ACTIVE))
-    return Grid(steps * visits.flags.size, tuple(steps * int(n) for n in runs), tiles)
+    return Grid(steps * parts * visits.flags.size, tuple(steps * int(n) for n in runs), tiles)
 
 
 def _vmem(module: Any, shape: Shape, blocks: tuple[int, int], heads: int) -> int:

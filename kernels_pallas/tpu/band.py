@@ -15,15 +15,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.patterns import (
     ACTIVE,
+    BANK_BIT,
     FIRST,
     FULL,
-    HEAD_BIT,
     LAST,
     BlockLists,
     Pattern,
     Tiling,
     Visits,
-    for_every_head,
 )
 from kernels_pallas.tpu.common import (
     LANES,
@@ -76,8 +75,6 @@ def refusal(
 
     default_blocks, footprint: the kernel's table of blocks and its VMEM model.
     """
-    if isinstance(pattern, BlockLists):
-        return "serves no lists of tiles"
     dtype = jnp.dtype(query.dtype)
     if dtype not in (jnp.bfloat16, jnp.float32) or not dtype == key.dtype == value.dtype:
         return f"needs query, key and value all bfloat16 or all float32, got {dtype}, {key.dtype} and {value.dtype}"
@@ -89,22 +86,32 @@ def refusal(
     for name, block in (("block_q", block_q), ("block_k", block_k)):
         if block < 1 or block % LANES:
             return f"needs {name} a positive multiple of {LANES}, got {block}"
+    if isinstance(pattern, BlockLists):
+        lists, sizes = pattern.columns.shape, (query.shape[0], key.shape[2], -(-query.shape[1] // block_q))
+        if lists[0] not in (1, sizes[0]) or lists[1] not in (1, sizes[1]) or lists[2] != sizes[2]:
+            return f"needs lists [1 or {sizes[0]}, 1 or {sizes[1]}, {sizes[2]}, places], got {list(lists)}"
     widths = padded_width(query.shape[-1]), padded_width(value.shape[-1])
     tables = 1 + (pattern.has_coordinates or segment_ids is not None)
-    needed = footprint(block_q, block_k, *widths, dtype, tables=tables)
+    needed = footprint(block_q, block_k, *widths, dtype, tables=tables) + _bank_bytes(pattern)
     if needed > VMEM_BUDGET:
         return (
             f"a tile of {block_q} queries x {block_k} keys at head dims {query.shape[-1]} and {value.shape[-1]} takes "
             f"{needed / 2**20:.1f} MiB of VMEM, more than {VMEM_BUDGET / 2**20:.0f} MiB"
         )
-    # The gradients of keys go through the pairs once for every query head of a key head.
-    pairs = pattern.num_pairs(block_q, block_k) * (query.shape[2] // key.shape[2])
+    pairs = pattern.num_pairs(block_q, block_k)
+    if isinstance(pattern, BlockLists):  # of one list, as several calls can share them; by key each row has one more
+        pairs = math.prod(pattern.columns.shape[2:]) + -(-key.shape[1] // block_k)
     if 3 * 4 * pairs > SMEM_BUDGET:
         return (
             f"the list of {pairs} pairs of tiles takes {12 * pairs / 2**10:.0f} KiB of scalar memory, more than "
             f"{SMEM_BUDGET / 2**10:.0f} KiB"
         )
     return None
+
+
+def _bank_bytes(pattern: Pattern) -> int:
+    """VMEM for a tile of a pattern's bank: two buffers, and what is read of them."""
+    return (2 + 4) * math.prod(pattern.blocks((0, 0))) if isinstance(pattern, BlockLists) else 0
 
 
 def heads_of_a_step(
@@ -125,10 +132,13 @@ def heads_of_a_step(
     widths = padded_width(query.shape[-1]), padded_width(value.shape[-1])
     tables = 1 + (pattern.has_coordinates or segment_ids is not None)
     heads, group = query.shape[2], query.shape[2] // key.shape[2]
+    has_own_lists = isinstance(pattern, BlockLists) and pattern.columns.shape[1] > 1  # those of a step share a list
     for some in range(_MOST_HEADS[jnp.dtype(query.dtype).itemsize], 1, -1):
         divides = heads % some == 0 and (some % group == 0 or group % some == 0)
         of_step = {"heads": some, "key_heads": max(1, some // group)}
-        if divides and footprint(*blocks, *widths, query.dtype, tables=tables, **of_step) <= VMEM_BUDGET:
+        if not divides or (has_own_lists and some > group):
+            continue
+        if footprint(*blocks, *widths, query.dtype, tables=tables, **of_step) + _bank_bytes(pattern) <= VMEM_BUDGET:
             return some
     return 1
 
@@ -165,17 +175,22 @@ class Band:
         self.key_width, self.value_width = padded_width(head_dim), padded_width(value_dim)
         self.padded_queries = round_up(self.num_queries, self.block_q)
         self.padded_keys = round_up(self.num_keys, self.block_k)
-        self.axes = tiling.starts.shape[1]
+        self.bank = tiling.bank
+        self.axes = 0 if self.bank is not None else tiling.starts.shape[1]
         self.bodies, self.by_query, self.by_key = bodies_of(tiling, segments=self.segments, quarters=quarters)
         # The table's rows that the kernels read.
         self.rows = [*range(0 if tiling.diagonals else 2 * self.axes), *([_SEGMENT] if self.segments else [])]
         # Queries in the padding copy the last one's interval, so that they do not spoil a full tile; keys in it have
         # a coordinate that nobody sees.
-        starts = tiling.starts - (tiling.starts - tiling.ends).clip(0)  # an empty interval begins where it ends
-        bounds = [x[:, axis] ^ _SIGN for axis in range(self.axes) for x in (starts, tiling.ends - starts)]
+        bounds: list[Any] = []
+        if self.bank is None:
+            starts = tiling.starts - (tiling.starts - tiling.ends).clip(0)  # an empty interval begins where it ends
+            bounds = [x[:, axis] ^ _SIGN for axis in range(self.axes) for x in (starts, tiling.ends - starts)]
         query_ids, key_ids = segment_ids or (None, None)
-        self.query_table = self._table(bounds, query_ids, self.padded_queries - self.num_queries, mode="edge")
-        self.key_table = None
+        self.query_table, self.key_table = None, None
+        if self.rows:
+            past = self.padded_queries - self.num_queries
+            self.query_table = self._table(bounds, query_ids, past, mode="edge")
         if tiling.coordinates is not None or self.segments:
             coordinates = tiling.coordinates
             rows = [] if coordinates is None else [coordinates[:, axis] for axis in range(self.axes)]
@@ -233,6 +248,8 @@ def bodies_of(tiling: Tiling, *, segments: bool = False, quarters: bool = True) 
     """
     bodies = [_whole(tiling, is_masked=segments), _whole(tiling, is_masked=True)]
     lists = tiling.by_query, tiling.by_key
+    if tiling.bank is not None:  # whose tiles the flags have
+        return bodies, *lists
     numbers: list[Any] = [(x.flags & FULL == 0).astype(np.int32) for x in lists]
     has_halves = tiling.block_q // 2 % LANES == tiling.block_k // 2 % LANES == 0
     is_known = isinstance(tiling.by_query.flags, np.ndarray) and tiling.coordinates is None
@@ -298,17 +315,21 @@ class Step(NamedTuple):
     flags: Array
     query_table: Any
     key_table: Any
+    bank: Any
     by_key: bool
 
 
 class Call:
-    """A kernel over a list of pairs of tiles, in a grid (batch, heads, steps).
+    """A kernel over lists of pairs of tiles, in a grid (batch, heads, steps); where key heads have lists of their own,
+    (batch x key heads, heads of one, steps).
 
     A step has `heads` query heads, some of one key head's or all of several key heads', and blocks with an axis of
     heads; without a number it has one, and blocks without that axis.
 
     By query, the list's rows are query tiles, and the grid goes over the query heads. By key, rows are key tiles, and
-    the grid goes over the key heads: a row goes over all query heads of its key heads, as the flags mark.
+    the grid goes over the key heads: each pair has a step for every part of its key head's query heads.
+
+    Lists that scalar memory does not hold at once are read by one call after the other.
     """
 
     def __init__(self, band: Band, *, by_key: bool, heads: int | None = None):
@@ -316,30 +337,59 @@ class Call:
         self.heads, self.key_heads = heads, None if heads is None else max(1, heads // band.group)
         # How many steps it takes to go over the query heads of a key head.
         self.parts = max(1, band.group // (heads or 1))
-        self.visits = for_every_head(band.by_key, self.parts) if by_key else band.by_query
+        self.turns = self.parts if by_key else 1
+        self.visits = band.by_key if by_key else band.by_query
+        self.list_heads = band.tiling.heads
         steps_of_heads = band.key_heads // (self.key_heads or 1) if by_key else band.heads // (heads or 1)
-        self.grid = (band.batch, steps_of_heads, self.visits.rows.shape[1])
-
-    def _index(self, b: Any, s: Any) -> Any:
-        """A step's index in the lists, which lie behind each other."""
         lists, steps = self.visits.rows.shape
-        return s if lists == 1 else b * np.int32(steps) + s
+        self.rows = band.batch * self.list_heads
+        self.grid = (self.rows, steps_of_heads // self.list_heads, steps * self.turns)
+        # Lists of a call: all, or as many as scalar memory holds.
+        self.lists = lists
+        if lists > 1 and 3 * 4 * lists * steps > SMEM_BUDGET:
+            held = max(1, SMEM_BUDGET // (3 * 4 * steps))
+            self.lists = next(some for some in range(min(held, self.rows), 0, -1) if self.rows % some == 0)
 
-    def _query(self, b: Any, n: Any, s: Any, rows: Any, columns: Any, flags: Any) -> tuple[Any, Any, Any]:
+    @property
+    def _is_cut(self) -> bool:
+        return self.lists < self.visits.rows.shape[0]
+
+    def _place(self, r: Any, n: Any, s: Any, lists: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+        """A step's row of the batch, block of heads, index in the lists, and part of the query heads."""
+        steps = self.visits.rows.shape[1]
+        b = r + lists[3][0] if self._is_cut else r
+        if self.list_heads > 1:
+            b, of_row = (each(b, np.int32(self.list_heads)) for each in (lax.div, lax.rem))
+            n += of_row * np.int32(self.grid[1])
+            r = of_row if not self._is_cut and self.lists < self.rows else r
+        s, part = (s, zero()) if self.turns == 1 else (each(s, np.int32(self.turns)) for each in (lax.div, lax.rem))
+        return b, n, s if self.visits.rows.shape[0] == 1 else r * np.int32(steps) + s, part
+
+    def _query(self, r: Any, n: Any, s: Any, *lists: Any) -> tuple[Any, Any, Any]:
         """(batch, block of heads, tile) of a step's queries."""
-        index = self._index(b, s)
+        b, n, index, part = self._place(r, n, s, lists)
+        rows, columns, *_ = lists
         if not self.by_key:
             return b, n, rows[index]
-        part = lax.shift_right_logical(flags[index], HEAD_BIT)
         return b, n * np.int32(self.parts) + part, columns[index]
 
-    def _key(self, b: Any, n: Any, s: Any, rows: Any, columns: Any, flags: Any) -> tuple[Any, Any, Any]:
+    def _key(self, r: Any, n: Any, s: Any, *lists: Any) -> tuple[Any, Any, Any]:
         """(batch, block of heads, tile) of a step's keys."""
-        index = self._index(b, s)
+        b, n, index, _ = self._place(r, n, s, lists)
+        rows, columns, *_ = lists
         if self.by_key:
             return b, n, rows[index]
-        tile = columns[index]
-        return b, lax.div(n, np.int32(self.parts)), tile
+        return b, lax.div(n, np.int32(self.parts)), columns[index]
+
+    def _of_bank(self) -> Any:
+        """Block of a bank [tiles, rows, columns]."""
+
+        def index(r: Any, n: Any, s: Any, *lists: Any) -> tuple[Any, ...]:
+            _, _, at, _ = self._place(r, n, s, lists)
+            return lax.shift_right_logical(lists[2][at], BANK_BIT), zero(), zero()
+
+        sides = (self.band.block_k, self.band.block_q) if self.by_key else (self.band.block_q, self.band.block_k)
+        return pl.BlockSpec((None, *sides), index)
 
     def _of_tokens(self, width: int, *, of_keys: bool) -> Any:
         """Block of an array [B, N, T', width] or [B, K, S', width]."""
@@ -400,9 +450,13 @@ class Call:
         band = self.band
         scalar = pl.BlockSpec((1, 1), lambda *_: (zero(), zero()), memory_space=pltpu.SMEM)
         given = [(jnp.asarray(scale, jnp.float32).reshape(1, 1), scalar)]
-        given.append((band.query_table, self._of_table(band.query_table, band.block_q, self._query)))
+        if band.query_table is not None:
+            given.append((band.query_table, self._of_table(band.query_table, band.block_q, self._query)))
         if band.key_table is not None:
             given.append((band.key_table, self._of_table(band.key_table, band.block_k, self._key)))
+        if band.bank is not None:
+            bank = jnp.asarray(band.bank.swapaxes(1, 2) if self.by_key else band.bank)
+            given.append((bank, self._of_bank()))
         if numbers is not None:
             given.append((numbers, self._of_numbers(numbers.shape[2])))
         given += [(x, self._of_tokens(x.shape[-1], of_keys=of_keys)) for x, of_keys in tokens]
@@ -415,37 +469,67 @@ class Call:
             of_step = self.heads or 1
             shapes.append(((band.batch, heads // of_step, of_step, length), jnp.float32))
             out_specs.append(self._of_numbers(of_step))
-        over = varying(*arrays)
+        visits = [jnp.asarray(x, jnp.int32) for x in self.visits]
+        over = varying(*visits, *arrays)
+        # Of several calls each writes its rows of the results of the one before.
+        so_far = [pl.BlockSpec(memory_space=pl.ANY)] * (len(shapes) if self._is_cut else 0)
 
-        def body(rows: Any, columns: Any, flags: Any, scale: Any, query_table: Any, *refs: Any) -> None:
-            index = self._index(pl.program_id(0), pl.program_id(2))
-            row, column = rows[index], columns[index]
-            query_tile, key_tile = (column, row) if self.by_key else (row, column)
-            key_table, *refs = refs if band.key_table is not None else (None, *refs)  # type: ignore[assignment]
-            kernel(Step(query_tile, key_tile, flags[index], query_table, key_table, self.by_key), scale, *refs)
+        def body(*refs: Any) -> None:
+            lists, (scale, *refs) = refs[: 3 + self._is_cut], refs[3 + self._is_cut :]  # type: ignore[assignment]
+            rows, columns, flags, *_ = lists
+            r, n, s = map(pl.program_id, range(3))
+            _, _, index, part = self._place(r, n, s, lists)
+            query_tile, key_tile, marks = rows[index], columns[index], flags[index]
+            if self.by_key:
+                query_tile, key_tile = key_tile, query_tile
+            if self.turns > 1:
+                marks = jnp.where(part == 0, marks, marks & ~FIRST)
+                marks = jnp.where(part == self.turns - 1, marks, marks & ~LAST)
+            given, rest = list(refs[: len(arrays) - 1]), refs[len(arrays) - 1 + len(so_far) :]
+            tables = (band.query_table, band.key_table, band.bank)
+            query_table, key_table, bank = (None if table is None else given.pop(0) for table in tables)
+            kernel(Step(query_tile, key_tile, marks, query_table, key_table, bank, self.by_key), scale, *given, *rest)
 
         pairs = math.prod(self.grid) * (self.heads or 1) * band.block_q * band.block_k
         written = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in shapes)
-        return pl.pallas_call(
+        calls = self.rows // self.lists if self._is_cut else 1
+        prefetched = 3 + self._is_cut
+        call = pl.pallas_call(
             body,
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=3,
-                grid=self.grid,
-                in_specs=in_specs,
+                num_scalar_prefetch=prefetched,
+                grid=(self.grid[0] // calls, *self.grid[1:]),
+                in_specs=[*in_specs, *so_far],
                 out_specs=out_specs,
                 scratch_shapes=scratch,
             ),
             out_shape=[jax.ShapeDtypeStruct(*shape, manual_axis_type=over) for shape in shapes],
+            input_output_aliases={prefetched + len(arrays) + number: number for number in range(len(so_far))},
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BUDGET
             ),
             cost_estimate=pl.CostEstimate(
-                flops=2 * pairs * sum(products),
-                transcendentals=pairs,
-                bytes_accessed=sum(map(self._read, tokens)) + written,
+                flops=2 * pairs * sum(products) // calls,
+                transcendentals=pairs // calls,
+                bytes_accessed=(sum(map(self._read, tokens)) + written) // calls,
             ),
             name=name,
-        )(*(jnp.asarray(x, jnp.int32).ravel() for x in self.visits), *arrays)
+        )
+        if not self._is_cut:
+            return call(*(x.ravel() for x in visits), *arrays)
+        if len(visits[0]) < self.rows:  # the same for all rows of the batch
+            visits = [jnp.tile(x, (band.batch, 1)) for x in visits]
+
+        def rows_of_a_call(results: Any, now: Any) -> tuple[Any, None]:
+            first, *lists = now
+            return list(call(*lists, first, *arrays, *results)), None
+
+        # Inside shard_map what a scan carries must vary over the mesh axes that its inputs vary over.
+        nothing: Any = sum(jnp.zeros_like(x, shape=(), dtype=jnp.float32) for x in (*visits, *arrays))
+        results = [jnp.broadcast_to(nothing.astype(dtype), shape) for shape, dtype in shapes]
+        first = self.lists * jnp.arange(calls, dtype=jnp.int32)[:, None]
+        results, _ = lax.scan(rows_of_a_call, results, (first, *(x.reshape(calls, -1) for x in visits)))
+        return results
 
 
 # --- Inside a kernel --------------------------------------------------------------------------------------------------
@@ -455,8 +539,10 @@ def has(flags: Array, flag: np.int32) -> Array:
     return lax.bitwise_and(flags, flag) != 0
 
 
-def body_of(flags: Any) -> Any:
+def body_of(flags: Any, *, has_bank: bool = False) -> Any:
     """The number of the body of a step with these flags."""
+    if has_bank:
+        return (flags & FULL == 0).astype(np.int32)
     return flags >> _BODY_BIT & np.int32(_MOST_BODIES - 1)
 
 
@@ -470,7 +556,7 @@ def is_last(step: Step) -> Array:
 
 def visit(band: Band, step: Step, accumulate: Callable[[Body], None]) -> None:
     """Runs accumulate(body) with what is to be computed of the pair, if it is looked at."""
-    active, body_number = has(step.flags, ACTIVE), body_of(step.flags)
+    active, body_number = has(step.flags, ACTIVE), body_of(step.flags, has_bank=band.bank is not None)
     for number, body in enumerate(band.bodies):
         pl.when(active & (body_number == number))(functools.partial(accumulate, body))
 
@@ -542,6 +628,9 @@ def _visible(band: Band, step: Step, queries: slice, keys: slice, of_queries: Se
         if tiling.sinks:
             inside |= coordinate < jnp.minimum(np.int32(tiling.sinks), start + width)
         parts.append(inside)
+    if band.bank is not None:
+        tile = step.bank[(keys, queries) if step.by_key else (queries, keys)]
+        parts.append(tile.astype(jnp.int32) != 0)
     if band.segments:
         parts.append(of_queries[-1] == of_key(_SEGMENT))
     return functools.reduce(jnp.logical_and, parts)

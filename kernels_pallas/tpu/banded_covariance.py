@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.patterns import Pattern
+from kernels_pallas.patterns import BlockLists, Pattern
 from kernels_pallas.tpu import common
 from kernels_pallas.tpu.band import (
     Band,
@@ -74,6 +74,8 @@ def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype:
 
 def refusal(query: Any, key: Any, value: Any, *, pattern: Pattern) -> str | None:
     """Why the kernels cannot serve these arguments (arrays may be shape structs), or None if they can."""
+    if isinstance(pattern, BlockLists):
+        return "serves no lists of tiles"
     return band_refusal(query, key, value, pattern=pattern, default_blocks=default_blocks, footprint=vmem_bytes)
 
 

@@ -73,8 +73,7 @@ def test_calls_without_a_mask_that_a_card_has_checked_are_no_word_for_those_with
     (chosen,) = explain(dot_product_attention, half, half, half)
     assert chosen.by_platform["cuda"] == "pallas_gpu"
     (chosen,) = explain(dot_product_attention, half, half, half, mask=masks.causal())
-    assert dict(chosen.by_platform) == {"every platform": "xla"}
-    assert chosen.refused == {"pallas_tpu": "has no mask"}
+    assert dict(chosen.by_platform) == {"tpu": "pallas_tpu", "elsewhere": "xla"}
     assert "pallas_gpu" in chosen.no_default
 
 

@@ -20,7 +20,6 @@ from kernels_pallas.patterns import (
     BANK_BIT,
     FIRST,
     FULL,
-    HEAD_BIT,
     LAST,
     AllPairs,
     BlockLists,
@@ -302,23 +301,6 @@ def test_a_long_band_has_a_small_bank_and_is_asked_for_tile_by_tile():
     assert pattern.columns.shape == (1, 1, 32, 4)
     assert pattern.bank.shape == (3, 128, 128)
     assert pattern.tiled(128, 128).by_query.rows.shape == (1, pattern.num_pairs(128, 128))
-
-
-def test_a_row_is_gone_through_for_every_head():
-    visited = np.array([[True, True, False], [False, False, False], [False, True, True]])
-    visits, _ = patterns.lists_of(visited, visited)
-    assert patterns.for_every_head(visits, 1) is visits
-    rows, columns, flags = (x[0] for x in patterns.for_every_head(visits, 2))
-    heads = flags >> HEAD_BIT
-    assert list(zip(rows.tolist(), heads.tolist(), columns.tolist())) == [
-        *[(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)],
-        *[(1, 0, 0), (1, 1, 0)],
-        *[(2, 0, 1), (2, 0, 2), (2, 1, 1), (2, 1, 2)],
-    ]
-    first, last, active = ((flags & bit) != 0 for bit in (FIRST, LAST, ACTIVE))
-    assert np.flatnonzero(first).tolist() == [0, 4, 6]
-    assert np.flatnonzero(last).tolist() == [3, 5, 9]
-    assert np.flatnonzero(~active).tolist() == [4, 5]
 
 
 def test_patterns_belong_to_no_backend():

@@ -32,7 +32,11 @@ def _call(
     def blocked(query: Array, key: Array, value: Array, segments: Any, scale: Any) -> Any:
         return xla(query, key, value, None, None, segments, is_causal=is_causal, scale=scale, predicate=predicate)
 
-    pattern = _pattern(query.shape[1], key.shape[1], is_causal, predicate)
+    queries, keys = query.shape[1], key.shape[1]
+    if predicate is None:
+        pattern = window_pattern(queries, keys, is_causal=is_causal)
+    else:
+        pattern = mask_lists(queries, keys, is_causal, predicate, _tile(backend))
     return banded_attention(blocked, query, key, value, segments, scale=scale, pattern=pattern, backend=backend)
 
 
@@ -51,26 +55,25 @@ def _refusal(
 ) -> str | None:
     for name, given in (("bias", bias), ("mask", mask)):
         if given is not None:
-            return f"has no {name}" + " that is an array" * (backend == "gpu" and name == "mask")
+            return f"has no {name}" + " that is an array" * (name == "mask")
     queries, keys = query.shape[1], key.shape[1]
-    if predicate is not None and backend == "tpu":
-        return "has no mask"
     reason = banded_refusal(query, key, value, segments, window_pattern(queries, keys, is_causal=is_causal), backend)
     if predicate is None or reason is not None:
         return reason
-    if (reason := mask_refusal(queries, keys, is_causal, predicate)) is not None:
+    of_mask = queries, keys, is_causal, predicate, _tile(backend)
+    if (reason := mask_refusal(*of_mask)) is not None:
         return reason
-    return banded_refusal(query, key, value, segments, mask_lists(queries, keys, is_causal, predicate), backend)
+    return banded_refusal(query, key, value, segments, mask_lists(*of_mask), backend)
 
 
-def mask_refusal(queries: int, keys: int, is_causal: bool, predicate: masks.Mask) -> str | None:
+def mask_refusal(queries: int, keys: int, is_causal: bool, predicate: masks.Mask, tile: tuple[int, int]) -> str | None:
     """Why there are no mask_lists."""
     if queries * keys > _MOST_PAIRS:
         return f"serves masks of up to {_MOST_PAIRS} pairs of a query and a key, got {queries * keys}"
     from kernels_pallas.patterns import LargeBank
 
     try:
-        mask_lists(queries, keys, is_causal, predicate)
+        mask_lists(queries, keys, is_causal, predicate, tile)
     except jax.errors.TracerArrayConversionError:
         return "needs a mask that reads no arrays of the program"
     except LargeBank as error:
@@ -78,16 +81,18 @@ def mask_refusal(queries: int, keys: int, is_causal: bool, predicate: masks.Mask
     return None
 
 
-def _pattern(queries: int, keys: int, is_causal: bool, predicate: masks.Mask | None) -> Any:
-    if predicate is None:
-        return window_pattern(queries, keys, is_causal=is_causal)
-    return mask_lists(queries, keys, is_causal, predicate)
+def _tile(backend: str) -> tuple[int, int]:
+    """Of a mask's lists, queries and keys. On a TPU a step costs more, and larger tiles leave out fewer pairs."""
+    if backend == "tpu":
+        return 256, 256
+    from kernels_pallas.gpu.band import TILE
+
+    return TILE, TILE
 
 
 @functools.lru_cache(maxsize=16)  # a call needs them twice: to be served, and to run
-def mask_lists(queries: int, keys: int, is_causal: bool, predicate: masks.Mask) -> Any:
-    """patterns.BlockLists of a mask, in the GPU kernels' tiles."""
-    from kernels_pallas.gpu.band import TILE
+def mask_lists(queries: int, keys: int, is_causal: bool, predicate: masks.Mask, tile: tuple[int, int]) -> Any:
+    """patterns.BlockLists of a mask, in tiles of so many queries and keys."""
     from kernels_pallas.patterns import BlockLists
 
     seen = predicate & masks.causal() if is_causal else predicate
@@ -96,7 +101,7 @@ def mask_lists(queries: int, keys: int, is_causal: bool, predicate: masks.Mask) 
         with jax.ensure_compile_time_eval():
             return seen.sees((query,), (key,))
 
-    return BlockLists.of(sees, queries, keys, TILE, TILE)
+    return BlockLists.of(sees, queries, keys, *tile)
 
 
 KERNELS = on_backends(_call, _refusal)

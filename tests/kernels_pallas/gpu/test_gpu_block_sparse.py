@@ -67,3 +67,15 @@ def test_what_is_refused(on_gpu):
     }.items():
         with pytest.raises(ValueError, match=reason):
             on_gpu(call)
+
+
+def test_lists_of_a_large_call_lower():
+    query, key = (jax.ShapeDtypeStruct((8, 2**15, heads, 128), jnp.bfloat16) for heads in (32, 8))
+    lists = jax.ShapeDtypeStruct((8, 8, 256, 16), jnp.int32)
+
+    def loss(query, key, value, lists):
+        sizes = {"query_block": 128, "key_block": 128, "is_causal": True, "implementation": "pallas_gpu"}
+        return block_sparse_attention(query, key, value, lists, **sizes).astype(jnp.float32).sum()
+
+    lowered = jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2))), platforms=["cuda"])(query, key, key, lists)
+    assert lowered.mlir_module_serialized.count(b"mosaic_gpu") >= 3
