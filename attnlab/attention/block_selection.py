@@ -272,6 +272,49 @@ def chunk_scores(query: Array, key: Array, starts: Array) -> Array:
     return jnp.einsum("BTKGH,BCKH->BTC", grouped, summed)
 
 
+def connectivity_scores(
+    queries: Array,
+    keys: Array,
+    down: Array,
+    up: Array,
+    *,
+    coefficients: int,
+    threshold: float,
+    scale: float | Array | None = None,
+) -> Array:
+    """[B, N, T, S] of (top(softmax_r(scale q_t . sum_s k_s P_sr)) |W|^T)_ts, sums of a few learned maps of weights.
+
+    Sparsifiner (Wei et al. 2023): a budget of keys a query is `select_blocks` of these, in blocks of one token.
+
+    Args:
+      queries: [B, T, N, D]; keys: [B, S, K, D], such as projections to few channels. K divides N.
+      down: P, [S, R]. up: W, [S, R], whose numbers of at most `threshold` in size count as 0. Both tie S to one length.
+      coefficients: of the R maps, how many a query takes; the others count 0.
+      scale: default D ** -0.5; the released code has the number of heads ** -0.5.
+
+    Differentiable, but for which coefficients are taken. Not causal.
+
+    Complexity: O((T + S) R D) time a head for the coefficients, O(T S R) for the maps.
+    """
+    check_array("queries", queries, (None,) * 4, "[batch, tokens, heads, width]")
+    batch, _, heads, width = queries.shape
+    check_array("keys", keys, (batch, None, None, width), "[batch, keys, key heads, width]")
+    for name, array in (("queries", queries), ("keys", keys), ("down", down), ("up", up)):
+        check_floating(name, array)
+    require(heads % max(keys.shape[2], 1) == 0, "keys", shape_text(keys), f"need key heads that divide {heads}")
+    check_array("down", down, (keys.shape[1], None), "[keys, maps]")
+    check_array("up", up, (keys.shape[1], down.shape[1]), "[keys, maps]")
+    coefficients = check_int("coefficients", coefficients, least=1, most=down.shape[1])
+    threshold = check_float("threshold", threshold, least=0)
+    dtype = accumulator_dtype(queries, keys, down, up)
+    maps = jnp.einsum("BSKD,SR->BRKD", keys.astype(dtype), down)
+    shares = jax.nn.softmax(pooled_scores(queries, maps, scale), axis=-1)
+    _, taken = lax.top_k(lax.stop_gradient(shares), coefficients)
+    is_taken = jax.nn.one_hot(taken, shares.shape[-1], dtype=dtype).sum(-2)
+    size = jnp.abs(up)
+    return jnp.einsum("BNTR,SR->BNTS", shares * is_taken, jnp.where(size > threshold, size, 0))
+
+
 def tree_blocks(
     queries: Array,
     key: Array,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 from marks import slow_but
 
 import attnlab as A
@@ -94,6 +95,26 @@ def test_vectors_of_the_gate_and_its_training():
     np.testing.assert_allclose(kl, data["kl"], atol=1e-12)
     for got, name in zip(gradients, ("grad_weight_query", "grad_weight_key")):
         np.testing.assert_allclose(got, data[name], atol=1e-12)
+
+
+def test_vectors_of_learned_maps():
+    data = vectors("connectivity")
+    queries, keys = (data[name] @ data[f"weight_{name}"] + data[f"bias_{name}"] for name in ("query", "key"))
+    sizes = {"coefficients": data["coef_topk"], "threshold": data["basis_threshold"], "scale": data["predictor_scale"]}
+
+    def scores(queries, keys, down, up):
+        return selection.connectivity_scores(queries, keys, down, up, **sizes)
+
+    given = queries, keys, data["down"], data["up"]
+    approximate = jax.jit(scores)(*given)
+    np.testing.assert_allclose(approximate, data["approximate"], atol=1e-12)
+    check_grads(jax.jit(lambda *given: jnp.sin(scores(*given))), given, 1, modes=["rev"], atol=1e-6, rtol=1e-6)
+    # A budget of keys, but for the first row; in blocks of one token.
+    length = queries.shape[1]
+    lists = selection.select_blocks(approximate, eligible=np.ones((1, 1), bool), count=data["budget"])
+    visible = np.array(selection.block_mask_of(lists, length))
+    visible[:, :, 0] = True
+    np.testing.assert_array_equal(visible, data["visible"])
 
 
 def test_vectors_of_chunks():

@@ -262,3 +262,32 @@ def test_statistics(name):
             return A.block_statistics(query, data["key"], lse, reduce="sum", **sizes).sum()
 
         assert (np.asarray(jax.grad(loss)(data["query"])) == 0).all()
+
+
+def test_a_dynamic_mask_is_a_list_and_a_bias_for_each_token():
+    """DMA (Shi et al. 2025): the keys of the largest bias among those a token may see, and the bias on their logits."""
+    data = vectors("dynamic_mask")
+    batch, length, key_heads, _ = data["key"].shape
+    causal = np.tri(length, dtype=bool)
+
+    def loss(given):
+        gates = jax.nn.softplus(given["value"].reshape(batch, length, -1) @ given["weight"])
+        bias = jnp.exp(given["a"] * gates).swapaxes(1, 2)[:, :, None]
+        scores = jnp.broadcast_to(bias, (batch, key_heads, length, length))
+        lists = A.block_selection.select_blocks(scores, eligible=causal, count=data["width"])
+        places = jnp.take_along_axis(scores, jnp.maximum(lists, 0), -1)
+        tokens = (given[name] for name in ("query", "key", "value"))
+        out, lse = A.block_sparse_attention(
+            *tokens, lists, query_block=1, key_block=1, block_bias=places, is_causal=True, return_lse=True
+        )
+        return (out * data["cotangent_out"]).sum(), (bias, lists, out, lse)
+
+    with jax.enable_x64(True):
+        given = {name: data[name] for name in ("query", "key", "value", "weight", "a")}
+        gradients, (bias, lists, out, lse) = jax.jit(jax.grad(loss, has_aux=True))(given)
+        np.testing.assert_allclose(bias, data["key_bias"], atol=1e-12)
+        np.testing.assert_array_equal(A.block_selection.block_mask_of(lists, length), data["visible"])
+        np.testing.assert_allclose(out, data["out"], atol=1e-12)
+        np.testing.assert_allclose(lse, data["lse"], atol=1e-12)
+        for name, gradient in gradients.items():
+            np.testing.assert_allclose(gradient, data[f"grad_{name}"], atol=1e-10, err_msg=name)
