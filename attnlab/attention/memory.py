@@ -346,10 +346,10 @@ def _check_state(name: str, state: Any, weights: Weights, batch: int, options: _
     for field, needed in needs.items():
         arrays, where = getattr(state, field), f"{name}.{field}"
         of_call = f"need {'a dict by weight' if needed else 'None'}, as init_memory_cache gives it with this call's"
-        require((arrays is not None) == needed, where, shown(type(arrays).__name__), f"{of_call} options")
+        require((arrays is not None) == needed, where, type(arrays).__name__, f"{of_call} options")
         if needed:
             is_dict = isinstance(arrays, dict) and set(arrays) == set(weights)
-            require(is_dict, where, shown(type(arrays).__name__), f"need a dict of {sorted(weights)}")
+            require(is_dict, where, type(arrays).__name__, f"need a dict of {sorted(weights)}")
             for key, weight in weights.items():
                 check_array(f"{where}[{key!r}]", arrays[key], (batch, *weight.shape), "[B, N, in, out]")
 

@@ -137,7 +137,7 @@ def _projected(project: Project, weight: Array, start: Array) -> Array:
 def check_weights(weights: Any, heads: int | None = None) -> None:
     """A dict of [N, in, out], all of N heads."""
     if not isinstance(weights, dict):
-        raise TypeError(f"weights: got {shown(type(weights).__name__)}; need a dict of arrays [N, in, out] by name")
+        raise TypeError(f"weights: got {type(weights).__name__}; need a dict of arrays [N, in, out] by name")
     require(bool(weights), "weights", "an empty dict", "need at least one array [N, in, out]")
     for name, weight in weights.items():
         if not isinstance(name, str):
