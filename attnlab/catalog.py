@@ -139,6 +139,26 @@ def _block_sparse(query: Any, key: Any, value: Any, blocks: Any = None, *, place
     return attnlab.block_sparse_attention(query, key, value, blocks, **options)
 
 
+def _memory_gates(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    # Keys here have a squared length of about head_dim, and chunks of them diverge where their rates are larger.
+    gates = (sizes.batch, *sizes.space, sizes.heads)
+    rate = 0.2 / sizes.head_dim * rng.uniform(size=gates)
+    # From nothing the memory is linear in the values.
+    weights = np.zeros((sizes.heads, sizes.head_dim, sizes.value_dim))
+    return {"weights": weights, "rate": rate, "momentum": 0.8 * rng.uniform(size=gates), **_decay(rng, sizes)}
+
+
+def _memory_rate(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    return {name: x for name, x in _memory_gates(rng, sizes).items() if name in ("weights", "rate")}
+
+
+@functools.wraps(attnlab.memory_attention)
+def _memory(query: Any, key: Any, value: Any, weights: Any, **options: Any) -> Any:
+    """With the one weight of a linear memory."""
+    weights = {"w": weights} if hasattr(weights, "shape") else weights
+    return attnlab.memory_attention(query, key, value, weights, **options)
+
+
 def _linear(**row: Any) -> Mechanism:
     return Mechanism(attnlab.linear_attention, **{"is_causal": True, **row})
 
@@ -184,6 +204,20 @@ MECHANISMS: dict[str, Mechanism] = {
     "linear, decay per channel": _linear(arrays=_channel_decay),
     "linear, delta rule": _linear(arrays=_strength),
     "linear, gated delta rule": _linear(arrays=_gates),
+    "memory": Mechanism(
+        _memory,
+        {"chunk_size": 4},
+        large=lambda length: {"chunk_size": 64},
+        arrays=_memory_gates,
+        is_causal=True,
+    ),
+    "memory, per chunk": Mechanism(
+        _memory,
+        {"objective": "dot", "per": "chunk", "chunk_size": 4},
+        large=lambda length: {"chunk_size": 64},
+        arrays=_memory_rate,
+        is_causal=True,
+    ),
     "routing, strict": Mechanism(
         attnlab.routing_attention,
         {"window": 4, "is_causal": True},

@@ -85,6 +85,17 @@ MIXERS = {
     "agent_grouped": Mixer(
         nn.AgentAttention, {"agents": 4, "num_key_heads": 2, "residual_convolution": 0}, state_sizes=(96, 96, 96)
     ),
+    "memory": Mixer(nn.MemoryAttention, {"chunk_size": 4}, state_sizes=(384, 384, 384)),
+    "memory_linear": Mixer(
+        nn.MemoryAttention,
+        {"memory": "linear", "chunk_size": 1, "num_key_heads": 2, "value_dim": 3, "momentum": False},
+        state_sizes=(48, 48, 48),
+    ),
+    "memory_per_chunk": Mixer(
+        nn.MemoryAttention,
+        {"memory": "swiglu", "objective": "dot", "per": "chunk", "chunk_size": 4, "project": "norm", "hidden": 3},
+        state_sizes=(440, 440, 440),
+    ),
     "routing": Mixer(nn.RoutingAttention, {"clusters": 3, "window": 4}, state_sizes=(288, 384, 384), kernels=FLASH),
     "routing_layer": Mixer(
         nn.RoutingAttention,

@@ -29,6 +29,8 @@ _centroids = _normal(HEADS, 3, HEAD_DIM)
 _STATE = A.RoutingState(_centroids, np.ones((HEADS, 3), np.float32), _centroids)
 _GATES = {"log_decay": -np.abs(_normal(BATCH, 6, HEADS)), "beta": np.abs(_normal(BATCH, 6, HEADS))}
 
+_MEMORY = {"weights": {"w": _normal(HEADS, HEAD_DIM, VALUE_DIM)}, "objective": "huber"}
+
 # Right values of parameters, which mean the same in every function.
 _BY_NAME = {
     "batch": BATCH,
@@ -101,6 +103,19 @@ _OWN = {
     "prefill_local_linear_cache": {
         "cache": A.init_local_linear_cache(BATCH, 4, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM, window=6),
         "window": 6,
+    },
+    "memory_attention": {
+        **_MEMORY,
+        "rate": np.full((BATCH, 6, HEADS), 0.1, np.float32),
+        "momentum": np.full((BATCH, 6, HEADS), 0.5, np.float32),
+        "log_decay": _GATES["log_decay"],
+        "threshold": np.ones((BATCH, 6, HEADS), np.float32),
+        "initial_state": A.init_memory_cache(BATCH, _MEMORY["weights"], momentum=True, chunk_size=4),
+    },
+    "init_memory_cache": {"weights": _MEMORY["weights"]},
+    "memory_step": {
+        **_MEMORY,
+        **{name: np.full((BATCH, 1, HEADS), x, np.float32) for name, x in (("rate", 0.1), ("threshold", 1.0))},
     },
     "lightning_log_decay": {"layer": 0, "num_layers": 2, "form": "code"},
 }

@@ -17,7 +17,7 @@ FEATURES, LENGTH, BATCH = 16, 13, 2
 # Rows that share most of their code with another one.
 VARIANTS = {
     *("grouped", "local_stride", "dilated_stride", "taylor", "retention", "gated", "delta", "agent_grouped"),
-    *("routing_layer", "local_linear_window", "parallax_window"),
+    *("routing_layer", "local_linear_window", "parallax_window", "memory_linear"),
 }
 # Rows whose projections and mechanism are in other ones, with more to them.
 PARTS = {"softmax", "local", "linear", "gla"}
@@ -63,7 +63,11 @@ def test_a_later_token_changes_nothing_before_it(name):
     assert np.all(np.any(changed[:, 7:8] != unchanged[:, 7:8], axis=-1))
 
 
-@pytest.mark.parametrize("name", slow_but(set(DECODING) - VARIANTS - PARTS, DECODING))
+# What is read of a memory is not linear in the values.
+WEIGHTED = [name for name in DECODING if not name.startswith("memory")]
+
+
+@pytest.mark.parametrize("name", slow_but(set(WEIGHTED) - VARIANTS - PARTS, WEIGHTED))
 def test_attention_weights_are_what_the_mechanism_applies_to_the_values(name):
     mixer, parameters, x, _ = causal(name)
 
@@ -86,8 +90,11 @@ def test_a_mixer_that_is_not_linear_in_its_values_has_no_weights():
 
     mixer = Bounded(FEATURES, is_causal=True)
     bound = nn.bind(mixer, nn.initialize(mixer, jax.random.key(0)))
-    weights = bound.attention_weights(jax.random.normal(jax.random.key(1), (BATCH, LENGTH, FEATURES)))
+    inputs = jax.random.normal(jax.random.key(1), (BATCH, LENGTH, FEATURES))
+    weights = bound.attention_weights(inputs)
     assert np.all(np.isnan(weights))
+    memory, parameters, *_ = causal("memory")
+    assert np.all(np.isnan(nn.bind(memory, parameters).attention_weights(inputs)))
     with pytest.raises(ValueError, match="mixers: got Bounded, which is not linear in its values; so no weights say"):
         check_weights("Bounded", weights)
 
@@ -328,6 +335,8 @@ def test_flops_count_the_pairs_that_are_seen():
     parallax = nn.ParallaxAttention(FEATURES, window=5, **options)
     pairs = sum(min(i + 1, 5) for i in range(LENGTH))
     assert parallax.flops((LENGTH,)) - projections == 8 * FEATURES * pairs + 2 * LENGTH * FEATURES**2
+    memory = nn.MemoryAttention(FEATURES, hidden=5, **options)
+    assert memory.flops((LENGTH,)) - projections == (6 + 8) * LENGTH * 4 * (FEATURES // 4) * 5
     agent = nn.AgentAttention(FEATURES, agents=3, residual_convolution=0, **options)
     assert agent.flops((LENGTH,)) - projections == 2 * 4 * FEATURES * 3 * LENGTH
     axial = nn.AxialAttention(FEATURES, axis=-1, is_causal=False)
@@ -353,6 +362,11 @@ def test_flops_count_the_pairs_that_are_seen():
             lambda: nn.RoutingAttention(16, is_causal=True, clusters=2, window=2, membership="global").init_cache(1, 4),
             'only "strict" decodes',
         ),
+        (lambda: nn.MemoryAttention(16, is_causal=False), "is_causal: got False; a memory reads"),
+        (lambda: nn.MemoryAttention(16, is_causal=True, value_dim=3), "value_dim: got 3; must be head_dim 4"),
+        (lambda: nn.MemoryAttention(16, is_causal=True, memory="linear", hidden=3), "hidden: got 3; must be None"),
+        (lambda: nn.MemoryAttention(16, is_causal=True, objective="huber"), "threshold: got None; need"),
+        (lambda: nn.MemoryAttention(16, is_causal=True, project="norm"), "project: got 'norm'; need per='chunk'"),
         (lambda: nn.AxialAttention(16, is_causal=True, axis=0), "has no causal form"),
         (lambda: nn.InlineAttention(16, is_causal=True), "has no causal form"),
         (lambda: nn.SoftmaxAttention(16, is_causal=False, convolution=4), "convolution: got 4 with is_causal=False"),

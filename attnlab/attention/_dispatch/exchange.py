@@ -1,9 +1,10 @@
 """A sequence over devices: what the part of each one needs of the others.
 
-A mechanism over parts of its positions goes one of five ways:
+A mechanism over parts of its positions goes one of six ways:
 
     halo       keys just before and after the part: `with_halo` (local, dilated; depthwise convolutions)
     carry      the state before the part, from all states that parts leave: `states_before` (linear, causal agent)
+    in turn    the state before the part, for which it waits: `in_turn` (memories, of which two parts are not joined)
     ring       the keys of every other part in turn: `around` (dot product, local linear, Parallax)
     re-shard   whole sequences of some heads or lines for parts of all: `swapped` (routing, axial)
     sums       totals over the parts, by lax.psum (agent, InLine, linear attention that is not causal)
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnlab.attention._dispatch.deferred import vary_alike
 from attnlab.attention._dispatch.mesh import automatic_axes, dividing, placement, shared
 
 Array = jax.Array
@@ -230,6 +232,10 @@ def by_device(kinds: Sequence[Any], function: Callable[..., Any], parts: Parts, 
 _MOST_GATHERED = 8  # parts whose passages are gathered at once; more are joined in log2 rounds
 
 
+def _choose(condition: Any, one: Any, other: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), one, other)
+
+
 def states_before(join: Callable[[Any, Any], Any], start: Any, own: Any, parts: Parts) -> tuple[Any, Callable[[], Any]]:
     """What comes before this part, and a function for what comes after the last one, on every device.
 
@@ -238,9 +244,6 @@ def states_before(join: Callable[[Any, Any], Any], start: Any, own: Any, parts: 
     """
     number = parts.number()
 
-    def choose(condition: Any, one: Any, other: Any) -> Any:
-        return jax.tree.map(lambda x, y: jnp.where(condition, x, y), one, other)
-
     if parts.many <= _MOST_GATHERED:
         every = as_one(lambda x: lax.all_gather(x, parts.names), own)
         so_far = [start]
@@ -248,19 +251,41 @@ def states_before(join: Callable[[Any, Any], Any], start: Any, own: Any, parts: 
             so_far.append(join(so_far[-1], jax.tree.map(operator.itemgetter(part), every)))
         before = jax.tree.map(lambda *xs: lax.dynamic_index_in_dim(jnp.stack(xs), number, keepdims=False), *so_far[:-1])
         return before, lambda: alike(so_far[-1], parts)
-    own = choose(number == 0, join(start, own), own)
+    own = _choose(number == 0, join(start, own), own)
     before, reach = as_one(functools.partial(moved, by=1, parts=parts), own), 1
     while reach < parts.many - 1:
         earlier = as_one(functools.partial(moved, by=reach, parts=parts), before)
-        before = choose(number > reach, join(earlier, before), before)
+        before = _choose(number > reach, join(earlier, before), before)
         reach *= 2
-    before = choose(number == 0, start, before)
+    before = _choose(number == 0, start, before)
 
     def after() -> Any:
-        end = choose(number == 0, own, join(before, own))
+        end = _choose(number == 0, own, join(before, own))
         return _of_last_part(end, parts)
 
     return before, after
+
+
+def in_turn(passed_on: Callable[[Any], Any], start: Any, parts: Parts) -> tuple[Any, Any]:
+    """What comes before this part, and on every device what comes after the last one, where two parts cannot be joined.
+
+    passed_on(before) -> after: pytrees of arrays [B, N, ...], by this part's tokens; it exchanges nothing. start: what
+    comes before the first part. Each device waits for the one before it: a permute per part, one after the other.
+    """
+    number = parts.number()
+
+    @jax.checkpoint
+    def turn(carry: tuple[Any, Any], now: Array) -> tuple[tuple[Any, Any], None]:
+        before, after = carry
+        came = _choose(number == 0, start, as_one(functools.partial(moved, by=1, parts=parts), after))
+        after = lax.cond(number == now, passed_on, lambda x: x, came)
+        return (_choose(number == now, came, before), after), None
+
+    leaves, tree = jax.tree.flatten(start)
+    *leaves, _ = vary_alike([*leaves, number])
+    start = jax.tree.unflatten(tree, leaves)
+    (before, after), _ = lax.scan(turn, (start, start), jnp.arange(parts.many))
+    return before, _of_last_part(after, parts)
 
 
 def alike(tree: Any, parts: Parts) -> Any:

@@ -181,6 +181,7 @@ def over_explicit_axes(
     finally:
         _given.reset(token)
     leaves, tree = jax.tree.flatten(out)
+    specs += specs[-1:] * (len(leaves) - len(specs))
     return jax.tree.unflatten(tree, [jax.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, specs)])
 
 

@@ -67,6 +67,13 @@ def decayed_products(query: Array, key: Array, log_decay: Array | None) -> Array
     return _by_doubling(log_decay, jnp.sum(query * key, axis=-1, keepdims=True), across)
 
 
+def products_between(factors: Array) -> Array:
+    """[B,N,C] -> [B,N,C,C] whose ij, j <= i, is f_{j+1} ... f_i, 1 on the diagonal, 0 above it. Nothing is divided, so
+    that factors of 0 have their derivatives."""
+    ones = jnp.ones_like(factors)[..., None]
+    return _by_doubling(factors[..., None], ones, lambda before, after: before * after.mT, join=jnp.multiply)
+
+
 @jax.custom_jvp
 def inverse_of_unit_lower(system: Array) -> Array:
     """(I + A)^-1 of strictly lower triangular A [B,N,C,C], by products of matrices: C^3 / 3 multiply-adds.
@@ -102,23 +109,30 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return inverse, -(inverse @ tangents[0] @ inverse)
 
 
-def _by_doubling(log_decay: Array, diagonal: Array, across: Callable[[Array, Array], Array]) -> Array:
+def _by_doubling(
+    gates: Array,
+    diagonal: Array,
+    across: Callable[[Array, Array], Array],
+    *,
+    join: Callable[[Array, Array], Array] = jnp.add,
+) -> Array:
     """A lower triangle [B,N,C,C] from its diagonal [B,N,C,1] in log2 C steps, each of which joins pairs of blocks.
 
-    The joint block's lower left corner is across(before, after) [B,N,pairs,m,m], with sums of log decay [B,N,pairs,m,F]
-    from the pair's middle up to each token of its second half, and from each token of its first half up to the middle.
-    Sums within blocks are all there is, so the cost is that of the last step, and nothing is subtracted.
+    The joint block's lower left corner is across(before, after) [B,N,pairs,m,m], with sums of gates [B,N,pairs,m,F]
+    from the pair's middle up to each token of its second half, and from each token of its first half up to the middle;
+    with products of them, where `join` is a product. Sums within blocks are all there is, so the cost is that of the
+    last step, and nothing is subtracted.
     """
-    length = log_decay.shape[-2]
+    length = gates.shape[-2]
     padded = 1 << (length - 1).bit_length() if length else 0
-    before = _pad(log_decay, padded)[..., None, :]
-    after = jnp.zeros_like(before)
+    before = _pad(gates, padded)[..., None, :]
+    after = jnp.zeros_like(before) if join is jnp.add else jnp.ones_like(before)
     square = _pad(diagonal, padded)[..., None, :]
     while square.shape[-1] < padded:
         (before1, before2), (after1, after2), (square1, square2) = map(_pairs, (before, after, square))
         square = _join_blocks(square1, across(before2, after1), square2)
-        before = jnp.concatenate([before1, before1[..., -1:, :] + before2], axis=-2)
-        after = jnp.concatenate([after1 + before2[..., -1:, :], after2], axis=-2)
+        before = jnp.concatenate([before1, join(before1[..., -1:, :], before2)], axis=-2)
+        after = jnp.concatenate([join(after1, before2[..., -1:, :]), after2], axis=-2)
     return square.reshape(*diagonal.shape[:-2], padded, padded)[..., :length, :length]
 
 
