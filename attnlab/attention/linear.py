@@ -11,7 +11,8 @@ g_t is a number per head or one per channel of the key. Published cases: linear 
 no decay, "elu", normalised), RetNet (Sun et al. 2023) and Lightning Attention (Qin et al. 2024) (constant decay),
 Mamba-2 (Dao and Gu 2024) (decay per token), GLA (Yang et al. 2023) (per channel), Based (Arora et al. 2024) ("taylor2",
 normalised), DeltaNet (Yang et al. 2024) (beta), Gated DeltaNet (Yang et al. 2024) (beta and decay), Kimi Delta
-Attention (Kimi 2025) (beta and decay per channel), RWKV-7 (Peng et al. 2025) (erase: r = kappa e^-g, w = a kappa).
+Attention (Zhang et al. 2025) (beta and decay per channel), RWKV-7 (Peng et al. 2025) (erase: r = kappa e^-g,
+w = a kappa).
 
 A chunk of C tokens at once, with D_ij = g_{j+1} + ... + g_i and the state S_0 before the chunk:
 
