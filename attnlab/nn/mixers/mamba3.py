@@ -186,7 +186,7 @@ def trapezoid_attention(
         of_row = jnp.take_along_axis(x, last.reshape(batch, *(1,) * (x.ndim - 1)), axis=1)[:, 0]
         return jnp.where((ends > 0).reshape(batch, *(1,) * (x.ndim - 2)), of_row, 0)
 
-    return out + _own(query, key, value, own), Mamba3Cache(state, *map(at_last, (key, value, angle)))
+    return out + _own(query, key, value, own), Mamba3Cache(state, *map(at_last, (key, value, _within_a_turn(angle))))
 
 
 def trapezoid_step(
@@ -200,7 +200,7 @@ def trapezoid_step(
     own = (gates.trapezoid * gates.step)[..., None].astype(value.dtype) * value
     out, state = attention.linear_step(state, query, key, own, log_decay=gates.log_decay, scale=1.0)
     key, value = key[:, 0].astype(cache.key.dtype), value[:, 0].astype(cache.value.dtype)
-    return out, Mamba3Cache(state, key, value, jnp.remainder(angle, 2 * math.pi))
+    return out, Mamba3Cache(state, key, value, _within_a_turn(angle))
 
 
 def turned(heads: Array, angle: Array) -> Array:
@@ -210,6 +210,11 @@ def turned(heads: Array, angle: Array) -> Array:
     even, odd, cos, sin = pairs[..., 0::2], pairs[..., 1::2], jnp.cos(angle), jnp.sin(angle)
     pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(pairs.shape)
     return jnp.concatenate([pairs, rest], axis=-1).astype(heads.dtype)
+
+
+def _within_a_turn(angle: Array) -> Array:
+    """Less whole turns: a sum that grew would lose digits."""
+    return angle - 2 * math.pi * jnp.round(angle / (2 * math.pi))
 
 
 def _next(x: Array) -> Array:
