@@ -116,6 +116,13 @@ def _gates(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
     return {**_decay(rng, sizes), **_strength(rng, sizes)}
 
 
+def _erase(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    """As RWKV-7 has it: of vectors of unit length, up to all of what each finds, channel by channel."""
+    read = rng.normal(size=(sizes.batch, *sizes.space, sizes.heads, sizes.head_dim))
+    read = read / np.linalg.norm(read, axis=-1, keepdims=True)
+    return {**_channel_decay(rng, sizes), "erase": (read, rng.uniform(size=read.shape) * read)}
+
+
 def _centroids(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
     centroids: Any = rng.normal(size=(sizes.heads, sizes.clusters, sizes.head_dim))
     return {"state": attnlab.RoutingState(centroids, np.ones_like(centroids[..., 0]), centroids)}
@@ -204,6 +211,7 @@ MECHANISMS: dict[str, Mechanism] = {
     "linear, decay per channel": _linear(arrays=_channel_decay),
     "linear, delta rule": _linear(arrays=_strength),
     "linear, gated delta rule": _linear(arrays=_gates),
+    "linear, erase": _linear(arrays=_erase),
     "memory": Mechanism(
         _memory,
         {"chunk_size": 4},

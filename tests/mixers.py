@@ -81,6 +81,18 @@ MIXERS = {
         state_sizes=(208, 208, 208),
         kernels=LINEAR,
     ),
+    "kda": Mixer(
+        nn.LinearAttention,
+        {"beta": 1.0, "decay": "softplus_channel", "convolution": 4, "output_gate": "sigmoid"},
+        state_sizes=(208, 208, 208),
+    ),
+    "delta_product": Mixer(
+        nn.LinearAttention,
+        {"beta": 2.0, "writes": 3, "decay": "data", "convolution": 3, "num_key_heads": 2},
+        state_sizes=(192, 192, 192),
+    ),
+    "mamba3": Mixer(nn.Mamba3Attention, {"value_dim": 3}, state_sizes=(84, 84, 84)),
+    "rwkv7": Mixer(nn.RWKV7Attention, {"num_key_heads": 2}, state_sizes=(64, 64, 64)),
     "agent": Mixer(nn.AgentAttention, {"agents": 3}, state_sizes=(104, 104, 104), kernels=LINEAR),
     "agent_grouped": Mixer(
         nn.AgentAttention, {"agents": 4, "num_key_heads": 2, "residual_convolution": 0}, state_sizes=(96, 96, 96)

@@ -4,19 +4,27 @@ With q_t, k_t after the feature map, log decay g_t <= 0 and scale s, token t doe
 
     S~  = e^{g_t} S_{t-1}                     z_t = e^{g_t} z_{t-1} + k_t
     u_t = v_t                                 or, with the delta rule,  u_t = beta_t (v_t - S~^T k_t)
-    S_t = S~ + k_t u_t^T
+    S_t = S~ + k_t u_t^T                      or, with erase (r, w),    S_t = S~ - w_t (r_t^T S~) + k_t v_t^T
     o_t = s q_t^T S_t                         or, normalised,           o_t = s q_t^T S_t / (s q_t^T z_t + eps)
 
 g_t is a number per head or one per channel of the key. Published cases: linear transformers (Katharopoulos et al. 2020:
 no decay, "elu", normalised), RetNet (Sun et al. 2023) and Lightning Attention (Qin et al. 2024) (constant decay),
 Mamba-2 (Dao and Gu 2024) (decay per token), GLA (Yang et al. 2023) (per channel), Based (Arora et al. 2024) ("taylor2",
-normalised), DeltaNet (Yang et al. 2024) (beta), Gated DeltaNet (Yang et al. 2024) (beta and decay).
+normalised), DeltaNet (Yang et al. 2024) (beta), Gated DeltaNet (Yang et al. 2024) (beta and decay), Kimi Delta
+Attention (Zhang et al. 2025) (beta and decay per channel), RWKV-7 (Peng et al. 2025) (erase: r = kappa e^-g,
+w = a kappa).
 
 A chunk of C tokens at once, with D_ij = g_{j+1} + ... + g_i and the state S_0 before the chunk:
 
     U   = (I + tril(beta KK^T * e^D, -1))^{-1} beta (V - (e^{D_i0} K) S_0)     (U = V without the delta rule)
     O   = s [ tril(QK^T * e^D) U + (e^{D_i0} Q) S_0 ]
     S_C = e^{D_C0} S_0 + (e^{D_Cj} K)^T U
+
+and with erase, of which the delta rule is r = k, w = beta k, v = beta v:
+
+    Z   = (I + tril(RW^T * e^D, -1))^{-1} (tril(RK^T * e^D, -1) V + (e^{D_i0} R) S_0)
+    O   = s [ tril(QK^T * e^D) V - tril(QW^T * e^D) Z + (e^{D_i0} Q) S_0 ]
+    S_C = e^{D_C0} S_0 + (e^{D_Cj} K)^T V - (e^{D_Cj} W)^T Z
 
 Every exponent is computed as a sum of log decays, never as a difference of two cumulative sums: it is <= 0 as it
 stands, loses no digits behind a strong decay, and a segment's first token drops the state by a decay of e^-1e30 = 0.
@@ -47,6 +55,7 @@ from attnlab.attention._shared.checks import (
     check_array,
     check_bool,
     check_dtype,
+    check_floating,
     check_int,
     check_lengths,
     check_query_key_value,
@@ -57,6 +66,7 @@ from attnlab.attention._shared.checks import (
     default_scale,
     require,
     shape_text,
+    shown,
 )
 from attnlab.attention._shared.chunks import (
     decayed_products,
@@ -75,7 +85,7 @@ from attnlab.attention._shared.recurrence import LinearInputs, LinearOptions, Li
 _Attend = Callable[..., tuple[Array, LinearState]]
 
 
-@primitive("B*N.", "BN..", "BN.")
+@primitive("B*N.", "B*N if return_lse", "BN..", "BN.")
 def linear_attention(
     query: Array,
     key: Array,
@@ -84,11 +94,13 @@ def linear_attention(
     is_causal: bool = True,
     log_decay: Array | None = None,
     beta: Array | None = None,
+    erase: tuple[Array, Array] | None = None,
     feature_map: FeatureMap = None,
     normalize: bool = False,
     scale: float | None = None,
     initial_state: LinearState | None = None,
     return_state: bool = False,
+    return_lse: bool = False,
     lengths: Array | None = None,
     segment_ids: Array | None = None,
     chunk_size: int = 64,
@@ -101,19 +113,24 @@ def linear_attention(
       key: [B, T, K, H]; N a multiple of K, and key head n // (N/K) serves query head n.
       value: [B, T, K, V].
       is_causal: False sums over all tokens of the sequence (of the segment); decay and beta then mean nothing and are
-        refused.
+        refused, as is erase.
       log_decay: natural log of the decay, <= 0: [N] constant, [B, T, N] per token, [B, T, N, F] per channel. Applied
         before the token writes, so token t's own key does not decay at t. Positive values cannot be seen at trace time;
         they let the state grow without bound. -inf drops the state.
       beta: [B, T, N], strength of the delta rule's correction, usually in [0, 1] with keys of unit length.
+      erase: (read, write), [B, T, N, F] each: before the token writes, what `read` finds in the decayed state is taken
+        out along `write`. The state stays bounded where I - write read^T shrinks, as with 0 <= write . read <= 2 of
+        parallel vectors. Not mapped by feature_map; not with beta or normalize, nor a state with a sum of keys.
       feature_map: applied to query and key in float32, before the scale. None: identity; "elu": elu(x) + 1; "relu";
         "taylor2": features whose product is 1 + x + x^2/2 at x = scale q.k (here alone the scale goes inside); or a
         function [..., H] -> [..., F] that treats tokens alike.
       normalize: divide by s q.z + eps, z the decayed sum of keys, eps 1e-10 (1e-6 for "taylor2"). Sensible for
-        features >= 0; not with beta.
+        features >= 0; not with beta or erase.
       scale: of the output, default H ** -0.5 with H of the query as given.
       initial_state: state before the first token (see init_linear_cache). Default zeros.
       return_state: also return the state after the last token.
+      return_lse: also return log(s q.z), with which `merge_attention` puts keys of other forms under one denominator.
+        Needs normalize. Query and sums are then float32: "pallas_gpu" refuses them.
       lengths: [B] integers, 0 to T: the row's tokens, padding after them, which leaves the state alone. Outputs of
         padding mean nothing. Default: T in all rows.
       segment_ids: [B, T] integers for packed sequences, each segment one run of equal ids: the state is dropped where
@@ -121,11 +138,13 @@ def linear_attention(
       chunk_size: tokens taken at once by "xla".
       implementation: "reference" (a scan over tokens; where not causal, dense weights), "xla" (a scan over chunks),
         "pallas_tpu" (causal; bfloat16 or float32; chunks of 128), "pallas_gpu" (Hopper; causal; bfloat16 or float16; up
-        to 256 features and value channels; chunks of 64) or None to choose by platform.
+        to 256 features and value channels; chunks of 64) or None to choose by platform. Kernels serve no erase.
 
     Returns:
-      [B, T, N, V] in query's dtype, or (that, LinearState) with return_state. A token that is not finite makes NaN of
-      what sees it, and of nothing else: outputs before it and of other segments, and their gradients, are finite.
+      [B, T, N, V] in query's dtype; with return_lse then [B, T, N] in float32 (float64 for float64), -inf where a query
+      has seen no key and NaN where its weights add up to less than 0; with return_state then a LinearState. A token
+      that is not finite makes NaN of what sees it, and of nothing else: outputs before it and of other segments, and
+      their gradients, are finite.
 
     Raises:
       ValueError, TypeError: at trace time, naming the argument.
@@ -136,11 +155,12 @@ def linear_attention(
     check_query_key_value(query, key, value, needs_tokens=not is_causal)  # none leave the state alone
     batch, length, heads, head_dim = query.shape
     is_causal, normalize = check_bool("is_causal", is_causal), check_bool("normalize", normalize)
-    return_state = check_bool("return_state", return_state)
-    _check_options(query, log_decay, beta, feature_map, normalize, initial_state, value.shape[-1])
+    return_state, return_lse = check_bool("return_state", return_state), check_bool("return_lse", return_lse)
+    require(normalize or not return_lse, "return_lse", True, "needs normalize=True: there is no sum of weights")
+    _check_options(query, log_decay, beta, erase, feature_map, normalize, initial_state, value.shape[-1])
     if not is_causal:
-        for name, given in (("log_decay", log_decay), ("beta", beta)):
-            require(given is None, name, "an array", "must be None with is_causal=False, which has no order of tokens")
+        for name, given in (("log_decay", log_decay), ("beta", beta), ("erase", erase)):
+            require(given is None, name, "some", "must be None with is_causal=False, which has no order of tokens")
     if segment_ids is not None:
         check_segment_ids("segment_ids", segment_ids, (batch, length), "[B, T]")
     chunk_size = check_int("chunk_size", chunk_size, least=1)
@@ -154,24 +174,36 @@ def linear_attention(
         initial_state = jax.tree.map(lambda leaf: jnp.zeros_like(query, shape=leaf.shape), initial_state)
     initial_state = jax.tree.map(lambda leaf: leaf.astype(dtype), initial_state)
     options = LinearOptions(feature_map, normalize, default_scale(scale, head_dim), is_causal, chunk_size)
-    inputs = LinearInputs(query, key, value, log_decay, beta, initial_state, segment_ids)
-    if (lengths := check_lengths(lengths, batch)) is not None:
-        inputs, options = _without_padding(inputs, lengths), options._replace(normalize=False)
+    out_dtype = query.dtype
+    query = query.astype(dtype) if return_lse else query  # what is returned of it is then not rounded
+    inputs = LinearInputs(query, key, value, log_decay, beta, initial_state, segment_ids, erase)
+    lengths = check_lengths(lengths, batch)
+    # A sum of keys as one more channel: padding must not add to it, and it is returned.
+    sums_apart = initial_state.k_sum is not None and (lengths is not None or return_lse)
+    if sums_apart:
+        inputs, options = _with_sums(inputs), options._replace(normalize=False)
+    if lengths is not None:
+        inputs = _without_padding(inputs, lengths)
     attend = functools.partial(dispatch, "linear_attention", IMPLEMENTATIONS, implementation)
     of_decay = None if inputs.log_decay is None else {1: "N", 3: "B*N", 4: "B*N."}[inputs.log_decay.ndim]
     of_state = LinearState("BN..", None if inputs.state.k_sum is None else "BN.")  # type: ignore[arg-type]
     out, state = over_positions(
         functools.partial(_whole, attend, options),
         functools.partial(_parted if is_causal else _parted_sums, attend, options),
-        ("B*N.", "B*K.", "B*K.", of_decay, "B*N", of_state, "B*"),
+        ("B*N.", "B*K.", "B*K.", of_decay, "B*N", of_state, "B*", None if erase is None else ("B*N.", "B*N.")),
         ("B*N.", of_state),
         *inputs,
     )
-    if lengths is not None and initial_state.k_sum is not None:
+    lse: Array | None = None
+    if sums_apart:
         state = LinearState(state.kv[..., :-1], state.kv[..., -1])
         total = out[..., -1:] + normalizer_epsilon(feature_map) if normalize else 1
-        out = (out[..., :-1] / total).astype(query.dtype)
-    return (out, state) if return_state else out
+        if return_lse:
+            is_none = out[..., -1] == 0
+            lse = jnp.where(is_none, -jnp.inf, jnp.log(jnp.where(is_none, 1, out[..., -1])))
+        out = (out[..., :-1] / total).astype(out_dtype)
+    results = (out, *((lse,) if return_lse else ()), *((state,) if return_state else ()))
+    return results if len(results) > 1 else out
 
 
 def _whole(attend: _Attend, options: LinearOptions, *arrays: Any) -> tuple[Array, LinearState]:
@@ -214,6 +246,7 @@ def linear_step(
     *,
     log_decay: Array | None = None,
     beta: Array | None = None,
+    erase: tuple[Array, Array] | None = None,
     feature_map: FeatureMap = None,
     normalize: bool = False,
     scale: float | None = None,
@@ -224,7 +257,8 @@ def linear_step(
     Args:
       state: from init_linear_cache, an earlier step, or linear_attention(..., return_state=True).
       query, key, value: [B, 1, N, H], [B, 1, K, H], [B, 1, K, V].
-      log_decay: [N], [B, 1, N] or [B, 1, N, F]. beta: [B, 1, N]. The rest as in linear_attention.
+      log_decay: [N], [B, 1, N] or [B, 1, N, F]. beta: [B, 1, N]. erase: [B, 1, N, F] each. The rest
+        as in linear_attention.
       implementation: "xla", "pallas_tpu", "pallas_gpu" or None.
 
     Returns:
@@ -233,14 +267,14 @@ def linear_step(
     check_step(query, key, value)
     normalize = check_bool("normalize", normalize)
     check_type("state", state, LinearState, "init_linear_cache")
-    _check_options(query, log_decay, beta, feature_map, normalize, state, value.shape[-1], state_name="state")
+    _check_options(query, log_decay, beta, erase, feature_map, normalize, state, value.shape[-1], state_name="state")
     state = jax.tree.map(lambda leaf: leaf.astype(accumulator_dtype(query, key, value)), state)
     state = _dropped(state, log_decay)
     return dispatch(
         "linear_step",
         STEP_IMPLEMENTATIONS,
         implementation,
-        LinearInputs(query, key, value, log_decay, beta, state),
+        LinearInputs(query, key, value, log_decay, beta, state, erase=erase),
         options=LinearOptions(feature_map, normalize, default_scale(scale, query.shape[-1])),
     )
 
@@ -284,6 +318,7 @@ def _check_options(
     query: Array,
     log_decay: Array | None,
     beta: Array | None,
+    erase: tuple[Array, Array] | None,
     feature_map: FeatureMap,
     normalize: bool,
     state: LinearState | None,
@@ -309,10 +344,19 @@ def _check_options(
     if beta is not None:
         check_array("beta", beta, (batch, length, heads), "[B, T, N]")
         require(not normalize, "normalize", True, "must be False with beta: the delta rule has no sum of weights")
+    if erase is not None:
+        if not isinstance(erase, tuple) or len(erase) != 2:
+            raise TypeError(f"erase: got {shown(erase)}; need a pair of arrays, (read, write)")
+        for name, vectors in zip(("read", "write"), erase):
+            check_array(f"erase, {name}", vectors, (batch, length, heads, features), "[B, T, N, F]")
+            check_floating(f"erase, {name}", vectors)
+        require(beta is None, "beta", "an array", "must be None with erase, which holds the delta rule")
+        require(not normalize, "normalize", True, "must be False with erase, which has no sum of weights")
     if state is not None:
         check_type(state_name, state, LinearState, "init_linear_cache")
         check_array(f"{state_name}.kv", state.kv, (batch, heads, features, value_dim), "[B, N, F, V]")
         if state.k_sum is not None:
+            require(erase is None, f"{state_name}.k_sum", "an array", "must be None with erase")
             check_array(f"{state_name}.k_sum", state.k_sum, (batch, heads, features), "[B, N, F]")
         require(
             state.k_sum is not None or not normalize,
@@ -322,34 +366,35 @@ def _check_options(
         )
 
 
-def _without_padding(inputs: LinearInputs, lengths: Array) -> LinearInputs:
-    """With zeros for padding, which do not decay.
+def _with_sums(inputs: LinearInputs) -> LinearInputs:
+    """The sum of keys as one more channel of the values, which is 1 of tokens, and of the state."""
+    value, state = inputs.value, inputs.state
+    assert state.k_sum is not None
+    value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+    state = LinearState(jnp.concatenate([state.kv, state.k_sum[..., None]], axis=-1))
+    return inputs._replace(value=value, state=state)
 
-    A feature map of zeros may be another number. So the sum of keys becomes one more channel of the values, which is 1
-    of tokens, and of the state.
-    """
-    query, key, value, log_decay, beta, state, segment_ids = inputs
+
+def _without_padding(inputs: LinearInputs, lengths: Array) -> LinearInputs:
+    """With zeros for padding, which do not decay. A feature map of zeros may be another number, so no sum of keys."""
+    query, key, value, log_decay, beta, state, segment_ids, erase = inputs
     is_token = positions_below(lengths, query.shape[1])
 
     def kept(x: Array) -> Array:
         return jnp.where(is_token.reshape(*is_token.shape, *(1,) * (x.ndim - 2)), x, 0)
 
-    if state.k_sum is not None:
-        value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
-        state = LinearState(jnp.concatenate([state.kv, state.k_sum[..., None]], axis=-1))
     if log_decay is not None:
         log_decay = kept(log_decay[None, None] if log_decay.ndim == 1 else log_decay)
-    beta = None if beta is None else kept(beta)
-    return LinearInputs(query, kept(key), kept(value), log_decay, beta, state, segment_ids)
+    beta, erase = jax.tree.map(kept, (beta, erase))
+    return LinearInputs(query, kept(key), kept(value), log_decay, beta, state, segment_ids, erase)
 
 
 def _finite(inputs: LinearInputs) -> LinearInputs:
     """Zeros in place of what is not finite; a decay may be -inf."""
-    query, key, value, log_decay, beta, state, segment_ids = inputs
-    query, key, value, state = jax.tree.map(finite_or_zero, (query, key, value, state))
+    query, key, value, log_decay, beta, state, segment_ids, erase = inputs
+    query, key, value, beta, state, erase = jax.tree.map(finite_or_zero, (query, key, value, beta, state, erase))
     log_decay = None if log_decay is None else jnp.where(log_decay < jnp.inf, log_decay, 0)  # not NaN either
-    beta = None if beta is None else finite_or_zero(beta)
-    return LinearInputs(query, key, value, log_decay, beta, state, segment_ids)
+    return LinearInputs(query, key, value, log_decay, beta, state, segment_ids, erase)
 
 
 def _state_is_spoilt(state: LinearState) -> Array:
@@ -373,7 +418,7 @@ def _spoilt(inputs: LinearInputs, before: Array, is_causal: bool) -> tuple[Array
 
 def _marks(inputs: LinearInputs) -> tuple[Array, Array]:
     """bool [B, T, N]: tokens that are not finite, and tokens that drop the state before them."""
-    query, key, value, log_decay, beta, _, segment_ids = inputs
+    query, key, value, log_decay, beta, _, segment_ids, erase = inputs
     tokens = repeat_key_heads((is_spoilt(key) | is_spoilt(value))[..., None], query.shape[2])[..., 0]
     starts = jnp.zeros_like(tokens)
     if log_decay is not None:
@@ -382,6 +427,8 @@ def _marks(inputs: LinearInputs) -> tuple[Array, Array]:
         tokens, starts = tokens | (~(gates < jnp.inf)).any(-1), starts | (gates == -jnp.inf).all(-1)
     if beta is not None:
         tokens = tokens | ~jnp.isfinite(beta)
+    if erase is not None:
+        tokens = tokens | is_spoilt(erase[0]) | is_spoilt(erase[1])
     if segment_ids is not None:
         starts = starts | segment_starts(segment_ids)[..., None]
     return tokens, starts
@@ -472,7 +519,7 @@ def _parted_sums(attend: _Attend, options: LinearOptions, parts: Parts, *arrays:
 
 
 def _reference(inputs: LinearInputs, options: LinearOptions) -> tuple[Array, LinearState]:
-    query, key, value, log_decay, beta, state, segment_ids = inputs
+    query, key, value, log_decay, beta, state, segment_ids, erase = inputs
     dtype = state.kv.dtype
     batch, length, heads, _ = query.shape
     mapped_query, key = apply_feature_map(options.feature_map, query, key, options.scale, dtype)
@@ -491,11 +538,14 @@ def _reference(inputs: LinearInputs, options: LinearOptions) -> tuple[Array, Lin
     decay = jnp.broadcast_to(decay[..., None], (batch, length, heads, 1)) if decay.ndim < 4 else decay
 
     def token(state: LinearState, now: Any) -> tuple[LinearState, Array]:
-        query, key, value, decay, beta, start = now
+        query, key, value, decay, beta, erase, start = now
         state = jax.tree.map(lambda leaf: jnp.where(jnp.expand_dims(start, range(1, leaf.ndim)), 0, leaf), state)
         kv = decay[..., None] * state.kv
         if beta is not None:
             value = beta.astype(dtype)[..., None] * (value - jnp.einsum("BNHV,BNH->BNV", kv, key))
+        if erase is not None:
+            read, write = (x.astype(dtype) for x in erase)
+            kv = kv - jnp.einsum("BNH,BNG,BNGV->BNHV", write, read, kv)
         kv = kv + key[..., None] * value[..., None, :]
         k_sum = None if state.k_sum is None else decay * state.k_sum + key
         out = jnp.einsum("BNH,BNHV->BNV", query, kv)
@@ -503,7 +553,7 @@ def _reference(inputs: LinearInputs, options: LinearOptions) -> tuple[Array, Lin
             out = out / (jnp.einsum("BNH,BNH->BN", query, k_sum)[..., None] + eps)
         return LinearState(kv, k_sum), out
 
-    tokens = (mapped_query, key, value, decay, beta, segment_starts(segment_ids))
+    tokens = (mapped_query, key, value, decay, beta, erase, segment_starts(segment_ids))
     state, out = jax.lax.scan(token, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
     return jnp.moveaxis(out, 0, 1).astype(query.dtype), state
 
@@ -531,14 +581,13 @@ def _dense(
 
 
 def _xla(inputs: LinearInputs, options: LinearOptions) -> tuple[Array, LinearState]:
-    query, key, value, log_decay, beta, state, segment_ids = inputs
+    query, key, value, log_decay, beta, state, segment_ids, erase = inputs
     batch, length, heads, _ = query.shape
     dtype = state.kv.dtype
     if log_decay is not None:
         log_decay = log_decay.astype(dtype)
         log_decay = log_decay if log_decay.ndim == 4 else jnp.broadcast_to(log_decay, (batch, length, heads))[..., None]
-    if beta is not None:
-        beta = beta.astype(dtype)
+    beta, erase = jax.tree.map(lambda x: x.astype(dtype), (beta, erase))
     if segment_ids is not None:
         log_decay = drop_at_starts(log_decay, segment_ids, heads, dtype)
     eps = normalizer_epsilon(options.feature_map)
@@ -560,7 +609,7 @@ def _xla(inputs: LinearInputs, options: LinearOptions) -> tuple[Array, LinearSta
         state, sums = _chunk(state, *by_head(tokens), strict=strict)
         return state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), sums)
 
-    tokens = (query, key, value, log_decay, beta)
+    tokens = (query, key, value, log_decay, beta, erase)
     if options.is_causal:
         state, out = scan_chunks(causal, state, tokens, options.chunk_size)
         return out, state
@@ -574,7 +623,7 @@ def _xla(inputs: LinearInputs, options: LinearOptions) -> tuple[Array, LinearSta
     nothing = jax.tree.map(jnp.zeros_like, state)
     state, until = scan_chunks(sums_before, state, tokens, options.chunk_size)
     resets = drop_at_starts(None, segment_ids[:, ::-1], heads, dtype)
-    backwards = (*(x[:, ::-1] for x in (query, key, value)), resets, None)
+    backwards = (*(x[:, ::-1] for x in (query, key, value)), resets, None, None)
     _, later = scan_chunks(functools.partial(sums_before, strict=True), nothing, backwards, options.chunk_size)
     return finish(*jax.tree.map(lambda x, y: x + y[:, ::-1], until, later)).astype(query.dtype), state
 
@@ -586,6 +635,7 @@ def _chunk(
     value: Array,
     log_decay: Array | None,
     beta: Array | None,
+    erase: tuple[Array, Array] | None,
     *,
     strict: bool = False,
 ) -> tuple[LinearState, tuple[Array, Array | None]]:
@@ -596,7 +646,8 @@ def _chunk(
         # Decay from before the chunk to each token, and from each token to the chunk's end.
         before = jnp.cumsum(log_decay, axis=-2)
         after = jax.lax.cumsum(jnp.pad(log_decay[..., 1:, :], ((0, 0), (0, 0), (0, 1), (0, 0))), axis=2, reverse=True)
-        into, key_into, onward = query * jnp.exp(before), key * jnp.exp(before), key * jnp.exp(after)
+        into_decay, onward_decay = jnp.exp(before), jnp.exp(after)
+        into, key_into, onward = query * into_decay, key * into_decay, key * onward_decay
         through = jnp.exp(before[..., -1, :])
     if beta is not None:
         value = beta[..., None] * (value - key_into @ state.kv)
@@ -605,6 +656,13 @@ def _chunk(
     weights = jnp.tril(decayed_products(query, key, log_decay), -1 if strict else 0)
     out = weights @ value + into @ state.kv
     kv = jnp.einsum("BNCH,BNCV->BNHV", onward, value)
+    if erase is not None:
+        read, write = erase
+        read_into, write_onward = (read, write) if log_decay is None else (read * into_decay, write * onward_decay)
+        found = jnp.tril(decayed_products(read, key, log_decay), -1) @ value + read_into @ state.kv
+        found = inverse_of_unit_lower(jnp.tril(decayed_products(read, write, log_decay), -1)) @ found
+        out -= jnp.tril(decayed_products(query, write, log_decay)) @ found
+        kv -= jnp.einsum("BNCH,BNCV->BNHV", write_onward, found)
     kv += state.kv if through is None else through[..., None] * state.kv
     if state.k_sum is None:
         return LinearState(kv), (out, None)

@@ -9,8 +9,10 @@ from attnlab.nn.mixers.block_sparse import BlockSparseAttention
 from attnlab.nn.mixers.linear import InlineAttention, LinearAttention
 from attnlab.nn.mixers.local import DilatedAttention, LocalAttention
 from attnlab.nn.mixers.local_linear import LocalLinearAttention, ParallaxAttention
+from attnlab.nn.mixers.mamba3 import Mamba3Attention
 from attnlab.nn.mixers.memory import MemoryAttention
 from attnlab.nn.mixers.routing import RoutingAttention
+from attnlab.nn.mixers.rwkv7 import RWKV7Attention
 from attnlab.nn.mixers.softmax import SoftmaxAttention
 from attnlab.nn.parameters import (
     AuxiliaryLoss,

@@ -236,8 +236,9 @@ def wrong_calls(name):
     for argument, array in arrays.items():
         if not isinstance(array, np.ndarray):
             yield f"{argument} None", {**arrays, argument: None}, {}
-            for number, leaf in enumerate(array):
-                short = type(array)(*(x[:-1] if i == number else x for i, x in enumerate(array)))
+            leaves, tree = jax.tree.flatten(array)
+            for number, leaf in enumerate(leaves):
+                short = tree.unflatten([x[:-1] if i == number else x for i, x in enumerate(leaves)])
                 yield f"{argument} with a short leaf {leaf.shape}, {number}", {**arrays, argument: short}, {}
             continue
         yield f"{argument} without its last axis", {**arrays, argument: array[..., 0]}, {}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from marks import slow_but
 
 import attnlab
-from attnlab import LinearState, init_linear_cache, linear_attention, linear_step
+from attnlab import LinearState, init_linear_cache, linear_attention, linear_step, local_attention, merge_attention
 
 VECTORS = pathlib.Path(__file__).parent.parent / "vectors" / "linear"
 IMPLEMENTATIONS = ("reference", "xla")
@@ -28,6 +28,8 @@ FORMS = {
     "delta": ({}, ("beta",)),
     "gated delta": ({}, ("token", "beta")),
     "channel-gated delta": ({}, ("channel", "beta")),
+    "erase": ({}, ("erase",)),
+    "channel-gated erase": ({}, ("channel", "erase")),
     "elu": ({"feature_map": "elu", "normalize": True}, ()),
     "relu, constant": ({"feature_map": "relu", "normalize": True}, ("constant",)),
     "taylor2": ({"feature_map": "taylor2", "normalize": True}, ()),
@@ -54,6 +56,10 @@ def inputs(form, length, *, heads=(2, 2), head_dim=5, value_dim=3, batch=2, stat
     if "beta" in gates:
         arrays["key"] /= np.linalg.norm(arrays["key"], axis=-1, keepdims=True)
         arrays["beta"] = rng.uniform(0, 1, (batch, length, n))
+    if "erase" in gates:
+        read = normal((batch, length, n, head_dim))
+        read /= np.linalg.norm(read, axis=-1, keepdims=True)
+        arrays["erase"] = (read, rng.uniform(0, 1, read.shape) * read)
     for gate, shape in (
         ("constant", (n,)),
         ("token", (batch, length, n)),
@@ -61,7 +67,7 @@ def inputs(form, length, *, heads=(2, 2), head_dim=5, value_dim=3, batch=2, stat
     ):
         if gate in gates:
             arrays["log_decay"] = -rng.uniform(0, 0.5, shape)
-    arrays = {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
+    arrays = jax.tree.map(lambda x: jnp.asarray(x, dtype), arrays)
     if state:
         empty = init_linear_cache(
             batch, n, head_dim, value_dim, feature_map=options.get("feature_map"), normalize="normalize" in options
@@ -86,7 +92,7 @@ def step(state, arrays, **options):
 
 def cut(arrays, start, stop):
     """The arrays of tokens start to stop: of all but a constant decay."""
-    return {name: x if x.ndim == 1 else x[:, start:stop] for name, x in arrays.items()}
+    return jax.tree.map(lambda x: x if x.ndim == 1 else x[:, start:stop], arrays)
 
 
 # --- Published code ---------------------------------------------------------------------------------------------------
@@ -137,6 +143,71 @@ def test_agrees_with_published_code(case, implementation, dtype, tolerance):
         errors = {name: rms_error(x, vectors[name]) for name, x in out.items()}
         errors |= {f"d{name}": rms_error(x, vectors[f"d{name}"]) for name, x in gradients.items()}
         assert max(errors.values()) < tolerance, errors
+
+
+def _rwkv7(query, key, value, log_decay, removal, rate, **options):
+    """It reads the state before its decay."""
+    erase = removal * jnp.exp(-log_decay), rate * removal
+    return linear_attention(query, key, value, log_decay=log_decay, erase=erase, scale=1.0, **options)
+
+
+def _window_and_state(query, key, value, implementation):
+    """A softmax over the last two tokens and a state of all older ones, under one denominator."""
+
+    def older(x):
+        return jnp.pad(x, ((0, 0), (2, 0), (0, 0), (0, 0)))[:, : x.shape[1]]
+
+    state = linear_attention(
+        jax.nn.elu(query) + 1,
+        older(jax.nn.elu(key) + 1),
+        older(value),
+        normalize=True,
+        scale=0.7,
+        return_lse=True,
+        implementation=implementation,
+        chunk_size=4,
+    )
+    window = local_attention(query, key, value, window=2, is_causal=True, scale=0.7, return_lse=True)
+    return merge_attention(*zip(window, state, strict=True))[0]
+
+
+def _kda(query, key, value, log_decay, beta, **options):
+    return linear_attention(query, key, value, log_decay=log_decay, beta=beta, **options)
+
+
+ORACLES = {
+    "rwkv7": functools.partial(_rwkv7, chunk_size=3),
+    "kda": functools.partial(_kda, chunk_size=4),
+    "window_softmax_state": _window_and_state,
+}
+
+
+@every_implementation
+@pytest.mark.parametrize("case", slow_but(["rwkv7", "window_softmax_state"], ORACLES))
+def test_agrees_with_its_formula_s_vectors(case, implementation, assert_close):
+    vectors = dict(np.load(VECTORS / f"{case}.npz"))
+    arrays = {name.removeprefix("d_"): vectors[name.removeprefix("d_")] for name in vectors if name.startswith("d_")}
+
+    def loss(arrays):
+        out = ORACLES[case](**arrays, implementation=implementation)
+        return jnp.sum(out * vectors["cot"]), out
+
+    with jax.enable_x64(True):
+        gradients, out = jax.jit(jax.grad(loss, has_aux=True))(arrays)
+        assert_close(out, vectors["out"], 1e-9)
+        assert_close(gradients, {name: vectors[f"d_{name}"] for name in arrays}, 1e-9)
+
+
+@every_implementation
+def test_the_delta_rule_erases_what_it_finds_under_its_key(implementation, assert_close):
+    with jax.enable_x64(True):
+        arrays, _ = inputs("channel-gated delta", 21, state=True, dtype=np.float64)
+        run = functools.partial(attend, implementation=implementation, chunk_size=8)
+        want = run(arrays)
+        beta = arrays.pop("beta")[..., None]
+        key = arrays["key"]
+        got = run(arrays | {"erase": (key, beta * key), "value": beta * arrays["value"]})
+        assert_close(got, want, 1e-12)
 
 
 @pytest.mark.parametrize("case", slow_but(["gated_delta"], ["scalar_gated", "gated_delta"]))
@@ -243,6 +314,45 @@ def test_runs_inside_shard_map(assert_close):
     assert_close(jax.jit(sharded)(arrays), attend(arrays, **options), 1e-6)
 
 
+@every_implementation
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_sum_of_weights_joins_calls_over_other_keys(implementation, is_causal, assert_close):
+    """Every other key in a call of its own; the others are zeros, of which "relu" makes zeros."""
+    with jax.enable_x64(True):
+        arrays, _ = inputs("elu", 13, dtype=np.float64)
+        options = {"feature_map": "relu", "normalize": True, "is_causal": is_causal, "chunk_size": 4}
+        run = functools.partial(linear_attention, **options, implementation=implementation)
+        arrays = {name: jnp.abs(x) for name, x in arrays.items()}
+        even = (jnp.arange(13) % 2 == 0)[None, :, None, None]
+        parts = [
+            run(**arrays | {"key": jnp.where(own, arrays["key"], 0)}, return_lse=True, return_state=True)
+            for own in (even, ~even)
+        ]
+        out, state = run(**arrays, return_state=True)
+        assert_close(merge_attention(*list(zip(*parts))[:2])[0], out, 1e-9)
+        assert_close(jax.tree.map(jnp.add, parts[0][2], parts[1][2]), state, 1e-12)
+        if is_causal:
+            assert np.all(parts[1][1][:, 0] == -np.inf)
+        assert np.all(np.isfinite(parts[0][1]))
+
+
+def test_the_sum_of_weights_is_not_rounded_to_16_bits():
+    arrays, options = inputs("elu", 40, dtype=jnp.bfloat16)
+    out, lse = linear_attention(**arrays, **options, return_lse=True)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+    want = linear_attention(**exact, **options, return_lse=True)[1]
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(lse, want, rtol=0, atol=2e-6)
+
+
+def test_a_token_that_is_not_finite_makes_nan_of_the_sums_of_weights_that_have_it():
+    arrays, options = inputs("elu", 9)
+    arrays["value"] = arrays["value"].at[0, 4, 0].set(jnp.inf)
+    _, lse = linear_attention(**arrays, **options, return_lse=True)
+    np.testing.assert_array_equal(np.isnan(lse[0, :, 0]), np.arange(9) >= 4)
+    assert np.all(np.isfinite(lse[:, :, 1]))
+
+
 # --- Time: the past alone, in pieces, by token, by segment ------------------------------------------------------------
 
 
@@ -251,10 +361,9 @@ def test_runs_inside_shard_map(assert_close):
 def test_the_future_has_no_influence(form):
     arrays, options = inputs(form, 21)
     other = inputs(form, 21, seed=1)[0]
-    changed = {
-        name: x if x.ndim == 1 else jnp.concatenate([x[:, :13], other[name][:, 13:]], axis=1)
-        for name, x in arrays.items()
-    }
+    changed = jax.tree.map(
+        lambda x, y: x if x.ndim == 1 else jnp.concatenate([x[:, :13], y[:, 13:]], axis=1), arrays, other
+    )
     out, _ = attend(arrays, chunk_size=8, **options)
     out_changed, _ = attend(changed, chunk_size=8, **options)
     np.testing.assert_array_equal(out[:, :13], out_changed[:, :13])
@@ -314,7 +423,10 @@ def test_no_tokens_leave_the_state_alone(assert_close):
 
 
 @pytest.mark.parametrize(
-    "form", slow_but(["gated delta"], ["constant", "token", "channel", "gated delta", "channel-gated delta"])
+    "form",
+    slow_but(
+        ["gated delta"], ["constant", "token", "channel", "gated delta", "channel-gated delta", "channel-gated erase"]
+    ),
 )
 def test_strong_decays_are_exact_and_finite(form, assert_close):
     """Log decays that add up to -10^4 in a chunk, and -inf, with mild ones between that must not drown in the sum."""
@@ -367,6 +479,9 @@ def test_memory_is_linear_in_length(form):
 # --- Wrong calls ------------------------------------------------------------------------------------------------------
 
 
+_READ = jnp.zeros((2, 8, 4, 5))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -380,6 +495,22 @@ def test_memory_is_linear_in_length(form):
         ({"beta": jnp.zeros((2, 8, 4)), "is_causal": False}, "beta: .* must be None with is_causal=False"),
         ({"beta": jnp.zeros((2, 8, 2))}, r"beta: got float32\[2,8,2\]; need \[B, T, N\]"),
         ({"beta": jnp.zeros((2, 8, 4)), "normalize": True}, "normalize: got True; must be False with beta"),
+        ({"erase": (_READ, _READ), "is_causal": False}, "erase: .* must be None with is_causal=False"),
+        ({"erase": (_READ, _READ), "beta": jnp.zeros((2, 8, 4))}, "beta: got an array; must be None with erase"),
+        ({"erase": (_READ, _READ), "normalize": True}, "normalize: got True; must be False with erase"),
+        (
+            {"erase": (_READ, _READ[..., :4])},
+            r"erase, write: got float32\[2,8,4,4\]; need \[B, T, N, F\] = \[2,8,4,5\]",
+        ),
+        ({"erase": (_READ, _READ), "implementation": "pallas_tpu"}, "serves no erase"),
+        (
+            {
+                "erase": (_READ, _READ),
+                "initial_state": LinearState(jnp.zeros((2, 4, 5, 4)), jnp.zeros((2, 4, 5))),
+            },
+            "initial_state.k_sum: got an array; must be None with erase",
+        ),
+        ({"return_lse": True}, "return_lse: got True; needs normalize=True"),
         ({"feature_map": "exp"}, "feature_map: got 'exp'; need a function or one of"),
         ({"segment_ids": jnp.zeros((2, 7), jnp.int32)}, r"segment_ids: got int32\[2,7\]"),
         ({"initial_state": LinearState(jnp.zeros((2, 2, 5, 4)))}, r"initial_state.kv: got float32\[2,2,5,4\]"),
@@ -398,6 +529,7 @@ def test_wrong_calls_say_what_is_allowed(change, message):
     ("change", "message"),
     [
         ({"value": jnp.zeros((2, 8, 2, 4), jnp.int32)}, "value: got dtype int32"),
+        ({"erase": _READ}, r"erase: got .*; need a pair of arrays, \(read, write\)"),
         ({"log_decay": -0.1}, "log_decay: got float; need an array"),
         ({"segment_ids": jnp.zeros((2, 8))}, "segment_ids: got dtype float32; need an integer dtype"),
         ({"initial_state": jnp.zeros((2, 4, 5, 4))}, "initial_state: got .*; need a LinearState"),

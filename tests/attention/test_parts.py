@@ -84,6 +84,7 @@ segments = np.sort(np.random.default_rng(4).integers(0, 5, (2, 64)), axis=1).ast
 ids = {"segment_ids": segments}
 decay, per_channel = (-0.1 * np.abs(normal(2, 64, 4, *width, seed=5)) for width in ((), (8,)))
 gate = {"beta": np.random.default_rng(6).uniform(size=(2, 64, 4)).astype(np.float32)}
+erased = tuple(0.3 * normal(2, 64, 4, 8, seed=7) * x for x in (1, np.random.default_rng(8).uniform(size=(2, 64, 4, 8))))
 kv = LinearState(normal(2, 4, 8, 6), normal(2, 4, 8))
 with_linear_state = (SHARED, LinearState(WHOLE, WHOLE))
 with_kv = (SHARED, LinearState(WHOLE))
@@ -128,6 +129,7 @@ CASES = {
         {"initial_state": WHOLE},
         with_linear_state,
     ),
+    "linear, lse": Case(linear(feature_map="elu", normalize=True, return_lse=True), of_tokens(), GATHERED, {}, both),
     "linear, taylor2": Case(linear(feature_map="taylor2", normalize=True), of_tokens(), GATHERED),
     "linear, decay": Case(linear(), of_tokens(log_decay=decay), GATHERED),
     "linear, decay per head": Case(linear(), of_tokens(log_decay=decay[0, 0]), GATHERED, {"log_decay": WHOLE}),
@@ -135,6 +137,13 @@ CASES = {
     "linear, delta": Case(linear(), of_tokens(**gate), GATHERED),
     "linear, gated delta": Case(
         linear(return_state=True), of_tokens(log_decay=decay, **gate, **ids), ids_too, {}, with_kv
+    ),
+    "linear, erase": Case(
+        linear(return_state=True),
+        of_tokens(log_decay=per_channel, erase=erased, **ids),
+        ids_too,
+        {},
+        with_kv,
     ),
     "linear, not finite": Case(linear(), unit(qkv(64)) | {"key": qkv(64, spoilt=True)["key"]} | ids, ids_too),
     "linear, not causal": Case(linear(is_causal=False), of_tokens(), GATHERED),

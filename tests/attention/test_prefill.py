@@ -24,6 +24,7 @@ import attnlab as A
 GATES = {
     "log_decay": -np.abs(normal(BATCH, TOKENS, HEADS)),
     "beta": np.abs(normal(BATCH, TOKENS, HEADS)).clip(0, 1) / HEAD_DIM,
+    "erase": tuple(0.3 * normal(BATCH, TOKENS, HEADS, HEAD_DIM) for _ in range(2)),
 }
 AGENTS = normal(3, HEADS, HEAD_DIM)
 CENTROIDS = normal(HEADS, 3, HEAD_DIM)
@@ -94,6 +95,7 @@ CACHES = {
     "linear, elu": lambda: linear(feature_map="elu", normalize=True),
     "linear, taylor2 with decays": lambda: linear(["log_decay"], feature_map="taylor2", normalize=True),
     "linear, constant decays": lambda: linear(fixed={"log_decay": A.retention_log_decay(HEADS)}),
+    "linear, erase": lambda: linear(["log_decay", "erase"]),
     "linear, gated delta": lambda: linear(["log_decay", "beta"]),
     "agent": lambda: agent("xla"),
     "agent, token by token": lambda: agent("reference"),

@@ -18,11 +18,12 @@ Xla = Callable[[LinearInputs, LinearOptions], tuple[Array, LinearState]]
 
 # What the kernels leave to the mechanism's other forms: a plain recurrence of mapped and scaled tokens.
 _PLAIN = LinearOptions(feature_map=None, normalize=False, scale=1.0)
+_NO_ERASE = "serves no erase, which reads and writes other vectors than keys"
 
 
 def _operands(inputs: LinearInputs, options: LinearOptions) -> tuple[Any, ...]:
     """The kernel's query, key, value, log_decay, beta and state. A sum of keys is kept as a value that is always 1."""
-    query, key, value, log_decay, beta, state, segment_ids = inputs
+    query, key, value, log_decay, beta, state, segment_ids, _ = inputs
     batch, length, heads, _ = query.shape
     dtype, wide = query.dtype, state.kv.dtype
     mapped = apply_feature_map(options.feature_map, query, key, options.scale, wide)
@@ -89,6 +90,8 @@ def chunked_refusal(
 def _refusal(backend: str, inputs: LinearInputs, options: LinearOptions) -> str | None:
     if not options.is_causal:
         return "serves causal calls; the others are two products of XLA"
+    if inputs.erase is not None:
+        return _NO_ERASE
     # The scale may be traced with the call, and no shape depends on it.
     options = options._replace(scale=1.0)
     return chunked_refusal(backend, *jax.eval_shape(lambda inputs: _operands(inputs, options), inputs)[:-1])
@@ -98,7 +101,7 @@ KERNELS = on_backends(_chunked, _refusal)
 
 
 def _step(backend: str, xla: Xla, inputs: LinearInputs, options: LinearOptions) -> tuple[Array, LinearState]:
-    query, key, value, log_decay, beta, state, _ = inputs
+    query, key, value, log_decay, beta, state, *_ = inputs
     out_dtype, heads = query.dtype, query.shape[2]
     query, key = (x[:, 0] for x in apply_feature_map(options.feature_map, query, key, options.scale, jnp.float32))
     key, value = (repeat_key_heads(x, heads) for x in (key, value[:, 0].astype(jnp.float32)))
@@ -133,6 +136,8 @@ def _step(backend: str, xla: Xla, inputs: LinearInputs, options: LinearOptions) 
 
 
 def _step_refusal(backend: str, inputs: LinearInputs, options: LinearOptions) -> str | None:
+    if inputs.erase is not None:
+        return _NO_ERASE
     return first_refusal(backend, ["linear_step"], inputs.state.kv)
 
 

@@ -1,7 +1,7 @@
 """What a stretch of tokens makes of the state before it, where linear attention goes over several stretches at once.
 
-A stretch takes the state S [F, V] before it to P S + L: P a number, one per channel, or with the delta rule a matrix
-[F, F]. Two stretches in turn are one again, with P = P2 P1 and L = P2 L1 + L2.
+A stretch takes the state S [F, V] before it to P S + L: P a number, one per channel, or with the delta rule or erase a
+matrix [F, F]. Two stretches in turn are one again, with P = P2 P1 and L = P2 L1 + L2.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from attnlab.attention._shared.recurrence import LinearInputs, LinearOptions, Li
 
 
 class Passage(NamedTuple):
-    """transition P: [B, N, 1 or F, 1], or [B, N, F, F] with the delta rule. state L: [B, N, F, V], finite, the sum of
-    keys as one more column if there is one. keeps: [B, N], 1 where something of what came before may be left, else 0.
-    spoilt: [B, N], 1 where what is not finite has come in and is not dropped."""
+    """transition P: [B, N, 1 or F, 1], or [B, N, F, F] with the delta rule or erase. state L: [B, N, F, V], finite, the
+    sum of keys as one more column if there is one. keeps: [B, N], 1 where something of what came before may be left,
+    else 0. spoilt: [B, N], 1 where what is not finite has come in and is not dropped."""
 
     transition: Array
     state: Array
@@ -82,14 +82,14 @@ def passage_of(
     keeps: Array,
     spoilt: Array,
 ) -> Passage:
-    """Of causal tokens; their outputs are not computed. attend: the mechanism, for the delta rule.
+    """Of causal tokens; their outputs are not computed. attend: the mechanism, for the delta rule and erase.
 
     inputs: finite, whose state says of which kind states are. keeps, spoilt: bool [B, N].
     """
-    query, key, value, log_decay, beta, state, segment_ids = inputs
+    query, key, value, log_decay, beta, state, segment_ids, erase = inputs
     dtype, (batch, heads, features, width) = state.kv.dtype, state.kv.shape
     marks = keeps.astype(dtype), spoilt.astype(dtype)
-    if beta is not None:
+    if beta is not None or erase is not None:
         # Values that are 0 leave of the identity what the transitions make of it.
         wide = jnp.concatenate([value, jnp.zeros_like(value, shape=(*value.shape[:-1], features))], axis=-1)
         identity = jnp.broadcast_to(jnp.eye(features, dtype=dtype), (batch, heads, features, features))

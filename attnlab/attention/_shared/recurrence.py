@@ -22,7 +22,8 @@ class LinearState(NamedTuple):
 
 class LinearInputs(NamedTuple):
     """The arrays of a call: query [B, T, N, H], key [B, T, K, H], value [B, T, K, V]; log_decay [N], [B, T, N] or
-    [B, T, N, F]; beta [B, T, N]; the state before the first token; segment_ids [B, T]."""
+    [B, T, N, F]; beta [B, T, N]; the state before the first token; segment_ids [B, T]; read and
+    write of erase, [B, T, N, F] each."""
 
     query: Array
     key: Array
@@ -31,6 +32,7 @@ class LinearInputs(NamedTuple):
     beta: Array | None
     state: LinearState
     segment_ids: Array | None = None
+    erase: tuple[Array, Array] | None = None
 
 
 class LinearOptions(NamedTuple):
