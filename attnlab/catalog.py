@@ -116,6 +116,11 @@ def _gates(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
     return {**_decay(rng, sizes), **_strength(rng, sizes)}
 
 
+def _levels(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    shape = (sizes.batch, *sizes.space, sizes.heads, 1 + (math.prod(sizes.space) - 1).bit_length())
+    return {"level_scales": rng.uniform(size=shape), **_decay(rng, sizes)}
+
+
 def _centroids(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
     centroids: Any = rng.normal(size=(sizes.heads, sizes.clusters, sizes.head_dim))
     return {"state": attnlab.RoutingState(centroids, np.ones_like(centroids[..., 0]), centroids)}
@@ -184,6 +189,7 @@ MECHANISMS: dict[str, Mechanism] = {
     "linear, decay per channel": _linear(arrays=_channel_decay),
     "linear, delta rule": _linear(arrays=_strength),
     "linear, gated delta rule": _linear(arrays=_gates),
+    "log-linear": Mechanism(attnlab.log_linear_attention, arrays=_levels, is_causal=True),
     "routing, strict": Mechanism(
         attnlab.routing_attention,
         {"window": 4, "is_causal": True},

@@ -81,6 +81,7 @@ MIXERS = {
         state_sizes=(208, 208, 208),
         kernels=LINEAR,
     ),
+    "log_linear": Mixer(nn.LogLinearAttention, {"levels": 7}, state_sizes=(448, 448, 448)),
     "agent": Mixer(nn.AgentAttention, {"agents": 3}, state_sizes=(104, 104, 104), kernels=LINEAR),
     "agent_grouped": Mixer(
         nn.AgentAttention, {"agents": 4, "num_key_heads": 2, "residual_convolution": 0}, state_sizes=(96, 96, 96)
