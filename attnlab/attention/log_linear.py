@@ -249,7 +249,8 @@ def _at(level: Array, count: int, dtype: Any) -> Array:
 
 def _moves(distance: Array, count: int, dtype: Any) -> Array:
     """[...] -> [..., L, L], 1 at (l, m) if sums at level l are at m for one `distance` = bits(t xor e) away."""
-    return _at(jnp.maximum(distance[..., None], jnp.arange(count)), count, dtype)
+    own = jnp.arange(count).reshape((1,) * distance.ndim + (count,))
+    return _at(jnp.maximum(distance[..., None], own), count, dtype)
 
 
 def _moved_on(levels: Array, distance: Array) -> Array:
@@ -288,7 +289,7 @@ def _spoilt_out(out: Array, inputs: _Inputs, before: Array) -> tuple[Array, Arra
     before: bool [B, N], of the sums before the first token.
     """
     seen = spoilt_since(*_marks(inputs), before)
-    at = inputs.position[:, None] + jnp.arange(out.shape[1])
+    at = inputs.position[:, None] + jnp.arange(out.shape[1])[None]
     is_past = _bits(at) >= inputs.level_scales.shape[-1]
     own = is_spoilt(inputs.query) | is_spoilt(inputs.level_scales) | is_past[..., None]
     return spoil(out, seen | own), seen[:, -1]
@@ -416,7 +417,7 @@ def _chunk(
 ) -> tuple[Array, Array]:
     """C tokens of every head, [B,N,C,...], from int32 [B] up to `after` -> the levels after them, out [B,N,C,V]."""
     size, count, dtype = query.shape[2], levels.shape[2], levels.dtype
-    at = position[:, None] + jnp.arange(size)
+    at = position[:, None] + jnp.arange(size)[None]
     into, onward, through = query, key, None
     if log_decay is not None:
         # Decay from before the chunk to each token, and from each token to the chunk's end: sums, never differences.
