@@ -123,6 +123,11 @@ def _erase(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
     return {**_channel_decay(rng, sizes), "erase": (read, rng.uniform(size=read.shape) * read)}
 
 
+def _levels(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    shape = (sizes.batch, *sizes.space, sizes.heads, 1 + (math.prod(sizes.space) - 1).bit_length())
+    return {"level_scales": rng.uniform(size=shape), **_decay(rng, sizes)}
+
+
 def _centroids(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
     centroids: Any = rng.normal(size=(sizes.heads, sizes.clusters, sizes.head_dim))
     return {"state": attnlab.RoutingState(centroids, np.ones_like(centroids[..., 0]), centroids)}
@@ -226,6 +231,7 @@ MECHANISMS: dict[str, Mechanism] = {
         arrays=_memory_rate,
         is_causal=True,
     ),
+    "log-linear": Mechanism(attnlab.log_linear_attention, arrays=_levels, is_causal=True),
     "routing, strict": Mechanism(
         attnlab.routing_attention,
         {"window": 4, "is_causal": True},

@@ -93,6 +93,7 @@ MIXERS = {
     ),
     "mamba3": Mixer(nn.Mamba3Attention, {"value_dim": 3}, state_sizes=(84, 84, 84)),
     "rwkv7": Mixer(nn.RWKV7Attention, {"num_key_heads": 2}, state_sizes=(64, 64, 64)),
+    "log_linear": Mixer(nn.LogLinearAttention, {"levels": 7}, state_sizes=(448, 448, 448)),
     "agent": Mixer(nn.AgentAttention, {"agents": 3}, state_sizes=(104, 104, 104), kernels=LINEAR),
     "agent_grouped": Mixer(
         nn.AgentAttention, {"agents": 4, "num_key_heads": 2, "residual_convolution": 0}, state_sizes=(96, 96, 96)

@@ -40,6 +40,12 @@ from attnlab.attention.local_linear import (
     local_linear_step,
     prefill_local_linear_cache,
 )
+from attnlab.attention.log_linear import (
+    LogLinearState,
+    init_log_linear_cache,
+    log_linear_attention,
+    log_linear_step,
+)
 from attnlab.attention.memory import MemoryState, init_memory_cache, memory_attention, memory_step
 from attnlab.attention.merge import merge_attention
 from attnlab.attention.parallax import parallax_attention, parallax_step

@@ -9,6 +9,7 @@ from attnlab.nn.mixers.block_sparse import BlockSparseAttention
 from attnlab.nn.mixers.linear import InlineAttention, LinearAttention
 from attnlab.nn.mixers.local import DilatedAttention, LocalAttention
 from attnlab.nn.mixers.local_linear import LocalLinearAttention, ParallaxAttention
+from attnlab.nn.mixers.log_linear import LogLinearAttention
 from attnlab.nn.mixers.mamba3 import Mamba3Attention
 from attnlab.nn.mixers.memory import MemoryAttention
 from attnlab.nn.mixers.routing import RoutingAttention

@@ -40,6 +40,7 @@ _BY_NAME = {
     "value_dim": VALUE_DIM,
     "max_length": 4,
     "num_agents": 3,
+    "num_levels": 4,
     "num_clusters": 3,
     "window": 3,
     "sinks": 1,
@@ -77,6 +78,11 @@ _OWN = {
     "causal_agent_attention": {"initial_state": A.init_agent_cache(BATCH, HEADS, 3, VALUE_DIM)},
     "pool_agents": {**_IMAGE, "grid": (2, 2)},
     "linear_attention": {**_GATES, "initial_state": A.init_linear_cache(BATCH, HEADS, HEAD_DIM, VALUE_DIM)},
+    "log_linear_attention": {
+        "level_scales": np.abs(_normal(BATCH, 6, HEADS, 4)),
+        "log_decay": _GATES["log_decay"],
+        "initial_state": A.init_log_linear_cache(BATCH, HEADS, 4, HEAD_DIM, VALUE_DIM),
+    },
     "local_linear_attention": {"ridge": 2.0},
     "parallax_attention": {"probe": _normal(BATCH, 6, HEADS, HEAD_DIM)},
     "inline_attention": _IMAGE,
@@ -88,6 +94,10 @@ _OWN = {
     "fit_routing": {"tokens": _LINE["query"], "iterations": 2},
     "update_routing": {"stats": A.RoutingStatistics(_STATE.counts, _STATE.sums)},
     "linear_step": {name: gate[:, :1] for name, gate in _GATES.items()},
+    "log_linear_step": {
+        "level_scales": np.abs(_normal(BATCH, 1, HEADS, 4)),
+        "log_decay": _GATES["log_decay"][:, :1],
+    },
     "local_step": {"stride": 2},
     "local_linear_step": {"ridge": 2.0},
     "parallax_step": {

@@ -332,7 +332,7 @@ def on_axes(names, arrays):
 
     def spec(array, x):
         axes: list[str | None] = []
-        if array in ("query", "key", "value", "probe"):
+        if array in ("query", "key", "value", "probe", "level_scales"):
             axes = ["data", "context", *[None] * (x.ndim - 4), "tensor"]
         elif array in ("log_decay", "beta"):
             axes = ["data", "context", "tensor"]
