@@ -38,8 +38,8 @@ def primitive(*layouts: str, like: str = "") -> Callable[[Callable[P, R]], Calla
     """Decorates a public function of arrays, one of which is its `query`, and of options.
 
     layouts: of the arrays that it returns, in their order, the last one of all that are left: B, * and N for the batch,
-      the space axes and the heads of the query, dots for axes that are whole on every device; " if OPTION" after one that
-      only comes with this option. like: the argument that further results are like.
+      the space axes and the heads of the query, dots for axes that are whole on every device; " if OPTION" after one
+      that only comes with this option. like: the argument that further results are like.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:

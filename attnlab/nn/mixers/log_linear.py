@@ -10,7 +10,7 @@ import attnlab.attention as attention
 from attnlab.attention._shared.checks import check_int
 from attnlab.nn.layers import Linear, RMSNorm, along
 from attnlab.nn.mixers.base import Attention
-from attnlab.nn.mixers.linear import _gate_bias
+from attnlab.nn.mixers.linear import gate_bias
 from attnlab.nn.parameters import normal, parameter, zeros
 
 Array = jax.Array
@@ -34,7 +34,7 @@ class LogLinearAttention(Attention):
             raise ValueError("is_causal: got False; LogLinearAttention is causal")
         self.levels = check_int("levels", levels, least=1, most=32)
         self.gate = Linear(features, self.num_heads, initializer=normal(0.02))
-        self.gate_bias = parameter((self.num_heads,), _gate_bias)
+        self.gate_bias = parameter((self.num_heads,), gate_bias)
         self.log_rate = parameter((self.num_heads,), zeros)
         self.scales = Linear(features, (self.num_heads, self.levels), initializer=normal(0.02))
         self.scales_bias = parameter((self.num_heads, self.levels), _of_one)
