@@ -26,6 +26,7 @@ from kernels_pallas.gpu.band import lists_of
 from kernels_pallas.gpu.banded_flash import banded_flash_attention
 from kernels_pallas.gpu.banded_flash_backward import banded_flash_gradients
 from kernels_pallas.patterns import BlockLists, Boxes, Intervals, SortedIntervals
+from kernels_pallas.tpu import banded_covariance as tpu_banded_covariance
 from kernels_pallas.tpu import banded_flash as tpu_banded_flash
 
 # The spacing of the operands' dtype: that of weights, of slopes and of what is written.
@@ -549,9 +550,9 @@ def test_refuses_lists_of_other_rows_and_heads():
     lists = np.zeros((3, 2, 2, 1), np.int32)
     pattern = BlockLists(lists, lists, np.zeros((0, 128, 128), np.int8), 256, 256)
     reason = "needs lists [1 or 1, 1 or 1, 2, places], got [3, 2, 2, 1]"
-    for module in (banded_flash, banded_flash_backward):
+    for module in (banded_flash, banded_flash_backward, tpu_banded_flash):
         assert module.refusal(*shapes(), pattern=pattern) == reason
-    for module in (banded_covariance, banded_parallax, tpu_banded_flash):
+    for module in (banded_covariance, banded_parallax, tpu_banded_covariance):
         assert module.refusal(*shapes(), pattern=pattern) == "serves no lists of tiles"
 
 
