@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from marks import slow_but
 
 from attnlab import block_sparse_attention, dot_product_attention, masks
 from attnlab.attention._kernels import dot_product
@@ -89,7 +88,8 @@ def test_a_mask_is_lists_of_tiles(name, interpreted, monkeypatch):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y[np.isfinite(y)]).max())
 
 
-@pytest.mark.parametrize("tpu", slow_but(["v5p"], TOPOLOGIES))
+@pytest.mark.slow
+@pytest.mark.parametrize("tpu", TOPOLOGIES)
 def test_lists_of_a_large_call_compile(tpu):
     """64 lists of 4096 tiles, of which scalar memory holds a few at a time, forward and back."""
     query, key = (jax.ShapeDtypeStruct((8, 2**15, heads, 128), jnp.bfloat16) for heads in (32, 8))
