@@ -285,6 +285,13 @@ class BlockLists:
     def num_pairs(self, block_q: int, block_k: int) -> int:
         return math.prod(self.columns.shape)
 
+    def misfit(self, batch: int, key_heads: int, tiles: int) -> str | None:
+        """What lists of a call with so many rows, key heads and tiles of queries need to be, if they are not."""
+        lists = self.columns.shape
+        if lists[0] in (1, batch) and lists[1] in (1, key_heads) and lists[2] == tiles:
+            return None
+        return f"needs lists [1 or {batch}, 1 or {key_heads}, {tiles}, places], got {list(lists)}"
+
     def tiled(self, block_q: int, block_k: int) -> Tiling:
         """O(places log places) time and O(places) memory, of the places of all lists, and twice the bank."""
         is_traced = any(isinstance(x, jax.core.Tracer) for x in (self.columns, self.partly, self.bank))

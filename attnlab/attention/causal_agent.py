@@ -38,7 +38,7 @@ from attnlab.attention._shared.checks import (
     default_scale,
 )
 from attnlab.attention._shared.chunks import scan_chunks
-from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, spoilt_since
+from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, spoilt_since, spoilt_tokens
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax import scaled_for_logits, softmax_parts
 from attnlab.attention.agent import batched_agents
@@ -152,16 +152,11 @@ def _whole(
     state: AgentState,
     is_token: Array | None,
 ) -> tuple[Array, AgentState]:
-    tokens = _spoilt_tokens(query, key, value)
+    tokens = spoilt_tokens(key, value, query.shape[2])
     out, state = attend(*map(finite_or_zero, (query, key, value)), agents, state, is_token)
     nothing = jnp.zeros_like(tokens)
     seen = spoilt_since(tokens, nothing, nothing[:, 0])
     return spoil(out, seen | is_spoilt(query)), jax.tree.map(lambda leaf: spoil(leaf, seen[:, -1]), state)
-
-
-def _spoilt_tokens(query: Array, key: Array, value: Array) -> Array:
-    """bool [B, T, N]"""
-    return repeat_key_heads((is_spoilt(key) | is_spoilt(value))[..., None], query.shape[2])[..., 0]
 
 
 class _Before(NamedTuple):
@@ -183,7 +178,7 @@ def _parted(
     is_token: Array | None,
 ) -> tuple[Array, AgentState]:
     """Each device's part, from the state that the parts before it leave."""
-    tokens = _spoilt_tokens(query, key, value)
+    tokens = spoilt_tokens(key, value, query.shape[2])
     query_is_spoilt = is_spoilt(query)
     query, key, value = map(finite_or_zero, (query, key, value))
     own = _Before(_state_of(key, value, agents, is_token, scale), tokens.any(1).astype(agents.dtype))

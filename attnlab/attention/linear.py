@@ -70,13 +70,21 @@ from attnlab.attention._shared.checks import (
 )
 from attnlab.attention._shared.chunks import (
     decayed_products,
+    decays_of_chunk,
     drop_at_starts,
     inverse_of_unit_lower,
     scan_chunks,
     segment_starts,
 )
 from attnlab.attention._shared.feature_maps import FeatureMap, apply_feature_map, feature_width, normalizer_epsilon
-from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, spoilt_since
+from attnlab.attention._shared.finite import (
+    finite_or_zero,
+    is_spoilt,
+    spoil,
+    spoilt_since,
+    spoilt_tokens,
+    state_is_spoilt,
+)
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.passage import dropped, entered, from_state, joined, passage_of, to_state
 from attnlab.attention._shared.recurrence import LinearInputs, LinearOptions, LinearState
@@ -209,7 +217,7 @@ def linear_attention(
 def _whole(attend: _Attend, options: LinearOptions, *arrays: Any) -> tuple[Array, LinearState]:
     inputs = LinearInputs(*arrays)
     out, state = attend(_finite(inputs), options=options)
-    at_tokens, at_end = _spoilt(inputs, _state_is_spoilt(inputs.state), options.is_causal)
+    at_tokens, at_end = _spoilt(inputs, state_is_spoilt(inputs.state), options.is_causal)
     return spoil(out, at_tokens), jax.tree.map(lambda leaf: spoil(leaf, at_end), state)
 
 
@@ -397,14 +405,6 @@ def _finite(inputs: LinearInputs) -> LinearInputs:
     return LinearInputs(query, key, value, log_decay, beta, state, segment_ids, erase)
 
 
-def _state_is_spoilt(state: LinearState) -> Array:
-    """bool [B, N]"""
-    # Most states are zeros, which XLA would look through one by one while it compiles: seconds, for a large batch.
-    state = jax.lax.optimization_barrier(jax.lax.stop_gradient(state))
-    spoilt = is_spoilt(state.kv.reshape(*state.kv.shape[:2], -1))
-    return spoilt if state.k_sum is None else spoilt | is_spoilt(state.k_sum)
-
-
 def _spoilt(inputs: LinearInputs, before: Array, is_causal: bool) -> tuple[Array, Array]:
     """bool [B, T, N] and [B, N]: outputs, and the state after them, that have seen what is not finite. before: bool
     [B, N], of the state before them."""
@@ -419,7 +419,7 @@ def _spoilt(inputs: LinearInputs, before: Array, is_causal: bool) -> tuple[Array
 def _marks(inputs: LinearInputs) -> tuple[Array, Array]:
     """bool [B, T, N]: tokens that are not finite, and tokens that drop the state before them."""
     query, key, value, log_decay, beta, _, segment_ids, erase = inputs
-    tokens = repeat_key_heads((is_spoilt(key) | is_spoilt(value))[..., None], query.shape[2])[..., 0]
+    tokens = spoilt_tokens(key, value, query.shape[2])
     starts = jnp.zeros_like(tokens)
     if log_decay is not None:
         gates = log_decay[None, None] if log_decay.ndim == 1 else log_decay
@@ -447,7 +447,7 @@ def _parted(attend: _Attend, options: LinearOptions, parts: Parts, *arrays: Any)
     if (ids := inputs.segment_ids) is not None:
         continues = (moved(ids[:, -1], 1, parts) == ids[:, 0]) | (parts.number() == 0)
     own = entered(passage_of(finite, options, of_part, keeps=~starts.any(1), spoilt=at_end), continues)
-    start = from_state(finite.state, _state_is_spoilt(inputs.state), own)
+    start = from_state(finite.state, state_is_spoilt(inputs.state), own)
     before, after = states_before(joined, start, own, parts)
     before = dropped(before, continues)
     out, _ = of_part(finite._replace(state=to_state(before, finite.state)))
@@ -493,7 +493,7 @@ def _parted_sums(attend: _Attend, options: LinearOptions, parts: Parts, *arrays:
     if segment_ids is not None:
         ends = jax.lax.all_gather(jnp.stack([ids[:, 0], ids[:, -1]]), parts.names)
     firsts, lasts = as_one(lambda x: jax.lax.all_gather(x, parts.names), (tokens(in_first), tokens(in_last)))
-    start = jax.tree.map(lambda x: x[None], _Sums(of_state, _state_is_spoilt(inputs.state).astype(dtype)))
+    start = jax.tree.map(lambda x: x[None], _Sums(of_state, state_is_spoilt(inputs.state).astype(dtype)))
     number, others = parts.number(), jnp.arange(parts.many)[:, None]
     before = weighed(lasts, (others < number) & (ends[:, 1] == ids[:, 0]))
     before = jax.tree.map(jnp.add, before, weighed(start, (ends[0, 0] == ids[:, 0])[None]))
@@ -643,12 +643,9 @@ def _chunk(
     into, onward, through = query, key, None
     key_into = key
     if log_decay is not None:
-        # Decay from before the chunk to each token, and from each token to the chunk's end.
-        before = jnp.cumsum(log_decay, axis=-2)
-        after = jax.lax.cumsum(jnp.pad(log_decay[..., 1:, :], ((0, 0), (0, 0), (0, 1), (0, 0))), axis=2, reverse=True)
-        into_decay, onward_decay = jnp.exp(before), jnp.exp(after)
+        into_decay, onward_decay = decays_of_chunk(log_decay)
         into, key_into, onward = query * into_decay, key * into_decay, key * onward_decay
-        through = jnp.exp(before[..., -1, :])
+        through = into_decay[..., -1, :]
     if beta is not None:
         value = beta[..., None] * (value - key_into @ state.kv)
         system = jnp.tril(beta[..., None] * decayed_products(key, key, log_decay), -1)

@@ -50,7 +50,7 @@ from attnlab.attention._shared.checks import (
     require,
     shape_text,
 )
-from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, spoilt_by_weights
+from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, spoilt_by_weights, spoilt_tokens
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax_weights import (
     SoftmaxWeights,
@@ -250,7 +250,7 @@ def _in_ring(
     weights = ring_weights(parts, implementation)
     q, k, v = map(finite_or_zero, (query, key, value))
     out, residuals = _by_weights(weights, q, k, v, ridge, any_device=any_device, **settings)
-    tokens = repeat_key_heads((is_spoilt(key) | is_spoilt(value))[..., None], query.shape[2])[..., 0]
+    tokens = spoilt_tokens(key, value, query.shape[2])
     of_parts = lax.all_gather(tokens.any(1), parts.names)  # [parts, B, N]
     counts = jnp.arange(parts.many) < parts.number() if settings["is_causal"] else jnp.ones(parts.many, bool)
     seen = (of_parts & counts[:, None, None]).any(0)[:, None]

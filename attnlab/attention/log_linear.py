@@ -44,8 +44,15 @@ from attnlab.attention._shared.checks import (
     require,
     shape_text,
 )
-from attnlab.attention._shared.chunks import decayed_products, scan_chunks
-from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, spoilt_since
+from attnlab.attention._shared.chunks import decayed_products, decays_of_chunk, scan_chunks
+from attnlab.attention._shared.finite import (
+    finite_or_zero,
+    is_spoilt,
+    spoil,
+    spoilt_since,
+    spoilt_tokens,
+    state_is_spoilt,
+)
 from attnlab.attention._shared.heads import repeat_key_heads
 
 
@@ -269,18 +276,10 @@ def _finite(inputs: _Inputs) -> _Inputs:
 
 def _marks(inputs: _Inputs) -> tuple[Array, Array]:
     """bool [B, T, N]: tokens that are not finite, and tokens that drop the state before them."""
-    tokens = repeat_key_heads((is_spoilt(inputs.key) | is_spoilt(inputs.value))[..., None], inputs.query.shape[2])
-    tokens, gates = tokens[..., 0], inputs.log_decay
+    tokens, gates = spoilt_tokens(inputs.key, inputs.value, inputs.query.shape[2]), inputs.log_decay
     if gates is None:
         return tokens, jnp.zeros_like(tokens)
     return tokens | ~(gates < jnp.inf), gates == -jnp.inf
-
-
-def _levels_are_spoilt(levels: Array) -> Array:
-    """bool [B, N]"""
-    # Most are zeros, which XLA would look through one by one while it compiles.
-    levels = jax.lax.optimization_barrier(jax.lax.stop_gradient(levels))
-    return is_spoilt(levels.reshape(*levels.shape[:2], -1))
 
 
 def _spoilt_out(out: Array, inputs: _Inputs, before: Array) -> tuple[Array, Array]:
@@ -298,7 +297,7 @@ def _spoilt_out(out: Array, inputs: _Inputs, before: Array) -> tuple[Array, Arra
 def _whole(attend: _Attend, *arrays: Any) -> tuple[Array, Array]:
     inputs = _Inputs(*arrays)
     out, levels = attend(_finite(inputs))
-    out, at_end = _spoilt_out(out, inputs, _levels_are_spoilt(inputs.levels))
+    out, at_end = _spoilt_out(out, inputs, state_is_spoilt(inputs.levels))
     return out, spoil(levels, at_end)
 
 
@@ -349,7 +348,7 @@ def _parted(attend: _Attend, parts: Parts, *arrays: Any) -> tuple[Array, Array]:
         (~starts.any(1)).astype(dtype),
         jnp.broadcast_to(last[:, None] - 1, nothing.shape),
     )
-    spoilt = _levels_are_spoilt(inputs.levels).astype(dtype)
+    spoilt = state_is_spoilt(inputs.levels).astype(dtype)
     end = jnp.broadcast_to(inputs.position[:, None] - 1, nothing.shape)
     start = _Stretch(finite.levels, one, spoilt, one, end)
     before, after = states_before(_joined, start, stretch, parts)
@@ -420,10 +419,8 @@ def _chunk(
     at = position[:, None] + jnp.arange(size)[None]
     into, onward, through = query, key, None
     if log_decay is not None:
-        # Decay from before the chunk to each token, and from each token to the chunk's end: sums, never differences.
-        before = jnp.cumsum(log_decay, axis=-2)
-        later = jax.lax.cumsum(jnp.pad(log_decay[..., 1:, :], ((0, 0), (0, 0), (0, 1), (0, 0))), axis=2, reverse=True)
-        into, onward, through = query * jnp.exp(before), key * jnp.exp(later), jnp.exp(before[..., -1, :])
+        into_decay, onward_decay = decays_of_chunk(log_decay)
+        into, onward, through = query * into_decay, key * onward_decay, into_decay[..., -1, :]
 
     # Within the chunk, each pair by its level; the tokens before it by their sums.
     pairs = _at(_bits(at[:, :, None] ^ at[:, None]), count, dtype)

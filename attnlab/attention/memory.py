@@ -54,7 +54,14 @@ from attnlab.attention._shared.checks import (
 )
 from attnlab.attention._shared.chunks import products_between, scan_chunks
 from attnlab.attention._shared.fast_weights import Memory, Objective, Project, Weights
-from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, spoilt_since
+from attnlab.attention._shared.finite import (
+    finite_or_zero,
+    is_spoilt,
+    spoil,
+    spoilt_since,
+    spoilt_tokens,
+    state_is_spoilt,
+)
 from attnlab.attention._shared.heads import repeat_key_heads
 
 
@@ -275,7 +282,8 @@ def memory_step(
     state = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.integer) else x.astype(dtype), state)
     closes = jnp.broadcast_to((state.position + 1) % options.chunk_size == 0, (batch,))
     tokens = jax.tree.map(lambda x: x[:, 0], (query, key, value, rate, momentum, log_decay, threshold))
-    after, out = _token(options, weights, _with_start(state, weights, options), (*tokens, None, closes))
+    before = _with_start(state._replace(position=None), weights, options)  # type: ignore[arg-type]
+    after, out = _token(options, weights, before, (*tokens, None, closes))
     after = after._replace(position=state.position + 1, start=None if state.start is None else after.start)
     return out[:, None].astype(query.dtype), after
 
@@ -403,7 +411,7 @@ def _layouts(inputs: _Inputs, options: _Options) -> _Inputs:
 def _whole(attend: _Attend, options: _Options, *arrays: Any) -> tuple[Array, MemoryState]:
     inputs = _Inputs(*arrays)
     out, state = attend(_finite(inputs))
-    at_tokens, at_end = _spoilt(inputs, _state_is_spoilt(inputs.state), options)
+    at_tokens, at_end = _spoilt(inputs, state_is_spoilt(inputs.state), options)
     return spoil(out, at_tokens), jax.tree.map(lambda leaf: spoil(leaf, at_end), state)
 
 
@@ -415,17 +423,11 @@ def _finite(inputs: _Inputs) -> _Inputs:
     return finite._replace(log_decay=log_decay, is_token=is_token)
 
 
-def _state_is_spoilt(state: MemoryState) -> Array:
-    """bool [B, N]"""
-    leaves = jax.lax.optimization_barrier(jax.lax.stop_gradient(jax.tree.leaves(state)))
-    return functools.reduce(jnp.logical_or, (is_spoilt(x.reshape(*x.shape[:2], -1)) for x in leaves))
-
-
 def _spoilt(inputs: _Inputs, before: Array, options: _Options) -> tuple[Array, Array]:
     """bool [B, T, N] and [B, N]: outputs, and the state after them, that have seen what is not finite. before: bool
     [B, N], of the state before them."""
     query, key, value, rate, momentum, log_decay, threshold, *_ = inputs
-    tokens = repeat_key_heads((is_spoilt(key) | is_spoilt(value))[..., None], query.shape[2])[..., 0]
+    tokens = spoilt_tokens(key, value, query.shape[2])
     for gate in (*rate.values(), momentum, threshold):
         tokens = tokens if gate is None else tokens | ~jnp.isfinite(gate)
     tokens = tokens if log_decay is None else tokens | ~(log_decay < jnp.inf)
@@ -457,7 +459,7 @@ def _parted(attend: _Attend, options: _Options, parts: Parts, *arrays: Any) -> t
         _, state = attend(finite._replace(state=before.state))
         return _Before(state, _spoilt(inputs, before.spoilt > 0, options)[1].astype(dtype))
 
-    start = _Before(finite.state, _state_is_spoilt(inputs.state).astype(dtype))
+    start = _Before(finite.state, state_is_spoilt(inputs.state).astype(dtype))
     before, end = in_turn(passed_on, start, parts)
     out, _ = attend(finite._replace(state=before.state))
     at_tokens, _ = _spoilt(inputs, before.spoilt > 0, options)
@@ -497,7 +499,8 @@ def _with_start(state: MemoryState, starts: Weights | None, options: _Options) -
 
 
 def _token(options: _Options, starts: Weights | None, state: MemoryState, now: Any) -> tuple[MemoryState, Array]:
-    """now: the token's arrays [B, N, ...]; is_token, closes: bool [B], whether it is the last one of its chunk."""
+    """state: without its position. now: the token's arrays [B, N, ...]; is_token, closes: bool [B], whether it is the
+    last one of its chunk."""
     query, key, value, rate, momentum, log_decay, threshold, is_token, closes = now
     dtype, heads = jax.tree.leaves(state.weights)[0].dtype, query.shape[1]
     query, key, value = (x.astype(dtype)[:, :, None] for x in (query, key, value))  # [B, N, 1, H]
@@ -529,10 +532,9 @@ def _token(options: _Options, starts: Weights | None, state: MemoryState, now: A
         read, pending = state.start, _sums(None, state.pending, writes)
         weights, speed = _stepped(state, pending, momentum, decay)
         start, nothing = fast_weights.projected(options.project, weights, starts), jax.tree.map(jnp.zeros_like, pending)
-        stepped = MemoryState(state.position, weights, speed, start, nothing)
-        kept = state._replace(pending=pending)
-        after = _chosen(closes, stepped._replace(position=None), kept._replace(position=None))  # type: ignore[arg-type]
-        after = after._replace(position=state.position)
+        after = _chosen(
+            closes, MemoryState(state.position, weights, speed, start, nothing), state._replace(pending=pending)
+        )
     if is_token is not None:
         after = _chosen(is_token, after, state)
     return after, remembered(read, query)[:, :, 0]

@@ -127,10 +127,9 @@ def refusal(
     if max(query.shape[-1], value.shape[-1]) > _WIDTHS[-1]:
         return f"serves head dims up to {_WIDTHS[-1]}, got {query.shape[-1]} and {value.shape[-1]}"
     if isinstance(pattern, BlockLists):
-        lists = pattern.columns.shape
-        sizes = query.shape[0], key.shape[2], -(-query.shape[1] // TILE)
-        if lists[0] not in (1, sizes[0]) or lists[1] not in (1, sizes[1]) or lists[2] != sizes[2]:
-            return f"needs lists [1 or {sizes[0]}, 1 or {sizes[1]}, {sizes[2]}, places], got {list(lists)}"
+        reason = pattern.misfit(query.shape[0], key.shape[2], -(-query.shape[1] // TILE))
+        if reason is not None:
+            return reason
     if pattern.blocks((TILE, TILE)) != (TILE, TILE):
         return f"needs tiles of {TILE} queries and keys, got {pattern.blocks((TILE, TILE))}"
     needed = footprint(padded_width(query.shape[-1]), padded_width(value.shape[-1]))

@@ -87,9 +87,9 @@ def refusal(
         if block < 1 or block % LANES:
             return f"needs {name} a positive multiple of {LANES}, got {block}"
     if isinstance(pattern, BlockLists):
-        lists, sizes = pattern.columns.shape, (query.shape[0], key.shape[2], -(-query.shape[1] // block_q))
-        if lists[0] not in (1, sizes[0]) or lists[1] not in (1, sizes[1]) or lists[2] != sizes[2]:
-            return f"needs lists [1 or {sizes[0]}, 1 or {sizes[1]}, {sizes[2]}, places], got {list(lists)}"
+        reason = pattern.misfit(query.shape[0], key.shape[2], -(-query.shape[1] // block_q))
+        if reason is not None:
+            return reason
     widths = padded_width(query.shape[-1]), padded_width(value.shape[-1])
     tables = 1 + (pattern.has_coordinates or segment_ids is not None)
     needed = footprint(block_q, block_k, *widths, dtype, tables=tables) + _bank_bytes(pattern)

@@ -47,6 +47,14 @@ def scan_chunks(step: Callable[..., Any], state: Any, tokens: Any, chunk_size: i
     return state, outs
 
 
+def decays_of_chunk(log_decay: Array) -> tuple[Array, Array]:
+    """Of [B,N,C,1 or H]: the decay from before the chunk to each token, the last one's being the chunk's, and from
+    each token to the chunk's end. Exponents are sums, never differences."""
+    before = jnp.cumsum(log_decay, axis=-2)
+    after = jax.lax.cumsum(jnp.pad(log_decay[..., 1:, :], ((0, 0), (0, 0), (0, 1), (0, 0))), axis=2, reverse=True)
+    return jnp.exp(before), jnp.exp(after)
+
+
 def decayed_products(query: Array, key: Array, log_decay: Array | None) -> Array:
     """[B,N,C,C] whose ij, j <= i, is sum_h q_ih k_jh exp(g_{j+1,h} + ... + g_{i,h}). Above the diagonal: any number.
 

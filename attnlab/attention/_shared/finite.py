@@ -22,6 +22,18 @@ def is_spoilt(x: Array) -> Array:
     return ~jnp.isfinite(x).all(-1)
 
 
+def spoilt_tokens(key: Array, value: Array, heads: int) -> Array:
+    """[B, T, K, H|V] -> bool [B, T, N]: whether a token's key or value is not finite, for each of N query heads."""
+    return repeat_key_heads((is_spoilt(key) | is_spoilt(value))[..., None], heads)[..., 0]
+
+
+def state_is_spoilt(state: Any) -> Array:
+    """A pytree of [B, N, ...] -> bool [B, N]."""
+    # Most states are zeros, which XLA would look through one by one while it compiles: seconds, for a large batch.
+    leaves = jax.lax.optimization_barrier(jax.lax.stop_gradient(jax.tree.leaves(state)))
+    return functools.reduce(jnp.logical_or, (is_spoilt(x.reshape(*x.shape[:2], -1)) for x in leaves))
+
+
 def finite_or_zero(x: Array) -> Array:
     """x with zeros for NaN and infinities."""
     return jnp.where(jnp.isfinite(x), x, 0)
@@ -35,8 +47,7 @@ def spoil(x: Array, where: Array) -> Array:
 def spoilt_by_weights(weights: Array, query: Array, key: Array, value: Array) -> Array:
     """bool [B, T, N]: queries that are not finite, or see what is not. weights: [B, N, T, S], above 0 where a key is
     seen: those of logits of 0, as a softmax may leave 0 of a key that is seen."""
-    heads = query.shape[2]
-    tokens = repeat_key_heads((is_spoilt(key) | is_spoilt(value))[..., None], heads)[..., 0]
+    tokens = spoilt_tokens(key, value, query.shape[2])
     reached = jnp.einsum("BNTS,BSN->BTN", jax.lax.stop_gradient(weights), tokens.astype(weights.dtype))
     return (reached > 0) | is_spoilt(query)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._shared.checks import accumulator_dtype
-from attnlab.attention._shared.finite import finite_or_zero, is_spoilt
+from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoilt_tokens
 from attnlab.attention._shared.heads import repeat_key_heads
 
 Array = jax.Array
@@ -63,8 +63,8 @@ def reference_attention(
 ) -> tuple[Array, Array]:
     """dense_attention in which NaN and infinities reach the queries that see them, or hold them, and nothing else."""
     out, lse = dense_attention(*map(finite_or_zero, (query, key, value)), visible=visible, bias=bias, scale=scale)
-    of_keys = repeat_key_heads((is_spoilt(key) | is_spoilt(value))[..., None], query.shape[2])
+    of_keys = jnp.swapaxes(spoilt_tokens(key, value, query.shape[2]), 1, 2)[:, :, None]
     sees = visible if bias is None else visible & (bias != -jnp.inf)
-    spoilt = (sees & jnp.moveaxis(of_keys, (1, 3), (3, 2))).any(-1)
+    spoilt = (sees & of_keys).any(-1)
     spoilt = jnp.swapaxes(spoilt, 1, 2) | is_spoilt(query)
     return jnp.where(spoilt[..., None], jnp.nan, out), jnp.where(spoilt, jnp.nan, lse)

@@ -118,15 +118,12 @@ class LinearAttention(Attention):
         if self.decay == "retention":
             log_decay = attention.retention_log_decay(self.num_heads)
         elif self.decay == "data":
-            steps = self.gate(x.astype(jnp.float32))
-            steps = jax.nn.softplus(steps + along(self.gate_bias[...], steps))
-            log_decay = -along(jnp.exp(self.log_rate[...]), steps) * steps
+            _, log_decay = softplus_decay(self.gate(x.astype(jnp.float32)), self.gate_bias[...], self.log_rate[...])
         elif self.decay == "channel":
             log_decay = jax.nn.log_sigmoid(self.gate(self.gate_down(x.astype(jnp.float32)))) / _GATE_DIVISOR
         elif self.decay == "softplus_channel":
             steps = self.gate(self.gate_down(x.astype(jnp.float32)))
-            steps = jax.nn.softplus(steps + along(self.gate_bias[...], steps))
-            log_decay = -along(jnp.exp(self.log_rate[...])[:, None], steps) * steps
+            _, log_decay = softplus_decay(steps, self.gate_bias[...], self.log_rate[...][:, None])
         beta: Array | None = None
         if self.strength is not None and self.beta is not None:
             beta = self.beta * jax.nn.sigmoid(self.strength(x.astype(jnp.float32)))
@@ -259,6 +256,12 @@ def write_in_turn(
     out, *state = results if isinstance(results, tuple) else (results,)
     out = out[:, writes - 1 :: writes]
     return (out, *state) if state else out
+
+
+def softplus_decay(steps: Array, bias: Array, log_rate: Array) -> tuple[Array, Array]:
+    """Mamba-2's gate: the step D = softplus(steps + bias), and the log decay -exp(log_rate) D."""
+    steps = jax.nn.softplus(steps + along(bias, steps))
+    return steps, -along(jnp.exp(log_rate), steps) * steps
 
 
 def gate_bias(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:

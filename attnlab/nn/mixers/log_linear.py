@@ -10,7 +10,7 @@ import attnlab.attention as attention
 from attnlab.attention._shared.checks import check_int
 from attnlab.nn.layers import Linear, RMSNorm, along
 from attnlab.nn.mixers.base import Attention
-from attnlab.nn.mixers.linear import gate_bias
+from attnlab.nn.mixers.linear import gate_bias, softplus_decay
 from attnlab.nn.parameters import normal, parameter, zeros
 
 Array = jax.Array
@@ -43,11 +43,10 @@ class LogLinearAttention(Attention):
     def _gates(self, x: Array) -> dict[str, Any]:
         """What both the call and the step pass on, for x [B, T, D]."""
         x = x.astype(jnp.float32)
-        steps = self.gate(x)
-        steps = jax.nn.softplus(steps + along(self.gate_bias[...], steps))
+        _, log_decay = softplus_decay(self.gate(x), self.gate_bias[...], self.log_rate[...])
         scales = self.scales(x)
         scales = jax.nn.softplus(scales + along(self.scales_bias[...], scales))
-        return {"log_decay": -along(jnp.exp(self.log_rate[...]), steps) * steps, "level_scales": scales}
+        return {"log_decay": log_decay, "level_scales": scales}
 
     def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
         return attention.log_linear_attention(query, key, value, implementation=self.implementation, **self._gates(x))

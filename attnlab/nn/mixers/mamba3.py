@@ -13,7 +13,7 @@ from attnlab.attention._shared.chunks import segment_starts
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.nn.layers import Linear, RMSNorm, along
 from attnlab.nn.mixers.base import Attention, flat
-from attnlab.nn.mixers.linear import gate_bias
+from attnlab.nn.mixers.linear import gate_bias, softplus_decay
 from attnlab.nn.parameters import normal, ones, parameter, zeros
 
 Array = jax.Array
@@ -81,9 +81,7 @@ class Mamba3Attention(Attention):
 
     def _gates(self, x: Array) -> Gates:
         x = x.astype(jnp.float32)
-        step = self.step_size(x)
-        step = jax.nn.softplus(step + along(self.step_bias[...], step))
-        log_decay = -along(jnp.exp(self.log_rate[...]), step) * step
+        step, log_decay = softplus_decay(self.step_size(x), self.step_bias[...], self.log_rate[...])
         return Gates(step, log_decay, jax.nn.sigmoid(self.trapezoid(x)), step[..., None] * self.angle(x))
 
     def _by_head(self, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:

@@ -1,4 +1,4 @@
-"""Memories that learn as they read, and sums of mixers."""
+"""Memories that learn as they read."""
 
 import math
 from typing import Any, NamedTuple
