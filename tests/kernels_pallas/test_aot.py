@@ -31,6 +31,7 @@ def loss(query, key, value, segment_ids=None):
 
 
 @pytest.mark.parametrize("tpu", slow_but(["v5e"], ["v5e", "v5p"]))
+@pytest.mark.long
 def test_none_takes_the_kernel_on_a_tpu(tpu):
     forward = compile_for_tpu(
         lambda *a: local_attention(*a, window=70, sinks=4, is_causal=True), QUERY, KEY, KEY, tpu=tpu
@@ -110,6 +111,7 @@ def table(tpu, shape, names):
     return rows
 
 
+@pytest.mark.long
 def test_the_command_prints_a_table():
     rows = table("v5p", "small model 2k", ["banded flash", "linear"])
     assert 0 < float(rows["banded flash"]["VMEM MiB"]) < 16

@@ -501,7 +501,7 @@ def over_batch(query, key, value):
 TRANSFORMED = {"vmap": over_batch, "remat": jax.checkpoint(loss), "scan": scanned, "shard_map": sharded}
 
 
-@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize("name", slow_but({"shard_map"}, TRANSFORMED))
 def test_gradients_of_transformed_calls_lower(name):
     """Interpret mode has no rules for the effects that kernels have in it under these."""
     gradient = jax.grad(TRANSFORMED[name], argnums=(0, 1, 2))
