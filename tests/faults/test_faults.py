@@ -127,6 +127,7 @@ def locked(path):
     path.chmod(0o555)
 
 
+@pytest.mark.long
 def test_checkpoints_that_cannot_be_written(folder, untouched):
     locked(folder / "run" / "checkpoints")
     command = commands.run(folder, *TRAIN, prepare=commands.powerless)

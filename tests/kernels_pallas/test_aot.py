@@ -74,6 +74,7 @@ def test_vmap_and_x64_compile():
         assert KERNEL in compile_for_tpu(loss, QUERY, KEY, KEY, SEGMENTS, tpu="v5e").as_text()
 
 
+@pytest.mark.long
 def test_a_name_overrides_the_choice():
     blocked = compile_for_tpu(
         lambda *a: local_attention(*a, window=70, implementation="xla"), QUERY, KEY, KEY, tpu="v5e"
@@ -82,13 +83,12 @@ def test_a_name_overrides_the_choice():
 
 
 QUICK = {("v6e", "small model 2k")}
+QUICK_KERNELS = "banded flash", "linear, gated delta", "decode, cache"
 
 
-# Kernels whose parts are in the gated delta rule's, and in those of decays per channel.
-PARTS = {f"linear, {name}{part}" for name in ("delta", "gated delta by channel") for part in ("", " gradients")}
-
-
-@pytest.mark.parametrize("kernel", slow_but(set(KERNELS) - PARTS, KERNELS))
+@pytest.mark.parametrize(
+    "kernel", [name if name in QUICK_KERNELS else pytest.param(name, marks=pytest.mark.long) for name in KERNELS]
+)
 @pytest.mark.parametrize(
     ("tpu", "shape"),
     [
