@@ -260,5 +260,7 @@ MECHANISMS: dict[str, Mechanism] = {
         arrays=_probe,
         is_causal=True,
     ),
+    "pointwise": Mechanism(attnlab.pointwise_attention, {"activation": "relu"}),
+    "pointwise, causal": Mechanism(attnlab.pointwise_attention, {"is_causal": True, "divide": True}, is_causal=True),
     "inline": Mechanism(attnlab.inline_attention, grid=True),
 }

@@ -65,6 +65,15 @@ _BY_NAME = {
 # What is a function's own, or better another value there.
 _OWN = {
     "dot_product_attention": {"bias": _normal(1, 1, 6, 6), "mask": np.ones((1, 1, 6, 6), bool)},
+    "pointwise_attention": {
+        "activation": "relu",
+        "bias": _normal(1, 1, 6, 6),
+        "mask": np.ones((1, 1, 6, 6), bool),
+    },
+    "pointwise_step": {
+        "bias": _normal(1, HEADS, 1, 7),
+        "cache": A.init_dot_product_cache(BATCH, 7, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM),
+    },
     "local_attention": {"is_causal": True},
     "block_sparse_attention": {
         "blocks": np.array([[[[0, -1], [1, 0], [1, 1]]]], np.int32),

@@ -17,6 +17,7 @@ every_form = pytest.mark.parametrize("form", slow_but(["xla"], ["reference", "xl
 # Forms of a mechanism that share most of their code with another one in the table.
 _VARIANTS = {
     "dot_product",
+    "pointwise",
     "block-sparse",
     "agent",
     "linear, not causal",

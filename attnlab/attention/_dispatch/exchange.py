@@ -5,7 +5,7 @@ A mechanism over parts of its positions goes one of six ways:
     halo       keys just before and after the part: `with_halo` (local, dilated; depthwise convolutions)
     carry      the state before the part, from all states that parts leave: `states_before` (linear, causal agent)
     in turn    the state before the part, for which it waits: `in_turn` (memories, of which two parts are not joined)
-    ring       the keys of every other part in turn: `around` (dot product, local linear, Parallax)
+    ring       the keys of every other part in turn: `around` (dot product, local linear, Parallax, pointwise)
     re-shard   whole sequences of some heads or lines for parts of all: `swapped` (routing, axial)
     sums       totals over the parts, by lax.psum (agent, InLine, linear attention that is not causal)
 
@@ -322,7 +322,7 @@ def softmax_ring(turn: Turn, parts: Parts, own: Any, passed: Any, fixed: tuple[A
     """
 
     def at(number: int, own: Any, passed: Any, fixed: tuple[Any, Any]) -> tuple[Any, Array]:
-        came, came_fixed = (_from_before(tree, number, parts) for tree in (passed, fixed[1]))
+        came, came_fixed = (around(tree, number, parts) for tree in (passed, fixed[1]))
         means, lse = turn(number, own, came, (fixed[0], came_fixed))
         return jax.tree.map(lambda x: x.astype(lse.dtype), means), lse
 
@@ -383,7 +383,7 @@ def any_device(flag: Array) -> Array:
     return lax.pmax(flag.astype(jnp.int32), tuple(sorted(varying)) or manual) > 0
 
 
-def _from_before(tree: Any, by: int, parts: Parts) -> Any:
+def around(tree: Any, by: int, parts: Parts) -> Any:
     """Arrays [B, S, ...] of the part `by` before this one, or counted on from the last one: a permute per dtype."""
     if by == 0:
         return tree
