@@ -128,6 +128,18 @@ def _levels(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
     return {"level_scales": rng.uniform(size=shape), **_decay(rng, sizes)}
 
 
+def _transitions(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    shape = (sizes.batch, *sizes.space, sizes.heads)
+    transition = rng.normal(size=(*shape, sizes.head_dim))
+    transition = transition / np.linalg.norm(transition, axis=-1, keepdims=True)
+    return {"transition": transition, "beta": rng.uniform(0, 2, size=shape)}
+
+
+def _gated_transitions(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    gates = {"log_forget": -rng.exponential(size=(sizes.batch, *sizes.space, sizes.heads)) / 4}
+    return {**_transitions(rng, sizes), **gates}
+
+
 def _centroids(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
     centroids: Any = rng.normal(size=(sizes.heads, sizes.clusters, sizes.head_dim))
     return {"state": attnlab.RoutingState(centroids, np.ones_like(centroids[..., 0]), centroids)}
@@ -258,6 +270,14 @@ MECHANISMS: dict[str, Mechanism] = {
         {"window": 5},
         large=lambda length: {"window": WINDOW},
         arrays=_probe,
+        is_causal=True,
+    ),
+    "path": Mechanism(attnlab.path_attention, arrays=_transitions, is_causal=True),
+    "path, forget gates": Mechanism(
+        attnlab.path_attention,
+        {"chunk_size": 4},
+        large=lambda length: {"chunk_size": 64},
+        arrays=_gated_transitions,
         is_causal=True,
     ),
     "pointwise": Mechanism(attnlab.pointwise_attention, {"activation": "relu"}),

@@ -132,6 +132,10 @@ MIXERS = {
         kernels=FLASH | COVARIANCE,
     ),
     "parallax_window": Mixer(nn.ParallaxAttention, {"window": 5, "normalize_qk": False}, state_sizes=(96, 160, 160)),
+    "path": Mixer(nn.PathAttention, state_sizes=(108, 468, 2304)),
+    "path_forget": Mixer(
+        nn.PathAttention, {"forget": True, "num_key_heads": 2, "value_dim": 3}, state_sizes=(78, 338, 1664)
+    ),
     "pointwise": Mixer(nn.PointwiseAttention, state_sizes=(96, 416, 2048)),
     "pointwise_grouped": Mixer(
         nn.PointwiseAttention,

@@ -49,6 +49,7 @@ from attnlab.attention.log_linear import (
 from attnlab.attention.memory import MemoryState, init_memory_cache, memory_attention, memory_step
 from attnlab.attention.merge import merge_attention
 from attnlab.attention.parallax import parallax_attention, parallax_step
+from attnlab.attention.path import PathCache, init_path_cache, path_attention, path_step, prefill_path_cache
 from attnlab.attention.pointwise import pointwise_attention, pointwise_step
 from attnlab.attention.routing import (
     RoutingAux,

@@ -18,6 +18,7 @@ every_form = pytest.mark.parametrize("form", slow_but(["xla"], ["reference", "xl
 _VARIANTS = {
     "dot_product",
     "pointwise",
+    "path",
     "block-sparse",
     "agent",
     "linear, not causal",
