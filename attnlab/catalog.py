@@ -128,6 +128,10 @@ def _levels(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
     return {"level_scales": rng.uniform(size=shape), **_decay(rng, sizes)}
 
 
+def _landmarks(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    return {"landmarks": rng.normal(size=(sizes.batch, sizes.agents, sizes.heads, sizes.head_dim))}
+
+
 def _transitions(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
     shape = (sizes.batch, *sizes.space, sizes.heads)
     transition = rng.normal(size=(*shape, sizes.head_dim))
@@ -282,5 +286,9 @@ MECHANISMS: dict[str, Mechanism] = {
     ),
     "pointwise": Mechanism(attnlab.pointwise_attention, {"activation": "relu"}),
     "pointwise, causal": Mechanism(attnlab.pointwise_attention, {"is_causal": True, "divide": True}, is_causal=True),
+    "landmark": Mechanism(attnlab.landmark_attention, {"ridge": 0.1}, arrays=_landmarks, grid=True),
+    "landmark, softmax": Mechanism(
+        attnlab.landmark_attention, {"kernel": "softmax", "ridge": 0.1}, arrays=_landmarks, grid=True
+    ),
     "inline": Mechanism(attnlab.inline_attention, grid=True),
 }

@@ -162,6 +162,21 @@ MIXERS = {
     "axial": Mixer(nn.AxialAttention, {"axis": 1}, is_grid=True, needs_grid=True),
     "agent, grid": Mixer(nn.AgentAttention, {"agents": (2, 3), "bias_grid": (5, 6)}, is_grid=True, needs_grid=True),
     "agent_learned": Mixer(nn.AgentAttention, {"agents": 4, "num_key_heads": 2}, is_grid=True),
+    "landmark": Mixer(nn.LandmarkAttention, {"landmarks": (2, 3)}, is_grid=True, needs_grid=True),
+    "landmark_softmax": Mixer(
+        nn.LandmarkAttention,
+        {
+            "landmarks": (2, 2),
+            "kernel": "softmax",
+            "inverse": "exact",
+            "ridge": 0.1,
+            "symmetric": True,
+            "num_key_heads": 2,
+            "value_dim": 3,
+        },
+        is_grid=True,
+        needs_grid=True,
+    ),
     "inline": Mixer(nn.InlineAttention, is_grid=True, needs_grid=True),
     "routing, grid": Mixer(
         nn.RoutingAttention, {"clusters": 3, "window": 10, "membership": "global", "num_key_heads": 2}, is_grid=True

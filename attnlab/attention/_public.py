@@ -24,6 +24,7 @@ from attnlab.attention.dot_product import (
     prefill_dot_product_cache,
 )
 from attnlab.attention.inline import inline_attention
+from attnlab.attention.landmark import landmark_attention
 from attnlab.attention.linear import (
     LinearState,
     init_linear_cache,

@@ -220,7 +220,7 @@ def _xla(
     def row(inputs: Any) -> tuple[Array, Array]:
         number, query, bias_row, mask_row = inputs
         bias_row, mask_row = (x if part is None else part for x, part in ((bias, bias_row), (mask, mask_row)))
-        last = number * size + jnp.arange(size)
+        of_queries = number * size + jnp.arange(size)
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def tile(inputs: Any) -> tuple[Array, Array]:
@@ -228,19 +228,19 @@ def _xla(
             bias_tile, mask_tile = (
                 x if part is None else part for x, part in ((bias_row, bias_tile), (mask_row, mask_tile))
             )
-            numbers = at * width + jnp.arange(width)
-            visible = (numbers < keys)[None, None, None]
+            of_keys = at * width + jnp.arange(width)
+            visible = (of_keys < keys)[None, None, None]
             if mask_tile is not None:
                 visible = visible & mask_tile
             if offset is not None:
-                visible = visible & (numbers[None] <= last[:, None] + offset)[None, None]
+                visible = visible & (of_keys[None] <= of_queries[:, None] + offset)[None, None]
             return _sums(query, key, value, bias_tile, visible, weigh)
 
         def add(sums: Any, inputs: Any) -> tuple[Any, None]:
             if offset is None:
                 more = tile(inputs)
             else:
-                is_seen = inputs[0] * width <= last[-1] + offset
+                is_seen = inputs[0] * width <= of_queries[-1] + offset
                 more = lax.cond(is_seen, tile, lambda _: nothing, inputs)
             return jax.tree.map(jnp.add, sums, more), None
 

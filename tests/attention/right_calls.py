@@ -81,6 +81,12 @@ _OWN = {
         **_TRANSITIONS,
         "cache": A.init_path_cache(BATCH, 7, HEADS, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM),
     },
+    "landmark_attention": {
+        **_IMAGE,
+        "landmarks": _normal(BATCH, 3, HEADS, HEAD_DIM),
+        "kernel": "softmax",
+        "inverse": "newton",
+    },
     "pointwise_step": {
         "bias": _normal(1, HEADS, 1, 7),
         "cache": A.init_dot_product_cache(BATCH, 7, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM),

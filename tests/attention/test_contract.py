@@ -19,6 +19,8 @@ _VARIANTS = {
     "dot_product",
     "pointwise",
     "path",
+    "path, forget gates",
+    "landmark, softmax",
     "block-sparse",
     "agent",
     "linear, not causal",

@@ -7,7 +7,7 @@ A mechanism over parts of its positions goes one of six ways:
     in turn    the state before the part, for which it waits: `in_turn` (memories, of which two parts are not joined)
     ring       the keys of every other part in turn: `around` (dot product, local linear, Parallax, pointwise)
     re-shard   whole sequences of some heads or lines for parts of all: `swapped` (routing, axial, PaTH)
-    sums       totals over the parts, by lax.psum (agent, InLine, linear attention that is not causal)
+    sums       totals over the parts, by lax.psum (agent, InLine, landmark, linear attention that is not causal)
 
 `over_positions` decides whether a call goes it: where the mesh in context shares the first space axis (or, of Explicit
 axes, the one that the query says), or inside jax.shard_map where `positions_over` names the axis.
