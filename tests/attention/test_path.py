@@ -121,7 +121,8 @@ def test_gradients_are_those_of_finite_differences():
         np.testing.assert_allclose(slope(inputs), (ahead - behind) / (2 * step), rtol=1e-8)
 
 
-@every_form
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
 def test_strengths_of_nothing_are_softmax_attention(form):
     with jax.enable_x64(True):
         inputs = arrays()
@@ -200,6 +201,7 @@ def test_what_is_not_finite_reaches_the_same_queries_in_steps_and_after_a_prompt
                 assert np.isnan(out).any() == seen[t]
 
 
+@pytest.mark.slow
 def test_a_layer_of_reflections_follows_a_permutation():
     """Swaps of the first two of three things: the parity of their number decides which key the query meets."""
     swap = unit(np.array([1.0, -1.0, 0.0]))

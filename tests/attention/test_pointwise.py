@@ -110,7 +110,8 @@ def test_gradients_of_tiles_are_those_of_all_weights_at_once(is_causal, shapes):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-12), got, want)
 
 
-@every_form
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
 def test_softmax_attention_is_exp_over_the_same_of_ones(form):
     with jax.enable_x64(True):
         inputs, options = arrays(), {"activation": "exp", "implementation": form}
@@ -119,7 +120,8 @@ def test_softmax_attention_is_exp_over_the_same_of_ones(form):
         np.testing.assert_allclose(out, dot_product_attention(**inputs), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("divide", slow_but([True], [False, True]))
+@pytest.mark.slow
+@pytest.mark.parametrize("divide", [False, True])
 def test_steps_after_a_prompt_are_the_parallel_form(divide):
     with jax.enable_x64(True):
         inputs = arrays(keys=13)
