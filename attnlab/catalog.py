@@ -128,6 +128,22 @@ def _levels(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
     return {"level_scales": rng.uniform(size=shape), **_decay(rng, sizes)}
 
 
+def _landmarks(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    return {"landmarks": rng.normal(size=(sizes.batch, sizes.agents, sizes.heads, sizes.head_dim))}
+
+
+def _transitions(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    shape = (sizes.batch, *sizes.space, sizes.heads)
+    transition = rng.normal(size=(*shape, sizes.head_dim))
+    transition = transition / np.linalg.norm(transition, axis=-1, keepdims=True)
+    return {"transition": transition, "beta": rng.uniform(0, 2, size=shape)}
+
+
+def _gated_transitions(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    gates = {"log_forget": -rng.exponential(size=(sizes.batch, *sizes.space, sizes.heads)) / 4}
+    return {**_transitions(rng, sizes), **gates}
+
+
 def _centroids(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
     centroids: Any = rng.normal(size=(sizes.heads, sizes.clusters, sizes.head_dim))
     return {"state": attnlab.RoutingState(centroids, np.ones_like(centroids[..., 0]), centroids)}
@@ -259,6 +275,20 @@ MECHANISMS: dict[str, Mechanism] = {
         large=lambda length: {"window": WINDOW},
         arrays=_probe,
         is_causal=True,
+    ),
+    "path": Mechanism(attnlab.path_attention, arrays=_transitions, is_causal=True),
+    "path, forget gates": Mechanism(
+        attnlab.path_attention,
+        {"chunk_size": 4},
+        large=lambda length: {"chunk_size": 64},
+        arrays=_gated_transitions,
+        is_causal=True,
+    ),
+    "pointwise": Mechanism(attnlab.pointwise_attention, {"activation": "relu"}),
+    "pointwise, causal": Mechanism(attnlab.pointwise_attention, {"is_causal": True, "divide": True}, is_causal=True),
+    "landmark": Mechanism(attnlab.landmark_attention, {"ridge": 0.1}, arrays=_landmarks, grid=True),
+    "landmark, softmax": Mechanism(
+        attnlab.landmark_attention, {"kernel": "softmax", "ridge": 0.1}, arrays=_landmarks, grid=True
     ),
     "inline": Mechanism(attnlab.inline_attention, grid=True),
 }

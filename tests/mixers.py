@@ -132,12 +132,23 @@ MIXERS = {
         kernels=FLASH | COVARIANCE,
     ),
     "parallax_window": Mixer(nn.ParallaxAttention, {"window": 5, "normalize_qk": False}, state_sizes=(96, 160, 160)),
+    "path": Mixer(nn.PathAttention, state_sizes=(108, 468, 2304)),
+    "path_forget": Mixer(
+        nn.PathAttention, {"forget": True, "num_key_heads": 2, "value_dim": 3}, state_sizes=(78, 338, 1664)
+    ),
+    "pointwise": Mixer(nn.PointwiseAttention, state_sizes=(96, 416, 2048)),
+    "pointwise_grouped": Mixer(
+        nn.PointwiseAttention,
+        {"activation": "relu", "divide": False, "num_key_heads": 2, "value_dim": 3},
+        state_sizes=(42, 182, 896),
+    ),
     "softmax_convolved": Mixer(
         nn.SoftmaxAttention,
         {"convolution": 3, "residual_convolution": 5, "num_key_heads": 2},
         state_sizes=(144, 304, 1120),
     ),
     "block_sparse, grid": Mixer(nn.BlockSparseAttention, {"query_block": 4, "key_block": 3, "count": 3}, is_grid=True),
+    "pointwise, grid": Mixer(nn.PointwiseAttention, {"activation": "relu"}, is_grid=True),
     "softmax, grid": Mixer(nn.SoftmaxAttention, is_grid=True),
     "local, grid": Mixer(nn.LocalAttention, {"window": (3, 9)}, is_grid=True, needs_grid=True),
     "dilated, grid": Mixer(nn.DilatedAttention, {"window": 3, "dilation": (1, 2)}, is_grid=True, needs_grid=True),
@@ -151,6 +162,21 @@ MIXERS = {
     "axial": Mixer(nn.AxialAttention, {"axis": 1}, is_grid=True, needs_grid=True),
     "agent, grid": Mixer(nn.AgentAttention, {"agents": (2, 3), "bias_grid": (5, 6)}, is_grid=True, needs_grid=True),
     "agent_learned": Mixer(nn.AgentAttention, {"agents": 4, "num_key_heads": 2}, is_grid=True),
+    "landmark": Mixer(nn.LandmarkAttention, {"landmarks": (2, 3)}, is_grid=True, needs_grid=True),
+    "landmark_softmax": Mixer(
+        nn.LandmarkAttention,
+        {
+            "landmarks": (2, 2),
+            "kernel": "softmax",
+            "inverse": "exact",
+            "ridge": 0.1,
+            "symmetric": True,
+            "num_key_heads": 2,
+            "value_dim": 3,
+        },
+        is_grid=True,
+        needs_grid=True,
+    ),
     "inline": Mixer(nn.InlineAttention, is_grid=True, needs_grid=True),
     "routing, grid": Mixer(
         nn.RoutingAttention, {"clusters": 3, "window": 10, "membership": "global", "num_key_heads": 2}, is_grid=True

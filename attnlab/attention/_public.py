@@ -24,6 +24,7 @@ from attnlab.attention.dot_product import (
     prefill_dot_product_cache,
 )
 from attnlab.attention.inline import inline_attention
+from attnlab.attention.landmark import landmark_attention
 from attnlab.attention.linear import (
     LinearState,
     init_linear_cache,
@@ -49,6 +50,8 @@ from attnlab.attention.log_linear import (
 from attnlab.attention.memory import MemoryState, init_memory_cache, memory_attention, memory_step
 from attnlab.attention.merge import merge_attention
 from attnlab.attention.parallax import parallax_attention, parallax_step
+from attnlab.attention.path import PathCache, init_path_cache, path_attention, path_step, prefill_path_cache
+from attnlab.attention.pointwise import pointwise_attention, pointwise_step
 from attnlab.attention.routing import (
     RoutingAux,
     RoutingCache,

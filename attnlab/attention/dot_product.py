@@ -29,10 +29,10 @@ from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._kernels import dot_product as kernels
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
-    check_array,
     check_bool,
     check_cached_step,
     check_dtype,
+    check_over_logits,
     check_position,
     check_prompt,
     check_query_key_value,
@@ -92,16 +92,8 @@ def dot_product_attention(
     batch, queries, heads, _ = query.shape
     keys = key.shape[1]
     predicate, mask = (mask, None) if isinstance(mask, masks.Mask) else (None, mask)
-    for name, array, kind in (("bias", bias, jnp.floating), ("mask", mask, jnp.bool_)):
-        if array is None:
-            continue
-        check_array(name, array, (None,) * 4, "[batch|1, heads|1, T|1, S|1]")
-        if not jnp.issubdtype(array.dtype, kind):
-            hint = "a bool mask (True = attend)" if name == "mask" else "a floating bias; give a bool array as mask="
-            raise TypeError(f"{name}: got dtype {array.dtype}; need {hint}")
-        full = (batch, heads, queries, *whole_space((keys,)))  # all keys, also where devices share positions
-        fits = all(got in (1, want) for got, want in zip(array.shape, full, strict=True))
-        require(fits, name, shape_text(array), f"need [batch|1, heads|1, T|1, S|1] of {list(full)}")
+    # All keys, also where devices share positions.
+    check_over_logits(bias, mask, (batch, heads, queries, *whole_space((keys,))))
     segments = check_segment_pair(segment_ids, batch, queries, keys)
     is_causal, return_lse = check_bool("is_causal", is_causal), check_bool("return_lse", return_lse)
     factor = default_scale(scale, query.shape[-1])
@@ -123,13 +115,13 @@ def dot_product_attention(
                 return attend(*arrays[:4], mask, arrays[5], is_causal=is_causal, scale=factor)
             return functools.partial(in_ring, predicate=predicate)(attend, is_causal, factor, parts, *arrays)
 
-        over_logits = (_over_logits(x, (batch, heads, queries)) for x in (bias, mask))
+        over_logits = (layout_over_logits(x, (batch, heads, queries)) for x in (bias, mask))
         layouts = ("B*N.", "B+K.", "B+K.", *over_logits, None if segments is None else ("B*", "B+"))
         out, lse = over_positions(whole, parted, layouts, ("B*N.", "B*N"), *arrays)
     return (out, lse) if return_lse else out
 
 
-def _over_logits(x: Array | None, sizes: tuple[int, int, int]) -> str:
+def layout_over_logits(x: Array | None, sizes: tuple[int, int, int]) -> str:
     """The layout of a bias or mask: an axis of 1 is whole on every device, and so is that of the keys."""
     shape = sizes if x is None else x.shape
     return "".join(letter if size == full != 1 else "." for letter, size, full in zip("BN*", shape, sizes)) + "."

@@ -6,12 +6,15 @@ from attnlab.nn.mixers.agent import AgentAttention
 from attnlab.nn.mixers.axial import AxialAttention
 from attnlab.nn.mixers.base import Attention, MixerCache, MixerFactory
 from attnlab.nn.mixers.block_sparse import BlockSparseAttention
+from attnlab.nn.mixers.landmark import LandmarkAttention
 from attnlab.nn.mixers.linear import InlineAttention, LinearAttention
 from attnlab.nn.mixers.local import DilatedAttention, LocalAttention
 from attnlab.nn.mixers.local_linear import LocalLinearAttention, ParallaxAttention
 from attnlab.nn.mixers.log_linear import LogLinearAttention
 from attnlab.nn.mixers.mamba3 import Mamba3Attention
 from attnlab.nn.mixers.memory import MemoryAttention
+from attnlab.nn.mixers.path import PathAttention
+from attnlab.nn.mixers.pointwise import PointwiseAttention
 from attnlab.nn.mixers.routing import RoutingAttention
 from attnlab.nn.mixers.rwkv7 import RWKV7Attention
 from attnlab.nn.mixers.softmax import SoftmaxAttention

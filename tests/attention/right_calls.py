@@ -29,6 +29,11 @@ _centroids = _normal(HEADS, 3, HEAD_DIM)
 _STATE = A.RoutingState(_centroids, np.ones((HEADS, 3), np.float32), _centroids)
 _GATES = {"log_decay": -np.abs(_normal(BATCH, 6, HEADS)), "beta": np.abs(_normal(BATCH, 6, HEADS))}
 
+_TRANSITIONS = {
+    "transition": _normal(BATCH, 6, HEADS, HEAD_DIM),
+    "beta": _GATES["beta"],
+    "log_forget": _GATES["log_decay"],
+}
 _MEMORY = {"weights": {"w": _normal(HEADS, HEAD_DIM, VALUE_DIM)}, "objective": "huber"}
 
 # Right values of parameters, which mean the same in every function.
@@ -65,6 +70,27 @@ _BY_NAME = {
 # What is a function's own, or better another value there.
 _OWN = {
     "dot_product_attention": {"bias": _normal(1, 1, 6, 6), "mask": np.ones((1, 1, 6, 6), bool)},
+    "pointwise_attention": {
+        "activation": "relu",
+        "bias": _normal(1, 1, 6, 6),
+        "mask": np.ones((1, 1, 6, 6), bool),
+    },
+    "path_attention": _TRANSITIONS,
+    "path_step": {name: x[:, :1] for name, x in _TRANSITIONS.items()},
+    "prefill_path_cache": {
+        **_TRANSITIONS,
+        "cache": A.init_path_cache(BATCH, 7, HEADS, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM),
+    },
+    "landmark_attention": {
+        **_IMAGE,
+        "landmarks": _normal(BATCH, 3, HEADS, HEAD_DIM),
+        "kernel": "softmax",
+        "inverse": "newton",
+    },
+    "pointwise_step": {
+        "bias": _normal(1, HEADS, 1, 7),
+        "cache": A.init_dot_product_cache(BATCH, 7, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM),
+    },
     "local_attention": {"is_causal": True},
     "block_sparse_attention": {
         "blocks": np.array([[[[0, -1], [1, 0], [1, 1]]]], np.int32),

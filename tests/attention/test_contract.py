@@ -17,6 +17,10 @@ every_form = pytest.mark.parametrize("form", slow_but(["xla"], ["reference", "xl
 # Forms of a mechanism that share most of their code with another one in the table.
 _VARIANTS = {
     "dot_product",
+    "pointwise",
+    "path",
+    "path, forget gates",
+    "landmark, softmax",
     "block-sparse",
     "agent",
     "linear, not causal",

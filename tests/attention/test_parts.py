@@ -332,11 +332,11 @@ def on_axes(names, arrays):
 
     def spec(array, x):
         axes: list[str | None] = []
-        if array in ("query", "key", "value", "probe", "level_scales"):
+        if array in ("query", "key", "value", "probe", "level_scales", "transition"):
             axes = ["data", "context", *[None] * (x.ndim - 4), "tensor"]
-        elif array in ("log_decay", "beta"):
+        elif array in ("log_decay", "beta", "log_forget"):
             axes = ["data", "context", "tensor"]
-        elif array == "agents":
+        elif array in ("agents", "landmarks"):
             axes = ["data", None, "tensor"]
         return P(*(axis if axis in names else None for axis in axes))
 

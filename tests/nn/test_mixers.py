@@ -17,7 +17,7 @@ FEATURES, LENGTH, BATCH = 16, 13, 2
 # Rows that share most of their code with another one.
 VARIANTS = {
     *("grouped", "local_stride", "dilated_stride", "taylor", "retention", "gated", "delta", "kda", "delta_product"),
-    *("agent_grouped", "routing_layer", "local_linear_window", "parallax_window", "memory_linear"),
+    *("agent_grouped", "routing_layer", "local_linear_window", "parallax_window", "memory_linear", "path", "pointwise"),
 }
 # Rows whose projections and mechanism are in other ones, with more to them.
 PARTS = {"softmax", "local", "linear", "gla"}
@@ -67,7 +67,7 @@ def test_a_later_token_changes_nothing_before_it(name):
 WEIGHTED = [name for name in DECODING if not name.startswith("memory")]
 
 
-@pytest.mark.parametrize("name", slow_but(set(WEIGHTED) - VARIANTS - PARTS, WEIGHTED))
+@pytest.mark.parametrize("name", slow_but(set(WEIGHTED) - VARIANTS - PARTS - {"path_forget"}, WEIGHTED))
 def test_attention_weights_are_what_the_mechanism_applies_to_the_values(name):
     mixer, parameters, x, _ = causal(name)
 
@@ -108,7 +108,8 @@ PACKED = {name: row for name, row in MIXERS.items() if name != "l2vit"} | {"floo
 
 
 @pytest.mark.parametrize(
-    "name", slow_but(set(PACKED) - VARIANTS - PARTS - {"softmax, grid", "linear, grid", "floored"}, PACKED)
+    "name",
+    slow_but(set(PACKED) - VARIANTS - PARTS - {"softmax, grid", "linear, grid", "floored", "path_forget"}, PACKED),
 )
 def test_packed_documents_give_what_each_gives_alone(name):
     """The mixers that cannot say why."""

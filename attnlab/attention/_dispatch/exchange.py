@@ -5,9 +5,9 @@ A mechanism over parts of its positions goes one of six ways:
     halo       keys just before and after the part: `with_halo` (local, dilated; depthwise convolutions)
     carry      the state before the part, from all states that parts leave: `states_before` (linear, causal agent)
     in turn    the state before the part, for which it waits: `in_turn` (memories, of which two parts are not joined)
-    ring       the keys of every other part in turn: `around` (dot product, local linear, Parallax)
-    re-shard   whole sequences of some heads or lines for parts of all: `swapped` (routing, axial)
-    sums       totals over the parts, by lax.psum (agent, InLine, linear attention that is not causal)
+    ring       the keys of every other part in turn: `around` (dot product, local linear, Parallax, pointwise)
+    re-shard   whole sequences of some heads or lines for parts of all: `swapped` (routing, axial, PaTH)
+    sums       totals over the parts, by lax.psum (agent, InLine, landmark, linear attention that is not causal)
 
 `over_positions` decides whether a call goes it: where the mesh in context shares the first space axis (or, of Explicit
 axes, the one that the query says), or inside jax.shard_map where `positions_over` names the axis.
@@ -322,7 +322,7 @@ def softmax_ring(turn: Turn, parts: Parts, own: Any, passed: Any, fixed: tuple[A
     """
 
     def at(number: int, own: Any, passed: Any, fixed: tuple[Any, Any]) -> tuple[Any, Array]:
-        came, came_fixed = (_from_before(tree, number, parts) for tree in (passed, fixed[1]))
+        came, came_fixed = (around(tree, number, parts) for tree in (passed, fixed[1]))
         means, lse = turn(number, own, came, (fixed[0], came_fixed))
         return jax.tree.map(lambda x: x.astype(lse.dtype), means), lse
 
@@ -383,7 +383,7 @@ def any_device(flag: Array) -> Array:
     return lax.pmax(flag.astype(jnp.int32), tuple(sorted(varying)) or manual) > 0
 
 
-def _from_before(tree: Any, by: int, parts: Parts) -> Any:
+def around(tree: Any, by: int, parts: Parts) -> Any:
     """Arrays [B, S, ...] of the part `by` before this one, or counted on from the last one: a permute per dtype."""
     if by == 0:
         return tree
@@ -419,6 +419,27 @@ def whole_positions(x: Array, parts: Parts) -> Array:
 def own_positions(x: Array, count: int, parts: Parts) -> Array:
     """[ceil(U / parts), T, C] -> [U, part of T, C], with U = count: what `whole_positions` did, undone."""
     return lax.all_to_all(x, parts.names, split_axis=1, concat_axis=0, tiled=True)[:count]
+
+
+def in_whole_sequences(function: Callable[..., Array], arrays: Sequence[Array], key_heads: int, parts: Parts) -> Array:
+    """function of whole sequences, of which each device has a share of the batch and the key heads.
+
+    arrays: [B, part of T, K G, H], key heads with the query heads that read them, which the function gets as
+      [share, T, G, H]. It gives [share, T, G, V], of which [B, part of T, K G, V] comes back. An all-to-all per dtype
+      there and one back.
+    """
+    batch, own = arrays[0].shape[:2]
+    rows = batch * key_heads
+
+    def of_rows(x: Array) -> Array:
+        """[B, part, K G, H] -> [B K, part, G H]."""
+        return jnp.moveaxis(x.reshape(batch, own, key_heads, -1), 2, 1).reshape(rows, own, -1)
+
+    sent = as_one(functools.partial(whole_positions, parts=parts), [of_rows(x) for x in arrays])
+    out = function(*(x.reshape(*x.shape[:2], -1, of.shape[-1]) for x, of in zip(sent, arrays)))
+    width = out.shape[-1]
+    out = own_positions(out.reshape(*out.shape[:2], -1), rows, parts).reshape(batch, key_heads, own, -1)
+    return jnp.moveaxis(out, 1, 2).reshape(batch, own, -1, width)
 
 
 def swapped(x: Array, parts: Parts, *, whole: int, split: int) -> Array:

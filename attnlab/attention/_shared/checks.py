@@ -179,6 +179,19 @@ def check_floating(name: str, array: Array) -> None:
         raise TypeError(f"{name}: got dtype {array.dtype}; need a floating dtype")
 
 
+def check_over_logits(bias: Any, mask: Any, sizes: tuple[Any, ...]) -> None:
+    """Checks what there is of a bias and a mask [B|1, N|1, T|1, S|1]; sizes: B, N, T and S."""
+    for name, array, kind in (("bias", bias, jnp.floating), ("mask", mask, jnp.bool_)):
+        if array is None:
+            continue
+        check_array(name, array, (None,) * 4, "[batch|1, heads|1, T|1, S|1]")
+        if not jnp.issubdtype(array.dtype, kind):
+            hint = "a bool mask (True = attend)" if name == "mask" else "a floating bias; give a bool array as mask="
+            raise TypeError(f"{name}: got dtype {array.dtype}; need {hint}")
+        fits = all(got in (1, want) for got, want in zip(array.shape, sizes, strict=True))
+        require(fits, name, shape_text(array), f"need [batch|1, heads|1, T|1, S|1] of {list(sizes)}")
+
+
 def check_key_mask(mask: Any, shape: Sequence[int | None], layout: str) -> None:
     check_array("key_mask", mask, shape, layout)
     if mask.dtype != jnp.bool_:

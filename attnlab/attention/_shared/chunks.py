@@ -63,8 +63,7 @@ def decayed_products(query: Array, key: Array, log_decay: Array | None) -> Array
     if log_decay is None:
         return query @ key.mT
     if log_decay.shape[-1] == 1:
-        exponents = _by_doubling(log_decay, jnp.zeros_like(log_decay), lambda before, after: before + after.mT)
-        return (query @ key.mT) * jnp.exp(exponents)
+        return (query @ key.mT) * jnp.exp(sums_between(log_decay[..., 0]))
 
     # Per channel the decay does not come out of the product: query decays from the block's middle, key up to it.
     def across(before: Array, after: Array) -> Array:
@@ -73,6 +72,12 @@ def decayed_products(query: Array, key: Array, log_decay: Array | None) -> Array
         return (later[..., size:, :] * jnp.exp(before)) @ (earlier[..., :size, :] * jnp.exp(after)).mT
 
     return _by_doubling(log_decay, jnp.sum(query * key, axis=-1, keepdims=True), across)
+
+
+def sums_between(gates: Array) -> Array:
+    """[B,N,C] -> [B,N,C,C] whose ij, j <= i, is g_{j+1} + ... + g_i. Above the diagonal: zeros."""
+    zeros = jnp.zeros_like(gates)[..., None]
+    return _by_doubling(gates[..., None], zeros, lambda before, after: before + after.mT)
 
 
 def products_between(factors: Array) -> Array:
