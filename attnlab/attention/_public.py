@@ -49,6 +49,13 @@ from attnlab.attention.log_linear import (
 from attnlab.attention.memory import MemoryState, init_memory_cache, memory_attention, memory_step
 from attnlab.attention.merge import merge_attention
 from attnlab.attention.parallax import parallax_attention, parallax_step
+from attnlab.attention.pyramid import (
+    PyramidCache,
+    init_pyramid_cache,
+    prefill_pyramid_cache,
+    pyramid_attention,
+    pyramid_step,
+)
 from attnlab.attention.routing import (
     RoutingAux,
     RoutingCache,

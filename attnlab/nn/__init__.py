@@ -12,6 +12,7 @@ from attnlab.nn.mixers.local_linear import LocalLinearAttention, ParallaxAttenti
 from attnlab.nn.mixers.log_linear import LogLinearAttention
 from attnlab.nn.mixers.mamba3 import Mamba3Attention
 from attnlab.nn.mixers.memory import MemoryAttention
+from attnlab.nn.mixers.pyramid import PyramidAttention
 from attnlab.nn.mixers.routing import RoutingAttention
 from attnlab.nn.mixers.rwkv7 import RWKV7Attention
 from attnlab.nn.mixers.softmax import SoftmaxAttention
