@@ -36,6 +36,7 @@ from attnlab.attention._shared.checks import (
     shape_text,
     shown,
 )
+from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax import softmax_parts
 
 Array = jax.Array
@@ -258,6 +259,69 @@ def pooled_levels(
         return pyramid_levels(scores, eligible=np.ones((1, 1), bool), **options)
     complete, own = causal_blocks(scores.shape[-2], scores.shape[-1], query_block, key_block)
     return pyramid_levels(scores, eligible=complete, **options, own=own)
+
+
+# --- What is not listed -----------------------------------------------------------------------------------------------
+
+
+def rectify(out: Array, probabilities: Array, chosen: Array, gain: Array, values: Array, *, query_block: int) -> Array:
+    """Attention to the chosen blocks, with the mean values of others in it (Rectified SpaAttn, Liu et al. 2025):
+
+        R_i out_t + sum_j [j not chosen, gain_ij] P_ij vbar_j        R_i = sum of P_ij over the other j
+
+    The chosen blocks have their share of the pooled softmax P, which mixes two normalisations. pyramid_attention with
+    the sizes 1 and key_block is the consistent form: level 1 of chosen blocks, key_block of the others.
+
+    Args:
+      out: [B, T, N, V], block_sparse_attention to the chosen blocks.
+      probabilities: P, [B, N, nq, nk], a softmax of pooled_scores over the blocks, such as by their means.
+      chosen, gain: bool, broadcast to P: `pooling_gain` says which blocks are well enough seen by their means.
+      values: [B, nk, K, V], the blocks' mean values. K divides N.
+      query_block: tokens of a block of queries.
+
+    Returns [B, T, N, V] in out's dtype. Not causal: a block's mean has all of its tokens.
+    """
+    check_array("out", out, (None,) * 4, "[batch, T, heads, V]")
+    batch, length, heads, width = out.shape
+    query_blocks = -(-length // check_block("query_block", query_block))
+    check_array("values", values, (batch, None, None, width), "[batch, key blocks, key heads, V]")
+    for name, array in (("out", out), ("probabilities", probabilities), ("values", values)):
+        check_floating(name, array)
+    shape = (batch, heads, query_blocks, values.shape[1])
+    check_array("probabilities", probabilities, shape, "[batch, heads, query blocks, key blocks]")
+    require(heads % max(values.shape[2], 1) == 0, "values", shape_text(values), f"need key heads that divide {heads}")
+    for name, mask in (("chosen", chosen), ("gain", gain)):
+        _check_broadcasts(name, mask, shape)
+    dtype = accumulator_dtype(out, probabilities, values)
+    is_added = ~jnp.asarray(chosen) & gain
+    added = jnp.where(is_added, probabilities, 0).astype(dtype)
+    kept = jnp.where(is_added, 0, probabilities).astype(dtype).sum(-1)
+
+    def of_tokens(x: Array) -> Array:
+        """[B, N, nq, ...] -> [B, T, N, ...]."""
+        return jnp.moveaxis(jnp.repeat(x, query_block, axis=2)[:, :, :length], 1, 2)
+
+    means = jnp.einsum("BNTS,BSNV->BNTV", added, repeat_key_heads(values.astype(dtype), heads))
+    return (of_tokens(kept)[..., None] * out + of_tokens(means)).astype(out.dtype)
+
+
+def pooling_gain(query: Array, key: Array, *, query_block: int, key_block: int) -> Array:
+    """bool [B, N, nq, nk]: whether the product of a query block's and a key block's means is larger than what the
+    tokens' distances from their means make of it, for `rectify`:
+
+        |qbar_i . kbar_j| > |mean |q - qbar|_i . kbar_j| + |qbar_i . mean |k - kbar|_j|
+
+    query: [B, T, N, H]. key: [B, S, K, H], K divides N.
+    """
+
+    def pooled(x: Array, size: int) -> tuple[Array, Array]:
+        x = x.astype(accumulator_dtype(query, key))
+        mean = pool_blocks(x, size, "mean")
+        return mean, pool_blocks(jnp.abs(x - jnp.repeat(mean, size, axis=1)[:, : x.shape[1]]), size, "mean")
+
+    (queries, of_queries), (keys, of_keys) = pooled(query, query_block), pooled(key, key_block)
+    errors = jnp.abs(pooled_scores(of_queries, keys, 1.0)) + jnp.abs(pooled_scores(queries, of_keys, 1.0))
+    return jnp.abs(pooled_scores(queries, keys, 1.0)) > errors
 
 
 # --- Scores -----------------------------------------------------------------------------------------------------------
