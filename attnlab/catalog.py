@@ -242,6 +242,17 @@ MECHANISMS: dict[str, Mechanism] = {
         },
         is_causal=True,
     ),
+    "ema-sinks": Mechanism(
+        attnlab.ema_sinks_attention,
+        {"chunk": 2, "chunks_kept": 3, "decay": 0.5},
+        large=lambda length: {"chunk": 64, "chunks_kept": 5},
+    ),
+    "ema-sinks, causal": Mechanism(
+        attnlab.ema_sinks_attention,
+        {"chunk": 2, "chunks_kept": 3, "decay": 0.5, "is_causal": True},
+        large=lambda length: {"chunk": 64, "chunks_kept": 5},
+        is_causal=True,
+    ),
     "axial": Mechanism(attnlab.axial_attention, {"axis": 0}, grid=True),
     "agent": Mechanism(attnlab.agent_attention, arrays=_agents_and_biases, grid=True),
     "agent, causal": Mechanism(attnlab.causal_agent_attention, arrays=_agents, is_causal=True),

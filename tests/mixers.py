@@ -61,6 +61,11 @@ MIXERS = {
         {"query_block": 2, "key_block": 4, "sizes": (1, 2), "fractions": (0.5, 1.0), "num_key_heads": 2},
         state_sizes=(104, 416, 1664),
     ),
+    "ema_sinks": Mixer(
+        nn.EmaSinksAttention,
+        {"chunk": 3, "chunks_kept": 4, "decay": 0.5, "num_key_heads": 2},
+        state_sizes=(96, 192, 192),
+    ),
     "linear": Mixer(
         nn.LinearAttention, {"feature_map": "elu", "normalize": True}, state_sizes=(80, 80, 80), kernels=LINEAR
     ),

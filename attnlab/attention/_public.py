@@ -23,6 +23,13 @@ from attnlab.attention.dot_product import (
     init_dot_product_cache,
     prefill_dot_product_cache,
 )
+from attnlab.attention.ema_sinks import (
+    EmaSinksCache,
+    ema_sinks_attention,
+    ema_sinks_step,
+    init_ema_sinks_cache,
+    prefill_ema_sinks_cache,
+)
 from attnlab.attention.inline import inline_attention
 from attnlab.attention.linear import (
     LinearState,

@@ -18,6 +18,8 @@ every_form = pytest.mark.parametrize("form", slow_but(["xla"], ["reference", "xl
 _VARIANTS = {
     "dot_product",
     "block-sparse",
+    "ema-sinks",
+    "ema-sinks, causal",
     "pyramid",
     "pyramid, causal",
     "agent",
