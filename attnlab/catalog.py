@@ -244,7 +244,7 @@ MECHANISMS: dict[str, Mechanism] = {
     ),
     "ema-sinks": Mechanism(
         attnlab.ema_sinks_attention,
-        {"chunk": 2, "chunks_kept": 3, "decay": 0.5},
+        {"chunk": 3, "chunks_kept": 3, "decay": 0.5},
         large=lambda length: {"chunk": 64, "chunks_kept": 5},
     ),
     "ema-sinks, causal": Mechanism(

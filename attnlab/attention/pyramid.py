@@ -44,7 +44,7 @@ from attnlab.attention._shared.checks import (
     shape_text,
     shown,
 )
-from attnlab.attention._shared.finite import spoiling
+from attnlab.attention._shared.finite import spoil, spoiling
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax import reference_attention, scaled_for_logits, softmax_parts
 from attnlab.attention.block_sparse import Blocks, block_sparse_attention, by_heads, check_lists, lists_layout
@@ -199,7 +199,7 @@ def _xla(
     is_causal: bool,
     scale: Any,
 ) -> tuple[Array, Array]:
-    """A part for every size. What is not finite is in the means of its group, and spoils a part that sees them."""
+    """A part for every size. What is not finite is in the means of its group, and spoils the part that sees them."""
     dtype = accumulator_dtype(query, key, value)
     full = key.shape[1] // blocks.key
     parts = []
@@ -225,8 +225,11 @@ def _xla(
             implementation="xla",
         )
         parts.append((out, lse + math.log(size)))
-    out, lse = merge_attention(*zip(*parts))
-    return out.astype(query.dtype), lse
+    # Merged without it, or its gradients would not be finite either.
+    spoilt = functools.reduce(jnp.logical_or, (jnp.isnan(lse) for _, lse in parts))
+    finite = ((jnp.where(spoilt[..., None], 0, out), jnp.where(spoilt, 0, lse)) for out, lse in parts)
+    out, lse = merge_attention(*zip(*finite))
+    return spoil(out.astype(query.dtype), spoilt), spoil(lse, spoilt)
 
 
 IMPLEMENTATIONS: Implementations = {"reference": spoiling(_reference), "xla": _xla}
