@@ -208,13 +208,13 @@ def pyramid_levels(
     _, _, order = lax.sort(((~competes).astype(jnp.int32), -lax.stop_gradient(scores), numbers), num_keys=3)
     of_rank = jnp.zeros(scores.shape, jnp.int32)
     for number, size in reversed(list(enumerate(sizes))):
-        of_rank = jnp.where(numbers < ends[..., number, None], size, of_rank)
+        of_rank = jnp.where(numbers < jnp.broadcast_to(ends[..., number, None], scores.shape), size, of_rank)
     _, levels = lax.sort((order, of_rank), num_keys=1)  # back in the order of their numbers
     levels = jnp.where(is_first, 1, jnp.where(competes, levels, 0))
     if own is None:
         return levels
     _check_broadcasts("own", own, scores.shape)
-    return jnp.where(own, 1, levels)
+    return jnp.where(jnp.broadcast_to(own, scores.shape), 1, levels)
 
 
 def pyramid_places(key_blocks: int, *, fractions: Sequence[float], listed: int = 0) -> tuple[int, ...]:
@@ -293,7 +293,7 @@ def rectify(out: Array, probabilities: Array, chosen: Array, gain: Array, values
     for name, mask in (("chosen", chosen), ("gain", gain)):
         _check_broadcasts(name, mask, shape)
     dtype = accumulator_dtype(out, probabilities, values)
-    is_added = ~jnp.asarray(chosen) & gain
+    is_added = jnp.broadcast_to(~jnp.asarray(chosen), shape) & jnp.broadcast_to(gain, shape)
     added = jnp.where(is_added, probabilities, 0).astype(dtype)
     kept = jnp.where(is_added, 0, probabilities).astype(dtype).sum(-1)
 

@@ -211,7 +211,7 @@ def _scan_of_sinks(left: Array, sink: Array, leaves: Array, decay: float) -> Arr
         return earlier[0] * later[0], _scaled(later[0], earlier[1]) + later[1]
 
     factors, added = lax.associative_scan(join, (factors, added))
-    return _scaled(factors, sink) + added
+    return _scaled(factors, sink[None]) + added
 
 
 # --- Forms ------------------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def _reference(
     if window.is_causal:
         in_window = in_window & (place <= token)
     of_sinks = (token // chunk == jnp.arange(chunks * chunk)[None] // chunk) & (own >= 1)
-    visible = jnp.concatenate([of_sinks, in_window], axis=1)
+    visible = jnp.concatenate([of_sinks, in_window], axis=1)[None, None]
     return reference_attention(
         query, with_sinks(key, sink_key), with_sinks(value, sink_value), visible=visible, scale=scale
     )

@@ -123,7 +123,7 @@ def pyramid_attention(
         scale=default_scale(scale, head_dim),
     )
     levels = levels.astype(jnp.int32)
-    levels = jnp.where(may_be_coarse, levels, jnp.minimum(levels, 1))
+    levels = jnp.where(may_be_coarse[None, None], levels, jnp.minimum(levels, 1))
     whole_keys = key.shape[1] if given_positions() is None else None
 
     def parted(parts: Parts, query: Array, key: Array, value: Array, levels: Array) -> tuple[Array, Array]:
@@ -178,7 +178,7 @@ def _reference(
         logits = jnp.where(level == size, products, logits)
     visible = level > 0
     if is_causal:
-        visible = visible & (jnp.arange(keys)[None] <= jnp.arange(queries)[:, None])
+        visible = visible & (jnp.arange(keys)[None] <= jnp.arange(queries)[:, None])[None, None]
     numerators, denominator, lse = softmax_parts(logits, visible)
     weights = numerators / denominator
     out = sum(
@@ -450,7 +450,7 @@ def _seen(levels: Array, position: Array, rule: _Rule, places: tuple[int, ...]) 
     numbers, visible, bias, offset = [], [], [], 0
     for size, count in zip(rule.sizes, places):
         lists = block_selection.lists_of(levels[:, :, None] == size, count)[:, :, 0]  # [B, K, count]
-        inside = jnp.arange(block // size)
+        inside = jnp.arange(block // size)[None, None, None]
         listed, is_listed = jnp.maximum(lists, 0)[..., None], (lists >= 0)[..., None]
         last = listed * block + (inside + 1) * size - 1  # of a group's tokens
         numbers.append((listed * rows_of_block + offset + inside).reshape(*lists.shape[:2], -1))

@@ -328,7 +328,9 @@ AXES = ["data", "tensor", "context", "data tensor", "data context", "tensor cont
 
 def of_catalog(name):
     mechanism = MECHANISMS[name]
-    options = {**mechanism.options, **({"chunk_size": 4} if name.startswith("linear") else {})}
+    options = dict(mechanism.options)
+    options |= {"chunk_size": 4} if name.startswith("linear") else {}
+    options |= {"chunk": 2} if name.startswith("ema-sinks") else {}  # a part has whole chunks
     arrays = mechanism.inputs(16)
     return lambda **arrays: mechanism(arrays, **options), unit(arrays) if "beta" in arrays else arrays
 
