@@ -167,6 +167,21 @@ def _block_sparse(query: Any, key: Any, value: Any, blocks: Any = None, *, place
     return attnlab.block_sparse_attention(query, key, value, blocks, **options)
 
 
+@functools.wraps(attnlab.pyramid_attention)
+def _pyramid(query: Any, key: Any, value: Any, levels: Any = None, **options: Any) -> Any:
+    """With levels, unless some are given, by the distance in blocks: sizes[0] of the own block, sizes[1] at 1, sizes[2]
+    at 2 and 3, and so on, up to the last one."""
+    counts = [options[name] for name in ("query_block", "key_block")]
+    sizes = options.get("sizes", (1, 2, 4, 8))
+    if levels is None and all(isinstance(size, (int, np.integer)) and size > 0 for size in counts):
+        query_block, key_block = counts
+        (queries,), (keys,) = (np.shape(x)[1:2] or (1,) for x in (query, key))
+        own = np.arange(0, queries, query_block)[:, None] // key_block
+        away = np.abs(own - np.arange(-(-keys // key_block)))
+        levels = np.array([*sizes, 0], np.int32)[np.minimum(np.frexp(away)[1], len(sizes))][None, None]
+    return attnlab.pyramid_attention(query, key, value, levels, **options)
+
+
 def _memory_gates(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
     # Keys here have a squared length of about head_dim, and chunks of them diverge where their rates are larger.
     gates = (sizes.batch, *sizes.space, sizes.heads)
@@ -220,6 +235,38 @@ MECHANISMS: dict[str, Mechanism] = {
         _block_sparse,
         {"query_block": 2, "key_block": 4, "is_causal": True},
         large=lambda length: {"query_block": 128, "key_block": 128, "places": 8},
+        is_causal=True,
+    ),
+    "pyramid": Mechanism(
+        _pyramid,
+        {"query_block": 3, "key_block": 4, "sizes": (1, 4)},
+        large=lambda length: {
+            "query_block": 128,
+            "key_block": 128,
+            "sizes": (1, 2, 4, 8),
+            "places": (1, 2, 4, 8),
+        },
+    ),
+    "pyramid, causal": Mechanism(
+        _pyramid,
+        {"query_block": 2, "key_block": 4, "sizes": (1, 2), "is_causal": True},
+        large=lambda length: {
+            "query_block": 128,
+            "key_block": 128,
+            "sizes": (1, 2, 4, 8),
+            "places": (1, 1, 2, 4),
+        },
+        is_causal=True,
+    ),
+    "ema-sinks": Mechanism(
+        attnlab.ema_sinks_attention,
+        {"chunk": 3, "chunks_kept": 3, "decay": 0.5},
+        large=lambda length: {"chunk": 64, "chunks_kept": 5},
+    ),
+    "ema-sinks, causal": Mechanism(
+        attnlab.ema_sinks_attention,
+        {"chunk": 2, "chunks_kept": 3, "decay": 0.5, "is_causal": True},
+        large=lambda length: {"chunk": 64, "chunks_kept": 5},
         is_causal=True,
     ),
     "axial": Mechanism(attnlab.axial_attention, {"axis": 0}, grid=True),

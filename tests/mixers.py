@@ -56,6 +56,16 @@ MIXERS = {
         {"query_block": 1, "key_block": 2, "count": 3, "num_key_heads": 2, "value_dim": 3},
         state_sizes=(72, 252, 1152),
     ),
+    "pyramid": Mixer(
+        nn.PyramidAttention,
+        {"query_block": 2, "key_block": 4, "sizes": (1, 2), "fractions": (0.5, 1.0), "num_key_heads": 2},
+        state_sizes=(104, 416, 1664),
+    ),
+    "ema_sinks": Mixer(
+        nn.EmaSinksAttention,
+        {"chunk": 3, "chunks_kept": 4, "decay": 0.5, "num_key_heads": 2},
+        state_sizes=(96, 192, 192),
+    ),
     "linear": Mixer(
         nn.LinearAttention, {"feature_map": "elu", "normalize": True}, state_sizes=(80, 80, 80), kernels=LINEAR
     ),
@@ -149,6 +159,11 @@ MIXERS = {
     ),
     "block_sparse, grid": Mixer(nn.BlockSparseAttention, {"query_block": 4, "key_block": 3, "count": 3}, is_grid=True),
     "pointwise, grid": Mixer(nn.PointwiseAttention, {"activation": "relu"}, is_grid=True),
+    "pyramid, grid": Mixer(
+        nn.PyramidAttention,
+        {"query_block": 4, "key_block": 4, "sizes": (1, 4), "fractions": (0.25, 0.75)},
+        is_grid=True,
+    ),
     "softmax, grid": Mixer(nn.SoftmaxAttention, is_grid=True),
     "local, grid": Mixer(nn.LocalAttention, {"window": (3, 9)}, is_grid=True, needs_grid=True),
     "dilated, grid": Mixer(nn.DilatedAttention, {"window": 3, "dilation": (1, 2)}, is_grid=True, needs_grid=True),

@@ -23,6 +23,13 @@ from attnlab.attention.dot_product import (
     init_dot_product_cache,
     prefill_dot_product_cache,
 )
+from attnlab.attention.ema_sinks import (
+    EmaSinksCache,
+    ema_sinks_attention,
+    ema_sinks_step,
+    init_ema_sinks_cache,
+    prefill_ema_sinks_cache,
+)
 from attnlab.attention.inline import inline_attention
 from attnlab.attention.landmark import landmark_attention
 from attnlab.attention.linear import (
@@ -52,6 +59,13 @@ from attnlab.attention.merge import merge_attention
 from attnlab.attention.parallax import parallax_attention, parallax_step
 from attnlab.attention.path import PathCache, init_path_cache, path_attention, path_step, prefill_path_cache
 from attnlab.attention.pointwise import pointwise_attention, pointwise_step
+from attnlab.attention.pyramid import (
+    PyramidCache,
+    init_pyramid_cache,
+    prefill_pyramid_cache,
+    pyramid_attention,
+    pyramid_step,
+)
 from attnlab.attention.routing import (
     RoutingAux,
     RoutingCache,

@@ -10,6 +10,7 @@ scores of that query and of the block's own keys; the blocks that a query block 
 outside the count and under attention's element mask, so that nothing of a later token enters a list.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -27,12 +28,15 @@ from attnlab.attention._shared.checks import (
     check_dividing_blocks,
     check_float,
     check_floating,
+    check_fractions,
+    check_group_sizes,
     check_int,
     default_scale,
     require,
     shape_text,
     shown,
 )
+from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax import softmax_parts
 
 Array = jax.Array
@@ -158,6 +162,166 @@ def _check_broadcasts(name: str, mask: Any, shape: tuple[int, ...]) -> None:
     if not fits:
         given = shape_text(mask) if hasattr(mask, "dtype") else shown(mask)
         raise (ValueError if is_mask else TypeError)(f"{name}: got {given}; need bool that broadcasts to {list(shape)}")
+
+
+# --- Levels -----------------------------------------------------------------------------------------------------------
+
+
+def pyramid_levels(
+    scores: Array,
+    *,
+    eligible: Array | np.ndarray,
+    fractions: Sequence[float],
+    sizes: Sequence[int] = (1, 2, 4, 8),
+    first: int = 0,
+    own: Array | np.ndarray | None = None,
+) -> Array:
+    """The higher a block's score among those that compete, the finer its keys (Pyramid Sparse Attention, Li et al.
+    2025): of m blocks, the one of rank r = 0, 1, ... gets the first size whose fraction F has r < ceil(F m).
+
+    Args:
+      scores: floating [..., nq, nk]; read where eligible, and without a gradient.
+      eligible: bool, broadcasts to scores: who competes.
+      fractions: 0 to 1, growing, one per size: the share of blocks that get this size or a smaller one.
+      sizes: growing, the first one 1: so many keys are seen as one. As in pyramid_attention.
+      first: so many eligible blocks, the lowest numbers first, have level 1 and do not compete.
+      own: bool, broadcasts to scores: these have level 1 in any case.
+
+    Returns:
+      int32 [..., nq, nk] of sizes, 0 for blocks that are not seen. Of equal scores the lower number comes first.
+
+    Complexity: O(nk log nk) a row.
+    """
+    check_array("scores", scores, (None,) * max(getattr(scores, "ndim", 2), 2), "[..., query blocks, key blocks]")
+    check_floating("scores", scores)
+    _check_broadcasts("eligible", eligible, scores.shape)
+    sizes = check_group_sizes(sizes)
+    fractions = check_fractions(fractions, len(sizes))
+    first, blocks = check_int("first", first, least=0, most=2**31 - 1), scores.shape[-1]
+    xp: Any = np if isinstance(eligible, np.ndarray) else jnp  # what is known is not computed
+    eligible = xp.broadcast_to(eligible, (*eligible.shape[:-1], blocks))
+    is_first = eligible & (xp.cumsum(eligible, axis=-1) <= first)
+    competes = eligible & ~is_first
+    ends = jnp.asarray(_rank_ends(blocks, fractions))[competes.sum(-1)]  # [..., nq, sizes]
+    is_first, competes = (jnp.broadcast_to(x, scores.shape) for x in (is_first, competes))
+    numbers = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    _, _, order = lax.sort(((~competes).astype(jnp.int32), -lax.stop_gradient(scores), numbers), num_keys=3)
+    of_rank = jnp.zeros(scores.shape, jnp.int32)
+    for number, size in reversed(list(enumerate(sizes))):
+        of_rank = jnp.where(numbers < jnp.broadcast_to(ends[..., number, None], scores.shape), size, of_rank)
+    _, levels = lax.sort((order, of_rank), num_keys=1)  # back in the order of their numbers
+    levels = jnp.where(is_first, 1, jnp.where(competes, levels, 0))
+    if own is None:
+        return levels
+    _check_broadcasts("own", own, scores.shape)
+    return jnp.where(jnp.broadcast_to(own, scores.shape), 1, levels)
+
+
+def pyramid_places(key_blocks: int, *, fractions: Sequence[float], listed: int = 0) -> tuple[int, ...]:
+    """How many blocks of each size a row of `pyramid_levels` has at most, of up to key_blocks that compete; listed: the
+    first and own ones, of size 1, besides."""
+    key_blocks, listed = check_int("key_blocks", key_blocks, least=0), check_int("listed", listed, least=0)
+    most = np.diff(_rank_ends(key_blocks, check_fractions(fractions)), axis=1, prepend=0).max(0).tolist()
+    return tuple(min(count + (listed if number == 0 else 0), key_blocks) for number, count in enumerate(most))
+
+
+def _rank_ends(blocks: int, fractions: Sequence[float]) -> np.ndarray:
+    """int32 [blocks + 1, sizes]: ceil(F m) of m = 0, 1, ... blocks, a fraction's rounding aside."""
+    return np.ceil(np.arange(blocks + 1)[:, None] * np.asarray(fractions)[None] - 1e-9).astype(np.int32)
+
+
+@primitive("B...")
+def pooled_levels(
+    query: Array,
+    key: Array,
+    *,
+    query_block: int,
+    key_block: int,
+    fractions: Sequence[float],
+    sizes: Sequence[int] = (1, 2, 4, 8),
+    first: int = 1,
+    is_causal: bool = True,
+) -> Array:
+    """Levels by the products of one query and the mean key of each block, for every key head.
+
+    Args:
+      query: [B, T, N, H], of which the heads of a group are averaged. key: [B, S, K, H], K divides N.
+      fractions, sizes, first: as in `pyramid_levels`.
+      is_causal: a block's first query ranks the complete blocks, and its own have level 1. Else its queries' mean ranks
+        all.
+
+    Returns int32 [B, K, nq, nk], for pyramid_attention with the same blocks, sizes and is_causal.
+    """
+    queries = pool_blocks(query, query_block, "first" if is_causal else "mean")
+    scores = scores_by_group(queries, pool_blocks(key, key_block, "mean"))
+    options: dict[str, Any] = {"fractions": fractions, "sizes": sizes, "first": first}
+    if not check_bool("is_causal", is_causal):
+        return pyramid_levels(scores, eligible=np.ones((1, 1), bool), **options)
+    complete, own = causal_blocks(scores.shape[-2], scores.shape[-1], query_block, key_block)
+    return pyramid_levels(scores, eligible=complete, **options, own=own)
+
+
+# --- What is not listed -----------------------------------------------------------------------------------------------
+
+
+def rectify(out: Array, probabilities: Array, chosen: Array, gain: Array, values: Array, *, query_block: int) -> Array:
+    """Attention to the chosen blocks, with the mean values of others in it (Rectified SpaAttn, Liu et al. 2025):
+
+        R_i out_t + sum_j [j not chosen, gain_ij] P_ij vbar_j        R_i = sum of P_ij over the other j
+
+    The chosen blocks have their share of the pooled softmax P, which mixes two normalisations. pyramid_attention with
+    the sizes 1 and key_block is the consistent form: level 1 of chosen blocks, key_block of the others.
+
+    Args:
+      out: [B, T, N, V], block_sparse_attention to the chosen blocks.
+      probabilities: P, [B, N, nq, nk], a softmax of pooled_scores over the blocks, such as by their means.
+      chosen, gain: bool, broadcast to P: `pooling_gain` says which blocks are well enough seen by their means.
+      values: [B, nk, K, V], the blocks' mean values. K divides N.
+      query_block: tokens of a block of queries.
+
+    Returns [B, T, N, V] in out's dtype. Not causal: a block's mean has all of its tokens.
+    """
+    check_array("out", out, (None,) * 4, "[batch, T, heads, V]")
+    batch, length, heads, width = out.shape
+    query_blocks = -(-length // check_block("query_block", query_block))
+    check_array("values", values, (batch, None, None, width), "[batch, key blocks, key heads, V]")
+    for name, array in (("out", out), ("probabilities", probabilities), ("values", values)):
+        check_floating(name, array)
+    shape = (batch, heads, query_blocks, values.shape[1])
+    check_array("probabilities", probabilities, shape, "[batch, heads, query blocks, key blocks]")
+    require(heads % max(values.shape[2], 1) == 0, "values", shape_text(values), f"need key heads that divide {heads}")
+    for name, mask in (("chosen", chosen), ("gain", gain)):
+        _check_broadcasts(name, mask, shape)
+    dtype = accumulator_dtype(out, probabilities, values)
+    is_added = jnp.broadcast_to(~jnp.asarray(chosen), shape) & jnp.broadcast_to(gain, shape)
+    added = jnp.where(is_added, probabilities, 0).astype(dtype)
+    kept = jnp.where(is_added, 0, probabilities).astype(dtype).sum(-1)
+
+    def of_tokens(x: Array) -> Array:
+        """[B, N, nq, ...] -> [B, T, N, ...]."""
+        return jnp.moveaxis(jnp.repeat(x, query_block, axis=2)[:, :, :length], 1, 2)
+
+    means = jnp.einsum("BNTS,BSNV->BNTV", added, repeat_key_heads(values.astype(dtype), heads))
+    return (of_tokens(kept)[..., None] * out + of_tokens(means)).astype(out.dtype)
+
+
+def pooling_gain(query: Array, key: Array, *, query_block: int, key_block: int) -> Array:
+    """bool [B, N, nq, nk]: whether the product of a query block's and a key block's means is larger than what the
+    tokens' distances from their means make of it, for `rectify`:
+
+        |qbar_i . kbar_j| > |mean |q - qbar|_i . kbar_j| + |qbar_i . mean |k - kbar|_j|
+
+    query: [B, T, N, H]. key: [B, S, K, H], K divides N.
+    """
+
+    def pooled(x: Array, size: int) -> tuple[Array, Array]:
+        x = x.astype(accumulator_dtype(query, key))
+        mean = pool_blocks(x, size, "mean")
+        return mean, pool_blocks(jnp.abs(x - jnp.repeat(mean, size, axis=1)[:, : x.shape[1]]), size, "mean")
+
+    (queries, of_queries), (keys, of_keys) = pooled(query, query_block), pooled(key, key_block)
+    errors = jnp.abs(pooled_scores(of_queries, keys, 1.0)) + jnp.abs(pooled_scores(queries, of_keys, 1.0))
+    return jnp.abs(pooled_scores(queries, keys, 1.0)) > errors
 
 
 # --- Scores -----------------------------------------------------------------------------------------------------------

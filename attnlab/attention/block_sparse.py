@@ -115,7 +115,7 @@ def block_sparse_attention(
     # A block longer than the sequence is all of it.
     query_block, key_block = check_block("query_block", query_block), check_block("key_block", key_block)
     sizes = Blocks(min(query_block, all_queries), min(key_block, max(*whole_space((keys,)), 1)))
-    _check_lists("blocks", blocks, (batch, (heads, key_heads), -(-all_queries // sizes.query)))
+    check_lists("blocks", blocks, (batch, (heads, key_heads), -(-all_queries // sizes.query)))
     if not jnp.issubdtype(blocks.dtype, jnp.integer):
         raise TypeError(f"blocks: got dtype {blocks.dtype}; need an integer dtype")
     if block_bias is not None:
@@ -134,16 +134,11 @@ def block_sparse_attention(
     }
     attend = functools.partial(dispatch, "block_sparse_attention", IMPLEMENTATIONS, implementation, **settings)
     all_keys = keys if given_positions() is None else None
-
-    def layout(lists: Array) -> str:
-        head = "." if lists.shape[1] == 1 else "K" if lists.shape[1] == key_heads else "N"
-        return ("B" if lists.shape[0] == batch else ".") + head + ".."
-
-    of_bias = None if block_bias is None else layout(block_bias)
-    layouts: list[Any] = ["B*N.", "B+K.", "B+K.", layout(blocks), of_bias, None]
+    of_bias = None if block_bias is None else lists_layout(block_bias, key)
+    layouts: list[Any] = ["B*N.", "B+K.", "B+K.", lists_layout(blocks, key), of_bias, None]
     if segments is not None:
         layouts[5] = ("B*", "B+")
-    parted = functools.partial(_parted, attend, all_keys)
+    parted = functools.partial(by_heads, attend, all_keys)
     arrays = query, key, value, blocks.astype(jnp.int32), block_bias, segments
     out, lse = over_positions(attend, parted, layouts, ("B*N.", "B*N"), *arrays)
     return (out, lse) if return_lse else out
@@ -156,7 +151,7 @@ class Blocks(NamedTuple):
     key: int
 
 
-def _parted(
+def by_heads(
     attend: Callable[..., tuple[Array, Array]],
     all_keys: int | None,
     parts: Parts,
@@ -217,7 +212,14 @@ def _parted(
     return back(out), back(lse[..., None])[..., 0]
 
 
-def _check_lists(name: str, lists: Any, sizes: tuple[int, tuple[int, ...], int]) -> None:
+def lists_layout(lists: Array, key: Array) -> str:
+    """The layout of lists [B|1, N|K|1, nq, M], for `over_positions`."""
+    batch, key_heads = key.shape[0], key.shape[2]
+    head = "." if lists.shape[1] == 1 else "K" if lists.shape[1] == key_heads else "N"
+    return ("B" if lists.shape[0] == batch else ".") + head + ".."
+
+
+def check_lists(name: str, lists: Any, sizes: tuple[int, tuple[int, ...], int]) -> None:
     batch, heads, query_blocks = sizes
     check_array(name, lists, (None, None, query_blocks, None), "[batch|1, heads|key heads|1, query blocks, places]")
     fits = lists.shape[0] in (1, batch) and lists.shape[1] in (1, *heads)

@@ -19,7 +19,8 @@ With dilation the tokens are reordered by residue group first, and each group ha
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -99,7 +100,8 @@ def local_attention(
         leader, the last query of the stride group, and early queries see fewer keys.
       edge: what a window does at a border. "shift": moves inward, always exactly `window` keys if not causal. "clip":
         is cut off, as in jax.nn.dot_product_attention(local_window_size=(window // 2, (window - 1) // 2)).
-      sinks: the first `sinks` keys are visible to every query after them; for one causal axis.
+      sinks: keys whose index on the first causal axis is below this stay visible, whatever the window, to every query
+        that is not before them on a causal axis: the first tokens of a text, the first frames of a video.
       scale: factor on the logits; None means H ** -0.5.
       segment_ids: integers [B, *space]; a query sees keys of its own segment. Windows do not move for segments.
       return_lse: return (out, lse).
@@ -174,7 +176,7 @@ def windowed_attention(
         require(1 <= s <= k, "stride", stride, f"must be from 1 to the window, {k}, {where}")
     require(edge in ("shift", "clip"), "edge", repr(edge), "need 'shift' or 'clip'")
     sinks = check_int("sinks", sinks, least=0)
-    require(sinks == 0 or causal == (True,), "sinks", sinks, "needs one space axis and is_causal=True; else must be 0")
+    require(sinks == 0 or any(causal), "sinks", sinks, "needs a causal axis; else must be 0")
     assert sinks == 0 or dilation == 1, "no primitive offers sinks with dilation, and the blocked form has none"
     if segment_ids is not None:
         check_segment_ids("segment_ids", segment_ids, query.shape[:-2], "[batch, *space]")
@@ -197,6 +199,8 @@ def windowed_attention(
 
     def parted(parts: Parts, query: Array, key: Array, value: Array, segment_ids: Array | None) -> Any:
         axis = masks.axis_windows(whole_space(query.shape[1:-2], parts), **settings)[parts.axis]
+        fits = sinks == 0 or parts.axis == causal.index(True)
+        require(fits, "sinks", sinks, f"must be 0 where devices share axis {parts.axis}, not the first causal one")
         return in_stretches(attend, axis, parts, (query,), (key, value, segment_ids), sinks=sinks)
 
     layouts = ("B*N.", "B*K.", "B*K.", "B*")
@@ -279,7 +283,10 @@ def _reference(
     batch, *space, _, _ = query.shape
     mask = masks.neighborhood(space, **settings)
     if sinks:
-        mask = mask | (masks.causal() & masks.first_keys(sinks))
+        causal = [axis for axis, is_causal in enumerate(settings["is_causal"]) if is_causal]
+        mask = mask | functools.reduce(
+            operator.and_, map(masks.causal, causal), masks.first_keys(sinks, axis=causal[0])
+        )
     visible = masks.dense_mask(mask, space)
     if segment_ids is not None:
         ids = segment_ids.reshape(batch, -1)
@@ -346,8 +353,15 @@ def _xla(
     keys, values = (jnp.moveaxis(x, -2, 1) for x in (key, value))
     first = None
     if sinks:
-        ids = None if segment_ids is None else segment_ids[:, :sinks]
-        first = _Keys(keys[:, :, :sinks], values[:, :, :sinks], ids)
+        axis = settings["is_causal"].index(True)
+
+        def of_sinks(x: Array, before: int) -> Array:
+            """x [.., *space, ..], whose space axes begin at `before`, with one axis of the sinks for them."""
+            x = lax.slice_in_dim(x, 0, min(sinks, space[axis]), axis=before + axis)
+            return x.reshape(*x.shape[:before], -1, *x.shape[before + len(space) :])
+
+        ids = None if segment_ids is None else of_sinks(segment_ids, 1)
+        first = _Keys(of_sinks(keys, 2), of_sinks(values, 2), ids)
     reordered = _Keys(
         group_residues(keys, tiles, first=2),
         group_residues(values, tiles, first=2),
@@ -356,7 +370,7 @@ def _xla(
     parts = _parts(query, segment_ids, key.shape[-2], tiles)
 
     def attend(part: _Part) -> tuple[Array, Array]:
-        out, lse = _attend(part, reordered, first, axes, tiles, scale, dtype)
+        out, lse = _attend(part, reordered, first, sinks, axes, tiles, scale, dtype)
         return out.astype(query.dtype), lse
 
     # Logits are recomputed in the backward: what is kept for it is linear in the number of positions.
@@ -391,7 +405,8 @@ def _parts(query: Array, segment_ids: Array | None, key_heads: int, tiles: list[
 def _attend(
     part: _Part,
     keys: _Keys,
-    sinks: _Keys | None,
+    first: _Keys | None,
+    sinks: int,
     axes: tuple[masks.AxisWindow, ...],
     tiles: list[Tiles],
     scale: Any,
@@ -408,14 +423,13 @@ def _attend(
         sizes = (*x.shape[:first], *box, *x.shape[rest:])
         return lax.dynamic_slice(x, start, sizes).reshape(*x.shape[:first], -1, *x.shape[rest:])
 
-    visible, start = _sees(part, axes, tiles)
+    visible = _sees(part, axes, tiles)
     key, value = take_box(keys.key, 2), take_box(keys.value, 2)
     ids = None if keys.ids is None else take_box(keys.ids, 1)
-    if sinks is not None:
-        # A sink inside the window is counted there. `start` is the only axis' here.
-        key, value = jnp.concatenate([sinks.key, key], axis=2), jnp.concatenate([sinks.value, value], axis=2)
-        visible = jnp.concatenate([jnp.arange(sinks.key.shape[2])[None] < start, visible], axis=1)
-        ids = None if ids is None or sinks.ids is None else jnp.concatenate([sinks.ids, ids], axis=1)
+    if first is not None:
+        key, value = jnp.concatenate([first.key, key], axis=2), jnp.concatenate([first.value, value], axis=2)
+        visible = jnp.concatenate([_sees_sinks(part, sinks, axes, tiles), visible], axis=1)
+        ids = None if ids is None or first.ids is None else jnp.concatenate([first.ids, ids], axis=1)
     if part.ids is not None and ids is not None:
         visible = visible[None, None, None] & (part.ids[:, :, None] == ids[:, None, :])[:, None, None]
     query, key = scaled_for_logits(part.query, key, scale, dtype)
@@ -425,18 +439,40 @@ def _attend(
     return out / denominator, lse
 
 
-def _sees(part: _Part, axes: tuple[masks.AxisWindow, ...], tiles: list[Tiles]) -> tuple[Array, Array]:
-    """bool [tile, box], and where each query's window begins on the last axis, [tile, 1]."""
-    visible = jnp.ones((1, 1), bool)
-    for a, (axis, t) in enumerate(zip(axes, tiles, strict=True)):
+def _sees(part: _Part, axes: tuple[masks.AxisWindow, ...], tiles: list[Tiles]) -> Array:
+    """bool [tile, box]."""
+    keys = [part.first_key[a] + jnp.arange(t.box) for a, t in enumerate(tiles)]
+    return _on_all_axes((start <= key) & (key < end) for _, start, end, key in _bounds(part, axes, tiles, keys))
+
+
+def _sees_sinks(part: _Part, sinks: int, axes: tuple[masks.AxisWindow, ...], tiles: list[Tiles]) -> Array:
+    """bool [tile, sinks]. A sink inside the window is counted there. No axis is dilated."""
+    which = [axis.is_causal for axis in axes].index(True)
+    keys = [jnp.arange(min(axis.length, sinks) if a == which else axis.length) for a, axis in enumerate(axes)]
+    in_window, may_see = [], []
+    for axis, (query, start, end, key) in zip(axes, _bounds(part, axes, tiles, keys)):
+        in_window.append((start <= key) & (key < end))
+        may_see.append((key <= query) | (not axis.is_causal))
+    return _on_all_axes(may_see) & ~_on_all_axes(in_window)
+
+
+def _bounds(
+    part: _Part, axes: tuple[masks.AxisWindow, ...], tiles: list[Tiles], keys: list[Array]
+) -> Iterator[tuple[Array, Array, Array, Array]]:
+    """Per axis: a tile's queries, where their windows start and end, [tile, 1] each, and the keys as [1, keys]."""
+    for a, (axis, t, key) in enumerate(zip(axes, tiles, keys, strict=True)):
         # Queries in the padding copy the group's last one; they are dropped afterwards.
-        query_index = jnp.minimum(part.first_query[a] + jnp.arange(t.size), part.length[a] - 1)
-        start, end = axis.group_bounds(query_index[:, None], part.length[a])
-        key_index = part.first_key[a] + jnp.arange(t.box)[None]
-        sees = (start <= key_index) & (key_index < end)
-        visible = visible[:, None, :, None] & sees[None, :, None, :]
-        visible = visible.reshape(visible.shape[0] * t.size, -1)
-    return visible, start
+        query = jnp.minimum(part.first_query[a] + jnp.arange(t.size), part.length[a] - 1)[:, None]
+        yield query, *axis.group_bounds(query, part.length[a]), key[None]
+
+
+def _on_all_axes(per_axis: Iterable[Array]) -> Array:
+    """bool [queries, keys] of each axis -> of all queries and keys, in row-major order."""
+    whole = jnp.ones((1, 1), bool)
+    for seen in per_axis:
+        both = whole[:, None, :, None] & seen[None, :, None, :]
+        whole = both.reshape(whole.shape[0] * seen.shape[0], -1)
+    return whole
 
 
 # All take (query, key, value, segment_ids) and the options of _xla, settings per axis as tuples; all give (out, lse).

@@ -186,9 +186,9 @@ def window(left: int, right: int, *, axis: int = 0) -> Mask:
     return Mask(sees)
 
 
-def first_keys(count: int) -> Mask:
-    """The first `count` keys of a sequence, for every query."""
-    return Mask(lambda query, key: (key[0] < count) & (query[0] >= 0))
+def first_keys(count: int, *, axis: int = 0) -> Mask:
+    """The first `count` keys on one axis, for every query."""
+    return Mask(lambda query, key: (key[axis] < count) & (query[axis] >= 0))
 
 
 def blocks(size: int, *, shift: int = 0, axis: int = 0) -> Mask:

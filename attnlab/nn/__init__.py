@@ -6,6 +6,7 @@ from attnlab.nn.mixers.agent import AgentAttention
 from attnlab.nn.mixers.axial import AxialAttention
 from attnlab.nn.mixers.base import Attention, MixerCache, MixerFactory
 from attnlab.nn.mixers.block_sparse import BlockSparseAttention
+from attnlab.nn.mixers.ema_sinks import EmaSinksAttention
 from attnlab.nn.mixers.landmark import LandmarkAttention
 from attnlab.nn.mixers.linear import InlineAttention, LinearAttention
 from attnlab.nn.mixers.local import DilatedAttention, LocalAttention
@@ -15,6 +16,7 @@ from attnlab.nn.mixers.mamba3 import Mamba3Attention
 from attnlab.nn.mixers.memory import MemoryAttention
 from attnlab.nn.mixers.path import PathAttention
 from attnlab.nn.mixers.pointwise import PointwiseAttention
+from attnlab.nn.mixers.pyramid import PyramidAttention
 from attnlab.nn.mixers.routing import RoutingAttention
 from attnlab.nn.mixers.rwkv7 import RWKV7Attention
 from attnlab.nn.mixers.softmax import SoftmaxAttention

@@ -229,6 +229,11 @@ _STEPS = {
         A.init_block_sparse_cache(BATCH, 6, *_CACHED, key_block=2, count=2, value_dim=VALUE_DIM),
         *_TOKEN,
     ),
+    "pyramid step": _scanned(
+        functools.partial(A.pyramid_step, query_block=2, sizes=(1, 2), fractions=(0.5, 1.0)),
+        A.init_pyramid_cache(BATCH, 6, *_CACHED, key_block=2, sizes=(1, 2), value_dim=VALUE_DIM),
+        *_TOKEN,
+    ),
     "dilated step": _scanned(
         functools.partial(A.dilated_step, window=3, dilation=2),
         A.init_dilated_cache(BATCH, *_CACHED, window=3, dilation=2, value_dim=VALUE_DIM),

@@ -56,6 +56,11 @@ _BY_NAME = {
     "key_block": 4,
     "count": 2,
     "first": 1,
+    "chunk": 3,
+    "chunks_kept": 2,
+    "decay": 0.5,
+    "sizes": (1, 2),
+    "fractions": (0.5, 1.0),
     "reduce": "sum",
     "lengths": np.array([6, 0, 1, 4, 6, 3], np.int32),
     "scale": 0.5,
@@ -97,6 +102,7 @@ _OWN = {
         "block_bias": _normal(1, 1, 3, 2),
         "mask": A.masks.causal(),
     },
+    "pyramid_attention": {"levels": np.array([[[[1, 0], [2, 1], [2, 1]]]], np.int32), "places": (2, 1)},
     "block_statistics": {"lse": _normal(BATCH, 6, HEADS)},
     "dilated_attention": {"window": 2},
     "axial_attention": {**_IMAGE, "axis": 1},
@@ -135,6 +141,9 @@ _OWN = {
     },
     "prefill_block_sparse_cache": {
         "cache": A.init_block_sparse_cache(BATCH, 7, KEY_HEADS, HEAD_DIM, key_block=4, count=2, value_dim=VALUE_DIM)
+    },
+    "prefill_pyramid_cache": {
+        "cache": A.init_pyramid_cache(BATCH, 7, KEY_HEADS, HEAD_DIM, key_block=4, sizes=(1, 2), value_dim=VALUE_DIM)
     },
     "prefill_local_linear_cache": {
         "cache": A.init_local_linear_cache(BATCH, 4, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM, window=6),

@@ -1,5 +1,6 @@
 """Lists of blocks: the published vectors, ties and counts, and that nothing of a later token enters a causal list."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -236,6 +237,39 @@ def gated(query, key):
     queries = selection.pool_blocks(query, 4, "first")
     scores = selection.gate_scores(queries, keys, np.repeat(weights[:, :8], 2, 0), weights[:, 8:])
     return selection.select_blocks(scores, eligible=complete, count=2, first=1, own=own)
+
+
+@pytest.mark.slow
+def test_vectors_of_what_is_rectified():
+    """Rectified SpaAttn: all that follows from the chosen blocks."""
+    data = vectors("rectified")
+    size = data["block"]
+    with jax.enable_x64(True):
+        means = [selection.pool_blocks(jnp.asarray(data[name]), size, "mean") for name in ("query", "key", "value")]
+        probabilities = jax.nn.softmax(selection.pooled_scores(*means[:2]), axis=-1)
+        np.testing.assert_allclose(probabilities, data["block_probabilities"], atol=1e-14)
+        gain = selection.pooling_gain(data["query"], data["key"], query_block=size, key_block=size)
+        np.testing.assert_array_equal(gain, data["gain"])
+        lists, tokens = selection.lists_of(data["chosen"]), [data[name] for name in ("query", "key", "value")]
+        sizes = {"query_block": size, "key_block": size}
+        sparse, lse = A.block_sparse_attention(*tokens, lists, **sizes, return_lse=True)
+        np.testing.assert_allclose(sparse, data["sparse_out"], atol=1e-12)
+        np.testing.assert_allclose(lse, data["sparse_lse"], atol=1e-12)
+        out = selection.rectify(sparse, probabilities, data["chosen"], gain, means[2], query_block=size)
+        np.testing.assert_allclose(out, data["out"], atol=1e-12)
+
+
+def test_nothing_is_rectified_where_all_is_chosen_or_gains_nothing():
+    """And where none is chosen it is attention to means, over the tokens that there are."""
+    probabilities = np.float32([[[[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]]])
+    out, values = np.ones((1, 5, 1, 2), np.float32), np.arange(6, dtype=np.float32).reshape(1, 3, 1, 2)
+    none, every = np.zeros((1, 1), bool), np.ones((1, 1), bool)
+    call = functools.partial(selection.rectify, out, probabilities, values=values, query_block=4)
+    np.testing.assert_array_equal(call(chosen=every, gain=every), out)
+    np.testing.assert_array_equal(call(chosen=none, gain=none), out)
+    np.testing.assert_array_equal(call(chosen=none, gain=every)[0, :, 0], [[1.5, 2.5]] * 4 + [[2, 3]])
+    with pytest.raises(ValueError, match=r"probabilities: got float32\[1,1,2,3\]; need"):
+        call(chosen=none, gain=none, query_block=2)
 
 
 def published(query, key):

@@ -6,6 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parts
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -78,6 +79,9 @@ SPACES = [  # space, and settings that fit it; lengths that tiles do not divide
     ((7, 10), {"window": (5, 3)}),
     ((7, 10), {"window": 4, "stride": (3, 1), "is_causal": (True, False)}),
     ((5, 1), {"window": (2, 1), "edge": "clip"}),
+    ((7, 10), {"window": (2, 3), "is_causal": (True, False), "sinks": 2}),
+    ((4, 7), {"window": 2, "stride": (1, 2), "is_causal": True, "sinks": 1}),
+    ((5, 6), {"window": (3, 2), "is_causal": (False, True), "edge": "clip", "sinks": 9}),
     ((3, 5, 6), {"window": (2, 3, 5), "stride": (1, 2, 1), "is_causal": (True, False, False)}),
     ((4, 4, 5), {"window": 3}),
 ]
@@ -100,8 +104,10 @@ def sees_by_definition(window_by_definition, space, *, sinks=0, segment_ids=None
         rows = [np.isin(np.arange(length), list(window_by_definition(q, length, **settings))) for q in range(length)]
         sees = np.kron(sees, np.stack(rows)).astype(bool)
     if sinks:
-        token = np.arange(space[0])
-        sees = sees | ((token < sinks) & (token <= token[:, None]))
+        causal = each["is_causal"]
+        at = np.stack(np.unravel_index(np.arange(np.prod(space)), space), axis=-1)
+        before = (at[None] <= at[:, None])[..., list(causal)].all(-1)
+        sees = sees | (before & (at[None, :, causal.index(True)] < sinks))
     if segment_ids is not None:
         ids = np.asarray(segment_ids).reshape(len(segment_ids), -1)
         return (sees & (ids[:, :, None] == ids[:, None, :]))[:, None]
@@ -318,8 +324,8 @@ LINE = dict(zip(("query", "key", "value"), draw_arrays(0, (20,)))) | {"window": 
         (GOOD | {"stride": 0}, ValueError, "stride: got 0"),
         (GOOD | {"is_causal": 1}, TypeError, "is_causal: got 1; need bool"),
         (GOOD | {"edge": "shfit"}, ValueError, "edge: got 'shfit'; need 'shift' or 'clip'"),
-        (GOOD | {"sinks": 2}, ValueError, "sinks: got 2; needs one space axis"),
-        (LINE | {"sinks": 2}, ValueError, "sinks: got 2; needs one space axis and is_causal=True"),
+        (GOOD | {"sinks": 2}, ValueError, "sinks: got 2; needs a causal axis; else must be 0"),
+        (GOOD | {"is_causal": True, "sinks": 2, "implementation": "pallas_tpu"}, ValueError, "has no sinks on 2 axes"),
         (LINE | {"sinks": -1, "is_causal": True}, ValueError, "sinks: got -1"),
         (LINE | {"segment_ids": jnp.zeros((2, 19), int)}, ValueError, "segment_ids: got"),
         (LINE | {"key": LINE["key"][:, :19], "value": LINE["value"][:, :19]}, ValueError, "key: .*space axes"),
@@ -387,3 +393,11 @@ def test_a_pair_that_cannot_be_is_refused(options):
     x = np.zeros((1, 9, 2, 4), np.float32)
     with pytest.raises((ValueError, TypeError), match="window: got"):
         local_attention(x, x, x, **options)
+
+
+def test_devices_that_share_another_axis_than_the_sinks_are_refused():
+    arrays = parts.qkv(16, 6)
+    case = parts.Case(functools.partial(local_attention, window=3, is_causal=(False, True), sinks=1), arrays, {})
+    mesh = parts.mesh_of(8)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="sinks: got 1; must be 0 where devices share axis 0"):
+        jax.eval_shape(lambda arrays: case.call(**arrays), parts.placed(case, mesh))

@@ -114,6 +114,12 @@ CASES = {
     "local, segments": Case(local(window=8, is_causal=True), qkv(64) | ids, BOTH_SIDES),
     "local, sinks": Case(local(window=6, is_causal=True, sinks=3), qkv(64), HALO | GATHERED),
     "local, many sinks": Case(local(window=6, is_causal=True, sinks=12, stride=2), qkv(64), BOTH_SIDES | GATHERED),
+    "local, sinks of frames": Case(
+        local(window=(2, 3), is_causal=(True, False), sinks=1, return_lse=True),
+        qkv(16, 6),
+        HALO | GATHERED,
+        results=both,
+    ),
     "local, image": Case(local(window=(3, 5), return_lse=True), qkv(16, 6), BOTH_SIDES, results=both),
     "local, video": Case(local(window=3, is_causal=(True, False, False)), qkv(8, 4, 3, batch=1), BOTH_SIDES),
     "local, not finite": Case(local(window=8, is_causal=True), qkv(64, spoilt=True), HALO),
@@ -322,7 +328,9 @@ AXES = ["data", "tensor", "context", "data tensor", "data context", "tensor cont
 
 def of_catalog(name):
     mechanism = MECHANISMS[name]
-    options = {**mechanism.options, **({"chunk_size": 4} if name.startswith("linear") else {})}
+    options = dict(mechanism.options)
+    options |= {"chunk_size": 4} if name.startswith("linear") else {}
+    options |= {"chunk": 2} if name.startswith("ema-sinks") else {}  # a part has whole chunks
     arrays = mechanism.inputs(16)
     return lambda **arrays: mechanism(arrays, **options), unit(arrays) if "beta" in arrays else arrays
 

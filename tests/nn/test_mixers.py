@@ -11,6 +11,7 @@ from marks import slow_but
 from mixers import DECODING, MIXERS, Mixer
 
 from attnlab import attention, nn
+from attnlab.attention import masks
 from attnlab.nn.mixers.base import check_weights
 
 FEATURES, LENGTH, BATCH = 16, 13, 2
@@ -347,6 +348,19 @@ def test_flops_count_the_pairs_that_are_seen():
     assert axial.flops((6, 7)) - 2 * 42 * FEATURES * 4 * FEATURES == 4 * FEATURES * 42 * 7
     grid = nn.LocalAttention(FEATURES, window=(3, 5), is_causal=False)
     assert grid.flops((6, 7)) - 2 * 42 * FEATURES * 4 * FEATURES == 4 * FEATURES * 42 * 15
+    video = nn.LocalAttention(FEATURES, window=(2, 3), sinks=3, is_causal=True)
+    past = masks.causal() & masks.causal(axis=1)
+    mask = masks.neighborhood((6, 7), (2, 3), is_causal=True) | (past & masks.first_keys(3))
+    seen = int(masks.dense_mask(mask, (6, 7)).sum())
+    assert video.flops((6, 7)) - 2 * 42 * FEATURES * 4 * FEATURES == 4 * FEATURES * seen
+    ema = nn.EmaSinksAttention(FEATURES, chunk=3, chunks_kept=4, decay=0.5, **options)
+    seen = sum(min(i // 3, 3) * 3 + i % 3 + 1 for i in range(LENGTH))
+    assert ema.flops((LENGTH,)) - projections == 4 * FEATURES * seen
+    pyramid = nn.PyramidAttention(FEATURES, key_block=4, sizes=(1, 2), fractions=(0.5, 1.0), **options)
+    ranked = [max(i // 4 - 1, 0) for i in range(LENGTH)]  # but the first block
+    seen = sum(i % 4 + 1 + 4 * (i >= 4) + 4 * -(-m // 2) + 2 * (m // 2) for i, m in enumerate(ranked))
+    choosing = 2 * LENGTH * -(-LENGTH // 4) * FEATURES
+    assert pyramid.flops((LENGTH,)) - projections == 4 * FEATURES * seen + choosing
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,8 @@ def _refusal(
     sinks: int,
     **settings: Any,
 ) -> str | None:
+    if sinks and query.ndim > 4:
+        return f"has no sinks on {query.ndim - 3} axes"
     positions = math.prod(query.shape[1:-2])
     if positions > MOST_TOKENS:
         return f"serves up to {MOST_TOKENS} tokens, got {positions}"

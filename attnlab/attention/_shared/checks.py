@@ -1,5 +1,6 @@
 """Argument checks shared by the primitives. All of them run at trace time, on shapes and dtypes alone."""
 
+import itertools
 import math
 import numbers
 from collections.abc import Sequence
@@ -53,6 +54,29 @@ def check_dividing_blocks(query_block: Any, key_block: Any) -> tuple[int, int]:
     divides = max(query_block, key_block) % min(query_block, key_block) == 0
     require(divides, "query_block", query_block, f"need one of it and key_block, {key_block}, to divide the other")
     return query_block, key_block
+
+
+def check_group_sizes(sizes: Any, block: int | None = None) -> tuple[int, ...]:
+    """How many tokens are seen as one: 1 first, growing, and where a block is given each divides it."""
+    if not (isinstance(sizes, (tuple, list)) and sizes):
+        raise TypeError(f"sizes: got {shown(sizes)}; need a tuple of ints")
+    checked = tuple(check_int("sizes", size, least=1, of=sizes) for size in sizes)
+    grows = checked[0] == 1 and all(a < b for a, b in itertools.pairwise(checked))
+    require(grows, "sizes", shown(sizes), "need 1 first, and growing numbers")
+    divides = block is None or all(block % size == 0 for size in checked)
+    require(divides, "sizes", shown(sizes), f"need divisors of key_block, {block}")
+    return checked
+
+
+def check_fractions(fractions: Any, count: int | None = None) -> tuple[float, ...]:
+    """Cumulative shares, 0 to 1, so many if a count is given."""
+    if not (isinstance(fractions, (tuple, list)) and fractions):
+        raise TypeError(f"fractions: got {shown(fractions)}; need a tuple of numbers")
+    checked = tuple(check_float("fractions", fraction, least=0, most=1) for fraction in fractions)
+    require(list(checked) == sorted(checked), "fractions", shown(fractions), "need numbers that do not fall")
+    fits = count in (None, len(checked))
+    require(fits, "fractions", shown(fractions), f"need one for each of {count} sizes")
+    return checked
 
 
 def check_ints(name: str, value: Any, *, least: int = 1, layout: tuple[str, ...] = ()) -> Any:

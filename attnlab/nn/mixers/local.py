@@ -167,8 +167,12 @@ class LocalAttention(Attention):
         bounds = [axis.bounds(np.arange(axis.length)) for axis in axes]
         seen = (np.sum(-(-(end - start) // axis.dilation)) for axis, (start, end) in zip(axes, bounds))
         pairs = math.prod(map(int, seen))
-        if self.sinks:
-            pairs += int(np.sum(np.minimum(bounds[0][0], self.sinks)))
+        if self.sinks:  # those that queries are not before, without those in their windows
+            past = [np.arange(1, length + 1) for length in space]
+            (start, end), *others = bounds
+            sinks = [np.minimum(past[0], self.sinks), *past[1:]]
+            within = [np.maximum(np.minimum(end, self.sinks) - start, 0), *(e - s for s, e in others)]
+            pairs += math.prod(int(x.sum()) for x in sinks) - math.prod(int(x.sum()) for x in within)
         return self.pair_flops(pairs)
 
 
