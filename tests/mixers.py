@@ -1,6 +1,7 @@
 """Every mixer of attnlab.nn as rows of one table, for the tests that hold for all of them."""
 
 import dataclasses
+import functools
 from typing import Any
 
 from attnlab import nn
@@ -108,6 +109,17 @@ MIXERS = {
         nn.MemoryAttention,
         {"memory": "swiglu", "objective": "dot", "per": "chunk", "chunk_size": 4, "project": "norm", "hidden": 3},
         state_sizes=(440, 440, 440),
+    ),
+    "sum": Mixer(
+        nn.Sum,
+        {
+            "mixers": [
+                functools.partial(nn.LocalAttention, window=5),
+                functools.partial(nn.MemoryAttention, chunk_size=4, per="chunk"),
+            ],
+            "gate": True,
+        },
+        state_sizes=(488, 552, 552),
     ),
     "routing": Mixer(nn.RoutingAttention, {"clusters": 3, "window": 4}, state_sizes=(288, 384, 384), kernels=FLASH),
     "routing_layer": Mixer(

@@ -15,6 +15,7 @@ from attnlab.nn.mixers.memory import MemoryAttention
 from attnlab.nn.mixers.routing import RoutingAttention
 from attnlab.nn.mixers.rwkv7 import RWKV7Attention
 from attnlab.nn.mixers.softmax import SoftmaxAttention
+from attnlab.nn.mixers.sum import Sum
 from attnlab.nn.parameters import (
     AuxiliaryLoss,
     Buffer,
