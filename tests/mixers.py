@@ -57,6 +57,9 @@ MIXERS = {
         {"query_block": 1, "key_block": 2, "count": 3, "num_key_heads": 2, "value_dim": 3},
         state_sizes=(72, 252, 1152),
     ),
+    "checkpoints": Mixer(
+        nn.CheckpointAttention, {"segment": 3, "num_key_heads": 2, "value_dim": 3}, state_sizes=(28, 70, 308)
+    ),
     "linear": Mixer(
         nn.LinearAttention, {"feature_map": "elu", "normalize": True}, state_sizes=(80, 80, 80), kernels=LINEAR
     ),
