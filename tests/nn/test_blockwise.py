@@ -1,8 +1,9 @@
-"""Checkpoints of segments: the vectors, and what the cache keeps. The mixers' suite has the rest."""
+"""Checkpoints of segments, and blocks beside a state: the vectors, and decoding. The mixers' suite has the rest."""
 
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -51,3 +52,55 @@ def test_a_sequence_shorter_than_a_segment_sees_only_itself():
     np.testing.assert_array_equal(mixer.mix(*heads, heads[0], None), heads[2])
     with pytest.raises(ValueError, match="is_causal: got False; need True"):
         nn.CheckpointAttention(16, is_causal=False, segment=4)
+
+
+def test_vectors_of_blocks_beside_a_state(wide):
+    data = vectors("block_hybrid")
+    mixer = nn.BlockHybrid(6, is_causal=False, num_heads=2, block=data["opt_block"], rotary=False, dtype=np.float64)
+    names = ("query", "key", "value", "log_decay")
+
+    @jax.jit
+    def attended(*arrays):
+        factor = data["opt_scale"] * data["query"].shape[-1] ** 0.5  # on the mixer's own scale
+        out, pullback = jax.vjp(lambda query, *rest: mixer._attend(factor * query, *rest)[0], *arrays)
+        return out, pullback(data["cot"])
+
+    out, gradients = attended(*(data[name] for name in names))
+    np.testing.assert_allclose(out, data["out"], atol=1e-12)
+    for name, gradient in zip(names, gradients):
+        np.testing.assert_allclose(gradient, data[f"d_{name}"], atol=1e-9)
+
+
+def test_blocks_decode_one_by_one_and_see_nothing_later():
+    mixer = nn.BlockHybrid(16, is_causal=False, num_heads=2, num_key_heads=1, block=4)
+    bound = nn.bind(mixer, nn.initialize(mixer, jax.random.key(0)))
+    x, other = jax.random.normal(jax.random.key(1), (2, 2, 12, 16))
+
+    @jax.jit
+    def run(x):
+        cache, outputs = bound.init_block_cache(2), []
+        for block in jnp.split(x, 3, axis=1):
+            y, cache = bound.block_step(cache, block)
+            outputs.append(y)
+        return bound(x), jnp.concatenate(outputs, axis=1)
+
+    whole, decoded = run(x)
+    np.testing.assert_allclose(decoded, whole, atol=1e-5)
+    for token in (7, 8):  # the last of a block, and the first of the next
+        changed, _ = run(jnp.concatenate([x[:, :token], other[:, token:]], axis=1))
+        start = token // 4 * 4
+        np.testing.assert_array_equal(changed[:, :start], whole[:, :start])
+        assert np.all(np.any(changed[:, start:] != whole[:, start:], axis=-1))  # all of its own block
+
+
+def test_blocks_refuse_to_decode_by_token():
+    mixer = nn.BlockHybrid(16, is_causal=False, block=4)
+    with pytest.raises(ValueError, match="BlockHybrid: a token's output depends on its whole block; decode by block_"):
+        mixer.init_cache(1, 8)
+    with pytest.raises(ValueError, match="is_causal: got True; BlockHybrid has no causal form"):
+        nn.BlockHybrid(16, is_causal=True, block=4)
+    with pytest.raises(ValueError, match=r"x: got float32\[1,3,16\]; need \[batch, block, features\]"):
+        mixer.block_step(mixer.init_block_cache(1), jnp.zeros((1, 3, 16)))
+    convolved = nn.BlockHybrid(16, is_causal=False, block=4, residual_convolution=3)
+    with pytest.raises(ValueError, match="residual_convolution: got some; must be 0 to decode"):
+        convolved.block_step(convolved.init_block_cache(1), jnp.zeros((1, 4, 16)))
