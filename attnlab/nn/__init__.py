@@ -1,6 +1,7 @@
 """Flax NNX layers. Parameters have no value until `initialize` draws them by path."""
 
 from attnlab.nn.adapters import attention_fn
+from attnlab.nn.choices import additive_logits, head_gates, straight_through_choice
 from attnlab.nn.layers import GatedMLP, Linear, RMSNorm, dropout, rotary_embedding
 from attnlab.nn.mixers.agent import AgentAttention
 from attnlab.nn.mixers.axial import AxialAttention
