@@ -3,6 +3,7 @@
 from attnlab.nn.adapters import attention_fn
 from attnlab.nn.choices import additive_logits, head_gates, straight_through_choice
 from attnlab.nn.layers import GatedMLP, Linear, RMSNorm, dropout, rotary_embedding
+from attnlab.nn.mixers.affine_scaled import AffineScaledAttention
 from attnlab.nn.mixers.agent import AgentAttention
 from attnlab.nn.mixers.axial import AxialAttention
 from attnlab.nn.mixers.base import Attention, MixerCache, MixerFactory
