@@ -157,6 +157,9 @@ MIXERS = {
     ),
     "block_sparse, grid": Mixer(nn.BlockSparseAttention, {"query_block": 4, "key_block": 3, "count": 3}, is_grid=True),
     "block_hybrid": Mixer(nn.BlockHybrid, {"block": 6}, is_grid=True, needs_grid=True),
+    "regions": Mixer(
+        nn.RegionAttention, {"regions": (5, 2), "count": 3, "num_key_heads": 2}, is_grid=True, needs_grid=True
+    ),
     "softmax, grid": Mixer(nn.SoftmaxAttention, is_grid=True),
     "local, grid": Mixer(nn.LocalAttention, {"window": (3, 9)}, is_grid=True, needs_grid=True),
     "dilated, grid": Mixer(nn.DilatedAttention, {"window": 3, "dilation": (1, 2)}, is_grid=True, needs_grid=True),

@@ -7,7 +7,7 @@ from attnlab.nn.mixers.affine_scaled import AffineScaledAttention
 from attnlab.nn.mixers.agent import AgentAttention
 from attnlab.nn.mixers.axial import AxialAttention
 from attnlab.nn.mixers.base import Attention, MixerCache, MixerFactory
-from attnlab.nn.mixers.block_sparse import BlockSparseAttention
+from attnlab.nn.mixers.block_sparse import BlockSparseAttention, RegionAttention
 from attnlab.nn.mixers.blockwise import BlockHybrid, CheckpointAttention
 from attnlab.nn.mixers.linear import InlineAttention, LinearAttention
 from attnlab.nn.mixers.local import DilatedAttention, LocalAttention
