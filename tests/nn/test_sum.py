@@ -83,6 +83,7 @@ def test_it_refuses_what_one_of_its_mixers_refuses():
         nn.Sum(FEATURES, is_causal=True, mixers=[nn.InlineAttention])
 
 
+@pytest.mark.slow
 def test_what_its_mixers_learn_in_training_is_kept():
     """Routing's centroids and its loss, from inside a sum in a model."""
     routing = functools.partial(nn.RoutingAttention, num_heads=2, clusters=2, window=2)
