@@ -121,11 +121,11 @@ MIXERS = {
         {
             "mixers": [
                 functools.partial(nn.LocalAttention, window=5),
-                functools.partial(nn.MemoryAttention, chunk_size=4, per="chunk"),
+                functools.partial(nn.LinearAttention, feature_map="elu", normalize=True),
             ],
             "gate": True,
         },
-        state_sizes=(488, 552, 552),
+        state_sizes=(176, 240, 240),
     ),
     "routing": Mixer(nn.RoutingAttention, {"clusters": 3, "window": 4}, state_sizes=(288, 384, 384), kernels=FLASH),
     "routing_layer": Mixer(
