@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from attnlab import nn
 from attnlab.attention import masks
@@ -59,10 +60,15 @@ def _kinds(model: Any) -> dict[str, list[int]]:
     """Layers by kind: those of one class with equal options are one."""
     kinds: dict[str, list[int]] = {}
     for layer, block in enumerate(model.layers):
-        mixer = block.mixer
-        options = {name: value for name, value in vars(mixer).items() if isinstance(value, (int, str, tuple, float))}
-        kinds.setdefault(f"{type(mixer).__name__} {options}", []).append(layer)
+        # A sum's options are those of its mixers.
+        parts = [module for _, module in nnx.iter_modules(block.mixer) if isinstance(module, nn.Attention)]
+        kinds.setdefault(" + ".join(map(_kind, parts)), []).append(layer)
     return kinds
+
+
+def _kind(mixer: nn.Attention) -> str:
+    options = {name: value for name, value in vars(mixer).items() if isinstance(value, (int, str, tuple, float))}
+    return f"{type(mixer).__name__} {options}"
 
 
 def _draw_layer(row: Any, mixer: nn.Attention, layers: list[int], weights: np.ndarray, space: tuple[int, ...]) -> None:

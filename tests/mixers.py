@@ -1,6 +1,7 @@
 """Every mixer of attnlab.nn as rows of one table, for the tests that hold for all of them."""
 
 import dataclasses
+import functools
 from typing import Any
 
 from attnlab import nn
@@ -40,6 +41,9 @@ class Mixer:
 MIXERS = {
     "softmax": Mixer(nn.SoftmaxAttention, state_sizes=(96, 416, 2048), kernels=FLASH),
     "grouped": Mixer(nn.SoftmaxAttention, {"num_key_heads": 2, "normalize_qk": True}, state_sizes=(48, 208, 1024)),
+    "affine_scaled": Mixer(
+        nn.AffineScaledAttention, {"num_key_heads": 2, "value_dim": 3, "decay": 0.5}, state_sizes=(52, 192, 906)
+    ),
     "local": Mixer(nn.LocalAttention, {"window": 5}, state_sizes=(96, 160, 160), kernels=FLASH),
     "local_sinks": Mixer(nn.LocalAttention, {"window": 4, "sinks": 2, "value_dim": 3}, state_sizes=(84, 168, 168)),
     "local_stride": Mixer(nn.LocalAttention, {"window": 6, "stride": 3, "edge": "clip"}, state_sizes=(96, 192, 192)),
@@ -65,6 +69,9 @@ MIXERS = {
         nn.EmaSinksAttention,
         {"chunk": 3, "chunks_kept": 4, "decay": 0.5, "num_key_heads": 2},
         state_sizes=(96, 192, 192),
+    ),
+    "checkpoints": Mixer(
+        nn.CheckpointAttention, {"segment": 3, "num_key_heads": 2, "value_dim": 3}, state_sizes=(28, 70, 308)
     ),
     "linear": Mixer(
         nn.LinearAttention, {"feature_map": "elu", "normalize": True}, state_sizes=(80, 80, 80), kernels=LINEAR
@@ -119,6 +126,17 @@ MIXERS = {
         {"memory": "swiglu", "objective": "dot", "per": "chunk", "chunk_size": 4, "project": "norm", "hidden": 3},
         state_sizes=(440, 440, 440),
     ),
+    "sum": Mixer(
+        nn.Sum,
+        {
+            "mixers": [
+                functools.partial(nn.LocalAttention, window=5),
+                functools.partial(nn.LinearAttention, feature_map="elu", normalize=True),
+            ],
+            "gate": True,
+        },
+        state_sizes=(176, 240, 240),
+    ),
     "routing": Mixer(nn.RoutingAttention, {"clusters": 3, "window": 4}, state_sizes=(288, 384, 384), kernels=FLASH),
     "routing_layer": Mixer(
         nn.RoutingAttention,
@@ -163,6 +181,10 @@ MIXERS = {
         nn.PyramidAttention,
         {"query_block": 4, "key_block": 4, "sizes": (1, 4), "fractions": (0.25, 0.75)},
         is_grid=True,
+    ),
+    "block_hybrid": Mixer(nn.BlockHybrid, {"block": 6}, is_grid=True, needs_grid=True),
+    "regions": Mixer(
+        nn.RegionAttention, {"regions": (5, 2), "count": 3, "num_key_heads": 2}, is_grid=True, needs_grid=True
     ),
     "softmax, grid": Mixer(nn.SoftmaxAttention, is_grid=True),
     "local, grid": Mixer(nn.LocalAttention, {"window": (3, 9)}, is_grid=True, needs_grid=True),

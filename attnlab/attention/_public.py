@@ -74,3 +74,4 @@ from attnlab.attention.routing import (
     routing_attention,
     routing_step,
 )
+from attnlab.attention.sparse_cache import SparseCache, init_sparse_cache, sparse_cache_step

@@ -406,10 +406,44 @@ def gate_scores(queries: Array, keys: Array, query_weights: Array, key_weights: 
         other. K divides N.
       query_weights: [N, F, D]. key_weights: [K, F', D].
 
-    Differentiable; trained by the divergence from what attention does (`block_statistics`).
+    Differentiable; trained by `gate_loss`.
     """
     queries = jnp.einsum("BTNF,NFD->BTND", queries, query_weights)
     return pooled_scores(queries, jnp.einsum("BSKF,KFD->BSKD", keys, key_weights))
+
+
+def gate_loss(
+    queries: Array,
+    keys: Array,
+    query_weights: Array,
+    key_weights: Array,
+    statistics: Array,
+    *,
+    eligible: Array | np.ndarray,
+) -> Array:
+    """What the gate of `gate_scores` is trained by, beside the model: its divergence from what attention does, [].
+
+        target_ij = statistics_ij / sum over eligible j        mean over rows of KL(target_i | softmax over eligible j)
+
+    Only the weights get a gradient. The model, which attends by lists, gives the gate none: add the two losses.
+
+    Args:
+      queries, keys, query_weights, key_weights: as in `gate_scores`.
+      statistics: [B, N, nq, nk], the largest weight of each block: `block_statistics(..., reduce="max")`.
+      eligible: bool, broadcasts to them: who competes. Rows without such a block have nothing to learn, and count not.
+    """
+    scores = gate_scores(lax.stop_gradient(queries), lax.stop_gradient(keys), query_weights, key_weights)
+    check_array("statistics", statistics, scores.shape, "[batch, heads, query blocks, key blocks]")
+    check_floating("statistics", statistics)
+    _check_broadcasts("eligible", eligible, scores.shape)
+    largest = lax.stop_gradient(jnp.where(eligible, statistics.astype(scores.dtype), 0))
+    total = largest.sum(-1, keepdims=True)
+    targets = largest / jnp.where(total > 0, total, 1)
+    *_, lse = softmax_parts(scores, jnp.broadcast_to(eligible, scores.shape))
+    of_gate = scores - jnp.where(lse == -jnp.inf, 0, lse)[..., None]
+    has_target = targets > 0
+    terms = jnp.where(has_target, targets * (jnp.log(jnp.where(has_target, targets, 1)) - of_gate), 0)
+    return terms.sum() / jnp.maximum(jnp.sum(total > 0), 1)
 
 
 def chunk_scores(query: Array, key: Array, starts: Array) -> Array:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from attnlab.attention._shared.checks import check_bool, check_dtype, check_float, check_int, require, shown
 from attnlab.nn.layers import PRODUCT, GatedMLP, RMSNorm, dropout
-from attnlab.nn.mixers.base import Attention, MixerCache, MixerFactory
+from attnlab.nn.mixers.base import MixerCache, MixerFactory, check_mixers, make_mixer
 from attnlab.nn.parameters import Learned, absorb, as_function
 from attnlab.nn.sharding import laid
 from attnlab.nn.signatures import show_shared_options
@@ -27,9 +27,7 @@ class Block(nnx.Module):
         self, features: int, mixer: MixerFactory, *, is_causal: bool, mlp_hidden: int, dropout_rate: float, dtype: Any
     ):
         self.mixer_norm = RMSNorm(features)
-        self.mixer = mixer(features, is_causal=is_causal, dtype=dtype)
-        if not isinstance(self.mixer, Attention):
-            raise TypeError(f"mixers: got what makes {shown(self.mixer)}; need subclasses of attnlab.nn.Attention")
+        self.mixer = make_mixer(mixer, features, is_causal=is_causal, dtype=dtype)
         self.mlp_norm = RMSNorm(features)
         self.mlp = GatedMLP(features, mlp_hidden, dtype=dtype)
         self.features, self.mlp_hidden, self.dropout_rate = features, mlp_hidden, dropout_rate
@@ -73,12 +71,6 @@ def recomputed(function: Callable[..., Any], remat: bool | str) -> Callable[...,
     return jax.checkpoint(function, policy=policy)
 
 
-def _makes_mixers(factory: Any) -> bool:
-    """Whether it may be a mixer's class, or a function that makes one."""
-    made = getattr(factory, "func", factory)  # of a partial
-    return issubclass(made, Attention) if isinstance(made, type) else callable(made)
-
-
 class Stack(nnx.Module):
     """Blocks in turn, and the norm for what comes after: what every model is built around.
 
@@ -108,10 +100,7 @@ class Stack(nnx.Module):
         scan_layers: bool = False,
         dtype: Any = jnp.float32,
     ):
-        if not isinstance(mixers, (list, tuple)) or not all(map(_makes_mixers, mixers)):
-            raise TypeError(f"mixers: got {shown(mixers)}; need a list of mixers, which are called to make the layers")
-        if not mixers:
-            raise ValueError("mixers: got an empty list; need at least one mixer, repeated over the layers")
+        check_mixers(mixers, "repeated over the layers")
         depth = check_int("depth", depth, least=1, most=_MOST_LAYERS)
         features, dtype = check_int("features", features, least=1), check_dtype("dtype", dtype)
         dropout_rate = check_float("dropout_rate", dropout_rate, least=0, most=1)

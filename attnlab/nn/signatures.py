@@ -8,13 +8,14 @@ from attnlab.attention._dispatch.primitive import check_names
 
 
 def show_shared_options(cls: type) -> None:
-    """Shows a class's own options and those it passes on to its base in one signature, for help and for configs, and
-    refuses others by name."""
+    """Shows a class's own options and those that it passes on to its base, if any, in one signature, for help and for
+    configs, and refuses others by name."""
     init = cls.__init__  # type: ignore[misc]
     own = inspect.signature(init).parameters
     shared = inspect.signature(cls.__mro__[1].__init__).parameters  # type: ignore[misc]
     named = [option for option in own.values() if option.kind is not option.VAR_KEYWORD]
-    named += [option for option in shared.values() if option.name not in own]
+    if len(named) < len(own):
+        named += [option for option in shared.values() if option.name not in own]
     known = {option.name for option in named}
 
     @functools.wraps(init)

@@ -64,6 +64,7 @@ _BY_NAME = {
     "reduce": "sum",
     "lengths": np.array([6, 0, 1, 4, 6, 3], np.int32),
     "scale": 0.5,
+    "ratio": 0.5,
     "feature_map": "elu",
     "implementation": "xla",
     "dtype": jnp.float32,
@@ -161,6 +162,9 @@ _OWN = {
     "memory_step": {
         **_MEMORY,
         **{name: np.full((BATCH, 1, HEADS), x, np.float32) for name, x in (("rate", 0.1), ("threshold", 1.0))},
+    },
+    "sparse_cache_step": {
+        "cache": A.init_sparse_cache(BATCH, 4, KEY_HEADS, HEAD_DIM, ratio=0.5, value_dim=VALUE_DIM),
     },
     "lightning_log_decay": {"layer": 0, "num_layers": 2, "form": "code"},
 }

@@ -74,7 +74,7 @@ def test_vectors_of_the_tree():
 
 
 def test_vectors_of_the_gate_and_its_training():
-    """The gate learns from what attention does; attention's inputs get no gradient from it, by stop_gradient."""
+    """The gate learns from what attention does."""
     data = vectors("gate_published")
     block = data["key_block"]
     _, lse = A.dot_product_attention(data["query"], data["key"], data["key"], is_causal=True, return_lse=True)
@@ -87,15 +87,49 @@ def test_vectors_of_the_gate_and_its_training():
     keys = jnp.concatenate([selection.pool_blocks(data["key"], block, kind) for kind in ("mean", "max", "min")], -1)
 
     def loss(query_weights, key_weights):
-        scores = selection.gate_scores(queries, keys, query_weights, key_weights)
-        logs = jax.nn.log_softmax(jnp.where(data["eligible"][None, None], scores, -jnp.inf))
-        terms = jnp.where(targets > 0, targets * (jnp.log(jnp.where(targets > 0, targets, 1)) - logs), 0)
-        return terms.sum(-1).mean()
+        return selection.gate_loss(queries, keys, query_weights, key_weights, largest, eligible=data["eligible"])
 
     kl, gradients = jax.value_and_grad(loss, argnums=(0, 1))(data["weight_query"], data["weight_key"])
     np.testing.assert_allclose(kl, data["kl"], atol=1e-12)
     for got, name in zip(gradients, ("grad_weight_query", "grad_weight_key")):
         np.testing.assert_allclose(got, data[name], atol=1e-12)
+
+
+def test_a_gate_and_its_model_learn_from_losses_of_their_own():
+    """The model's queries and keys get nothing of the gate's loss, and the gate nothing of the model's."""
+    weights = np.random.default_rng(4).normal(size=(2, 2, 8, 6))
+    complete, own = selection.causal_blocks(TOKENS // 4, TOKENS // 4, 4, 4)
+    sizes = {"query_block": 4, "key_block": 4}
+
+    @jax.jit
+    def gradients(query, key, value, *weights):
+        def losses(query, key, value, *weights):
+            queries, keys = selection.pool_blocks(query[:, :, ::2], 4, "first"), selection.pool_blocks(key, 4, "mean")
+            _, lse = A.dot_product_attention(query[:, :, ::2], key, value, is_causal=True, return_lse=True)
+            largest = A.block_statistics(query[:, :, ::2], key, lse, **sizes, reduce="max", is_causal=True)
+            of_gate = selection.gate_loss(queries, keys, *weights, largest, eligible=complete)
+            scores = selection.gate_scores(queries, keys, *weights)
+            lists = selection.select_blocks(scores, eligible=complete, count=2, own=own)
+            out = A.block_sparse_attention(query[:, :, ::2], key, value, lists, **sizes, is_causal=True)
+            return of_gate, jnp.sum(jnp.sin(out))
+
+        given = query, key, value, *weights
+        return [jax.grad(lambda *x, number=number: losses(*x)[number], tuple(range(5)))(*given) for number in range(2)]
+
+    of_gate, of_model = gradients(QUERY, KEY, OTHER_KEY, *weights)
+    assert [bool(jnp.any(gradient != 0)) for gradient in of_gate] == [False, False, False, True, True]
+    assert [bool(jnp.any(gradient != 0)) for gradient in of_model] == [True, True, True, False, False]
+
+
+def test_rows_without_a_block_to_choose_have_nothing_to_learn():
+    rng = np.random.default_rng(5)
+    pooled, weights = rng.normal(size=(2, 1, 3, 2, 4)), rng.normal(size=(2, 2, 4, 5))
+    statistics = rng.uniform(size=(1, 2, 3, 3))
+    eligible = np.tri(3, k=-1, dtype=bool)
+    got = selection.gate_loss(*pooled, *weights, statistics, eligible=eligible)
+    rest = selection.gate_loss(pooled[0][:, 1:], pooled[1], *weights, statistics[:, :, 1:], eligible=eligible[1:])
+    np.testing.assert_allclose(got, rest, rtol=1e-12)
+    assert np.isfinite(got)
 
 
 def test_vectors_of_learned_maps():

@@ -19,6 +19,7 @@ FEATURES, LENGTH, BATCH = 16, 13, 2
 VARIANTS = {
     *("grouped", "local_stride", "dilated_stride", "taylor", "retention", "gated", "delta", "kda", "delta_product"),
     *("agent_grouped", "routing_layer", "local_linear_window", "parallax_window", "memory_linear", "path", "pointwise"),
+    *("sum", "checkpoints", "block_hybrid", "affine_scaled", "regions"),
 }
 # Rows whose projections and mechanism are in other ones, with more to them.
 PARTS = {"softmax", "local", "linear", "gla"}
@@ -64,8 +65,8 @@ def test_a_later_token_changes_nothing_before_it(name):
     assert np.all(np.any(changed[:, 7:8] != unchanged[:, 7:8], axis=-1))
 
 
-# What is read of a memory is not linear in the values.
-WEIGHTED = [name for name in DECODING if not name.startswith("memory")]
+# What is read of a memory is not linear in the values, and a sum has no values of its own.
+WEIGHTED = [name for name in DECODING if not name.startswith(("memory", "sum"))]
 
 
 @pytest.mark.parametrize("name", slow_but(set(WEIGHTED) - VARIANTS - PARTS - {"path_forget"}, WEIGHTED))

@@ -389,6 +389,26 @@ class Attention(nnx.Module):
 MixerFactory = Callable[..., Attention]
 
 
+def check_mixers(mixers: Any, use: str) -> None:
+    """Raises TypeError or ValueError for what is no list of mixer factories; use: what becomes of them."""
+    if not isinstance(mixers, (list, tuple)) or not all(map(_makes_mixers, mixers)):
+        raise TypeError(f"mixers: got {shown(mixers)}; need a list of mixers, which are called to make the layers")
+    require(len(mixers) > 0, "mixers", "an empty list", f"need at least one mixer, {use}")
+
+
+def _makes_mixers(factory: Any) -> bool:
+    """Whether it may be a mixer's class, or a function that makes one."""
+    made = getattr(factory, "func", factory)  # of a partial
+    return issubclass(made, Attention) if isinstance(made, type) else callable(made)
+
+
+def make_mixer(factory: MixerFactory, features: int, *, is_causal: bool, dtype: Any) -> Attention:
+    mixer = factory(features, is_causal=is_causal, dtype=dtype)
+    if not isinstance(mixer, Attention):
+        raise TypeError(f"mixers: got what makes {shown(mixer)}; need subclasses of attnlab.nn.Attention")
+    return mixer
+
+
 def check_weights(mixer: str, weights: Array) -> None:
     """Raises ValueError for attention_weights, computed, of a mixer of this name that has none."""
     given = f"{mixer}, which is not linear in its values"

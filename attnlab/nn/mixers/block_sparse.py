@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from einops import rearrange
 
 import attnlab.attention as attention
 from attnlab.attention import block_selection
-from attnlab.attention._shared.checks import check_dividing_blocks, check_int
+from attnlab.attention._shared.checks import check_dividing_blocks, check_int, check_ints, per_axis, require
+from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.nn.mixers.base import Attention, flat
 
 Array = jax.Array
@@ -98,3 +100,54 @@ class BlockSparseAttention(Attention):
             pairs = min(self.count * self.key_block, length) * (ends - starts)
         choosing = 2 * len(starts) * key_blocks * self.num_key_heads * self.head_dim
         return self.pair_flops(int(pairs.sum())) + choosing
+
+
+class RegionAttention(Attention):
+    """Every region of an image attends to the regions whose mean keys fit its mean query best, chosen for all heads
+    together: BiFormer's bi-level routing (Zhu et al. 2023), attention.block_sparse_attention with a block per region.
+
+    The released model adds a 5 x 5 convolution of the values (residual_convolution=(5, 5)), and its scale on the logits
+    is (num_heads head_dim)^-1/2; here it is head_dim^-1/2.
+
+    Args:
+      regions: how many along each axis of the image; they divide it.
+      count: regions that each attends to, itself among them only if it fits.
+    """
+
+    has_causal_form = False
+    segments_refusal = "has regions of the whole input"
+
+    def __init__(self, features: int, *, regions: int | tuple[int, ...], count: int, **shared: Any):
+        super().__init__(features, **shared)
+        self.regions, self.count = check_ints("regions", regions), check_int("count", count, least=1)
+
+    def _split(self, space: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Regions along each axis, and the positions of one."""
+        regions = per_axis("regions", self.regions, len(space))
+        fits = all(length % many == 0 for length, many in zip(space, regions))
+        require(fits, "regions", self.regions, f"must divide the space {space}")
+        return regions, tuple(length // many for length, many in zip(space, regions))
+
+    def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
+        regions, sides = self._split(query.shape[1:-2])
+        names = [f"r{axis}" for axis in range(len(regions))], [f"s{axis}" for axis in range(len(sides))]
+        grid = " ".join(f"({many} {side})" for many, side in zip(*names))
+        pattern = f"B {grid} N H", f"B ({' '.join(names[0] + names[1])}) N H"
+        sizes = dict(zip(names[0], regions)) | dict(zip(names[1], sides))
+        query, key, value = (rearrange(heads, " -> ".join(pattern), **sizes) for heads in (query, key, value))
+        size = math.prod(sides)
+        together = (x.reshape(*x.shape[:2], 1, -1) for x in (query, repeat_key_heads(key, self.num_heads)))
+        lists = block_selection.pooled_blocks(
+            *together, query_block=size, key_block=size, count=self.count, first=0, is_causal=False
+        )
+        out = attention.block_sparse_attention(
+            query, key, value, lists, query_block=size, key_block=size, implementation=self.implementation
+        )
+        return rearrange(out, " -> ".join(pattern[::-1]), **sizes)
+
+    def mechanism_flops(self, space: tuple[int, ...]) -> int:
+        """With the products of the regions' queries and keys."""
+        regions, sides = self._split(space)
+        many, size = math.prod(regions), math.prod(sides)
+        choosing = 2 * many**2 * self.num_heads * self.head_dim
+        return self.pair_flops(math.prod(space) * min(self.count, many) * size) + choosing

@@ -94,7 +94,7 @@ class MemoryAttention(Attention):
         self.strength = Linear(features, self.num_heads, initializer=normal(0.02))
         self.speed = Linear(features, self.num_heads, initializer=normal(0.02)) if momentum else None
         self.gate = Linear(features, self.num_heads, initializer=normal(0.02)) if decay else None
-        self.gate_bias = parameter((self.num_heads,), _slow) if decay else None
+        self.gate_bias = parameter((self.num_heads,), slow_decay) if decay else None
         self.output_norm = RMSNorm(self.value_dim)
         # Refuses what the call would refuse, now that the options are known.
         token = jax.ShapeDtypeStruct((1, 1, self.num_heads, self.head_dim), jnp.float32)
@@ -242,5 +242,6 @@ class MemoryAttention(Attention):
         return tokens * self.num_heads * total
 
 
-def _slow(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+def slow_decay(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """The bias b of a log decay -softplus(w x + b) at first: about -0.02."""
     return jnp.full(shape, -4, dtype)
