@@ -98,7 +98,7 @@ MIXERS = {
     "agent_grouped": Mixer(
         nn.AgentAttention, {"agents": 4, "num_key_heads": 2, "residual_convolution": 0}, state_sizes=(96, 96, 96)
     ),
-    "memory": Mixer(nn.MemoryAttention, {"chunk_size": 4}, state_sizes=(384, 384, 384)),
+    "memory": Mixer(nn.MemoryAttention, {"chunk_size": 4, "head_dim": 8}, state_sizes=(1536, 1536, 1536)),
     "memory_linear": Mixer(
         nn.MemoryAttention,
         {"memory": "linear", "chunk_size": 1, "num_key_heads": 2, "value_dim": 3, "momentum": False},

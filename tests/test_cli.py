@@ -559,6 +559,7 @@ class Mine(nn.Attention):
 """
 
 
+@pytest.mark.long
 def test_a_mixer_of_ones_own_without_a_cache_trains_and_is_reported(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)

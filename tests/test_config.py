@@ -46,6 +46,7 @@ def write_data(folder):
     }
 
 
+@pytest.mark.long
 def test_every_config_that_comes_along_builds_what_it_is_for(tmp_path):
     overrides = write_data(tmp_path)
     assert len(config.shipped()) >= 10

@@ -25,6 +25,7 @@ def test_local_linear_is_below_softmax_at_the_same_bandwidth(keys):
         assert ours < softmax
 
 
+@pytest.mark.long
 def test_the_command_writes_a_table_and_a_picture(tmp_path, capsys):
     assert cli.main(["regress", "--seeds", "1", "--workdir", str(tmp_path)]) == 0
     assert "| local-linear |" in capsys.readouterr().out

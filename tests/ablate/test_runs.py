@@ -497,6 +497,7 @@ def test_what_a_dead_process_left_of_a_claim_goes(pretended, tmp_path):
     assert not left.exists()
 
 
+@pytest.mark.long
 def test_processes_share_the_runs(tmp_path):
     bindings = ["ablate.Ablation.learning_rates = [1e-3, 1e-2]", "ablate.Ablation.seeds = [0, 1, 2]"]
     command = [sys.executable, tiny_sweep.__file__, tiny_sweep.write(tmp_path, *bindings), str(tmp_path / "out")]

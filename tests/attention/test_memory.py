@@ -79,7 +79,7 @@ _CASES = sorted(path.stem for path in VECTORS.glob("*.npz"))
 
 
 @every_form
-@pytest.mark.parametrize("case", slow_but({"linear", "mlp_per_chunk", "lact", "moneta", "ttt"}, _CASES))
+@pytest.mark.parametrize("case", slow_but({"linear", "lact"}, _CASES))
 def test_agrees_with_the_papers_formulas(case, form, float64):
     data = dict(np.load(VECTORS / f"{case}.npz"))
     inputs = {name[2:]: data[name[2:]] for name in data if name.startswith("d_")}
@@ -188,7 +188,7 @@ SAME_AS_L2 = {
 
 
 @every_form
-@pytest.mark.parametrize("name", slow_but({"huber of the norm", "a function of the memory"}, SAME_AS_L2))
+@pytest.mark.parametrize("name", slow_but({"huber of the norm"}, SAME_AS_L2))
 def test_these_are_l2(name, form, float64):
     options = {"chunk_size": 4, "implementation": form}
     assert_equal(remember(*TOKENS, **options, **SAME_AS_L2[name]), remember(*TOKENS, **options))
@@ -275,7 +275,7 @@ def gates(options, of_tokens=GATES):
     return {name: x if name == "rate" else x[:, : -(-x.shape[1] // size)] for name, x in of_tokens.items()}
 
 
-@pytest.mark.parametrize("name", slow_but({"swiglu"}, OPTIONS))
+@pytest.mark.parametrize("name", slow_but({"per chunk"}, OPTIONS))
 def test_forms_agree_in_all_gradients(name, float64):
     options, weights = OPTIONS[name]
 
@@ -294,7 +294,7 @@ def test_forms_agree_in_all_gradients(name, float64):
     assert_equal(run(arrays, "xla"), run(arrays, "reference"), 1e-10)
 
 
-@pytest.mark.parametrize("name", slow_but({"per chunk", "swiglu"}, OPTIONS))
+@pytest.mark.parametrize("name", slow_but({"per chunk"}, OPTIONS))
 def test_a_prompt_leaves_what_steps_leave(name, float64):
     options, _ = OPTIONS[name]
     size, heads, width = options["chunk_size"], prompts.HEADS, prompts.HEAD_DIM
@@ -381,7 +381,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but({"chunks"}, CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_devices_that_share_positions_take_their_turns(name):
     parts.assert_equals_one_device(CASES[name])
 

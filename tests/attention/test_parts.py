@@ -346,6 +346,7 @@ def on_axes(names, arrays):
 @pytest.mark.parametrize("kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("axes", slow_but({"data tensor context"}, AXES))
 @pytest.mark.parametrize("name", slow_but({"local, causal"}, MECHANISMS))
+@pytest.mark.long
 def test_the_catalog_on_axes_of_two_devices_each(name, axes, kind):
     """Batch, heads and positions, alone and together."""
     call, arrays = of_catalog(name)

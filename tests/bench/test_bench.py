@@ -21,6 +21,7 @@ def test_bench_times_what_is_asked_for_and_keeps_it(tmp_path, capsys):
     assert lengths.table(rows) in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_bench_times_how_prompts_are_read(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prompts, "_FEATURES", 64)
     monkeypatch.setattr(prompts, "_DEPTH", 1)

@@ -65,6 +65,7 @@ def test_what_is_wrong_or_missing_has_no_time():
     assert measured(case("c", missing)) == {"error": "missing: other"}
 
 
+@pytest.mark.long
 def test_rows_are_kept_and_the_others_continue_after_a_crash(tmp_path):
     said = []
     assert time_cases(cases, FACTS, tmp_path, budget=60, report=said.append) == 0

@@ -39,6 +39,7 @@ def wait_for_checkpoint(command, folder, count=1):
     wait_until(lambda: sum(name.isdecimal() for name in commands.checkpoints(folder / "run")) >= count, command)
 
 
+@pytest.mark.long
 def test_without_room_for_a_checkpoint(folder, untouched):
     command = commands.run(folder, *TRAIN, prepare=functools.partial(commands.small_files, 6000))
     command.check(1, "run/checkpoints/4 cannot be written (", "; no checkpoint is in ")
@@ -126,6 +127,7 @@ def locked(path):
     path.chmod(0o555)
 
 
+@pytest.mark.long
 def test_checkpoints_that_cannot_be_written(folder, untouched):
     locked(folder / "run" / "checkpoints")
     command = commands.run(folder, *TRAIN, prepare=commands.powerless)
@@ -166,6 +168,7 @@ def test_a_folder_that_disappears_in_mid_run(folder, untouched, place):
     check_continues(folder, untouched)
 
 
+@pytest.mark.long
 def test_two_owners(folder, untouched):
     first = commands.Command(folder, *TRAIN)
     claim = folder / "run" / "owner.1"

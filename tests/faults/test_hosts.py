@@ -48,6 +48,7 @@ def assert_close_runs(path, other, within):
         np.testing.assert_allclose(x, y, rtol=0, atol=within)
 
 
+@pytest.mark.long
 def test_a_signal_to_one_saves_on_both_and_one_process_of_four_devices_continues(folder, untouched):
     pair = commands.Pair(folder, *RUN, keep=True)
     wait_for_checkpoint(pair, folder / "run")
@@ -61,6 +62,7 @@ def test_a_signal_to_one_saves_on_both_and_one_process_of_four_devices_continues
     assert_close_runs(folder / "run", untouched / "train", 1e-6)
 
 
+@pytest.mark.long
 def test_what_the_first_refuses_ends_both_with_a_line(folder):
     (folder / "run").mkdir()
     (folder / "run" / "run.json").write_text('{"a": "1"}')

@@ -64,6 +64,7 @@ def compare_sweeps(folder, untouched):
     assert not list((folder / "run" / "runs" / "claims").iterdir())
 
 
+@pytest.mark.long
 def test_a_train_run(folder, untouched):
     kill_and_continue(
         folder, random.Random(1), TRAIN, 3, lambda: commands.assert_equal_runs(folder / "run", untouched / "train")

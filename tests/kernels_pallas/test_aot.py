@@ -31,6 +31,7 @@ def loss(query, key, value, segment_ids=None):
 
 
 @pytest.mark.parametrize("tpu", slow_but(["v5e"], ["v5e", "v5p"]))
+@pytest.mark.long
 def test_none_takes_the_kernel_on_a_tpu(tpu):
     forward = compile_for_tpu(
         lambda *a: local_attention(*a, window=70, sinks=4, is_causal=True), QUERY, KEY, KEY, tpu=tpu
@@ -73,6 +74,7 @@ def test_vmap_and_x64_compile():
         assert KERNEL in compile_for_tpu(loss, QUERY, KEY, KEY, SEGMENTS, tpu="v5e").as_text()
 
 
+@pytest.mark.long
 def test_a_name_overrides_the_choice():
     blocked = compile_for_tpu(
         lambda *a: local_attention(*a, window=70, implementation="xla"), QUERY, KEY, KEY, tpu="v5e"
@@ -81,13 +83,12 @@ def test_a_name_overrides_the_choice():
 
 
 QUICK = {("v6e", "small model 2k")}
+QUICK_KERNELS = "banded flash", "linear, gated delta", "decode, cache"
 
 
-# Kernels whose parts are in the gated delta rule's, and in those of decays per channel.
-PARTS = {f"linear, {name}{part}" for name in ("delta", "gated delta by channel") for part in ("", " gradients")}
-
-
-@pytest.mark.parametrize("kernel", slow_but(set(KERNELS) - PARTS, KERNELS))
+@pytest.mark.parametrize(
+    "kernel", [name if name in QUICK_KERNELS else pytest.param(name, marks=pytest.mark.long) for name in KERNELS]
+)
 @pytest.mark.parametrize(
     ("tpu", "shape"),
     [
@@ -110,6 +111,7 @@ def table(tpu, shape, names):
     return rows
 
 
+@pytest.mark.long
 def test_the_command_prints_a_table():
     rows = table("v5p", "small model 2k", ["banded flash", "linear"])
     assert 0 < float(rows["banded flash"]["VMEM MiB"]) < 16

@@ -173,6 +173,7 @@ FORMS = {
 @pytest.mark.parametrize("dtype", slow_but([jnp.float32], [jnp.bfloat16, jnp.float32]))
 @pytest.mark.parametrize("regime", slow_but(["repeated keys"], REGIMES))
 @pytest.mark.parametrize("form", slow_but(["gated delta"], FORMS))
+@pytest.mark.long
 def test_errors_against_float64_are_those_of_rounded_inputs(form, regime, dtype, interpreted):
     """Outputs, states and gradients, in shares of the largest number of each: bfloat16 within 2^-6, or four times what
     comes of rounding query, key and value once more; float32 within 1e-5. With -s it prints them: the table of

@@ -105,6 +105,7 @@ CASES = {  # function of the arrays, the arrays
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SERVED]
 )
+@pytest.mark.long
 def test_the_catalog_s_values_and_gradients_equal_the_reference_s(name, interpreted):
     mechanism = MECHANISMS[name]
     assert_equals_the_reference(mechanism, catalog_inputs(name), interpreted, tolerance_of(name))

@@ -274,6 +274,7 @@ def test_lists_of_tiles_hold_what_is_given(is_traced, data):
 
 @settings(max_examples=20, deadline=None)
 @given(st.data())
+@pytest.mark.long
 def test_a_predicate_s_lists_are_its_pairs(data):
     queries, keys = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30))
     block_q, block_k = data.draw(st.sampled_from([(4, 3), (7, 8)]))

@@ -65,6 +65,7 @@ OF_ONE_LIST = {("causal", 1): 120, ("the same for the batch", 2): 200, ("segment
     ("case", "batch"),
     [case if case[1] == 1 else pytest.param(*case, marks=pytest.mark.slow) for case in OF_ONE_LIST],
 )
+@pytest.mark.long
 def test_lists_that_scalar_memory_does_not_hold_are_read_by_several_calls(case, batch, interpreted, monkeypatch):
     monkeypatch.setattr(band, "SMEM_BUDGET", OF_ONE_LIST[case, batch])
     assert_equals_the_reference(case, interpreted, batch)

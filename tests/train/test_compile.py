@@ -40,12 +40,14 @@ def compiled_step(mixer, mesh, gradient_dtype=None):
 @pytest.mark.parametrize(
     "mixer", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in COMPILED]
 )
+@pytest.mark.long
 def test_train_step_runs_the_kernels_on_every_chip(mixer):
     assert MIXERS[mixer].kernels <= set(re.findall(r"(\w+)/pallas_call", compiled_step(mixer, Mesh(data=-1))))
 
 
 @pytest.mark.parametrize("mesh", slow_but([Mesh(data=4)], [Mesh(data=4), Mesh(fsdp=4)]), ids=str)
 @pytest.mark.parametrize("dtype", slow_but(["bfloat16"], ["bfloat16", None]))
+@pytest.mark.long
 def test_devices_add_up_gradients_of_matrices_in_the_dtype_asked_for(dtype, mesh):
     """A CPU's program would not show it: it adds up float32 alone."""
     reduced = re.findall(r"= (.*?) all-reduce(?:-start)?\(", compiled_step("softmax", mesh, dtype))

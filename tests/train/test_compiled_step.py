@@ -262,6 +262,7 @@ def experiment(devices, **options):
 
 
 @needs_libtpu
+@pytest.mark.long
 def test_a_step_for_chips_that_are_not_there():
     devices = described_devices("v5e:2x2")
     step = compile_step(experiment(devices), "v5e:2x2", devices)

@@ -119,6 +119,7 @@ _ALL_AXES = "data 2 x tensor 2 x context 2"
 
 @pytest.mark.parametrize("name", slow_but({_ALL_AXES}, MESHES))
 @pytest.mark.parametrize("mixer", slow_but({"softmax"}, _SEQUENCES))
+@pytest.mark.long
 def test_losses_do_not_depend_on_the_mesh(mixer, name):
     np.testing.assert_allclose(losses(mixer, MESHES[name]), losses(mixer, Mesh()), rtol=0, atol=1e-5)
 

@@ -242,7 +242,7 @@ LOWERED = [
     if (dtype, dims) != (jnp.bfloat16, (80, 80))  # padded to 128, outside of the kernel
 ]
 # CI lowers the slow ones too.
-QUICK_LOWERED = [case for case in LOWERED if case[:2] in ((jnp.bfloat16, (128, 128)), (jnp.float16, (64, 64)))]
+QUICK_LOWERED = [case for case in LOWERED if case[:2] == (jnp.bfloat16, (128, 128))][:1]
 
 
 @pytest.mark.parametrize("call", slow_but(QUICK_LOWERED, LOWERED))

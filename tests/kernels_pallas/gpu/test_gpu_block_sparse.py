@@ -69,6 +69,7 @@ def test_what_is_refused(on_gpu):
             on_gpu(call)
 
 
+@pytest.mark.long
 def test_lists_of_a_large_call_lower():
     query, key = (jax.ShapeDtypeStruct((8, 2**15, heads, 128), jnp.bfloat16) for heads in (32, 8))
     lists = jax.ShapeDtypeStruct((8, 8, 256, 16), jnp.int32)

@@ -299,11 +299,13 @@ def lower(function, *arguments):
 LOWERED = list(itertools.product(VARIANTS, (jnp.bfloat16, jnp.float16), (64, 128, 192, 256)))
 
 
-@pytest.mark.parametrize(  # CI lowers the slow ones too
-    ("variant", "dtype", "width"),
-    [pytest.param(*each, marks=[] if each[1:] == (jnp.bfloat16, 128) else [pytest.mark.slow]) for each in LOWERED],
-)
-def test_kernels_and_gradients_lower_for_hopper(variant, dtype, width):
+# CI lowers the slow ones too.
+QUICK_LOWERED = [(variant, jnp.bfloat16, 128) for variant in (("token", True), ("channel", True))]
+
+
+@pytest.mark.parametrize("call", slow_but(QUICK_LOWERED, LOWERED))
+def test_kernels_and_gradients_lower_for_hopper(call):
+    variant, dtype, width = call
     arrays, cotangents = structs(features=width, value_dim=width, decay=variant[0], delta=variant[1], dtype=dtype)
     assert b"linear_states" in lower(chunked_linear_attention, *arrays)
     kept = kept_shapes(arrays[0], arrays[2], *arrays[3:5])
