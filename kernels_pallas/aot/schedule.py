@@ -113,8 +113,12 @@ def parse(bundles: str, units: str) -> Schedule:
         for target in map(int, _BRANCH.findall(lines[i])):
             if ends.get(target, -1) > i:
                 regions.append((i + 1, ends[target]))
-    # The first is the body of all steps but the pipeline's own; those in it are pl.when's.
-    kept = [(a, b) for a, b in regions if b - a >= _LEAST and not any(a < c and d <= b for c, d in regions)]
+    # The one that holds others is the body of all steps but the pipeline's own; those in it are pl.when's, and those
+    # outside the pipeline's, counted to every step.
+    holding = [(a, b) for a, b in regions if any(a < c and d <= b for c, d in regions)]
+    body = max(holding, key=lambda region: region[1] - region[0], default=(start, end))
+    inner = [(a, b) for a, b in regions if b - a >= _LEAST and (a, b) not in holding]
+    kept = [(a, b) for a, b in inner if body[0] <= a and b <= body[1]]
     for number, (a, b) in enumerate(kept):
         for i in range(a, b):
             owner[i] = number

@@ -136,7 +136,7 @@ def _banded_parallax_gradients(shape: Shape) -> Row:
     return Row(gradients, [*arrays, arrays[0], out, number, number, out, out], row.vmem, row.grids)
 
 
-def _chunked_linear(shape: Shape, *, decay: str | None, delta: bool, mild: bool = True, backward: bool) -> Row:
+def _chunked_linear(shape: Shape, *, decay: str | None, delta: bool, backward: bool) -> Row:
     query, key, value = shape.arrays()
     heads, head_dim = shape.heads, shape.head_dim
     gates = {None: None, "token": shape.array(heads, dtype=jnp.float32)}
@@ -147,8 +147,7 @@ def _chunked_linear(shape: Shape, *, decay: str | None, delta: bool, mild: bool 
     chunks, blocks = math.ceil(shape.length / CHUNK), heads // plan.block
     steps = plan.block // plan.heads
     lines = blocks * chunks
-    # Of decays per channel there are a body for mild ones and a body for all.
-    bodies = () if decay != "channel" else (lines * steps, 0) if mild else (0, lines * steps)
+    bodies = (lines * steps, 0) if decay == "channel" else ()  # for decays that are mild, and for others
     grid = Grid(lines * steps, (blocks * steps, lines, *bodies, lines, blocks * steps), heads * chunks)
     if backward:
         kept = chunked_linear.kept_shapes(query, value, log_decay, beta)
@@ -190,8 +189,6 @@ _LINEAR: dict[str, dict[str, Any]] = {
     "linear, delta": {"decay": None, "delta": True},
     "linear, gated delta": {"decay": "token", "delta": True},
     "linear, gated delta by channel": {"decay": "channel", "delta": True},
-    "linear, strong channels": {"decay": "channel", "delta": False, "mild": False},
-    "linear, strong gated delta by channel": {"decay": "channel", "delta": True, "mild": False},
 }
 KERNELS: dict[str, Callable[[Shape], Row]] = {
     "banded flash": _banded_flash,

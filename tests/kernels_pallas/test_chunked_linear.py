@@ -144,23 +144,23 @@ def test_tangents_and_second_derivatives_are_the_blocked_form_s(interpreted):
     assert_close(got, derivatives(arrays, "xla"), 1e-4)
 
 
-def one_strong(rng, shape, most):
+def one_strong(rng, shape, mild):
     """Of HALF tokens one that decays nearly by the most at which decays per channel are taken as mild ones."""
     decays = -rng.exponential(1e-3, (1, -(-shape[1] // chunk.HALF), chunk.HALF, *shape[2:]))
     which = rng.integers(chunk.HALF, size=decays[:, :, :1].shape)
-    np.put_along_axis(decays, which, 0.5 - most, axis=2)
+    np.put_along_axis(decays, which, 0.5 - mild, axis=2)
     return decays.reshape(1, -1, *shape[2:])[:, : shape[1]]
 
 
 REGIMES = {  # log decays of a token, and strengths of the delta rule
-    "usual gates": (lambda rng, shape, most: -rng.exponential(0.05, shape), (0.0, 1.0)),
-    "strong gates": (lambda rng, shape, most: -rng.exponential(3.0, shape), (0.0, 1.0)),
+    "usual gates": (lambda rng, shape, mild: -rng.exponential(0.05, shape), (0.0, 1.0)),
+    "strong gates": (lambda rng, shape, mild: -rng.exponential(3.0, shape), (0.0, 1.0)),
     "resets": (
-        lambda rng, shape, most: np.where(rng.random(shape) < 0.05, -50.0, -rng.exponential(0.05, shape)),
+        lambda rng, shape, mild: np.where(rng.random(shape) < 0.05, -50.0, -rng.exponential(0.05, shape)),
         (0.0, 1.0),
     ),
     "one strong": (one_strong, (0.0, 1.0)),
-    "repeated keys": (lambda rng, shape, most: np.full(shape, -1e-3), (1.0, 1.0)),
+    "repeated keys": (lambda rng, shape, mild: np.full(shape, -1e-3), (1.0, 1.0)),
 }
 FORMS = {
     "decay": {"decay": "token"},
@@ -181,8 +181,8 @@ def test_errors_against_float64_are_those_of_rounded_inputs(form, regime, dtype,
     arrays, _ = draw(300, heads=2, dtype=dtype, **FORMS[form])
     rng = np.random.default_rng(3)
     decays, (least, most) = REGIMES[regime]
-    most = chunk.MILD[jnp.dtype(dtype).name]
-    arrays["log_decay"] = jnp.asarray(decays(rng, arrays["log_decay"].shape, most), jnp.float32)
+    mild = chunk.MILD[jnp.dtype(dtype).name]
+    arrays["log_decay"] = jnp.asarray(decays(rng, arrays["log_decay"].shape, mild), jnp.float32)
     if "beta" in arrays:
         arrays["beta"] = jnp.asarray(rng.uniform(least, most, arrays["beta"].shape), jnp.float32)
     if regime == "repeated keys":

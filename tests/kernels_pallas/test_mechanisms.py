@@ -67,7 +67,7 @@ def routed(window, clusters=4, **options):
 
 def tilted(query, key, value, **options):
     """Parallax, with a probe of the queries and keys far from 0."""
-    return parallax_attention(query, query[:, ::-1], key + 8, value, **options)
+    return parallax_attention(query, query[:, ::-1], key + 2, value, **options)
 
 
 HIDDEN = jnp.arange(300)[None] % 3 > 0
