@@ -154,7 +154,7 @@ def _in_ring(
 IMPLEMENTATIONS: Implementations = {
     "reference": _reference,
     "xla": functools.partial(_by_weights, blocked_weights),
-    **covariance.parallax_kernels(_by_weights, blocked_weights),
+    **covariance.parallax_kernels(),
 }
 
 

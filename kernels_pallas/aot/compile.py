@@ -15,6 +15,27 @@ from jax.experimental import topologies
 # The smallest topology of each TPU generation that libtpu describes.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
+
+class Chip(NamedTuple):
+    """Memory in bytes per second, as Google publishes it; cores; and a core's clock in Hz. That of v5e and v5p follows
+    from the published flops and four matrix units of 128 x 128; v6e and tpu7x are taken to have v5p's."""
+
+    memory: float
+    cores: int
+    clock: float
+
+    def times(self, cycles: int, moved: float) -> tuple[float, float]:
+        """Seconds of computing, with this many cycles of one core for all cores to share, and of moving these bytes."""
+        return cycles / (self.cores * self.clock), moved / self.memory
+
+
+CHIPS = {
+    "v5e": Chip(819e9, 1, 1.5e9),
+    "v5p": Chip(2765e9, 2, 1.75e9),
+    "v6e": Chip(1640e9, 1, 1.75e9),
+    "tpu7x": Chip(7380e9, 2, 1.75e9),
+}
+
 # What libtpu reads when it loads: ask no metadata server, share the machine with other such processes, and say nothing
 # of the hardware that it does not find.
 _ENVIRONMENT = {

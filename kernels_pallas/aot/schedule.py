@@ -10,7 +10,8 @@ they are cut into the parts of a Pallas kernel:
 
 so that cycles = before + steps x every step + sum of region x its runs. Not in it: waiting for memory, and stalls of
 units that take longer than the schedule assumes. It is a bound from below for kernels that wait for memory, and close
-for those that compute.
+for those that compute. The compiler's scheduler itself expects more: where it knows of a wait it leaves bundles empty,
+which a last pass takes out, as the core waits by itself. What it had before that pass is counted as well: with delays.
 """
 
 import contextlib
@@ -26,7 +27,12 @@ from typing import NamedTuple
 # Predicated code shorter than this is the pipeline's own, and counted to every step.
 _LEAST = 24
 _BUNDLE = re.compile(r"^\s*(?:0x)?([0-9a-f]+)\s+(?:L[HBE]|P[BF]|CT)?\s*:")
-_BRANCH = re.compile(r"sbr\.rel \(.*?target = \$region(\d+)")
+_BRANCH = re.compile(r"sbr\.rel \(.*?(?:target = \$region|region = )(\d+)")
+# Files of bundles, and of the units that they use: at the end, and before the pass that takes delays out.
+_FILES = {
+    "final": ("final_bundles", "final_hlo"),
+    "delays": ("packed-bundles-post-ra", "pre-delay_hlo"),
+}
 
 
 class Schedule(NamedTuple):
@@ -65,22 +71,23 @@ class Schedule(NamedTuple):
 
 
 @contextlib.contextmanager
-def dumping() -> Iterator[Callable[[Collection[str]], dict[str, Schedule]]]:
+def dumping() -> Iterator[Callable[[Collection[str]], dict[str, dict[str, Schedule]]]]:
     """Has libtpu write schedules: to be entered before the process first compiles for a TPU.
 
-    Yields a function: names of Pallas kernels -> the Schedule of those compiled since it was last called, by name.
+    Yields a function: names of Pallas kernels -> the schedules, "final" and with "delays", of those compiled since it
+    was last called, by name.
     """
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
 
-        def collect(names: Collection[str]) -> dict[str, Schedule]:
-            found = {}
-            for file in Path(folder).iterdir():
-                match = re.fullmatch(r"(\d+-(.*?)(?:\.\d+)?)-\d+-final_bundles\.txt", file.name)
+        def collect(names: Collection[str]) -> dict[str, dict[str, Schedule]]:
+            found: dict[str, dict[str, Schedule]] = {}
+            for file, (which, (bundles, units)) in itertools.product(Path(folder).iterdir(), _FILES.items()):
+                match = re.fullmatch(rf"(\d+-(.*?)(?:\.\d+)?)-\d+-{bundles}\.txt", file.name)
                 if match is not None and match[2] in names:
-                    units = Path(folder).glob(f"{glob.escape(match[1])}-*-final_hlo-static-per-bundle-utilization.txt")
-                    found[match[2]] = parse(file.read_text(), next(units).read_text())
+                    used = Path(folder).glob(f"{glob.escape(match[1])}-*-{units}-static-per-bundle-utilization.txt")
+                    found.setdefault(match[2], {})[which] = parse(file.read_text(), next(used).read_text())
             for file in Path(folder).iterdir():
                 file.unlink()
             return found
@@ -106,8 +113,12 @@ def parse(bundles: str, units: str) -> Schedule:
         for target in map(int, _BRANCH.findall(lines[i])):
             if ends.get(target, -1) > i:
                 regions.append((i + 1, ends[target]))
-    # The first is the body of all steps but the pipeline's own; those in it are pl.when's.
-    kept = [(a, b) for a, b in regions if b - a >= _LEAST and not any(a < c and d <= b for c, d in regions)]
+    # The one that holds others is the body of all steps but the pipeline's own; those in it are pl.when's, and those
+    # outside the pipeline's, counted to every step.
+    holding = [(a, b) for a, b in regions if any(a < c and d <= b for c, d in regions)]
+    body = max(holding, key=lambda region: region[1] - region[0], default=(start, end))
+    inner = [(a, b) for a, b in regions if b - a >= _LEAST and (a, b) not in holding]
+    kept = [(a, b) for a, b in inner if body[0] <= a and b <= body[1]]
     for number, (a, b) in enumerate(kept):
         for i in range(a, b):
             owner[i] = number

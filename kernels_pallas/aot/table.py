@@ -3,7 +3,6 @@
 import argparse
 import functools
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.aot import schedule
-from kernels_pallas.aot.compile import GPUS, TOPOLOGIES, Grid, Row, compile_for_tpu
+from kernels_pallas.aot.compile import CHIPS, GPUS, TOPOLOGIES, Grid, Row, compile_for_tpu
 from kernels_pallas.aot.peers import OTHERS
 from kernels_pallas.patterns import ACTIVE, FIRST, LAST
 from kernels_pallas.shapes import SHAPES, Shape
@@ -20,6 +19,7 @@ from kernels_pallas.tpu import (
     banded_covariance,
     banded_flash,
     banded_flash_backward,
+    banded_parallax,
     cached_flash,
     chunked_linear,
     linear_step,
@@ -113,6 +113,29 @@ def _banded_covariance_gradients(shape: Shape) -> Row:
     return Row(gradients, [*row.arrays, wide, wide, wide], row.vmem, grids)
 
 
+def _banded_parallax(shape: Shape) -> Row:
+    arrays, pattern = shape.arrays(), shape.pattern()
+
+    def attend(*arrays: Any) -> Any:
+        return banded_parallax.banded_parallax(*arrays, pattern=pattern, scale=shape.head_dim**-0.5)
+
+    blocks = banded_parallax.default_blocks(*arrays)
+    heads = banded_parallax.heads_of_a_step(*arrays, pattern=pattern)
+    vmem = _vmem(banded_parallax, shape, blocks, heads)
+    return Row(attend, [*arrays, arrays[0]], vmem, {"banded_parallax": _grid(shape, blocks, heads)})
+
+
+def _banded_parallax_gradients(shape: Shape) -> Row:
+    arrays, pattern = shape.arrays(), shape.pattern()
+    number, out = shape.array(shape.heads, dtype=jnp.float32), shape.array(shape.heads, shape.head_dim)
+
+    def gradients(*arrays: Any) -> Any:
+        return banded_parallax.banded_parallax_gradients(*arrays, pattern=pattern, scale=shape.head_dim**-0.5)
+
+    row = _banded_covariance_gradients(shape)
+    return Row(gradients, [*arrays, arrays[0], out, number, number, out, out], row.vmem, row.grids)
+
+
 def _chunked_linear(shape: Shape, *, decay: str | None, delta: bool, backward: bool) -> Row:
     query, key, value = shape.arrays()
     heads, head_dim = shape.heads, shape.head_dim
@@ -124,7 +147,8 @@ def _chunked_linear(shape: Shape, *, decay: str | None, delta: bool, backward: b
     chunks, blocks = math.ceil(shape.length / CHUNK), heads // plan.block
     steps = plan.block // plan.heads
     lines = blocks * chunks
-    grid = Grid(lines * steps, (blocks * steps, lines, lines, blocks * steps), heads * chunks)
+    bodies = (lines * steps, 0) if decay == "channel" else ()  # for decays that are mild, and for others
+    grid = Grid(lines * steps, (blocks * steps, lines, *bodies, lines, blocks * steps), heads * chunks)
     if backward:
         kept = chunked_linear.kept_shapes(query, value, log_decay, beta)
         arrays = [query, key, value, log_decay, beta, kept, query, state]
@@ -176,13 +200,18 @@ KERNELS: dict[str, Callable[[Shape], Row]] = {
     },
     "covariance": _banded_covariance,
     "covariance gradients": _banded_covariance_gradients,
+    "parallax": _banded_parallax,
+    "parallax gradients": _banded_parallax_gradients,
     "decode, cache": _cached_flash,
     "decode, linear": _linear_step,
 }
 _HELP = """
 VMEM is the kernels' own model, by which a call is refused before it is compiled. HBM is what the compiled program reads
 and writes. Bundles per tile, cycles and the share of bundles that issue a matrix product come from the compiler's
-schedule (one bundle per cycle, in order, on one core): nothing runs, and waiting for memory is not in them.
+schedule (one bundle per cycle, in order, on one core): nothing runs, and waiting for memory is not in them. With
+delays: with the waits between instructions that the compiler expects. Computing is the time of these cycles, shared by
+the chip's cores, and memory that of what HBM moves; the longer one is the bound, and what the kernel takes at least
+(kernels_pallas/aot/compile.py has the rates).
 
 With --gpu: registers per thread and bytes spilled by ptxas (jax 0.10, 0.11) and by nvJitLink (jax 0.12, where it is);
 of each loop that multiplies matrices, cycles of the tensor cores, stalls, and the share of its time in which they are
@@ -219,8 +248,8 @@ def main() -> None:
         return
     jax.config.update("jax_platforms", "cpu")  # look for no device
 
-    columns = ["kernel", "shape", "TPU", "compiled", "VMEM MiB", "HBM MiB", "bundles per tile", "cycles", "matmul", "s"]
-    print(f"| {' | '.join(columns)} |\n|{'---|' * 4}{'---:|' * 6}", flush=True)
+    columns = ["kernel", "shape", "TPU", "compiled", *_MEASURED]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * 4}{'---:|' * (len(_MEASURED) - 1)}---|", flush=True)
     with schedule.dumping() as collect:
         for kernel in chosen:
             for shape in options.shape:
@@ -229,23 +258,31 @@ def main() -> None:
                     print(f"| {' | '.join([kernel, shape, tpu, *cells])} |", flush=True)
 
 
+_MEASURED = ["VMEM MiB", "HBM MiB", "bundles per tile", "cycles", "with delays"]
+_MEASURED += ["matmul", "computing", "memory", "bound"]
+
+
 def _measure(build: Callable[[Shape], Row], shape: Shape, tpu: str, collect: Callable[..., Any]) -> list[str]:
-    started = time.perf_counter()
+    empty = [""] * len(_MEASURED)
     try:
         row = build(shape)
         compiled = compile_for_tpu(row.function, *row.arrays, tpu=tpu)
     except Exception as error:  # the table's purpose is to show what fails, whatever it is
         collect(())
-        return [f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}", *[""] * 6]
+        return [f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}", *empty]
     cost: Any = compiled.cost_analysis()
-    moved = f"{cost.get('bytes accessed', math.nan) / 2**20:.0f}"
-    vmem = "" if row.vmem is None else f"{row.vmem / 2**20:.1f}"
+    moved = cost.get("bytes accessed", math.nan)
+    sizes = ["" if row.vmem is None else f"{row.vmem / 2**20:.1f}", f"{moved / 2**20:.0f}"]
     found = collect(row.grids)
-    seconds = f"{time.perf_counter() - started:.1f}"
     try:
-        counts = [found[name].cycles(grid.steps, grid.runs) for name, grid in row.grids.items()]
+        (cycles, matmuls), (delayed, _) = (
+            map(sum, zip(*(found[name][which].cycles(grid.steps, grid.runs) for name, grid in row.grids.items())))
+            for which in ("final", "delays")
+        )
     except (KeyError, ValueError) as error:
-        return ["yes", vmem, moved, "", f"unknown: {error}"[:60], "", seconds]
-    cycles, matmuls = (sum(part) for part in zip(*counts))
+        return ["yes", *sizes, f"unknown: {error}"[:60], *empty[3:]]
     (tiles,) = {grid.tiles for grid in row.grids.values()}
-    return ["yes", vmem, moved, f"{cycles / tiles:.0f}", f"{cycles:,}", f"{matmuls / cycles:.0%}", seconds]
+    computing, memory = CHIPS[tpu].times(cycles, moved)
+    counts = [f"{cycles / tiles:.0f}", f"{cycles:,}", f"{delayed:,}", f"{matmuls / cycles:.0%}"]
+    times = [f"{1e6 * computing:.0f} us", f"{1e6 * memory:.0f} us", "computing" if computing > memory else "memory"]
+    return ["yes", *sizes, *counts, *times]

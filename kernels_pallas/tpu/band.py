@@ -40,6 +40,8 @@ Array = jax.Array
 
 # Stands for -inf in masked logits and in the maximum of no logits: finite, so that a difference of two is not NaN.
 MASKED = np.float32(-0.7 * np.finfo(np.float32).max)
+# Scales nearer to 0 are taken for this, so that MASKED times a scale stays far below all other logits.
+LEAST_SCALE = np.float32(1e-30)
 # Query heads of a step at most, by bytes of an element: one head's softmax is a chain in which the matrix unit waits,
 # and beside independent ones the compiler fills it. In float32 six passes fill it anyway, and code is long.
 _MOST_HEADS = {2: 4, 4: 2}
@@ -433,18 +435,17 @@ class Call:
         numbers: Array | None = None,
         tokens: Sequence[Tokens],
         out: Sequence[tuple[int, Any]],
-        lse: bool = False,
+        rows: int = 0,
         scratch: Sequence[Any],
         products: Sequence[int],
     ) -> list[Array]:
         """The kernel's results, heads first and padded.
 
         Args:
-          kernel: (step, scale, numbers if given, *tokens, *out, lse if asked for, *scratch), all but the step (a Step)
-            references.
+          kernel: (step, scale, numbers if given, *tokens, *out, *rows, *scratch), all but the step (a Step) references.
           scale: []. numbers: as Band.numbers gives them. tokens: as Band.queries and Band.keys do.
-          out: (head dim, dtype) of each result, for the tokens of the rows. lse: one more, float32
-            [B, N / heads, heads, T'].
+          out: (head dim, dtype) of each result, for the tokens of the rows.
+          rows: how many more there are, a number of each query: float32 [B, N / heads, heads, T'].
           products: the head dim of each product of a step's tiles.
         """
         band = self.band
@@ -465,8 +466,8 @@ class Call:
         heads, length = (band.key_heads, band.padded_keys) if self.by_key else (band.heads, band.padded_queries)
         shapes: list[Any] = [((band.batch, heads, length, width), dtype) for width, dtype in out]
         out_specs = [self._of_tokens(width, of_keys=self.by_key) for width, _ in out]
-        if lse:
-            of_step = self.heads or 1
+        of_step = self.heads or 1
+        for _ in range(rows):
             shapes.append(((band.batch, heads // of_step, of_step, length), jnp.float32))
             out_specs.append(self._of_numbers(of_step))
         visits = [jnp.asarray(x, jnp.int32) for x in self.visits]
@@ -476,10 +477,10 @@ class Call:
 
         def body(*refs: Any) -> None:
             lists, (scale, *refs) = refs[: 3 + self._is_cut], refs[3 + self._is_cut :]  # type: ignore[assignment]
-            rows, columns, flags, *_ = lists
+            rows_of, columns, flags, *_ = lists
             r, n, s = map(pl.program_id, range(3))
             _, _, index, part = self._place(r, n, s, lists)
-            query_tile, key_tile, marks = rows[index], columns[index], flags[index]
+            query_tile, key_tile, marks = rows_of[index], columns[index], flags[index]
             if self.by_key:
                 query_tile, key_tile = key_tile, query_tile
             if self.turns > 1:
@@ -533,6 +534,11 @@ class Call:
 
 
 # --- Inside a kernel --------------------------------------------------------------------------------------------------
+
+
+def finite(lse: Array) -> Array:
+    """A query that sees no key has no visible pair, whose weight would be exp(-inf + inf)."""
+    return jnp.where(lse == -jnp.inf, 0, lse)
 
 
 def has(flags: Array, flag: np.int32) -> Array:
@@ -645,6 +651,11 @@ def save_bounds(band: Band, step: Step, scratch: Sequence[Any]) -> None:
 def spread(row: Array) -> Array:
     """[1, rows] -> [rows, 128], equal over the lanes; a transposition costs less than a broadcast over lanes."""
     return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))
+
+
+def add_by_lane(x: Array) -> Array:
+    """[rows, width] -> [rows, 128], the sum of each lane's."""
+    return functools.reduce(jnp.add, [x[:, lane : lane + LANES] for lane in range(0, x.shape[1], LANES)])
 
 
 def over_lanes(x: Array, width: int) -> Array:

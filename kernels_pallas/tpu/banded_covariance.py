@@ -37,6 +37,7 @@ from kernels_pallas.tpu.band import (
     Step,
     Tokens,
     blocks_of,
+    finite,
     hide,
     is_first,
     is_last,
@@ -107,8 +108,8 @@ def banded_covariance(
         functools.partial(_forward_kernel, band=band),
         "banded_covariance",
         scale=scale,
-        numbers=band.numbers([_finite(lse), means]),
-        tokens=_tokens(band, query, key, value, direction),
+        numbers=band.numbers([finite(lse), means]),
+        tokens=_tokens(band, query, key, value, direction.astype(jnp.float32)),
         out=[(band.value_width, jnp.float32)],
         scratch=[pltpu.VMEM((band.block_q, band.value_width), jnp.float32), *band.bounds_scratch()],
         products=(band.key_width, band.key_width, band.value_width),
@@ -136,14 +137,31 @@ def banded_covariance_gradients(
       query .. key_mean: as there. value_mean: [B, T, N, V], attention's output. out: what banded_covariance gave.
       gradient: [B, T, N, V], of the loss with respect to it.
     """
-    band = _band("banded_covariance_gradients", query, key, value, pattern, quarters=True)
     gradient = gradient.astype(jnp.float32)
-    numbers = [  # by row
-        _finite(lse),
+    numbers = [
+        finite(lse),
         jnp.sum(direction * key_mean.astype(jnp.float32), axis=-1),
         jnp.sum(gradient * value_mean.astype(jnp.float32), axis=-1),
         jnp.sum(gradient * out, axis=-1),
     ]
+    direction = direction.astype(jnp.float32)
+    return tilted_gradients(query, key, value, direction, numbers, gradient, pattern=pattern, scale=scale)
+
+
+def tilted_gradients(
+    query: Array,
+    key: Array,
+    value: Array,
+    direction: Array,
+    numbers: Sequence[Array],
+    gradient: Array,
+    *,
+    pattern: Pattern,
+    scale: float | Array,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """banded_covariance_gradients, of these numbers of a query [B, T, N]: lse, abar, cbar and g . out in this module's
+    docstring. Direction and gradient are both float32, or both of query's dtype, to which weights are then rounded."""
+    band = _band("banded_covariance_gradients", query, key, value, pattern, quarters=True)
     operands: Any = {
         "scale": scale,
         "numbers": band.numbers(numbers),
@@ -185,13 +203,8 @@ def _band(name: str, query: Array, key: Array, value: Array, pattern: Pattern, *
     return Band(query, key, value, tiling, quarters=quarters)
 
 
-def _finite(lse: Array) -> Array:
-    """A query that sees no key has no visible pair, whose weight would be exp(-inf + inf)."""
-    return jnp.where(lse == -jnp.inf, 0, lse)
-
-
 def _tokens(band: Band, query: Array, key: Array, value: Array, direction: Array) -> list[Tokens]:
-    return [band.queries(query), band.keys(key), band.keys(value), band.queries(direction.astype(jnp.float32))]
+    return [band.queries(query), band.keys(key), band.keys(value), band.queries(direction)]
 
 
 class _Tile(NamedTuple):
@@ -228,6 +241,12 @@ class _Tile(NamedTuple):
 
     def slopes(self) -> Array:
         return self.pairs(self.direction[...], self.key[...]) - self.number(_KEY_MEAN)
+
+    def sums(self, weights: Array, vectors: Array) -> Array:
+        """Of a row's vectors, by weights rounded to the vectors' dtype; beside a float32 direction in two parts."""
+        if self.direction.dtype == vectors.dtype:
+            weights = weights.astype(vectors.dtype)
+        return _product(weights, vectors, (1, 0))
 
     def gains(self, gradient: Array) -> Array:
         return self.pairs(gradient, self.value[...]) - self.number(_VALUE_MEAN)
@@ -271,7 +290,7 @@ def _forward_kernel(step: Step, *refs: Any, band: Band) -> None:
 
     def accumulate(body: Body) -> None:
         for tile in _pieces(band, step, body, inputs, bounds):
-            total[tile.piece.queries] += _product(tile.weights() * tile.slopes(), tile.value[...], (1, 0))
+            total[tile.piece.queries] += tile.sums(tile.weights() * tile.slopes(), tile.value[...])
 
     visit(band, step, accumulate)
 
@@ -289,8 +308,8 @@ def _query_kernel(step: Step, *refs: Any, band: Band) -> None:
         for tile in _pieces(band, step, body, inputs, bounds):
             queries = tile.piece.queries
             weights, gains, key = tile.weights(), tile.gains(gradient_ref[queries]), tile.key[...]
-            to_query[queries] += _product(weights * (tile.slopes() * gains - tile.number(_PRODUCT)), key, (1, 0))
-            to_direction[queries] += _product(weights * gains, key, (1, 0))
+            to_query[queries] += tile.sums(weights * (tile.slopes() * gains - tile.number(_PRODUCT)), key)
+            to_direction[queries] += tile.sums(weights * gains, key)
 
     visit(band, step, accumulate)
 
@@ -310,9 +329,9 @@ def _key_kernel(step: Step, *refs: Any, band: Band) -> None:
             gradient = gradient_ref[queries]
             weights, slopes, gains = tile.weights(), tile.slopes(), tile.gains(gradient)
             of_logits = tile.scale[0, 0] * (weights * (slopes * gains - tile.number(_PRODUCT)))
-            to_key[keys] += _product(of_logits, tile.query[...], (1, 0))
-            to_key[keys] += common.dot(weights * gains, tile.direction[...], (1, 0))
-            to_value[keys] += common.dot(weights * slopes, gradient, (1, 0))
+            to_key[keys] += tile.sums(of_logits, tile.query[...])
+            to_key[keys] += tile.sums(weights * gains, tile.direction[...])
+            to_value[keys] += tile.sums(weights * slopes, gradient)
 
     visit(band, step, accumulate)
 

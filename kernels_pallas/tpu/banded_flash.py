@@ -41,12 +41,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.patterns import Pattern
 from kernels_pallas.tpu.band import (
+    LEAST_SCALE,
     MASKED,
     Band,
     Body,
     Call,
     Piece,
     Step,
+    add_by_lane,
     blocks_of,
     hide,
     is_first,
@@ -73,8 +75,6 @@ _BLOCKS = {
     (4, 256): (256, 512),
 }
 _DEFAULT_BLOCKS = (256, 256)  # at other widths
-# Scales nearer to 0 are taken for this, so that MASKED times a scale stays far below all other logits.
-_LEAST_SCALE = np.float32(1e-30)
 _LOG_2 = np.float32(np.log(2))
 # Constants in the kernel have dtypes: a Python float would be a float64 under jax_enable_x64.
 _ONE = np.float32(1)
@@ -167,10 +167,10 @@ def banded_flash_attention(
     out, lse = Call(band, by_key=False, heads=heads).run(
         functools.partial(_kernel, band=band),
         "banded_flash_attention",
-        scale=jnp.maximum(jnp.abs(scale), _LEAST_SCALE) / _LOG_2,
+        scale=jnp.maximum(jnp.abs(scale), LEAST_SCALE) / _LOG_2,
         tokens=[band.queries(query), band.keys(key), band.keys(value)],
         out=[(band.value_width, query.dtype)],
-        lse=True,
+        rows=1,
         scratch=[
             *[pltpu.VMEM((heads, band.block_q, width), jnp.float32) for width in (LANES, LANES, band.value_width)],
             *band.bounds_scratch(),
@@ -209,8 +209,7 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
             weights = jnp.exp2(scale_ref[0, 0] * (products - over_lanes(maximum, num_keys)))
             decay = jnp.exp2(scale_ref[0, 0] * (old_maximum - maximum))
             maximum_ref[queries] = maximum
-            by_lane = [weights[:, lane : lane + LANES] for lane in range(0, num_keys, LANES)]
-            sum_ref[queries] = decay * sum_ref[queries] + functools.reduce(jnp.add, by_lane)
+            sum_ref[queries] = decay * sum_ref[queries] + add_by_lane(weights)
             values = value_ref[head // per_key, piece.keys]
             acc_ref[queries] = over_lanes(decay, acc_ref.shape[2]) * acc_ref[queries] + dot(
                 weights.astype(values.dtype), values, contract=(1, 0)

@@ -10,8 +10,9 @@ With D_ij = g_{j+1} + ... + g_i, the state S_0 before the chunk, and C tokens:
 products are next to each other in the program and fill each other's waits. Keys and values may be of fewer heads, and
 are then read by several in a row.
 
-Numerics: every exponent is <= 0 and exact to float32 behind any decay: per channel a sum of log decays, never a
-difference of two sums; per token a difference of exact sums. Products are of operands in the inputs' dtype,
+Numerics: decays between tokens are exact to float32. Of decays per token they are of a difference of exact sums; per
+channel, of a sum of log decays, or where HALF tokens decay by less than a limit (is_mild) of a difference of two sums,
+which are then small. Without that every exponent is <= 0. Products are of operands in the inputs' dtype,
 accumulated in float32: what is float32 (states, weights, decayed keys) is rounded to it before. The delta rule's system
 is solved to 16 bits: its blocks on the diagonal are inverted, and with bfloat16 a number is then multiplied as two.
 Float32 inputs are multiplied at full precision throughout.
@@ -19,7 +20,7 @@ Float32 inputs are multiplied at full precision throughout.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,18 @@ CHUNK = 128  # tokens
 # Tokens of the blocks on the system's diagonal that are inverted. From block to block it is solved by substitution: of
 # 16, 32 and 64 this takes the fewest cycles.
 BLOCK = 32
+HALF = CHUNK // 2
+# Of HALF tokens' log decays per channel, negative: the most at which a decay is one of a query times one of a key, from
+# a middle. Their exponents are of half the size, which float32 and bfloat16 hold, and of which float32 inputs shall
+# lose no digits in a difference.
+MILD = {"bfloat16": 140.0, "float32": 32.0}
+
+
+def is_mild(dtype: Any, log_decay: Array) -> Array:
+    """bool: whether chunk() may take log decays per channel [N, C, F] as mild ones."""
+    heads, _, width = log_decay.shape
+    sums = jnp.sum(log_decay.reshape(heads, 2, HALF, width), axis=2)
+    return jnp.min(sums) >= np.float32(-MILD[jnp.dtype(dtype).name])
 
 
 def chunk(
@@ -48,46 +61,49 @@ def chunk(
     decay: Array | None,
     beta: Array | None,
     inverses: Array | None = None,
+    *,
+    mild: bool = False,
 ) -> Results:
     """C tokens of N heads, which read K key heads. All arrays are float32; dtype is what products are of.
 
     state: [N, F, V]. query: [N, C, F]. key: [K, C, F]. value: [K, C, V]. decay: sums of log decays up to each token,
-    [N, 2, C] of exact_sums(), or log decays per channel [N, C, F]. beta: [N, 1, C]. inverses: what an earlier call
-    gave, or None to compute them.
+    [N, 2, C] of exact_sums(), or log decays per channel [N, C, F], all mild or not. beta: [N, 1, C]. inverses: what an
+    earlier call gave, or None to compute them.
 
     Returns the state after them and their outputs [N, C, V]; and with the delta rule inverses [N, BLOCK, C].
     """
     heads, size, _ = query.shape
     dot = functools.partial(_dot, dtype)
-    into, onward, through, decays = None, None, None, None
     by_channel = decay is not None and decay.shape[1] == size
+    into, onward, through, decays = None, None, None, None
     if decay is not None and by_channel:
-        exponents, before, after = _by_channel(decay)
         query, key, value = (_spread(x, heads) for x in (query, key, value))
-        into, onward, through = jnp.exp(before), jnp.exp(after), jnp.exp(_column(before[:, -1:]))
-        factors = [jnp.exp(x) for x in exponents]
-        keys = [key * x for x in factors]
-    elif decay is not None:
-        decays, into, onward, through = _by_token(decay)
+        channels = (_mild_channels if mild else _channels)(dtype, decay, key)
+        through, query = channels.through, channels.reads(query)
+        reading = channels.reads(key) if beta is not None else key
+    else:
+        reading = key
+        if decay is not None:
+            decays, into, onward, through = _by_token(decay)
 
     def products(x: Array, is_system: bool) -> Array:
         """Of queries, or for the system of keys, with keys, and the decays between them."""
         if by_channel:
-            return _level_products(dtype, is_system, x, key, factors, keys)
+            return channels.products(x, is_system)
         return _times(_spread(dot(x, key, (1, 1)), heads), decays)
 
     def from_state(x: Array) -> Array:
-        return dot(_times(x, into), state, (1, 0)) if by_channel else _times(dot(x, state, (1, 0)), into)
+        return dot(x * channels.into, state, (1, 0)) if by_channel else _times(dot(x, state, (1, 0)), into)
 
     if beta is not None:
         strength = _column(beta)
-        value = strength * (_spread(value, heads) - from_state(key))
-        system = jnp.where(_where(_before, size), strength * products(key, True), np.float32(0))
+        value = strength * (_spread(value, heads) - from_state(reading))
+        system = jnp.where(_where(_before, size), strength * products(reading, True), np.float32(0))
         if inverses is None:
             inverses = _inverses(dtype, system)
         value = _solve(dtype, inverses, system, value)
     if by_channel:
-        written = dot(_times(key, onward), value, (0, 0))
+        written = dot(channels.onward(), value, (0, 0))
     else:
         written = _spread(dot(key, value if onward is None else onward * _spread(value, heads), (0, 0)), heads)
     weights = jnp.where(_where(_until, size), products(query, False), np.float32(0))
@@ -125,9 +141,24 @@ def _by_token(sums: Array) -> tuple[Array, Array, Array, Array]:
     return jnp.exp(exponents), jnp.exp(sum(columns)), jnp.exp(decay(last, columns)), jnp.exp(sum(last))
 
 
-def _by_channel(log_decay: Array) -> tuple[list[Array], Array, Array]:
-    """Of blocks of 1, 2, 4, ... C / 2 tokens, which are joined in pairs, the log decay between each token and its
-    pair's middle; D_i0 and D_Ci. All [N, C, F]."""
+class Channels(NamedTuple):
+    """Decays per channel, with the chunk's keys.
+
+    reads: [N, C, F] of queries, or keys as queries -> what products and from_state take. products: that, and whether it
+    is the delta rule's system -> [N, C, C]. into: what reads() is to be multiplied by for e^{D_i0}. onward: keys with
+    e^{D_Cj}. through: e^{D_C0}, [N, F, 1].
+    """
+
+    reads: Callable[[Array], Array]
+    products: Callable[[Array, bool], Array]
+    into: Array
+    onward: Callable[[], Array]
+    through: Array
+
+
+def _channels(dtype: Any, log_decay: Array, key: Array) -> Channels:
+    """Of any log decays: of blocks of 1, 2, 4, ... C / 2 tokens, which are joined in pairs, those between each token
+    and its pair's middle."""
     size = log_decay.shape[1]
     before, after = log_decay, jnp.zeros_like(log_decay)  # of a token from its block's start, and to its end
     exponents, block = [], 1
@@ -138,7 +169,105 @@ def _by_channel(log_decay: Array) -> tuple[list[Array], Array, Array]:
         zero = jnp.zeros_like(other)
         before, after = before + jnp.where(is_later, other, zero), after + jnp.where(is_later, zero, other)
         block *= 2
-    return exponents, before, after
+    factors = [jnp.exp(x) for x in exponents]
+    keys = [key * x for x in factors]
+
+    def products(x: Array, is_system: bool) -> Array:
+        return _level_products(dtype, is_system, x, key, factors, keys)
+
+    through = jnp.exp(_column(before[:, -1:]))
+    return Channels(lambda x: x, products, jnp.exp(before), lambda: key * jnp.exp(after), through)
+
+
+def _mild_channels(dtype: Any, log_decay: Array, key: Array) -> Channels:
+    """Of each half of the chunk the sums up to each token, and a middle m of them: the decay from j to i is
+    e^{sum_i - m} of a query times e^{m - sum_j} of a key. What is written for the second half's queries has its m."""
+    heads, size, width = log_decay.shape
+    sums, total = _sums(log_decay)
+    middle = lax.stop_gradient(total) * np.float32(0.5)  # any number gives the same
+    (sums_1, sums_2), (total_1, total_2), (middle_1, middle_2) = (
+        jnp.split(x, 2, axis=1) for x in (sums, total, middle)
+    )
+    later = jnp.concatenate([sums_1 - middle_1, sums_2 - middle_2], axis=1)
+    own = _decayed(dtype, key[:, :HALF], middle_1 - sums_1)
+    for_second = _decayed(dtype, key, jnp.concatenate([(total_1 - sums_1) + middle_2, middle_2 - sums_2], axis=1))
+
+    def products(x: Array, is_system: bool) -> Array:
+        multiply = functools.partial(_near_dot if is_system else _dot, dtype)
+        first = multiply(x[:, :HALF], own, (1, 1))
+        first = jnp.concatenate([first, jnp.zeros_like(first)], axis=2)
+        return jnp.concatenate([first, multiply(x[:, HALF:], for_second, (1, 1))], axis=1)
+
+    rows = jnp.exp(jnp.concatenate([middle_1, middle_2 + total_1], axis=1))
+    into = jnp.broadcast_to(rows[:, :, None], (heads, 2, HALF, width)).reshape(heads, size, width)
+    return Channels(
+        lambda x: _decayed(dtype, x, later),
+        products,
+        into,
+        lambda: for_second * jnp.exp(total_2 - middle_2),
+        jnp.exp(_column(total_1 + total_2)),
+    )
+
+
+@jax.custom_vjp
+def _sums(x: Array) -> tuple[Array, Array]:
+    """[N, C, F] -> of each half the sums up to each token, [N, C, F], and all, [N, 2, F]."""
+    return _running(x, is_reversed=False)
+
+
+def _running(x: Array, is_reversed: bool) -> tuple[Array, Array]:
+    """_sums, or of each token and those after it."""
+    size, width = x.shape[1:]
+    tiles = x.reshape(-1, SUBLANES, width)
+    row = lax.broadcasted_iota(jnp.int32, tiles.shape, 1)
+    for distance in (1, 2, 4):
+        is_inside = row < SUBLANES - distance if is_reversed else row >= distance
+        moved = _rolled(tiles, SUBLANES - distance if is_reversed else distance, 1)
+        tiles = tiles + jnp.where(is_inside, moved, np.float32(0))
+    tiles = tiles.reshape(x.shape)
+    found: list[Array] = []
+    ends: list[Array] = []
+    starts = range(0, size, SUBLANES)
+    for start in reversed(starts) if is_reversed else starts:
+        tile = tiles[:, start : start + SUBLANES]
+        if len(found) % (HALF // SUBLANES):
+            tile = tile + ends[-1]
+        found.append(tile)
+        ends.append(tile[:, :1] if is_reversed else tile[:, -1:])
+    step = -1 if is_reversed else 1
+    of_halves = ends[HALF // SUBLANES - 1 :: HALF // SUBLANES]
+    return jnp.concatenate(found[::step], axis=1), jnp.concatenate(of_halves[::step], axis=1)
+
+
+def _sums_backward(_: None, gradients: tuple[Array, Array]) -> tuple[Array]:
+    to_sums, to_total = gradients
+    heads, width = to_sums.shape[0], to_sums.shape[2]
+    to_total = jnp.broadcast_to(to_total[:, :, None], (heads, 2, HALF, width)).reshape(to_sums.shape)
+    return (_running(to_sums, is_reversed=True)[0] + to_total,)
+
+
+_sums.defvjp(lambda x: (_sums(x), None), _sums_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _decayed(dtype: Any, x: Array, exponent: Array) -> Array:
+    """x e^exponent. The exponent's gradient is of the product as it is rounded for a matrix product: what a pair of
+    tokens gives to one exponent and takes from another is then the same, and vanishes where it must."""
+    return x * jnp.exp(exponent)
+
+
+def _decayed_forward(dtype: Any, x: Array, exponent: Array) -> tuple[Array, tuple[Array, Array]]:
+    factor = jnp.exp(exponent)
+    product = x * factor
+    return product, (factor, product.astype(dtype))
+
+
+def _decayed_backward(dtype: Any, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    factor, product = kept
+    return gradient * factor, gradient * product.astype(jnp.float32)
+
+
+_decayed.defvjp(_decayed_forward, _decayed_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -336,6 +465,19 @@ def _dot_backward(
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _near_dot(dtype: Any, a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """_wide_dot, with the gradient of _dot."""
+    return _wide_dot(dtype, a, b, contract)
+
+
+def _near_dot_forward(dtype: Any, a: Array, b: Array, contract: tuple[int, int]) -> tuple[Array, tuple[Array, Array]]:
+    return _wide_dot(dtype, a, b, contract), (a.astype(dtype), b.astype(dtype))
+
+
+_near_dot.defvjp(_near_dot_forward, _dot_backward)
 
 
 def _wide_dot(dtype: Any, a: Array, b: Array, contract: tuple[int, int]) -> Array:

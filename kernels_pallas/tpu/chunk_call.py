@@ -7,6 +7,7 @@ rows of 32 bits (two heads of 16 bits a row), of which a head's are read and wri
 first.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.tpu import common
-from kernels_pallas.tpu.chunk import BLOCK, CHUNK, exact_sums
+from kernels_pallas.tpu.chunk import BLOCK, CHUNK, exact_sums, is_mild
 from kernels_pallas.tpu.common import LANES, SUBLANES, VMEM_BUDGET, round_up
 
 Array = jax.Array
@@ -317,7 +318,7 @@ class Call:
         """The results, and the state after the last step.
 
         function: (a step's parts of given, float32, and state) -> (the state after it, the step's parts of results).
-        state: [B, N, F, V].
+        With decays per channel it takes mild=, for a step whose decays are, or not. state: [B, N, F, V].
         """
         of_state = self._state()
         widths = [(0, self.features - state.shape[2]), (0, self.value_dim - state.shape[3])]
@@ -348,19 +349,26 @@ class Call:
                     if own is not None:
                         own[...] = _as_rows(ref[...])
 
-            after, found = function(
-                [
-                    ref[...].astype(jnp.float32) if own is None else _heads_of(own, part.start(block, step), part.heads)
-                    for part, ref, own in read
-                ],
-                running_ref[heads],
-            )
-            running_ref[heads] = after
-            for (part, ref, own), x in zip(written, found, strict=True):
+            def value_of(part: Part, ref: Any, own: Any) -> Array:
                 if own is None:
-                    ref[...] = x.astype(ref.dtype)
-                else:
-                    _put_heads(own, part.start(block, step), x)
+                    return ref[...].astype(jnp.float32)
+                return _heads_of(own, part.start(block, step), part.heads)
+
+            def compute(**options: bool) -> None:
+                after, found = function([value_of(*each) for each in read], running_ref[heads], **options)
+                running_ref[heads] = after
+                for (part, ref, own), x in zip(written, found, strict=True):
+                    if own is None:
+                        ref[...] = x.astype(ref.dtype)
+                    else:
+                        _put_heads(own, part.start(block, step), x)
+
+            if self.by_channel:
+                mild = is_mild(self.dtype, value_of(*read[3]))
+                pl.when(mild)(functools.partial(compute, mild=True))
+                pl.when(jnp.logical_not(mild))(compute)
+            else:
+                compute()
 
             @pl.when(step == self.steps - 1)
             def _() -> None:
@@ -370,7 +378,7 @@ class Call:
 
             @pl.when(at == self.chunks - 1)
             def _() -> None:
-                last_ref[heads] = after
+                last_ref[heads] = running_ref[heads]
 
         both, states = self.features + self.value_dim, 2 * self.features * self.value_dim
         products = CHUNK * (CHUNK * both + states)

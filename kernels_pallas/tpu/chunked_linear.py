@@ -89,9 +89,9 @@ def chunked_linear_attention(
     kept_parts = call.kept(kept_shapes(query, value, log_decay, beta)) if keep else []
     out_part = call.queries(call.value_dim, out_dtype or query.dtype)
 
-    def function(arrays: list[Array], state: Array) -> tuple[Array, list[Any]]:
+    def function(arrays: list[Array], state: Array, mild: bool = False) -> tuple[Array, list[Any]]:
         inputs, _ = call.given(arrays)
-        (after, out), inverses = chunk(query.dtype, state, *inputs)
+        (after, out), inverses = chunk(query.dtype, state, *inputs, mild=mild)
         return after, [out, state, inverses][: 1 + len(kept_parts)]
 
     inputs = call.inputs(query, key, value, log_decay, beta)
@@ -120,11 +120,11 @@ def chunked_linear_gradients(
         raise ValueError(f"chunked_linear_gradients: {reason}")
     call = Call(query, key, value, log_decay, beta, state_gradient, backwards=True)
 
-    def function(arrays: list[Array], to_state: Array) -> tuple[Array, list[Array]]:
+    def function(arrays: list[Array], to_state: Array, mild: bool = False) -> tuple[Array, list[Array]]:
         inputs, (out_gradient, state, *inverses) = call.given(arrays)
 
         def run(*inputs: Any) -> Any:
-            return chunk(query.dtype, *inputs, *inverses)[0]
+            return chunk(query.dtype, *inputs, *inverses, mild=mild)[0]
 
         _, pull = jax.vjp(run, state, *inputs)
         to_state, *gradients = pull((to_state, out_gradient))

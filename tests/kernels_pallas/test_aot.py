@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import pathlib
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from marks import slow_but
 
 import attnlab
+import kernels_pallas
 from attnlab import local_attention
 from kernels_pallas.aot.compile import TOPOLOGIES, compile_for_tpu
 from kernels_pallas.aot.schedule import Schedule
@@ -152,3 +154,23 @@ def number(cell):
 
 def titles(line):
     return [cell.strip() for cell in line.split("|")]
+
+
+README = pathlib.Path(kernels_pallas.__file__).with_name("README.md").read_text()
+# Of kernels_pallas/README.md: (kernel, TPU) -> cycles.
+FIGURES = {
+    (cells[1], cells[2]): number(cells[6])
+    for cells in map(titles, README.partition("| kernel | TPU |")[2].partition("\n\n")[0].splitlines()[2:])
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(f"jax {jax.__version__}," not in README, reason="the table is of another jax's compiler")
+@pytest.mark.parametrize(("kernel", "tpu"), [pair for pair in FIGURES if pair[0] in KERNELS])
+def test_no_kernel_takes_more_cycles_than_its_table_says(kernel, tpu):
+    """By no more than 2 %; whoever makes one slower changes the table, and says why."""
+    assert number(table(tpu, "llama-like 8k", [kernel])[kernel]["cycles"]) <= 1.02 * FIGURES[kernel, tpu]
+
+
+def test_every_kernel_is_in_the_table():
+    assert {kernel for kernel, _ in FIGURES} >= set(KERNELS)

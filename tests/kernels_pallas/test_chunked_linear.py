@@ -9,7 +9,7 @@ import pytest
 from marks import slow_but
 
 from attnlab import LinearState, linear_attention
-from kernels_pallas.tpu import chunk_call, chunked_linear
+from kernels_pallas.tpu import chunk, chunk_call, chunked_linear
 from kernels_pallas.tpu.common import VMEM_BUDGET
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}  # bfloat16: what is multiplied is rounded to it
@@ -144,11 +144,23 @@ def test_tangents_and_second_derivatives_are_the_blocked_form_s(interpreted):
     assert_close(got, derivatives(arrays, "xla"), 1e-4)
 
 
+def one_strong(rng, shape, mild):
+    """Of HALF tokens one that decays nearly by the most at which decays per channel are taken as mild ones."""
+    decays = -rng.exponential(1e-3, (1, -(-shape[1] // chunk.HALF), chunk.HALF, *shape[2:]))
+    which = rng.integers(chunk.HALF, size=decays[:, :, :1].shape)
+    np.put_along_axis(decays, which, 0.5 - mild, axis=2)
+    return decays.reshape(1, -1, *shape[2:])[:, : shape[1]]
+
+
 REGIMES = {  # log decays of a token, and strengths of the delta rule
-    "usual gates": (lambda rng, shape: -rng.exponential(0.05, shape), (0.0, 1.0)),
-    "strong gates": (lambda rng, shape: -rng.exponential(3.0, shape), (0.0, 1.0)),
-    "resets": (lambda rng, shape: np.where(rng.random(shape) < 0.05, -50.0, -rng.exponential(0.05, shape)), (0.0, 1.0)),
-    "repeated keys": (lambda rng, shape: np.full(shape, -1e-3), (1.0, 1.0)),
+    "usual gates": (lambda rng, shape, mild: -rng.exponential(0.05, shape), (0.0, 1.0)),
+    "strong gates": (lambda rng, shape, mild: -rng.exponential(3.0, shape), (0.0, 1.0)),
+    "resets": (
+        lambda rng, shape, mild: np.where(rng.random(shape) < 0.05, -50.0, -rng.exponential(0.05, shape)),
+        (0.0, 1.0),
+    ),
+    "one strong": (one_strong, (0.0, 1.0)),
+    "repeated keys": (lambda rng, shape, mild: np.full(shape, -1e-3), (1.0, 1.0)),
 }
 FORMS = {
     "decay": {"decay": "token"},
@@ -169,7 +181,8 @@ def test_errors_against_float64_are_those_of_rounded_inputs(form, regime, dtype,
     arrays, _ = draw(300, heads=2, dtype=dtype, **FORMS[form])
     rng = np.random.default_rng(3)
     decays, (least, most) = REGIMES[regime]
-    arrays["log_decay"] = jnp.asarray(decays(rng, arrays["log_decay"].shape), jnp.float32)
+    mild = chunk.MILD[jnp.dtype(dtype).name]
+    arrays["log_decay"] = jnp.asarray(decays(rng, arrays["log_decay"].shape, mild), jnp.float32)
     if "beta" in arrays:
         arrays["beta"] = jnp.asarray(rng.uniform(least, most, arrays["beta"].shape), jnp.float32)
     if regime == "repeated keys":

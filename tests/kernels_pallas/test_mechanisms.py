@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 import kernels_pallas
-from attnlab import agent_attention, dot_product_attention, init_routing, local_linear_attention, routing_attention
+from attnlab import (
+    agent_attention,
+    dot_product_attention,
+    init_routing,
+    local_linear_attention,
+    parallax_attention,
+    routing_attention,
+)
 from attnlab.catalog import MECHANISMS
 
 # Rows of mechanisms that have kernels which do not serve them, and why: a table of kernels_pallas/README.md.
@@ -58,6 +65,11 @@ def routed(window, clusters=4, **options):
     return attend
 
 
+def tilted(query, key, value, **options):
+    """Parallax, with a probe of the queries and keys far from 0."""
+    return parallax_attention(query, query[:, ::-1], key + 2, value, **options)
+
+
 HIDDEN = jnp.arange(300)[None] % 3 > 0
 CASES = {  # function of the arrays, the arrays
     "softmax": (dot_product_attention, draw((300, 4), (200, 2))),
@@ -84,6 +96,9 @@ CASES = {  # function of the arrays, the arrays
         functools.partial(local_linear_attention, ridge=10.0, window=40),
         draw((200, 2), (200, 1), dtype=jnp.bfloat16),
     ),
+    "parallax, all keys": (functools.partial(tilted, is_causal=False), draw((300, 3))),
+    "parallax, negative scale": (functools.partial(tilted, scale=-0.1, window=150), draw((300, 4), (300, 2))),
+    "parallax, window": (functools.partial(tilted, window=40), draw((200, 8), (200, 2), dtype=jnp.bfloat16)),
 }
 
 

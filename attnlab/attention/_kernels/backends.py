@@ -20,12 +20,14 @@ def _tpu_modules() -> dict[str, Any]:
         banded_covariance,
         banded_flash,
         banded_flash_backward,
+        banded_parallax,
         cached_flash,
         chunked_linear,
         linear_step,
     )
 
-    return _by_name(banded_covariance, banded_flash, banded_flash_backward, cached_flash, chunked_linear, linear_step)
+    banded = banded_covariance, banded_flash, banded_flash_backward, banded_parallax
+    return _by_name(*banded, cached_flash, chunked_linear, linear_step)
 
 
 def _gpu_modules() -> dict[str, Any]:
@@ -33,6 +35,7 @@ def _gpu_modules() -> dict[str, Any]:
         banded_covariance,
         banded_flash,
         banded_flash_backward,
+        banded_parallax,
         blocks,
         cached_flash,
         chunked_linear,
@@ -40,8 +43,9 @@ def _gpu_modules() -> dict[str, Any]:
         linear_step,
     )
 
+    banded = banded_covariance, banded_flash, banded_flash_backward, banded_parallax
     of_linear = chunked_linear, chunked_linear_backward, linear_step
-    return _by_name(banded_covariance, banded_flash, banded_flash_backward, blocks, cached_flash, *of_linear)
+    return _by_name(*banded, blocks, cached_flash, *of_linear)
 
 
 def _by_name(*modules: Any) -> dict[str, Any]:

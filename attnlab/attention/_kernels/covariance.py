@@ -11,7 +11,7 @@ from jax import lax
 from attnlab.attention._dispatch.choice import Kernel
 from attnlab.attention._dispatch.deferred import vary_alike
 from attnlab.attention._dispatch.kernel_call import kernel_call, like
-from attnlab.attention._kernels.backends import first_refusal, kernel_module, on_backends, on_gpu
+from attnlab.attention._kernels.backends import first_refusal, kernel_module, on_backends
 from attnlab.attention._kernels.banded import banded_attention, banded_refusal, window_pattern
 from attnlab.attention._shared.softmax_weights import SoftmaxWeights
 
@@ -29,13 +29,13 @@ def kernels(by_weights: Callable[..., Any], blocked_weights: WeightsOf) -> dict[
     return on_backends(call, _refusal)
 
 
-def parallax_kernels(by_weights: Callable[..., Any], blocked_weights: WeightsOf) -> dict[str, Kernel]:
-    """Parallax's: on a GPU a kernel of its own, of one pass over the keys."""
-    of_weights = kernels(by_weights, blocked_weights)
-    return of_weights | {"pallas_gpu": on_gpu(_parallax_on_gpu, of_weights["pallas_gpu"].refusal)}
+def parallax_kernels() -> dict[str, Kernel]:
+    """Parallax's, of one pass over the keys."""
+    return on_backends(_parallax, _parallax_refusal)
 
 
-def _parallax_on_gpu(
+def _parallax(
+    backend: str,
     xla: Callable[..., Array],
     query: Array,
     key: Array,
@@ -46,18 +46,17 @@ def _parallax_on_gpu(
     window: int | None,
     scale: Any,
 ) -> Array:
-    from kernels_pallas.gpu.banded_parallax import banded_parallax, banded_parallax_gradients
-
+    module = kernel_module(backend, "banded_parallax")
     pattern = window_pattern(query.shape[1], query.shape[1], is_causal=is_causal, window=window)
 
     def kernel(arrays: Any, fixed: Any, keep: bool) -> tuple[Any, Any]:
         *tokens, scale = arrays
-        results = banded_parallax(*tokens, pattern=pattern, scale=scale)
+        results = module.banded_parallax(*tokens, pattern=pattern, scale=scale)
         return results[0], results
 
     def gradients(arrays: Any, fixed: Any, kept: Any, cotangent: Any) -> Any:
         *tokens, scale = arrays
-        run: Any = banded_parallax_gradients
+        run: Any = module.banded_parallax_gradients
         return run(*tokens, *kept, cotangent, pattern=pattern, scale=scale)
 
     def plain(arrays: Any, _: Any) -> Array:
@@ -141,3 +140,10 @@ def _refusal(
         if reason is not None:
             return reason
     return None
+
+
+def _parallax_refusal(
+    backend: str, query: Array, key: Array, value: Array, *_: Any, is_causal: bool, window: int | None, **__: Any
+) -> str | None:
+    pattern = window_pattern(query.shape[1], query.shape[1], is_causal=is_causal, window=window)
+    return first_refusal(backend, ["banded_parallax"], query, key, value, pattern=pattern)
