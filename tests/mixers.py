@@ -63,8 +63,8 @@ MIXERS = {
     ),
     "ema_sinks": Mixer(
         nn.EmaSinksAttention,
-        {"chunk": 3, "chunks_kept": 4, "decay": 0.5, "num_key_heads": 2},
-        state_sizes=(96, 192, 192),
+        {"chunk": 1, "chunks_kept": 4, "decay": 0.5, "num_key_heads": 2},  # divides any part of a sequence
+        state_sizes=(48, 64, 64),
     ),
     "linear": Mixer(
         nn.LinearAttention, {"feature_map": "elu", "normalize": True}, state_sizes=(80, 80, 80), kernels=LINEAR
