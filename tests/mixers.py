@@ -67,8 +67,8 @@ MIXERS = {
     ),
     "ema_sinks": Mixer(
         nn.EmaSinksAttention,
-        {"chunk": 3, "chunks_kept": 4, "decay": 0.5, "num_key_heads": 2},
-        state_sizes=(96, 192, 192),
+        {"chunk": 1, "chunks_kept": 4, "decay": 0.5, "num_key_heads": 2},  # divides any part of a sequence
+        state_sizes=(48, 64, 64),
     ),
     "checkpoints": Mixer(
         nn.CheckpointAttention, {"segment": 3, "num_key_heads": 2, "value_dim": 3}, state_sizes=(28, 70, 308)
