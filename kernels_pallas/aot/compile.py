@@ -103,11 +103,15 @@ def compile_for_gpu(function: Callable[..., Any], *args: Any, gpu: str) -> jax.s
 
 
 class Grid(NamedTuple):
-    """How often the parts of a kernel run: its steps, each region of its schedule, and the tiles that it computes."""
+    """How often the parts of a kernel run: its steps, each region of its schedule, and the tiles that it computes.
+
+    products: which regions multiply matrices, where the sizes of others may mislead.
+    """
 
     steps: int
     runs: tuple[int, ...]
     tiles: int
+    products: tuple[int, ...] = ()
 
 
 class Row(NamedTuple):

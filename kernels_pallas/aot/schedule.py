@@ -44,29 +44,38 @@ class Schedule(NamedTuple):
     regions: tuple[int, ...]
     matmuls: tuple[int, ...]
 
-    def cycles(self, steps: int, runs: Sequence[int]) -> tuple[int, int]:
+    def cycles(self, steps: int, runs: Sequence[int], products: Collection[int] = ()) -> tuple[int, int]:
         """Cycles of a call of this many grid steps, whose pl.when bodies have these numbers of runs; and how many of
         those cycles issue a matrix product's instruction.
+
+        products: which of the bodies multiply matrices, in order. Those are the regions that do, if there are as many.
 
         Short bodies may be predicated rather than skipped: they are in every step, and there are fewer regions than
         bodies. Which ones is not known; what is returned is the most that it can be. Of more regions than bodies the
         smallest are the pipeline's own, and counted to every step.
         """
-        by_size = sorted(range(len(self.regions)), key=lambda number: self.regions[number])
-        own = by_size[: max(0, len(self.regions) - len(runs))]
+        multiplying = [number for number, matmuls in enumerate(self.matmuls) if matmuls]
+        known = dict(zip(multiplying, sorted(products))) if len(multiplying) == len(products) else {}
+        numbers = [number for number in range(len(self.regions)) if number not in known]
+        runs, of_known = [run for body, run in enumerate(runs) if body not in known.values()], runs
+        by_size = sorted(numbers, key=lambda number: self.regions[number])
+        own = by_size[: max(0, len(numbers) - len(runs))]
         step, step_matmuls = (
             size + sum(sizes[number] for number in own)
             for size, sizes in ((self.step, self.regions), (self.step_matmuls, self.matmuls))
         )
-        bodies = [number for number in range(len(self.regions)) if number not in own]
+        bodies = [number for number in numbers if number not in own]
         totals = [
-            (
-                sum(self.regions[number] * int(run) for number, run in zip(bodies, some, strict=True)),
-                sum(self.matmuls[number] * int(run) for number, run in zip(bodies, some, strict=True)),
+            tuple(
+                sum(sizes[number] * int(run) for number, run in zip(bodies, some, strict=True))
+                for sizes in (self.regions, self.matmuls)
             )
             for some in itertools.combinations(runs, len(bodies))
         ]
         bundles, matmuls = max(totals)
+        for number, body in known.items():
+            bundles += self.regions[number] * int(of_known[body])
+            matmuls += self.matmuls[number] * int(of_known[body])
         return self.before + steps * step + bundles, steps * step_matmuls + matmuls
 
 

@@ -148,7 +148,8 @@ def _chunked_linear(shape: Shape, *, decay: str | None, delta: bool, backward: b
     steps = plan.block // plan.heads
     lines = blocks * chunks
     bodies = (lines * steps, 0) if decay == "channel" else ()  # for decays that are mild, and for others
-    grid = Grid(lines * steps, (blocks * steps, lines, *bodies, lines, blocks * steps), heads * chunks)
+    runs = (blocks * steps, lines, *bodies, lines, blocks * steps)
+    grid = Grid(lines * steps, runs, heads * chunks, products=(2, 3) if bodies else ())
     if backward:
         kept = chunked_linear.kept_shapes(query, value, log_decay, beta)
         arrays = [query, key, value, log_decay, beta, kept, query, state]
@@ -276,7 +277,15 @@ def _measure(build: Callable[[Shape], Row], shape: Shape, tpu: str, collect: Cal
     found = collect(row.grids)
     try:
         (cycles, matmuls), (delayed, _) = (
-            map(sum, zip(*(found[name][which].cycles(grid.steps, grid.runs) for name, grid in row.grids.items())))
+            map(
+                sum,
+                zip(
+                    *(
+                        found[name][which].cycles(grid.steps, grid.runs, grid.products)
+                        for name, grid in row.grids.items()
+                    )
+                ),
+            )
             for which in ("final", "delays")
         )
     except (KeyError, ValueError) as error:

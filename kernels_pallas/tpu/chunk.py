@@ -98,7 +98,8 @@ def chunk(
     if beta is not None:
         strength = _column(beta)
         value = strength * (_spread(value, heads) - from_state(reading))
-        system = jnp.where(_where(_before, size), strength * products(reading, True), np.float32(0))
+        # Hidden before it is multiplied: what a later token gives may not be finite, nor then strength's gradient.
+        system = strength * jnp.where(_where(_before, size), products(reading, True), np.float32(0))
         if inverses is None:
             inverses = _inverses(dtype, system)
         value = _solve(dtype, inverses, system, value)

@@ -136,6 +136,13 @@ def test_cycles_are_those_of_all_regions_by_their_runs(regions, cycles):
     assert schedule.cycles(8, (2, 8, 3)) == (cycles, 0)
 
 
+def test_bodies_that_multiply_are_the_regions_that_do():
+    """The first body is predicated, and the second one that multiplies, the largest, does not run."""
+    schedule = Schedule(before=10, step=5, step_matmuls=0, regions=(300, 100, 900, 40), matmuls=(0, 60, 700, 0))
+    cycles = 10 + 8 * 5 + 8 * 100 + 2 * 300 + 2 * 40
+    assert schedule.cycles(8, (1, 2, 8, 0, 2), products=(2, 3)) == (cycles, 8 * 60)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("tpu", "gradients"), [("v5p", False), ("v5p", True), ("v6e", True)])
 def test_banded_flash_takes_no_more_cycles_than_splash_attention(tpu, gradients):
