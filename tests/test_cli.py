@@ -362,7 +362,7 @@ MISTAKES = {
     "a file that it includes": (misspelt_include, "experiments/lm/quikstart.gin; did you mean 'experiments/lm/quickst"),
     "a macro of another file": (
         lambda path: ["train", LM, "--gin.WINDOW=8"],
-        "macro WINDOW is set but nothing uses it; used by based.gin, dilated.gin, ",
+        "macro WINDOW is set but nothing uses it; used by allmem.gin, based.gin, ",
     ),
     "a folder": (a_folder, "is a folder; give a .gin file"),
     "a sweep to train": (lambda path: ["train", SWEEP], "is a sweep of several runs; `attnlab ablate` runs it"),
