@@ -13,6 +13,7 @@ that attention is block-sparse, every chunk with a list of its own sink and of i
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -220,6 +221,14 @@ def _scan_of_sinks(left: Array, sink: Array, leaves: Array, decay: float) -> Arr
 # first of these chunks goes into it; and the number of the query's first chunk. They give (out, lse).
 
 
+def _sinks_of(in_chunks: Callable[..., Array], x: Array, sink: Array, leaves: Array, window: _Window) -> Array:
+    """[B, chunks C, K, H|V], every chunk's sink: in_chunks is _sinks_in_turn or _scan_of_sinks."""
+    chunks = len(leaves)
+    left = _chunks(x[:, : chunks * window.chunk], window.chunk)[:chunks]
+    sinks = in_chunks(left, sink.astype(x.dtype), leaves, window.decay)
+    return jnp.moveaxis(sinks, 0, 1).reshape(x.shape[0], chunks * window.chunk, *x.shape[2:])
+
+
 def _reference(
     query: Array,
     key: Array,
@@ -236,10 +245,9 @@ def _reference(
     chunks = -(-length // chunk)
 
     def with_sinks(x: Array, sink: Array) -> Array:
-        left = _chunks(x[:, : chunks * chunk].astype(dtype), chunk)[:chunks]
-        sinks = _sinks_in_turn(left, sink.astype(dtype), _leaves(first, chunks, window), window.decay)
-        sinks = jnp.moveaxis(sinks, 0, 1).reshape(x.shape[0], chunks * chunk, *x.shape[2:])
-        return jnp.concatenate([sinks, x.astype(dtype)], axis=1)
+        x = x.astype(dtype)
+        sinks = _sinks_of(_sinks_in_turn, x, sink, _leaves(first, chunks, window), window)
+        return jnp.concatenate([sinks, x], axis=1)
 
     token, place = jnp.arange(length)[:, None], jnp.arange(key.shape[1])[None] - window.before
     own, seen = first + token // chunk, first + place // chunk
@@ -268,10 +276,9 @@ def _xla(
     chunks = -(-length // chunk)
 
     def with_sinks(x: Array, sink: Array) -> Array:
-        left = _chunks(x[:, : chunks * chunk].astype(dtype), chunk)[:chunks]
-        sinks = _scan_of_sinks(left, sink.astype(dtype), _leaves(first, chunks, window), window.decay)
-        sinks = jnp.moveaxis(sinks, 0, 1).reshape(x.shape[0], chunks * chunk, *x.shape[2:])
-        return jnp.concatenate([sinks, x[:, chunk:].astype(dtype)], axis=1)  # the window begins a chunk later
+        x = x.astype(dtype)
+        sinks = _sinks_of(_scan_of_sinks, x, sink, _leaves(first, chunks, window), window)
+        return jnp.concatenate([sinks, x[:, chunk:]], axis=1)  # the window begins a chunk later
 
     own = jnp.arange(chunks)[:, None]
     places = own + jnp.arange(window.kept - 1)[None]  # of the window's chunks, among the tokens'

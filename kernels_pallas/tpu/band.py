@@ -41,7 +41,8 @@ Array = jax.Array
 # Stands for -inf in masked logits and in the maximum of no logits: finite, so that a difference of two is not NaN.
 MASKED = np.float32(-0.7 * np.finfo(np.float32).max)
 # Scales nearer to 0 are taken for this, so that MASKED times a scale stays far below all other logits.
-LEAST_SCALE = np.float32(1e-30)
+_LEAST_SCALE = np.float32(1e-30)
+_LOG_2 = np.float32(np.log(2))
 # Query heads of a step at most, by bytes of an element: one head's softmax is a chain in which the matrix unit waits,
 # and beside independent ones the compiler fills it. In float32 six passes fill it anyway, and code is long.
 _MOST_HEADS = {2: 4, 4: 2}
@@ -143,6 +144,14 @@ def heads_of_a_step(
         if footprint(*blocks, *widths, query.dtype, tables=tables, **of_step) + _bank_bytes(pattern) <= VMEM_BUDGET:
             return some
     return 1
+
+
+def in_base_2(query: Array, scale: float | Array) -> tuple[Array, Array]:
+    """The query, and the scale of its products for exponents of 2, above 0: a running maximum is that of q.k, and the
+    scale goes into the exponent's own factor."""
+    scale = jnp.asarray(scale, jnp.float32)
+    query = query * jnp.where(scale < 0, -1, 1).astype(query.dtype)
+    return query, jnp.maximum(jnp.abs(scale), _LEAST_SCALE) / _LOG_2
 
 
 class Tokens(NamedTuple):
@@ -651,6 +660,12 @@ def save_bounds(band: Band, step: Step, scratch: Sequence[Any]) -> None:
 def spread(row: Array) -> Array:
     """[1, rows] -> [rows, 128], equal over the lanes; a transposition costs less than a broadcast over lanes."""
     return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))
+
+
+def lse_of(scale: Array, maxima: Array, totals: Array) -> Array:
+    """Of a softmax with in_base_2's scale: the maxima of the products, and the sums of the weights beside them."""
+    lse = scale * _LOG_2 * maxima + jnp.log(totals)
+    return jnp.where(maxima <= MASKED, np.float32(-np.inf), lse)
 
 
 def add_by_lane(x: Array) -> Array:

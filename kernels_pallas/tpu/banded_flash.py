@@ -41,7 +41,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.patterns import Pattern
 from kernels_pallas.tpu.band import (
-    LEAST_SCALE,
     MASKED,
     Band,
     Body,
@@ -51,8 +50,10 @@ from kernels_pallas.tpu.band import (
     add_by_lane,
     blocks_of,
     hide,
+    in_base_2,
     is_first,
     is_last,
+    lse_of,
     one_ahead,
     over_lanes,
     save_bounds,
@@ -75,7 +76,6 @@ _BLOCKS = {
     (4, 256): (256, 512),
 }
 _DEFAULT_BLOCKS = (256, 256)  # at other widths
-_LOG_2 = np.float32(np.log(2))
 # Constants in the kernel have dtypes: a Python float would be a float64 under jax_enable_x64.
 _ONE = np.float32(1)
 
@@ -161,13 +161,11 @@ def banded_flash_attention(
     heads = heads_of_a_step(query, key, value, pattern=pattern, segment_ids=segment_ids)
     tiling = pattern.tiled(*pattern.blocks(default_blocks(query, key, value)))
     band = Band(query, key, value, tiling, segment_ids)
-    # The running maximum is that of q.k, which takes a scale above 0; the scale goes into the exponent's own factor.
-    scale = jnp.asarray(scale, jnp.float32)
-    query = query * jnp.where(scale < 0, -1, 1).astype(query.dtype)
+    query, scale = in_base_2(query, scale)
     out, lse = Call(band, by_key=False, heads=heads).run(
         functools.partial(_kernel, band=band),
         "banded_flash_attention",
-        scale=jnp.maximum(jnp.abs(scale), LEAST_SCALE) / _LOG_2,
+        scale=scale,
         tokens=[band.queries(query), band.keys(key), band.keys(value)],
         out=[(band.value_width, query.dtype)],
         rows=1,
@@ -231,5 +229,4 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
             columns = jnp.where(lanes == head, maximum, jnp.where(lanes == heads + head, total, columns))
         rows = jnp.transpose(columns)
         maxima, totals = rows[:heads], rows[heads : 2 * heads]
-        lse = scale_ref[0, 0] * _LOG_2 * maxima + jnp.log(totals)
-        lse_ref[...] = jnp.where(maxima <= MASKED, np.float32(-np.inf), lse)
+        lse_ref[...] = lse_of(scale_ref[0, 0], maxima, totals)

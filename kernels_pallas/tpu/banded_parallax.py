@@ -31,7 +31,6 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.patterns import BlockLists, Pattern
 from kernels_pallas.tpu import banded_covariance
 from kernels_pallas.tpu.band import (
-    LEAST_SCALE,
     MASKED,
     Band,
     Body,
@@ -42,8 +41,10 @@ from kernels_pallas.tpu.band import (
     blocks_of,
     finite,
     hide,
+    in_base_2,
     is_first,
     is_last,
+    lse_of,
     one_ahead,
     over_lanes,
     save_bounds,
@@ -59,7 +60,6 @@ Array = jax.Array
 # (queries in a tile, keys in a tile), by bytes of an element and padded head dim.
 _BLOCKS = {(2, 64): (512, 512), (2, 128): (512, 512), (2, 256): (256, 512), (4, 64): (256, 512), (4, 128): (256, 512)}
 _DEFAULT_BLOCKS = (128, 256)  # at other widths
-_LOG_2 = np.float32(np.log(2))
 _ONE = np.float32(1)
 
 
@@ -133,15 +133,13 @@ def banded_parallax(
     probe = probe.astype(query.dtype)
     center = jnp.repeat(jnp.mean(key.astype(jnp.float32), axis=1), band.group, axis=1)
     reference = jnp.sum(probe.astype(jnp.float32) * center[:, None], axis=-1)
-    # The running maximum is that of q.k, which takes a scale above 0.
-    scale = jnp.asarray(scale, jnp.float32)
-    query = query * jnp.where(scale < 0, -1, 1).astype(query.dtype)
+    query, scale = in_base_2(query, scale)
     lanes = [pltpu.VMEM((heads, band.block_q, LANES), jnp.float32)] * 4
     sums = [pltpu.VMEM((heads, band.block_q, band.value_width), jnp.float32)] * 2
     out, mean, *rows = Call(band, by_key=False, heads=heads).run(
         functools.partial(_kernel, band=band),
         "banded_parallax",
-        scale=jnp.maximum(jnp.abs(scale), LEAST_SCALE) / _LOG_2,
+        scale=scale,
         numbers=band.numbers([reference], heads),
         tokens=[band.queries(query), band.queries(probe), band.keys(key), band.keys(value)],
         out=[(band.value_width, query.dtype)] * 2,
@@ -246,6 +244,5 @@ def _kernel(step: Step, scale_ref: Any, reference_ref: Any, *refs: Any, band: Ba
                 columns = jnp.where(lanes == row * heads + head, x, columns)
         table = jnp.transpose(columns)
         maxima, totals, slopes = (table[row * heads : (row + 1) * heads] for row in range(3))
-        lse = scale_ref[0, 0] * _LOG_2 * maxima + jnp.log(totals)
-        lse_ref[...] = jnp.where(maxima <= MASKED, np.float32(-np.inf), lse)
+        lse_ref[...] = lse_of(scale_ref[0, 0], maxima, totals)
         slope_ref[...] = slopes

@@ -29,11 +29,14 @@ _centroids = _normal(HEADS, 3, HEAD_DIM)
 _STATE = A.RoutingState(_centroids, np.ones((HEADS, 3), np.float32), _centroids)
 _GATES = {"log_decay": -np.abs(_normal(BATCH, 6, HEADS)), "beta": np.abs(_normal(BATCH, 6, HEADS))}
 
+_transition = _normal(BATCH, 6, HEADS, HEAD_DIM)
+# Of unit length, and beta up to 2: others magnify, and rounding with it.
 _TRANSITIONS = {
-    "transition": _normal(BATCH, 6, HEADS, HEAD_DIM),
-    "beta": _GATES["beta"],
+    "transition": _transition / np.linalg.norm(_transition, axis=-1, keepdims=True),
+    "beta": np.minimum(_GATES["beta"], 2),
     "log_forget": _GATES["log_decay"],
 }
+_PATH_CACHE = A.init_path_cache(BATCH, 7, HEADS, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM)
 _MEMORY = {"weights": {"w": _normal(HEADS, HEAD_DIM, VALUE_DIM)}, "objective": "huber"}
 
 # Right values of parameters, which mean the same in every function.
@@ -82,11 +85,8 @@ _OWN = {
         "mask": np.ones((1, 1, 6, 6), bool),
     },
     "path_attention": _TRANSITIONS,
-    "path_step": {name: x[:, :1] for name, x in _TRANSITIONS.items()},
-    "prefill_path_cache": {
-        **_TRANSITIONS,
-        "cache": A.init_path_cache(BATCH, 7, HEADS, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM),
-    },
+    "path_step": {"cache": _PATH_CACHE, **{name: x[:, :1] for name, x in _TRANSITIONS.items()}},
+    "prefill_path_cache": {"cache": _PATH_CACHE, **_TRANSITIONS},
     "landmark_attention": {
         **_IMAGE,
         "landmarks": _normal(BATCH, 3, HEADS, HEAD_DIM),
