@@ -27,7 +27,8 @@ from attnlab.attention._dispatch.exchange import (
     as_one,
     given_positions,
     over_positions,
-    own_positions,
+    own_heads,
+    rows_of_heads,
     whole_positions,
     whole_space,
 )
@@ -166,14 +167,9 @@ def by_heads(
 
     all_keys: where the key has so many, it is whole already. Lists are whole on every device.
     """
-    batch, own, heads, _ = query.shape
-    key_heads = key.shape[2]
+    batch, key_heads = query.shape[0], key.shape[2]
     rows = batch * key_heads  # independent sequences
     share = -(-rows // parts.many)
-
-    def of_rows(x: Array) -> Array:
-        """[B, T, N|K, H] -> [B x K, T, (N / K) H]."""
-        return jnp.moveaxis(x.reshape(*x.shape[:2], key_heads, -1), 2, 1).reshape(rows, x.shape[1], -1)
 
     def of_share(x: Array) -> Array:
         """[B x K, ...] -> [share, ...]."""
@@ -191,7 +187,7 @@ def by_heads(
         return of_share(jnp.repeat(x, key_heads, axis=0))
 
     are_whole = key.shape[1] == all_keys
-    sent = [of_rows(x) for x in (query, key, value)]
+    sent = [rows_of_heads(x, key_heads) for x in (query, key, value)]
     gathered = functools.partial(whole_positions, parts=parts)
     if are_whole:
         sent = [gathered(sent[0]), *map(of_share, sent[1:])]
@@ -204,11 +200,7 @@ def by_heads(
     bias = None if block_bias is None else of_lists(block_bias)
     out, lse = attend(query, key, value, of_lists(blocks), bias, ids)
 
-    def back(x: Array) -> Array:
-        """[share, T, N / K, V] -> [B, own part, N, V]."""
-        x = own_positions(x.reshape(*x.shape[:2], -1), rows, parts).reshape(batch, key_heads, own, -1)
-        return jnp.moveaxis(x, 1, 2).reshape(batch, own, heads, -1)
-
+    back = functools.partial(own_heads, batch=batch, key_heads=key_heads, parts=parts)
     return back(out), back(lse[..., None])[..., 0]
 
 

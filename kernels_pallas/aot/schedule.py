@@ -57,26 +57,19 @@ class Schedule(NamedTuple):
         multiplying = [number for number, matmuls in enumerate(self.matmuls) if matmuls]
         known = dict(zip(multiplying, sorted(products))) if len(multiplying) == len(products) else {}
         numbers = [number for number in range(len(self.regions)) if number not in known]
-        runs, of_known = [run for body, run in enumerate(runs) if body not in known.values()], runs
+        others = [run for body, run in enumerate(runs) if body not in known.values()]
         by_size = sorted(numbers, key=lambda number: self.regions[number])
-        own = by_size[: max(0, len(numbers) - len(runs))]
-        step, step_matmuls = (
-            size + sum(sizes[number] for number in own)
-            for size, sizes in ((self.step, self.regions), (self.step_matmuls, self.matmuls))
-        )
+        own = by_size[: max(0, len(numbers) - len(others))]
         bodies = [number for number in numbers if number not in own]
-        totals = [
-            tuple(
-                sum(sizes[number] * int(run) for number, run in zip(bodies, some, strict=True))
-                for sizes in (self.regions, self.matmuls)
-            )
-            for some in itertools.combinations(runs, len(bodies))
-        ]
-        bundles, matmuls = max(totals)
-        for number, body in known.items():
-            bundles += self.regions[number] * int(of_known[body])
-            matmuls += self.matmuls[number] * int(of_known[body])
-        return self.before + steps * step + bundles, steps * step_matmuls + matmuls
+
+        def total(sizes: Sequence[int], some: Sequence[int]) -> int:
+            """Of every region, as often as it runs; some: the runs of `bodies`."""
+            run = dict(zip(bodies, some)) | {number: runs[body] for number, body in known.items()}
+            return sum(size * int(run.get(number, steps)) for number, size in enumerate(sizes))
+
+        choices = itertools.combinations(others, len(bodies))
+        bundles, matmuls = max((total(self.regions, some), total(self.matmuls, some)) for some in choices)
+        return self.before + steps * self.step + bundles, steps * self.step_matmuls + matmuls
 
 
 @contextlib.contextmanager

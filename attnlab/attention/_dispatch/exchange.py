@@ -428,18 +428,23 @@ def in_whole_sequences(function: Callable[..., Array], arrays: Sequence[Array], 
       [share, T, G, H]. It gives [share, T, G, V], of which [B, part of T, K G, V] comes back. An all-to-all per dtype
       there and one back.
     """
-    batch, own = arrays[0].shape[:2]
-    rows = batch * key_heads
-
-    def of_rows(x: Array) -> Array:
-        """[B, part, K G, H] -> [B K, part, G H]."""
-        return jnp.moveaxis(x.reshape(batch, own, key_heads, -1), 2, 1).reshape(rows, own, -1)
-
-    sent = as_one(functools.partial(whole_positions, parts=parts), [of_rows(x) for x in arrays])
+    sent = as_one(functools.partial(whole_positions, parts=parts), [rows_of_heads(x, key_heads) for x in arrays])
     out = function(*(x.reshape(*x.shape[:2], -1, of.shape[-1]) for x, of in zip(sent, arrays)))
-    width = out.shape[-1]
-    out = own_positions(out.reshape(*out.shape[:2], -1), rows, parts).reshape(batch, key_heads, own, -1)
-    return jnp.moveaxis(out, 1, 2).reshape(batch, own, -1, width)
+    return own_heads(out, len(arrays[0]), key_heads, parts)
+
+
+def rows_of_heads(x: Array, key_heads: int) -> Array:
+    """[B, part of T, K G, H] -> [B K, part of T, G H], as `whole_positions` takes them."""
+    batch, own = x.shape[:2]
+    return jnp.moveaxis(x.reshape(batch, own, key_heads, -1), 2, 1).reshape(batch * key_heads, own, -1)
+
+
+def own_heads(x: Array, batch: int, key_heads: int, parts: Parts) -> Array:
+    """[share of B K, T, G, V] -> [B, part of T, K G, V]: `whole_positions` of `rows_of_heads` undone."""
+    width = x.shape[-1]
+    x = own_positions(x.reshape(*x.shape[:2], -1), batch * key_heads, parts)
+    x = x.reshape(batch, key_heads, x.shape[1], -1)
+    return jnp.moveaxis(x, 1, 2).reshape(batch, x.shape[2], -1, width)
 
 
 def swapped(x: Array, parts: Parts, *, whole: int, split: int) -> Array:
