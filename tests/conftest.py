@@ -19,6 +19,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several test process
 os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
 # Most of the tests' time is LLVM's for the CPU, and their programs are small: a third less without its optimisations.
 _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+_QUICK += " --xla_cpu_parallel_codegen_split_count=1"  # a tenth less: programs of the tests are too small to share out
 # These emitters are nearly twice as quick as the newer ones, which are what later versions have.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _QUICK += " --xla_cpu_use_fusion_emitters=false"

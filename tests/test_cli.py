@@ -65,6 +65,7 @@ def test_ablate_runs_every_arm_with_every_seed(swept):
         assert (swept / "runs" / row["run"] / "config.gin").read_text() == row["config"]
 
 
+@pytest.mark.long
 def test_ablate_again_runs_nothing_and_reports_the_same(swept, capsys):
     before, report = rows(swept), (swept / "report.html").read_text()
     stamps = {path: path.stat().st_mtime_ns for path in (swept / "runs").rglob("metrics.jsonl")}
@@ -127,6 +128,7 @@ PROMPTED = {
 }
 
 
+@pytest.mark.long
 def test_sample_continues_the_text_of_a_run(tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "texts.txt"
     assert cli.main(["train", LM, "--workdir", str(run), *TINY]) == 0
@@ -494,6 +496,7 @@ def test_a_command_says_that_it_starts_before_anything_slow():
     assert second.startswith("attnlab: list reads no config")
 
 
+@pytest.mark.long
 def test_the_primitives_are_imported_when_one_is_asked_for():
     program = (
         "import sys, attnlab; assert 'jax' not in sys.modules; attnlab.__version__; assert 'jax' not in sys.modules\n"
@@ -604,6 +607,7 @@ def test_a_mixer_of_ones_own_that_fails_in_decoding_is_one_line(tmp_path, capsys
     assert capsys.readouterr().err.splitlines()[-1] == f"attnlab: KeyError: 'nothing', at {module}:{line}"
 
 
+@pytest.mark.long
 def test_samples_go_into_a_folder_that_is_made_or_named(tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "new" / "folder" / "texts.txt"
     assert cli.main(["train", LM, "--workdir", str(run), *TINY]) == 0
@@ -626,6 +630,7 @@ def test_a_thread_that_a_library_left_behind_is_not_waited_for():
     assert "list reads no config" in done.stderr
 
 
+@pytest.mark.long
 def test_a_new_sweep_is_one_that_would_run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["new", "sweeps/mine.gin"]) == 0

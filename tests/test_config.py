@@ -313,6 +313,7 @@ def test_what_is_read_is_not(sources, override):
         ("x" * 5000, "no file xxxx"),
     ],
 )
+@pytest.mark.long
 def test_what_is_no_config_is_named(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
@@ -385,6 +386,7 @@ def test_a_config_that_is_not_trusted_runs_nothing(lines, message, tmp_path, mon
 
 
 @pytest.mark.parametrize("path", [BASE, "experiments/recall/mqar.gin", IMAGES, "experiments/image/digits_axial.gin"])
+@pytest.mark.long
 def test_a_resolved_config_of_attnlab_alone_needs_no_trust(path, tmp_path):
     built = build(sources=[path], root="Experiment")
     (tmp_path / "config.gin").write_text(built.text)

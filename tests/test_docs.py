@@ -106,6 +106,7 @@ def test_the_code_of_a_page_runs(page):
     run_blocks(PAGES[page].read_text(), page)
 
 
+@pytest.mark.long
 def test_the_readme_s_first_example_runs():
     run_blocks(blocks((ROOT / "README.md").read_text(), "python")[0].join(["```python\n", "```\n"]), "README.md")
 

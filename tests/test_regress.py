@@ -19,6 +19,7 @@ def test_values_are_a_linear_map_of_keys_that_changes_by_segment(keys):
 
 
 @pytest.mark.parametrize("keys", slow_but({"clustered"}, regress.KEYS))
+@pytest.mark.long
 def test_local_linear_is_below_softmax_at_the_same_bandwidth(keys):
     found = regress.summary(regress.errors(keys, seeds=range(6), length=256))
     for ours, softmax in zip(found["local-linear"], found["softmax"], strict=True):

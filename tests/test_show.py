@@ -23,6 +23,7 @@ from attnlab.show import show, skips_tiles
     ],
     ids=["language", "image", "mixer of images", "routing"],
 )
+@pytest.mark.long
 def test_show_writes_a_picture(configs, tmp_path, capsys):
     out = tmp_path / "picture.png"
     assert cli.main(["show", *configs, "--out", str(out)]) == 0
@@ -30,6 +31,7 @@ def test_show_writes_a_picture(configs, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == f"wrote {out}"
 
 
+@pytest.mark.long
 def test_the_numbers_in_the_picture_are_those_of_the_window(tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: titles.extend(texts(figure)))

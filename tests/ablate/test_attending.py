@@ -53,6 +53,7 @@ def first_batch(experiment):
 
 
 @pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.long
 def test_uniform_weights_have_the_distance_and_entropy_of_their_window(remat):
     experiment = language(remat=remat)
     values = without_queries(nn.initialize(experiment.model, jax.random.key(0)))
@@ -98,6 +99,7 @@ def trained(tmp_path_factory):
     return folder, attending.attend(language(), folder)
 
 
+@pytest.mark.long
 def test_a_run_leaves_maps_and_a_continuation_in_its_folder(trained):
     folder, summary = trained
     kept = attending.read_attending(folder)
@@ -121,6 +123,7 @@ def test_a_model_that_does_not_decode_has_maps_and_a_reason_for_no_text(tmp_path
     assert "prompt" not in attending.read_attending(tmp_path)
 
 
+@pytest.mark.long
 def test_what_is_there_is_not_made_again(trained):
     folder, summary = trained
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -160,6 +163,7 @@ class Bounded(nn.SoftmaxAttention):
         return jnp.tanh(super().mix(query, key, 3 * value, x, segment_ids))
 
 
+@pytest.mark.long
 def test_long_examples_and_other_models_are_skipped_with_the_reason(tmp_path):
     experiment = language(length=600)
     values = nn.initialize(experiment.model, jax.random.key(0))

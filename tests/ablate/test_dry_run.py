@@ -35,6 +35,7 @@ def test_it_lists_and_adds_up_and_writes_nothing(tmp_path, capsys):
     assert total.endswith("1,024 of 1,024 tokens")
 
 
+@pytest.mark.long
 def test_states_and_the_time_that_is_left(tmp_path):
     file = tiny_sweep.write(tmp_path)
     run_ablation(file, ["Ablation.seeds=[0]"], tmp_path / "out", report=lambda line: None)
@@ -109,6 +110,7 @@ def test_a_macro_of_an_arm_s_file_is_changed_in_the_arm(tmp_path, capsys):
     assert "seeds: got [0.5]" in capsys.readouterr().err  # of another override than what an arm's file sets
 
 
+@pytest.mark.long
 def test_a_sweep_says_how_much_it_is_and_after_each_run_about_how_long_the_rest_takes(tmp_path):
     file, lines = tiny_sweep.write(tmp_path), []
     run_ablation(file, ["Ablation.seeds=[0]"], tmp_path / "out", report=lines.append)

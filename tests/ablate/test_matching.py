@@ -70,6 +70,7 @@ def test_what_cannot_be_reached_is_said(cost_at, target, message):
 
 
 @pytest.mark.parametrize("cost", ["parameters", "flops"])
+@pytest.mark.long
 def test_width_of_the_mlp_matches_parameters_and_flops(cost, tmp_path):
     matched = plan(tmp_path, cost, {"gated_delta": "models.LanguageModel.mlp_hidden"})
     costs = {arm: matched.run(arm, 0, None).costs[cost] for arm in matched.arms}
@@ -83,6 +84,7 @@ def test_width_of_the_mlp_matches_parameters_and_flops(cost, tmp_path):
     assert matched.matches["local"].off == pytest.approx(costs["local"] / costs["softmax"] - 1)
 
 
+@pytest.mark.long
 def test_windows_and_heads_match_the_state(tmp_path):
     matched = plan(tmp_path, "state_size", {"local": "WINDOW", "gated_delta": "LinearAttention.head_dim"})
     states = {arm: matched.run(arm, 0, None).costs["state_size"] for arm in matched.arms}

@@ -88,6 +88,7 @@ def test_text_takes_the_pages_colour(tmp_path):
 
 
 @pytest.mark.parametrize(("seeds", "number"), [(1, "one seed"), (2, "two seeds")])
+@pytest.mark.long
 def test_one_and_two_seeds_have_no_interval(seeds, number, tmp_path):
     rows = [row(arm, seed, loss + 0.1 * seed) for arm, loss in (("base", 2), ("low", 1)) for seed in range(seeds)]
     page, table = report(rows, tmp_path)
@@ -107,6 +108,7 @@ def test_ten_seeds_are_resampled(tmp_path):
     assert "| p |" in table
 
 
+@pytest.mark.long
 def test_a_difference_that_holds_alone_but_not_among_many_is_named_as_such(tmp_path):
     """p is 0.02 of the one, and twice that and more of the three."""
     arms = {"base": (0, 0, 0), "low": (0.7, 1.0, 1.3), "x": (1, -1, 0.1), "y": (1, -1, 0.2)}
@@ -120,6 +122,7 @@ def test_a_difference_that_holds_alone_but_not_among_many_is_named_as_such(tmp_p
     assert "| low | 1.0000 ± 0.3000 | +1.0000 [+0.2548, +1.7452] | 0.086 |" in table
 
 
+@pytest.mark.long
 def test_the_headline_groups_many_arms(tmp_path):
     noise = [0.1, -0.1, 0.02]
     rows = [row("base", seed, 2.0) for seed in range(3)]
@@ -160,6 +163,7 @@ def test_images_have_no_decode_state(tmp_path):
     assert "decode state" not in table.lower()
 
 
+@pytest.mark.long
 def test_arms_that_do_not_decode_have_an_unknown_state(tmp_path):
     sizes = {"base": None, "low": 2048, "mute": None}
     rows = [row(arm, 0, loss, state_size=sizes[arm]) for arm, loss in (("base", 1.0), ("low", 0.9), ("mute", 0.5))]
@@ -216,6 +220,7 @@ def test_a_metric_that_is_the_same_for_all_arms_is_a_reference_in_the_others_fig
     assert ">ridge</text>" in page
 
 
+@pytest.mark.long
 def test_other_metrics_have_a_table_of_their_own(tmp_path):
     finals = [{"loss": 2.0, "leak": leak, "leak, early": 1.0, "bits_per_byte": 3.0} for leak in (0.5, 0.7)]
     page, table = report(
@@ -232,6 +237,7 @@ def test_other_metrics_have_a_table_of_their_own(tmp_path):
     assert report([row("base", 0, 2.0)], tmp_path)[1].count("| base |") == 2
 
 
+@pytest.mark.long
 def test_arms_that_differ_in_a_number_are_a_line_over_it(tmp_path):
     """And the others are level lines; one number is no line, two options in one arm are no number."""
     arms = ["base", *(f"local[WINDOW={w}]" for w in (16, 4, 64)), "sinks[WINDOW=8]", "wide[head_dim=4]", "two[A=1,B=2]"]
@@ -255,6 +261,7 @@ def test_arms_that_differ_in_a_number_are_a_line_over_it(tmp_path):
     assert "wide" not in lines
 
 
+@pytest.mark.long
 def test_arms_on_the_pareto_front_are_named(tmp_path):
     """Cheap and poor, dear and good, and one that is worse than the dear one in everything."""
     arms = {"base": (2.0, 100.0, 10.0), "good": (1.0, 500.0, 5.0), "poor": (1.5, 900.0, 4.0)}
@@ -275,6 +282,7 @@ def write_speeds(folder, rounds):
     (folder / "speed.json").write_text(json.dumps({"device": "1 x cpu", "arms": arms}))
 
 
+@pytest.mark.long
 def test_speed_is_that_of_the_timing_and_ranks_only_what_it_tells_apart(tmp_path):
     """worse is slower than good once in nine rounds, even twice, and shaky by its median alone."""
     rows = [row(arm, 0, loss, run=arm) for arm, loss in (("base", 3.0), ("worse", 2.0), ("shaky", 2.5), ("good", 1.0))]
@@ -374,6 +382,7 @@ def seen(tmp_path):
     return report(rows, tmp_path)
 
 
+@pytest.mark.long
 def test_what_arms_attend_to_is_shown_and_summarised(seen, tmp_path):
     page, table = seen
     assert "What each mechanism attends to" in page
@@ -453,6 +462,7 @@ def nasty_rows(folder):
     return [*rows, {name: value for name, value in rows[0].items() if name not in ("final", "history")} | failed]
 
 
+@pytest.mark.long
 def test_no_text_of_a_run_is_code_or_breaks_a_table(tmp_path):
     """Rows and files may be somebody else's: each text in them has marks of HTML, Markdown and mathtext, and worse."""
     rows = nasty_rows(tmp_path)

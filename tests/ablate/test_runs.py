@@ -94,6 +94,7 @@ def test_runs_train_at_once_each_on_devices_of_its_own(tmp_path, monkeypatch):
         assert one == other
 
 
+@pytest.mark.long
 def test_each_run_has_devices_of_its_own(tmp_path, monkeypatch):
     seen = {}
 
@@ -114,6 +115,7 @@ def test_more_devices_than_there_are_and_none_are_refused(tmp_path):
             Plan(tiny_sweep.write(tmp_path, f"ablate.Ablation.devices_per_run = {given}"), [])
 
 
+@pytest.mark.long
 def test_an_arm_that_fails_leaves_the_others_and_the_report(tmp_path, capsys):
     sweep = tmp_path / "sweep.gin"
     sweep.write_text(
@@ -151,6 +153,7 @@ def run(folder, *bindings, workdir="out", **options):
     return run_ablation(tiny_sweep.write(folder, *bindings), [], folder / workdir, report=lambda line: None, **options)
 
 
+@pytest.mark.long
 def test_a_renamed_arm_and_another_sweep_share_runs_and_rows_say_the_same(pretended, tmp_path):
     first = run(tmp_path, runs=tmp_path / "shared")
     renamed = [
@@ -176,6 +179,7 @@ def test_two_arms_with_one_config_are_trained_once(pretended, tmp_path):
     assert len(tiny_sweep.trained(tmp_path / "out" / "runs")) == 2
 
 
+@pytest.mark.long
 def test_other_code_trains_anew_beside_the_old_runs(pretended, tmp_path, monkeypatch):
     old = run(tmp_path, ONE_SEED)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").glob("*/result.json")}
@@ -291,6 +295,7 @@ def test_versions_are_those_of_what_is_imported(tmp_path, monkeypatch):
     assert not {"matplotlib-inline", "pytest", "gin-config"} & set(of_model)
 
 
+@pytest.mark.long
 def test_a_rate_is_chosen_for_each_arm_and_no_run_is_trained_twice(pretended, tmp_path):
     arms = (
         "ablate.Ablation.arms = {'softmax': 'experiments/mixers/softmax.gin', "
@@ -343,6 +348,7 @@ def test_rates_are_searched_with_a_seed_that_is_not_compared(tmp_path):
     assert plan.size == 2 * (2 + 2)
 
 
+@pytest.mark.long
 def test_one_rate_is_not_searched(pretended, tmp_path):
     rows = run(tmp_path, "ablate.Ablation.learning_rates = [1e-3]")
     assert {row["learning_rate"] for row in rows} == {1e-3}
@@ -392,6 +398,7 @@ FAILURES = {
 @pytest.mark.parametrize(
     "name", slow_but(["the run's own", "divergence", "a device's memory", "a full disk"], FAILURES)
 )
+@pytest.mark.long
 def test_a_run_that_fails_is_a_row_and_tried_again_unless_it_fails_by_itself(pretended, tmp_path, monkeypatch, name):
     error, shown, is_final = FAILURES[name]
 
@@ -410,6 +417,7 @@ def test_a_run_that_fails_is_a_row_and_tried_again_unless_it_fails_by_itself(pre
     assert {row["status"] for row in run(tmp_path, ONE_SEED)} == ({"failed", "finished"} if is_final else {"finished"})
 
 
+@pytest.mark.long
 def test_a_run_of_a_live_owner_is_waited_for(pretended, tmp_path, monkeypatch):
     """Its folder is in use, as by `attnlab train`; then no more."""
     monkeypatch.setattr(runs, "_LOOK_AGAIN_AFTER", 0.01)
@@ -438,6 +446,7 @@ def test_a_damaged_file_of_facts_is_written_again(pretended, tmp_path, name, tex
     assert (f"{path} is lost" in capsys.readouterr().err) == (name == "machine.json")
 
 
+@pytest.mark.long
 def test_a_damaged_result_is_named_in_its_row(pretended, tmp_path):
     run(tmp_path)
     path = next((tmp_path / "out" / "runs").glob("softmax-seed0-*")) / "result.json"
@@ -488,6 +497,7 @@ def test_a_field_with_a_wrong_value_is_refused(pretended, tmp_path, field):
             read_rows(tmp_path / "out")
 
 
+@pytest.mark.long
 def test_what_a_dead_process_left_of_a_claim_goes(pretended, tmp_path):
     run(tmp_path)
     digest = next((tmp_path / "out" / "runs").glob("softmax-seed0-*")).name.rpartition("-")[2]
@@ -513,6 +523,7 @@ def test_processes_share_the_runs(tmp_path):
     assert not list((tmp_path / "out" / "runs" / "claims").iterdir())
 
 
+@pytest.mark.long
 def test_a_run_of_another_process_is_waited_for(pretended, tmp_path, monkeypatch):
     """The other one has the first run and gives it up while we wait."""
     monkeypatch.setattr(runs, "_LOOK_AGAIN_AFTER", 0.01)

@@ -38,6 +38,7 @@ def timers(order):
     return timer
 
 
+@pytest.mark.long
 def test_arms_take_turns_and_finished_timings_stay(swept, monkeypatch):
     file, folder, rows = swept
     order = []
@@ -87,6 +88,7 @@ def test_training_that_took_long_leaves_more_time_to_time(swept, monkeypatch):
     assert measure_speed(file, [], folder, [row | {"compile_seconds": 30.0, "seconds": 700.0} for row in rows]) is None
 
 
+@pytest.mark.long
 def test_a_timing_that_fails_leaves_the_report(pretended, tmp_path, monkeypatch, capsys):
     def fail(experiment):
         raise MemoryError("no\nmore")

@@ -80,6 +80,7 @@ def test_holm_equals_the_definition_and_skips_what_has_no_test():
     assert holm([]) == []
 
 
+@pytest.mark.long
 def test_holm_errs_anywhere_as_often_as_it_states():
     """Ten arms that are like the baseline: without correction a third of all sweeps would name one."""
     random = np.random.default_rng(4)

@@ -52,6 +52,7 @@ def arrays(length=11, keys=None, agents=3, heads=4, key_heads=2, dtype=jnp.float
 
 @pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-10), pytest.param(False, 2e-5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", ["pooled", "biased"])
+@pytest.mark.long
 def test_agrees_with_published_code(case, wide, tolerance, assert_close):
     with jax.enable_x64(wide):
         data = np.load(VECTORS / f"{case}.npz")
@@ -135,6 +136,7 @@ def test_biases_of_grids_that_shrink_and_differ(class_token, assert_close):
     key_heads=st.sampled_from([1, 2, 4]),
     extras=st.booleans(),
 )
+@pytest.mark.long
 def test_both_forms_equal_two_softmaxes_in_float64(lengths, agents, key_heads, extras, assert_close, attention_oracle):
     inputs = arrays(*lengths, agents, key_heads=key_heads)
     query, key, value, agent = inputs
@@ -186,6 +188,7 @@ def test_queries_as_agents_equal_full_attention_in_the_sharp_limit_alone(attenti
 
 
 @every_form
+@pytest.mark.long
 def test_the_mask_hides_keys_and_what_no_agent_sees_is_zero(form, assert_close):
     query, key, value, agents = arrays()
     mask = jnp.ones((2, 11), bool).at[0, 4:].set(False).at[1].set(False)
@@ -219,6 +222,7 @@ MECHANISMS = {
 
 
 @pytest.mark.parametrize("name", slow_but(["causal"], MECHANISMS))
+@pytest.mark.long
 def test_forms_agree_in_gradients_and_tangents(name, assert_close):
     """What vmap, scan and remat make of them: test_contract.py."""
     inputs = arrays()
@@ -256,6 +260,7 @@ def test_agents_without_batch_are_those_of_every_batch(name):
 
 @every_form
 @pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.long
 def test_huge_logits_leave_values_and_gradients_finite(name, form):
     inputs = [100 * x for x in arrays()]
 
@@ -392,6 +397,7 @@ def test_a_state_carries_values_and_gradients_over_a_cut(form, assert_close):
 
 
 @pytest.mark.parametrize("scale", slow_but([100.0], [1.0, 100.0]))
+@pytest.mark.long
 def test_blocked_gradients_equal_the_reference_where_logits_jump(scale, assert_close):
     """By scale 100, logits of one chunk lie further apart than one unit of their sums holds."""
     with jax.enable_x64(True):

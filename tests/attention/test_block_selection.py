@@ -42,6 +42,7 @@ def test_vectors_of_selection_with_exact_ties():
     )
 
 
+@pytest.mark.long
 def test_vectors_of_strict_pooled_lists():
     data = vectors("strict")
     query_block, key_block = data["query_block"], data["key_block"]
@@ -53,6 +54,7 @@ def test_vectors_of_strict_pooled_lists():
     np.testing.assert_array_equal(lists, data["blocks"])
 
 
+@pytest.mark.long
 def test_vectors_of_the_tree():
     data = vectors("tree_published")
     rows = data["query"].reshape(-1, data["query_block"], 8)[:, 1::2]
@@ -73,6 +75,7 @@ def test_vectors_of_the_tree():
     np.testing.assert_array_equal(selection.lists_of(chosen, data["blocks"].shape[-1]), data["blocks"])
 
 
+@pytest.mark.long
 def test_vectors_of_the_gate_and_its_training():
     """The gate learns from what attention does."""
     data = vectors("gate_published")
@@ -95,6 +98,7 @@ def test_vectors_of_the_gate_and_its_training():
         np.testing.assert_allclose(got, data[name], atol=1e-12)
 
 
+@pytest.mark.long
 def test_a_gate_and_its_model_learn_from_losses_of_their_own():
     """The model's queries and keys get nothing of the gate's loss, and the gate nothing of the model's."""
     weights = np.random.default_rng(4).normal(size=(2, 2, 8, 6))
@@ -121,6 +125,7 @@ def test_a_gate_and_its_model_learn_from_losses_of_their_own():
     assert [bool(jnp.any(gradient != 0)) for gradient in of_model] == [True, True, True, False, False]
 
 
+@pytest.mark.long
 def test_rows_without_a_block_to_choose_have_nothing_to_learn():
     rng = np.random.default_rng(5)
     pooled, weights = rng.normal(size=(2, 1, 3, 2, 4)), rng.normal(size=(2, 2, 4, 5))
@@ -152,6 +157,7 @@ def test_vectors_of_learned_maps():
     np.testing.assert_array_equal(visible, data["visible"])
 
 
+@pytest.mark.long
 def test_vectors_of_chunks():
     data = vectors("chunks")
     scores = selection.chunk_scores(data["query"], data["key"], data["starts"])
@@ -216,6 +222,7 @@ def test_more_places_list_a_superset():
         previous = now
 
 
+@pytest.mark.long
 def test_mass_lists_until_it_is_reached():
     eligible = np.tri(6, k=-1, dtype=bool)
     assert (lists(mass=0.0, eligible=eligible) == -1).all()
@@ -234,6 +241,7 @@ def test_first_blocks_are_taken_before_better_ones():
     np.testing.assert_array_equal(got[..., 3:, :], np.broadcast_to([0, 1], (2, 3, 3, 2)))
 
 
+@pytest.mark.long
 def test_a_query_that_competes_for_all_finds_what_begins_a_child_of_the_first_level():
     rng = np.random.default_rng(1)
     key = rng.normal(size=(1, 32, 1, 8)) * 0.01
@@ -342,10 +350,12 @@ RULES = {"pooled": pooled, "tree": tree, "gated": gated}
 
 
 @pytest.mark.parametrize("name", slow_but(["pooled"], RULES))
+@pytest.mark.long
 def test_nothing_of_a_later_token_enters_a_strict_list(name):
     assert not changed_by_later_tokens(RULES[name])
 
 
+@pytest.mark.long
 def test_what_is_published_fails_that_test():
     assert changed_by_later_tokens(published)
 

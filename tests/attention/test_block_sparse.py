@@ -138,6 +138,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("name", slow_but(["power_blocks"], MASKS))
+@pytest.mark.long
 def test_a_mask_is_the_tiles_that_it_visits(name):
     mask = MASKS[name]
     visited = A.masks.block_map(mask, (QUERIES,), (4,), (3,), (KEYS,)).visited
@@ -169,6 +170,7 @@ def test_the_bias_alone_gets_a_gradient_where_it_counts():
     assert np.abs(gradient).max() > 1e-3
 
 
+@pytest.mark.long
 def test_memory_is_linear_at_equal_places():
     """Temporary memory of the compiled gradient: twice for twice the tokens, at 8 places a block."""
 
@@ -193,6 +195,7 @@ CUTS = [(1, 2, 3, 12, 19), (19,)]
 
 @pytest.mark.parametrize("cuts", slow_but([CUTS[0]], CUTS), ids=str)
 @pytest.mark.parametrize("number", slow_but([17], range(len(RULES))))
+@pytest.mark.long
 def test_decoding_is_the_parallel_form_however_it_is_cut(number, cuts):
     rule = RULES[number]
     sizes = {"query_block": rule["query_block"], "key_block": rule["key_block"]}
@@ -221,6 +224,7 @@ def test_decoding_is_the_parallel_form_however_it_is_cut(number, cuts):
 
 
 @pytest.mark.parametrize("number", slow_but([17], range(len(RULES))))
+@pytest.mark.long
 def test_a_prompt_leaves_what_steps_leave(number):
     rule = RULES[number]
     options = {"query_block": rule["query_block"], "first": rule["first"]}

@@ -47,6 +47,7 @@ def test_an_unknown_name_is_refused_with_the_allowed_ones():
         dispatch("sum", {"xla": jnp.sum}, "pallas_gpu", jnp.ones(3))
 
 
+@pytest.mark.long
 def test_a_gpu_kernel_is_chosen_only_where_a_card_has_checked_it(monkeypatch):
     half = jax.ShapeDtypeStruct(LINE.shape, jnp.bfloat16)
     attend = functools.partial(local_attention, window=4)
@@ -119,6 +120,7 @@ def test_a_name_that_cannot_serve_is_refused_with_the_reason(attend, array, reas
         jax.eval_shape(attend, array, array, array)  # None falls back
 
 
+@pytest.mark.long
 def test_none_runs_the_xla_form_on_a_cpu():
     arrays = [jnp.asarray(np.random.default_rng(n).normal(size=(3, 1, 40, 2, 8)), jnp.float32) for n in range(3)]
     ids = jnp.asarray(np.arange(40) // 15, jnp.int32)[None]

@@ -151,6 +151,7 @@ def test_float64_in_float64_out(implementation, attention_oracle):
 
 
 @every_implementation
+@pytest.mark.long
 def test_query_without_visible_key_gives_zero_and_zero_gradients(implementation):
     arrays = draw_arrays(0, 1, 5, 21, 2, 2)
     mask = jnp.ones((1, 1, 5, 21), bool).at[:, :, 2].set(False)
@@ -255,6 +256,7 @@ def test_tiles_in_shard_map_are_those_outside(names):
 
 
 @every_tiling
+@pytest.mark.long
 def test_tiles_promote_no_rank_leak_no_tracer_and_make_no_nan(names):
     function, arrays = tiled(names)
     with jax.numpy_rank_promotion("raise"), jax.checking_leaks(), jax.debug_nans(True):
@@ -343,6 +345,7 @@ MASK = (masks.blocks(9, shift=2) | masks.power_blocks(3)) & masks.Mask(lambda qu
 
 @pytest.mark.parametrize("is_causal", [True, pytest.param(False, marks=pytest.mark.slow)])
 @every_implementation
+@pytest.mark.long
 def test_a_mask_of_numbers_equals_its_pairs(implementation, is_causal):
     """Values, gradients, and a derivative of theirs."""
     arrays = draw_arrays(3, 2, 21, 30, 4, 2)

@@ -37,6 +37,7 @@ def test_vectors(form, wide, tolerance):
 
 
 @pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-9), pytest.param(False, 2e-5, marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_l2vit_is_linear_attention_with_a_divisor_of_its_own(wide, tolerance):
     """relu features, and the sum of weights, which the state has, clamped from below before it divides."""
     with jax.enable_x64(wide):

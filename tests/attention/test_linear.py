@@ -115,6 +115,7 @@ CASES = {
 )
 @every_implementation
 @pytest.mark.parametrize("case", slow_but(["gated_delta", "channel_gated"], CASES))
+@pytest.mark.long
 def test_agrees_with_published_code(case, implementation, dtype, tolerance):
     vectors = dict(np.load(VECTORS / f"{case}.npz"))
     names = {"q": "query", "k": "key", "v": "value", "g": "log_decay", "beta": "beta", "h0": "initial_state"}
@@ -184,6 +185,7 @@ ORACLES = {
 
 @every_implementation
 @pytest.mark.parametrize("case", slow_but(["rwkv7", "window_softmax_state"], ORACLES))
+@pytest.mark.long
 def test_agrees_with_its_formula_s_vectors(case, implementation, assert_close):
     vectors = dict(np.load(VECTORS / f"{case}.npz"))
     arrays = {name.removeprefix("d_"): vectors[name.removeprefix("d_")] for name in vectors if name.startswith("d_")}
@@ -199,6 +201,7 @@ def test_agrees_with_its_formula_s_vectors(case, implementation, assert_close):
 
 
 @every_implementation
+@pytest.mark.long
 def test_the_delta_rule_erases_what_it_finds_under_its_key(implementation, assert_close):
     with jax.enable_x64(True):
         arrays, _ = inputs("channel-gated delta", 21, state=True, dtype=np.float64)
@@ -316,6 +319,7 @@ def test_runs_inside_shard_map(assert_close):
 
 @every_implementation
 @pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.long
 def test_the_sum_of_weights_joins_calls_over_other_keys(implementation, is_causal, assert_close):
     """Every other key in a call of its own; the others are zeros, of which "relu" makes zeros."""
     with jax.enable_x64(True):
@@ -371,6 +375,7 @@ def test_the_future_has_no_influence(form):
 
 
 @pytest.mark.parametrize("form", slow_but(["gated delta"], FORMS))
+@pytest.mark.long
 def test_resuming_equals_one_pass_and_decoding_equals_both(form, assert_close):
     arrays, options = inputs(form, 21, heads=(4, 2))
     whole, final = attend(arrays, chunk_size=8, **options)
@@ -397,6 +402,7 @@ def test_decoding_starts_from_the_empty_cache(assert_close):
 
 @pytest.mark.parametrize("is_causal", [True, False])
 @every_implementation
+@pytest.mark.long
 def test_segments_are_calls_of_their_own(implementation, is_causal, assert_close):
     form = "function, token" if is_causal else "elu"
     arrays, options = inputs(form, 21, batch=1, state=True)
@@ -428,6 +434,7 @@ def test_no_tokens_leave_the_state_alone(assert_close):
         ["gated delta"], ["constant", "token", "channel", "gated delta", "channel-gated delta", "channel-gated erase"]
     ),
 )
+@pytest.mark.long
 def test_strong_decays_are_exact_and_finite(form, assert_close):
     """Log decays that add up to -10^4 in a chunk, and -inf, with mild ones between that must not drown in the sum."""
     arrays, options = inputs(form, 48, head_dim=4, seed=2)

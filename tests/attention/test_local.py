@@ -172,6 +172,7 @@ def test_vmap_equals_a_loop(implementation):
 
 
 @pytest.mark.parametrize(("space", "dilation"), [pytest.param((13,), 3, marks=pytest.mark.slow), ((4, 8), (2, 3))])
+@pytest.mark.long
 def test_dilation_is_attention_within_each_residue_group(space, dilation):
     arrays = draw_arrays(0, space)
     got = run(dilated_attention, *arrays, window=2, dilation=dilation, implementation="xla")

@@ -188,6 +188,7 @@ def test_the_first_token_gives_its_value_and_no_gradient_to_its_query():
 
 
 @pytest.mark.parametrize("ridge", [0.1, 1.0, 10.0])
+@pytest.mark.long
 def test_float32_is_within_1e_4_of_a_dense_solve_in_float64(ridge):
     rng = np.random.default_rng(0)
     query, key, value = (rng.normal(size=(1, 256, 1, 64)).astype(np.float32) for _ in range(3))

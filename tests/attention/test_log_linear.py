@@ -46,6 +46,7 @@ def part(inputs, start, stop):
 @pytest.mark.parametrize(
     "case", slow_but([("xla", 4)], [("reference", 64), *(("xla", size) for size in (1, 3, 4, 64))])
 )
+@pytest.mark.long
 def test_vectors(case):
     form, chunk_size = case
     with jax.enable_x64(True):

@@ -81,6 +81,7 @@ def test_worked_windows(settings, expected):
     assert [(seen[0], seen[-1]) for seen in keys_seen(**settings)] == expected
 
 
+@pytest.mark.long
 def test_stride_equal_to_the_window_is_attention_in_blocks():
     block = np.arange(12) // 4
     mask = masks.dense_mask(masks.neighborhood((12,), 4, stride=4), (12,))
@@ -96,6 +97,7 @@ def test_clipped_blocks_with_halo_are_halonet():
     np.testing.assert_array_equal(mask, (key >= first[:, None] - halo) & (key < first[:, None] + block + halo))
 
 
+@pytest.mark.long
 def test_axes_combine_by_and():
     settings = {"stride": (1, 2), "is_causal": (True, False)}
     mask = masks.dense_mask(masks.neighborhood((5, 6), (3, 4), **settings), (5, 6))

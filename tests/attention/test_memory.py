@@ -80,6 +80,7 @@ _CASES = sorted(path.stem for path in VECTORS.glob("*.npz"))
 
 @every_form
 @pytest.mark.parametrize("case", slow_but({"linear", "lact"}, _CASES))
+@pytest.mark.long
 def test_agrees_with_the_papers_formulas(case, form, float64):
     data = dict(np.load(VECTORS / f"{case}.npz"))
     inputs = {name[2:]: data[name[2:]] for name in data if name.startswith("d_")}
@@ -136,6 +137,7 @@ def linear(value, **options):
 
 
 @every_form
+@pytest.mark.long
 def test_linear_l2_token_by_token_is_the_delta_rule(form, float64):
     assert_equal(remember(*TOKENS, chunk_size=1, implementation=form), linear(VALUE, beta=RATE))
     gated = functools.partial(remember, *TOKENS, chunk_size=1, log_decay=DECAY, implementation=form)
@@ -209,6 +211,7 @@ def test_a_small_threshold_bounds_what_a_token_writes(form, float64):
 
 
 @every_form
+@pytest.mark.long
 def test_projections(form, float64):
     def identity(weight, start):
         assert weight.shape == (B, N, H, V)
@@ -237,6 +240,7 @@ def test_both_pers_read_one_token_apart(form, float64):
     assert np.abs(before - out).max() > 0.1
 
 
+@pytest.mark.long
 def test_gates_of_zero_have_their_derivatives(float64):
     """A momentum of 0 at one token, and a decay of -inf: no log of either is divided by."""
     zero = SPEED.copy()
@@ -276,6 +280,7 @@ def gates(options, of_tokens=GATES):
 
 
 @pytest.mark.parametrize("name", slow_but({"per chunk"}, OPTIONS))
+@pytest.mark.long
 def test_forms_agree_in_all_gradients(name, float64):
     options, weights = OPTIONS[name]
 
@@ -295,6 +300,7 @@ def test_forms_agree_in_all_gradients(name, float64):
 
 
 @pytest.mark.parametrize("name", slow_but({"per chunk"}, OPTIONS))
+@pytest.mark.long
 def test_a_prompt_leaves_what_steps_leave(name, float64):
     options, _ = OPTIONS[name]
     size, heads, width = options["chunk_size"], prompts.HEADS, prompts.HEAD_DIM

@@ -233,6 +233,7 @@ _HUGE = (
 
 @pytest.mark.parametrize("form", slow_but(["xla"], FORMS))
 @pytest.mark.parametrize("name", slow_but({"dot_product, causal"}, SOFTMAX))
+@pytest.mark.long
 def test_identical_tokens_share_their_weight_however_large_they_are(name, form):
     """The mean of equal values is the value; XLA may contract scale * (q . k) - max into one rounding, and did."""
     for value, dtype, width in _HUGE:

@@ -281,6 +281,7 @@ def test_without_a_shard_map_no_axis_is_shared():
 
 
 @pytest.mark.parametrize("name", slow_but(_QUICK, CASES))
+@pytest.mark.long
 def test_equals_one_device_by_these_exchanges(name):
     assert_equals_by_exchanges(CASES[name], of_one_device(name))
 
@@ -301,6 +302,7 @@ def test_equals_one_device_on_explicit_axes(name, count):
 @pytest.mark.parametrize("check_vma", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", slow_but(["linear"], CASES))
+@pytest.mark.long
 def test_equals_one_device_in_shard_map(name, count, check_vma):
     case, mesh = CASES[name], mesh_of(count)
     arrays = placed(case, mesh)

@@ -52,6 +52,7 @@ def assert_equal(got, want, atol):
 
 
 @pytest.mark.parametrize("case", slow_but([("xla", 3)], [("reference", 64), ("xla", 1), ("xla", 3), ("xla", 64)]))
+@pytest.mark.long
 def test_vectors(case):
     form, chunk_size = case
     with jax.enable_x64(True):

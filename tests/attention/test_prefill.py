@@ -121,6 +121,7 @@ def test_a_row_without_tokens_goes_on_from_the_state_before(case):
             np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.long
 def test_steps_after_prompts_are_at_the_positions_of_their_rows():
     """And kernels, which are told of the last slot that any row uses, are given no less."""
     cache = A.init_dot_product_cache(BATCH, TOKENS, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM)

@@ -33,6 +33,7 @@ VECTOR_CASES = list(itertools.product(["given", "causal"], ["values", "gradients
 
 @pytest.mark.parametrize("form", slow_but(["xla"], FORMS))
 @pytest.mark.parametrize("case", slow_but([("causal", "values")], VECTOR_CASES))
+@pytest.mark.long
 def test_vectors(case, form):
     name, what = case
     data = vectors(name)

@@ -212,6 +212,7 @@ def test_forms_agree_in_values_gradients_and_tangents(shape, membership, padded)
 
 @every_form
 @pytest.mark.parametrize("share_qk", [False, True])
+@pytest.mark.long
 def test_one_cluster_with_a_window_of_all_is_full_attention(form, share_qk):
     query, key, value, state = arrays(clusters=1, shared=share_qk)
     full = dot_product_attention(query, key, value, is_causal=True)
@@ -228,6 +229,7 @@ def test_one_cluster_with_a_window_of_all_is_full_attention(form, share_qk):
 
 
 @every_form
+@pytest.mark.long
 def test_strict_does_not_change_before_a_perturbation_and_global_does(form):
     query, key, value, state = arrays(length=60, clusters=4)
     later = jnp.arange(60) >= 40
@@ -241,6 +243,7 @@ def test_strict_does_not_change_before_a_perturbation_and_global_does(form):
         assert np.any(before[:, 40:] != after[:, 40:])
 
 
+@pytest.mark.long
 def test_global_leaks_though_its_gradient_does_not():
     query, key, value, state = arrays(length=60, clusters=4)
 
@@ -262,6 +265,7 @@ def test_global_leaks_though_its_gradient_does_not():
         pytest.param("layer", True, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.long
 def test_decoding_equals_the_strict_form(normalize, share_qk):
     query, key, value, state = arrays(length=30, heads=4, key_heads=2, clusters=3, shared=share_qk)
     options = {"normalize": normalize, "share_qk": share_qk}
@@ -299,6 +303,7 @@ def test_an_unrouted_token_has_no_output_and_no_gradient(form):
 
 @every_form
 @pytest.mark.parametrize("membership", ["strict", "global"])
+@pytest.mark.long
 def test_the_order_of_centroids_does_not_matter(form, membership):
     query, key, value, state = arrays(clusters=5)
     options = {"window": 6, "membership": membership, "implementation": form}
@@ -321,6 +326,7 @@ def test_global_membership_ignores_the_length_of_a_centroid(form):
 
 @every_form
 @pytest.mark.parametrize("membership", ["strict", "global"])
+@pytest.mark.long
 def test_padding_is_never_selected_and_never_counted(form, membership):
     query, key, value, state = arrays(length=30)
     mask = jnp.arange(30) < jnp.array([[30], [21]])
@@ -353,6 +359,7 @@ def test_statistics_of_microbatches_add_up_also_over_devices():
             np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.long
 def test_the_average_is_googles_formula():
     query, key, value, state = arrays(clusters=3, shared=True)
     state = state._replace(counts=jnp.full((2, 3), 5.0), sums=5.0 * state.centroids)
@@ -370,6 +377,7 @@ def test_the_average_is_googles_formula():
         np.testing.assert_allclose(updated.centroids[n], total / smoothed[:, None], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_an_empty_cluster_keeps_its_centroid_under_unit_and_stays_finite_under_ema():
     query, key, value, state = arrays(clusters=3)
     # The second centroid points away from every token.

@@ -65,6 +65,7 @@ def has_batch(x):
 
 
 @one_kind
+@pytest.mark.long
 def test_no_rank_is_promoted_and_no_tracer_leaks(name):
     with jax.numpy_rank_promotion("raise"), jax.checking_leaks():
         jax.jit(gradient(name)).trace(*CALLS[name][1])
@@ -79,6 +80,7 @@ def test_no_nan_is_made_on_the_way(name):
 
 
 @every_kind
+@pytest.mark.long
 def test_float32_is_float32_under_x64_and_float64_is_served(name):
     function, arrays = CALLS[name]
     with jax.enable_x64(True), warnings.catch_warnings(action="error"):
@@ -228,6 +230,7 @@ def _padded(spec, rank):
 
 
 @pytest.mark.parametrize("name", slow_but({"inline"}, MECHANISMS))
+@pytest.mark.long
 def test_a_second_call_without_jit_costs_what_it_costs_with_it(name):
     mechanism = MECHANISMS[name]
     arrays = jax.tree.map(jnp.asarray, mechanism.inputs())
@@ -271,6 +274,7 @@ def test_an_option_of_another_type_is_another_call():
             attnlab.local_attention(query, query, query, window=window)
 
 
+@pytest.mark.long
 def test_a_function_among_the_options_is_called_anew():
     query = np.ones((1, 4, 1, 2), np.float32)
     factor = [1.0]

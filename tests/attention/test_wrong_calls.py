@@ -38,6 +38,7 @@ def _wrong(right):
 
 
 @pytest.mark.parametrize("name", slow_but({"local_attention", "linear_step", "init_routing_cache"}, sorted(FUNCTIONS)))
+@pytest.mark.long
 def test_a_wrong_value_is_refused_in_one_line_that_names_it(name):
     function, right = getattr(A, name), right_call(name)
     jax.eval_shape(functools.partial(function, **right))

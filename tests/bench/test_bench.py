@@ -9,6 +9,7 @@ from attnlab import cli
 from attnlab.bench import lengths, prompts
 
 
+@pytest.mark.long
 def test_bench_times_what_is_asked_for_and_keeps_it(tmp_path, capsys):
     command = ["bench", "--lengths", "512", "256", "--only", "local, causal", "--backward", "--workdir", str(tmp_path)]
     assert cli.main(command) == 0

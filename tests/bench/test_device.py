@@ -89,6 +89,7 @@ def test_rows_are_kept_and_the_others_continue_after_a_crash(tmp_path):
     assert (tmp_path / "device.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_what_gives_no_answer_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "_MOST_SECONDS", 5.0)
     assert time_cases(slow_cases, FACTS, tmp_path, budget=60, report=lambda line: None) == 0

@@ -13,6 +13,7 @@ PROBLEMS = {problem.name: problem for problem in gpu_cases.problems()}
 FLASH, STATES = ("banded_flash_attention", (64, 64, 0)), ("linear_states", (128, "token", True))
 
 
+@pytest.mark.long
 def test_every_size_of_every_kernel_is_tried_once():
     found = tuning.trials([PROBLEMS["dense causal, head dim 64, 16k"]] * 2)
     assert len(set(found)) == len(found)

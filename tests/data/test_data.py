@@ -50,6 +50,7 @@ def test_one_file_is_split_by_position(tmp_path):
     assert len(corpus.validation) == 20
 
 
+@pytest.mark.long
 def test_embedded_text_is_megabytes_of_python_and_the_same_in_another_process():
     corpus = data.embedded_text()
     assert len(corpus.train) > 3e6

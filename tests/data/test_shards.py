@@ -100,6 +100,7 @@ def test_of_several_files_some_are_held_out(tmp_path):
     assert texts[0] == "".join(LINES[0:3])
 
 
+@pytest.mark.long
 def test_the_command_writes_what_a_model_trains_on(text, tmp_path, capsys):
     assert cli.main(["tokenize", str(text), "--out", str(tmp_path / "shards"), "--vocabulary", "300"]) == 0
     assert "vocabulary 300" in capsys.readouterr().out

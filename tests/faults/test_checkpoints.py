@@ -156,6 +156,7 @@ def test_only_the_newest_two_stay(saved, tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
 
 
+@pytest.mark.long
 def test_runs_of_one_process_save_at_once(tmp_path):
     """As those of a sweep do, each in a thread of its own: of what orbax keeps once a process, nothing is mixed up."""
     runs = 4

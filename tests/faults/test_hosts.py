@@ -69,11 +69,13 @@ def test_what_the_first_refuses_ends_both_with_a_line(folder):
     commands.Pair(folder, *RUN).check(2, "run holds a run with Experiment.accumulation None there, 1 now, ", "; give ")
 
 
+@pytest.mark.long
 def test_a_sweep_s_runs_need_all_devices_of_two_processes(folder):
     pair = commands.Pair(folder, *SWEEP, "--gin.Ablation.devices_per_run=2")
     pair.check(2, "devices_per_run: got 2 with 2 processes, which train each run together on 4 devices; leave it out")
 
 
+@pytest.mark.long
 def test_without_a_cluster_it_is_a_line(folder):
     commands.run(folder, *RUN, "--distributed").check(
         2, "distributed: no cluster's environment is here", "--coordinator"

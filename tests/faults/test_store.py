@@ -82,6 +82,7 @@ def test_a_claim_of_a_dead_process_here_is_taken_over_at_once(run_folder):
         assert (run_folder / "owner.2").exists()
 
 
+@pytest.mark.long
 def test_a_stale_claim_of_another_machine_is_watched_and_then_taken_over(run_folder, bucket, monkeypatch):
     monkeypatch.setattr(claims, "WATCHED_FOR", 0.2)
     leave_claim(run_folder, machine="another")

@@ -46,6 +46,7 @@ def test_none_takes_the_kernel_on_a_tpu(tpu):
 
 
 @pytest.mark.parametrize("tpu", ["v5p", "v6e"])
+@pytest.mark.long
 def test_decoding_in_a_scan_takes_the_kernels(tpu):
     def decode(window, state, tokens):
         def step(caches, token):
@@ -98,6 +99,7 @@ QUICK_KERNELS = "banded flash", "linear, gated delta", "decode, cache"
         for pair in itertools.product(TOPOLOGIES, SHAPES)
     ],
 )
+@pytest.mark.long
 def test_kernels_compile(kernel, tpu, shape):
     row = KERNELS[kernel](SHAPES[shape])
     assert KERNEL in compile_for_tpu(row.function, *row.arrays, tpu=tpu).as_text()

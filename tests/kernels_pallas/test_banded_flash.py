@@ -83,6 +83,7 @@ QUICK_VALUES = ("causal bfloat16", "sinks", "causal in quarters")
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("case", slow_but(QUICK_VALUES, CASES))
+@pytest.mark.long
 def test_equals_the_reference(case, interpreted, monkeypatch):
     if case in IN_QUARTERS:
         set_tiles(monkeypatch, 256, 256)
@@ -96,6 +97,7 @@ def test_equals_the_reference(case, interpreted, monkeypatch):
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.long
 def test_a_query_without_keys_gives_zero_and_other_tiles_are_never_read(interpreted):
     """Intervals may leave out queries, whole query tiles and keys; key tiles that nobody sees hold NaN here."""
     starts, ends = np.zeros(384, int), np.zeros(384, int)
@@ -120,6 +122,7 @@ def test_a_query_without_keys_gives_zero_and_other_tiles_are_never_read(interpre
     np.testing.assert_allclose(lse[:, 130:140], jax.nn.logsumexp(logits, axis=-1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_sinks_are_seen_before_the_end_of_an_empty_interval_too(interpreted):
     starts, ends = np.array([9, 9, 3, 0] * 32), np.array([2, 0, 12, 0] * 32)
     query, key, value = draw_arrays(128)

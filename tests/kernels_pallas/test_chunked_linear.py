@@ -84,6 +84,7 @@ def assert_close(got, want, tolerance):
 
 
 @pytest.mark.parametrize("case", slow_but(QUICK, CASES))
+@pytest.mark.long
 def test_values_states_and_gradients_equal_the_reference_s(case, interpreted):
     length, drawn = CASES[case]
     arrays, options = draw(length, **drawn)
@@ -117,6 +118,7 @@ def test_runs_give_the_same_bits(interpreted):
 
 
 @pytest.mark.parametrize("decay", slow_but(["channel"], ["token", "channel"]))
+@pytest.mark.long
 def test_strong_decays_and_repeated_keys_stay_exact(decay, interpreted):
     """Decays that drop the state, -inf among them, and one key over and over, where inverses by powers fail."""
     arrays, _ = draw(160, decay=decay, delta=True)

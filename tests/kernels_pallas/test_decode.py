@@ -84,6 +84,7 @@ def test_a_step_equals_plain_jax_s(case, interpreted):
     jax.tree.map(np.testing.assert_array_equal, after, want_after)
 
 
+@pytest.mark.long
 def test_blocks_past_the_last_slot_in_use_are_not_read(interpreted):
     query, key, value = draw(1, 1, 2, 16), draw(1, 5000, 1, 16, seed=1), draw(1, 5000, 1, 16, seed=2)
     unused = (jnp.arange(5000) >= 2048)[:, None, None]  # whole blocks

@@ -174,6 +174,7 @@ def test_boxes_are_products_of_intervals(sides, tile, reach):
     ("queries", "keys", "reach", "block"),
     [(30, 30, 5, 4), (9, 40, 3, 8), pytest.param(50, 20, 20, 8, marks=pytest.mark.slow)],
 )
+@pytest.mark.long
 def test_lists_of_sorted_intervals_have_all_that_is_seen(queries, keys, reach, block):
     rng = np.random.default_rng(queries)
     starts = np.sort(rng.integers(0, keys, (3, queries)), axis=1)

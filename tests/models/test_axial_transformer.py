@@ -104,6 +104,7 @@ def oracle_conditioning(image, channel, p):
 
 @pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-9), pytest.param(False, 1e-5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", slow_but(["colour"], SIZES))
+@pytest.mark.long
 def test_equals_the_published_model_in_numpy(name, wide, tolerance):
     size = SIZES[name]
     with jax.enable_x64(wide):
@@ -120,6 +121,7 @@ def test_equals_the_published_model_in_numpy(name, wide, tolerance):
             np.testing.assert_allclose(got[:, :, channel], want, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.long
 def test_one_slice_an_image_is_its_part_of_all(case):
     size, model, values, logits = case
     images, slices = draw(size, 4), np.arange(4) % size[-1]
@@ -128,6 +130,7 @@ def test_one_slice_an_image_is_its_part_of_all(case):
     np.testing.assert_allclose(some, every[np.arange(4), :, :, slices], atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_logit_depends_on_every_earlier_sub_pixel_and_on_no_other(case):
     """Each sub-pixel changed in turn, channel by channel in raster order; exactly equal where nothing may change."""
     size, _, _, logits = case
@@ -154,6 +157,7 @@ def test_a_logit_depends_on_every_earlier_sub_pixel_and_on_no_other(case):
     ],
     indirect=["case"],
 )
+@pytest.mark.long
 def test_sampling_equals_recomputing_everything_for_each_sub_pixel(case, temperature):
     size, model, values, logits = case
     key, count = jax.random.key(5), 3
@@ -172,6 +176,7 @@ def test_sampling_equals_recomputing_everything_for_each_sub_pixel(case, tempera
     assert len(np.unique(slow)) > 1
 
 
+@pytest.mark.long
 def test_sampling_takes_a_pass_a_row_outside_and_a_pass_a_place_inside(case, monkeypatch):
     size, model, values, _ = case
     height, width, channels = size
@@ -201,6 +206,7 @@ def test_sampling_takes_a_pass_a_row_outside_and_a_pass_a_place_inside(case, mon
     assert passes == {"outer": channels * height, "inner": channels * height * width, "exterior": exterior}
 
 
+@pytest.mark.long
 def test_dropout_is_decided_by_the_key():
     model, values = build(SIZES["gray"], dropout_rate=0.3)
     images = draw(SIZES["gray"], 2)

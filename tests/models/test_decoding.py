@@ -38,6 +38,7 @@ STACKS = {name: [mixer] for name, mixer in CAUSAL.items()} | {
 
 
 @pytest.mark.parametrize("name", slow_but({"hybrid"}, STACKS))
+@pytest.mark.long
 def test_generated_tokens_are_the_likeliest_of_the_call(name):
     mixers = STACKS[name]
     model = LanguageModel(vocabulary=VOCABULARY, mixers=mixers, depth=len(mixers), features=FEATURES, max_length=LENGTH)

@@ -55,6 +55,7 @@ def likeliest(prompt, length):
     return tokens[0, : len(prompt) + length]
 
 
+@pytest.mark.long
 def test_ragged_prompts_are_continued_as_each_alone_and_padded():
     tokens = compiled(ONE, length=6, temperature=0)(PROMPT, LENGTHS, jax.random.key(0))
     assert tokens.dtype == jnp.int32
@@ -64,6 +65,7 @@ def test_ragged_prompts_are_continued_as_each_alone_and_padded():
 
 
 @pytest.mark.parametrize("row", slow_but([1], range(BATCH)))
+@pytest.mark.long
 def test_a_row_s_draws_do_not_depend_on_the_others(row):
     """Of other prompts, lengths and padding."""
     run = compiled(ONE, length=6, temperature=2.0, top_k=7, top_p=0.9)
@@ -79,6 +81,7 @@ def test_a_row_s_draws_do_not_depend_on_the_others(row):
 STOPPED = {"length": 6, "temperature": 0, "stop": (12, 4)}
 
 
+@pytest.mark.long
 def test_a_stop_token_ends_a_row():
     plain = np.asarray(compiled(ONE, length=6, temperature=0)(PROMPT, LENGTHS, jax.random.key(0)))
     tokens = compiled(ONE, **STOPPED)(PROMPT, LENGTHS, jax.random.key(0))

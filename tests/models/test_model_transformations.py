@@ -300,6 +300,7 @@ QUICK = {("softmax_convolved alone", how) for how in set(HOWS) - LEFT_OUT}
 
 
 @pytest.mark.parametrize("row", slow_but(QUICK, list(itertools.product(MODELS, HOWS))), ids=", ".join)
+@pytest.mark.long
 def test_a_model_computes_the_same(row):
     name, how = row
     HOWS[how](case(name))

@@ -66,6 +66,7 @@ def test_a_model_decodes_if_its_mixers_do():
     assert image.decoding_refusal == "SoftmaxAttention: only a causal mixer decodes; this one has is_causal=False"
 
 
+@pytest.mark.long
 def test_decoding_equals_the_call(hybrid, tokens):
     model, parameters = hybrid
     logits = compiled(model)(parameters, tokens)
@@ -108,6 +109,7 @@ def assert_alike(one, other):
 
 
 @pytest.mark.parametrize("remat", slow_but([True], [True, "products"]))
+@pytest.mark.long
 def test_remat_changes_memory_and_no_number(tokens, remat):
     (call, parameters), (plain, _) = (learning(tokens, remat=remat) for remat in (remat, False))
     assert_alike(call(parameters), plain(parameters))
@@ -141,6 +143,7 @@ ROUTING = functools.partial(nn.RoutingAttention, clusters=2, window=3)
         pytest.param([ROUTING], 1, False, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.long
 def test_layers_in_a_loop_are_what_they_are_in_turn(tokens, mixers, depth, remat):
     """Gradients, dropout, buffers and what layers add to the loss; layers that fill no turn come after the loop."""
     options = {"mixers": mixers, "depth": depth, "remat": remat}
@@ -165,6 +168,7 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
+@pytest.mark.long
 def test_dropout_is_decided_by_the_key_alone(hybrid, tokens):
     model, parameters = hybrid
     call = compiled(model)
@@ -186,6 +190,7 @@ def packing():
     return model, nn.initialize(model, jax.random.key(0)), tokens, jnp.repeat(jnp.array([[7, 3, 7]]), 5, axis=1)
 
 
+@pytest.mark.long
 def test_packed_documents_give_what_each_gives_alone(packing):
     model, values, tokens, ids = packing
     call = functools.partial(compiled(model), values)
@@ -193,6 +198,7 @@ def test_packed_documents_give_what_each_gives_alone(packing):
     np.testing.assert_allclose(call(tokens, segment_ids=ids), alone, atol=2e-5)
 
 
+@pytest.mark.long
 def test_padding_in_a_segment_of_its_own_changes_nothing_of_the_tokens(packing):
     model, values, tokens, ids = packing
     is_token = ids == 3
@@ -211,6 +217,7 @@ def test_padding_in_a_segment_of_its_own_changes_nothing_of_the_tokens(packing):
         jax.tree.map(np.testing.assert_array_equal, got, evaluate(values, tokens))
 
 
+@pytest.mark.long
 def test_a_document_longer_than_the_model_s_positions_has_no_numbers(packing):
     """Which a compiled program cannot refuse."""
     model, values, tokens, _ = packing

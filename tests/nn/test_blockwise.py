@@ -46,6 +46,7 @@ def test_a_cache_has_a_place_for_each_segment_and_one_for_the_token_itself():
     assert [mixer.state_size(length) for length in (3, 4, 15, 16)] == [32 * count for count in (1, 2, 4, 5)]
 
 
+@pytest.mark.long
 def test_a_sequence_shorter_than_a_segment_sees_only_itself():
     mixer = nn.CheckpointAttention(16, is_causal=True, segment=4, num_heads=2)
     heads = jax.random.normal(jax.random.key(0), (3, 1, 3, 2, 8))
@@ -71,6 +72,7 @@ def test_vectors_of_blocks_beside_a_state(wide):
         np.testing.assert_allclose(gradient, data[f"d_{name}"], atol=1e-9)
 
 
+@pytest.mark.long
 def test_blocks_decode_one_by_one_and_see_nothing_later():
     mixer = nn.BlockHybrid(16, is_causal=False, num_heads=2, num_key_heads=1, block=4)
     bound = nn.bind(mixer, nn.initialize(mixer, jax.random.key(0)))

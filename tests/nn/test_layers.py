@@ -86,6 +86,7 @@ def test_rotary_on_a_grid_turns_each_axis_by_its_own_channels():
     assert not np.any(moved_in_x & moved_in_y)
 
 
+@pytest.mark.long
 def test_layer_norm_has_mean_bias_and_deviation_scale():
     layer = nn.bind(norm := LayerNorm(64), nn.initialize(norm, jax.random.key(0)))
     layer.scale[...], layer.bias[...] = jnp.full(64, 3.0), jnp.full(64, 2.0)

@@ -188,6 +188,7 @@ def test_a_mixer_for_grids_is_known_by_its_options(name):
         pytest.param({"window": 4, "stride": 4, "edge": "clip", "sinks": 9}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.long
 def test_a_local_cache_for_few_tokens_decodes_them_as_one_for_many(options):
     mixer = nn.LocalAttention(FEATURES, is_causal=True, **options)
     bound = nn.bind(mixer, nn.initialize(mixer, jax.random.key(0)))
@@ -244,6 +245,7 @@ def test_l2vit_is_its_formula():
     np.testing.assert_allclose(bound.mix(query, key, value, x, None).reshape(20, 2, 8), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_inline_adds_a_convolution_of_the_values_that_depends_on_the_image():
     mixer = nn.InlineAttention(FEATURES, is_causal=False, num_heads=2)
     bound = nn.bind(mixer, nn.initialize(mixer, jax.random.key(0)))
@@ -283,6 +285,7 @@ def test_routing_does_not_learn_from_a_part_of_the_batch_alone():
 
 
 @pytest.mark.parametrize("normalize", ["unit", "layer"])
+@pytest.mark.long
 def test_routing_starts_from_k_means_of_the_first_batch_and_then_averages(normalize):
     mixer = nn.RoutingAttention(
         FEATURES, is_causal=True, clusters=4, window=5, normalize=normalize, decay=0.9, num_heads=2, rotary=False
@@ -469,6 +472,7 @@ def test_a_mixer_on_explicit_axes_lies_as_its_input_does_and_learns():
 
 @pytest.mark.parametrize("dtype", slow_but([jnp.bfloat16], [jnp.bfloat16, jnp.float16]))
 @pytest.mark.parametrize("name", slow_but({"local_sinks"}, MIXERS))
+@pytest.mark.long
 def test_gradients_in_16_bits_are_about_those_in_32(name, dtype):
     space = (5, 6) if name in GRIDS else (LENGTH,)
     x, weights = (jax.random.normal(jax.random.key(seed), (BATCH, *space, FEATURES)) for seed in (1, 2))

@@ -69,6 +69,7 @@ class Counting(nn.SoftmaxAttention):
 
 
 @pytest.mark.parametrize("remat", slow_but([True], [False, True]))
+@pytest.mark.long
 def test_buffers_learn_in_training_alone(remat):
     model = make(Counting, remat=remat)
     values = nn.initialize(model, jax.random.key(0))

@@ -82,6 +82,7 @@ def _sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
+@pytest.mark.long
 def test_rwkv7_is_its_paper_s_recurrence():
     bound, values, x = mixer_of(nn.RWKV7Attention)
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), values)
@@ -111,6 +112,7 @@ def test_rwkv7_is_its_paper_s_recurrence():
     np.testing.assert_allclose(jax.jit(bound)(x[None])[0], want, rtol=0, atol=2e-4 * np.abs(want).max())
 
 
+@pytest.mark.long
 def test_kimi_delta_attention_s_gates():
     bound, values, x = mixer_of(nn.LinearAttention, beta=1.0, decay="softplus_channel", output_gate="sigmoid")
     got = bound._recurrence(jnp.asarray(x)[None])["log_decay"][0]
@@ -124,6 +126,7 @@ def test_kimi_delta_attention_s_gates():
     )
 
 
+@pytest.mark.long
 def test_one_delta_rule_is_a_delta_product_whose_other_strength_is_0():
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.normal(size=(2, 6, 2, 4)), jnp.float32) for _ in range(3))

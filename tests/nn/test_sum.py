@@ -35,6 +35,7 @@ def test_each_mixer_gives_what_it_gives_alone_times_its_gate():
     np.testing.assert_allclose(of_plain, near + far, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_prompts_and_steps_give_what_the_call_gives():
     bound, _, x, *_ = gated()
     lengths = np.array([4, 2])

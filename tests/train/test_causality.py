@@ -101,11 +101,13 @@ SEQUENCES = [name for name, mixer in MIXERS.items() if not mixer.is_grid]
 
 @pytest.mark.parametrize("name", slow_but(["softmax", "routing", "routing_global", "gated_delta"], SEQUENCES))
 @pytest.mark.parametrize("length", slow_but([40], [1, 40]))
+@pytest.mark.long
 def test_of_the_library_s_mixers_only_the_one_that_says_so_leaks(name, length):
     leaks = name == "routing_global" and length > 1
     assert (find_leak(MIXERS[name](16), length) is not None) == leaks
 
 
+@pytest.mark.long
 def test_a_long_sequence_is_read_in_part_unless_the_mixer_takes_no_other():
     lengths = []
 

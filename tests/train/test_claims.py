@@ -195,6 +195,7 @@ def test_it_is_renewed(tmp_path, monkeypatch):
             time.sleep(0.01)
 
 
+@pytest.mark.long
 def test_a_holder_that_was_given_up_stops(tmp_path):
     program = """
 import importlib.util, pathlib, sys, time

@@ -45,6 +45,7 @@ def traced_flops(depth, *, mesh=TWO_BY_TWO, length=256, **options):
 
 
 @pytest.mark.parametrize(("remat", "passes"), [(False, 3), (True, 4)])
+@pytest.mark.long
 def test_flops_grow_with_depth_as_the_models_own_count_does(remat, passes):
     """A backward pass is twice the forward, which remat takes once more; kernels compute logits again, and whole tiles
     where the model counts the window's pairs, a quarter of them here."""
@@ -53,10 +54,12 @@ def test_flops_grow_with_depth_as_the_models_own_count_does(remat, passes):
     assert 1 <= (deep[0] - shallow[0]) / (passes * (deep[1] - shallow[1])) < 1.25
 
 
+@pytest.mark.long
 def test_flops_of_a_loop_over_layers_are_those_of_the_layers():
     assert traced_flops(4, scan_layers=True) == traced_flops(4)
 
 
+@pytest.mark.long
 def test_flops_do_not_depend_on_the_axis_that_shares_examples():
     assert traced_flops(2) == traced_flops(2, mesh=Mesh(data=4)) == traced_flops(2, mesh=Mesh(data=2, tensor=2))
 
@@ -357,6 +360,7 @@ def compilations(monkeypatch):
 
 
 @needs_libtpu
+@pytest.mark.long
 def test_a_sweep_is_compiled_row_by_row_and_continues(tmp_path, compilations, monkeypatch):
     sweep = ["compile", SWEEP, "--topology", "v5e:2x2", "--workdir", str(tmp_path), "--gin.Mesh.fsdp=2"]
     arms = "--gin.Ablation.arms={'softmax': 'experiments/mixers/softmax.gin', 'local': 'experiments/mixers/local.gin'}"

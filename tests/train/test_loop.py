@@ -58,6 +58,7 @@ def wait_until(condition, process, seconds=120):
         time.sleep(0.002)
 
 
+@pytest.mark.long
 def test_it_learns(uninterrupted):
     train_losses = [row["loss"] for row in uninterrupted.history if row["split"] == "train"]
     assert train_losses[0] > 4.5
@@ -66,16 +67,19 @@ def test_it_learns(uninterrupted):
     assert uninterrupted.items_per_second > 0
 
 
+@pytest.mark.long
 def test_rows_come_at_the_steps_asked_for(uninterrupted):
     steps = [(row["split"], row["step"]) for row in uninterrupted.history]
     assert [step for split, step in steps if split == "train"] == list(range(4, 37, 4))
     assert [step for split, step in steps if split == "validation"] == [12, 24, 36]
 
 
+@pytest.mark.long
 def test_the_same_experiment_gives_the_same_numbers(uninterrupted):
     assert without_times(train(runs.experiment()).history) == without_times(uninterrupted.history)
 
 
+@pytest.mark.long
 def test_without_a_bar_the_first_steps_say_once_how_long_the_others_take(monkeypatch, capsys):
     few = {"steps": 12, "evaluate_every": 12, "checkpoint_every": 12}
     train(runs.experiment(**few))
@@ -96,6 +100,7 @@ def test_another_seed_gives_others(uninterrupted):
     assert without_times(train(runs.experiment(seed=1)).history) != without_times(uninterrupted.history)
 
 
+@pytest.mark.long
 def test_sigterm_keeps_the_step_it_came_at(uninterrupted, tmp_path):
     process = start(tmp_path)
     wait_until(lambda: (tmp_path / "metrics.jsonl").exists(), process)
@@ -115,6 +120,7 @@ def finished(tmp_path_factory):
     return workdir, train(runs.experiment(), workdir=workdir, fingerprint=runs.FINGERPRINT, config_text="# mine")
 
 
+@pytest.mark.long
 def test_a_workdir_holds_all_of_the_run(finished, uninterrupted):
     workdir, result = finished
     assert without_times(read_rows(workdir)) == without_times(uninterrupted.history)
@@ -123,6 +129,7 @@ def test_a_workdir_holds_all_of_the_run(finished, uninterrupted):
     assert json.loads((workdir / "result.json").read_text()) == dataclasses.asdict(result)
 
 
+@pytest.mark.long
 def test_a_finished_run_gives_its_result_at_once(finished):
     workdir, result = finished
     before = time.monotonic()
@@ -159,6 +166,7 @@ def damage(checkpoint):
             path.write_bytes(b"")
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, uninterrupted, capsys):
     unfinished(tmp_path)
     checkpoints = tmp_path / "checkpoints"
@@ -176,6 +184,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, unin
     assert not jax.tree.all(jax.tree.map(np.array_equal, values, restore_values(runs.experiment(), tmp_path)))
 
 
+@pytest.mark.long
 def test_without_a_readable_checkpoint_nothing_is_begun_or_moved(tmp_path):
     unfinished(tmp_path)
     for checkpoint in (tmp_path / "checkpoints").iterdir():
@@ -347,6 +356,7 @@ WILD = OptimizerOptions(learning_rate=1e30, warmup_steps=0, clip_norm=1e30)
         ({"optimizer": WILD, "log_every": 36, "checkpoint_every": 1}, 1),
     ],
 )
+@pytest.mark.long
 def test_a_state_that_is_not_finite_is_not_kept(tmp_path, options, kept):
     """The first step leaves huge finite values behind, the second is of no number."""
     shown = f"the last checkpoint is step {kept} in {tmp_path}" if kept else f"no checkpoint is in {tmp_path} yet"
@@ -357,6 +367,7 @@ def test_a_state_that_is_not_finite_is_not_kept(tmp_path, options, kept):
         assert steps == ([kept] if kept else [])
 
 
+@pytest.mark.long
 def test_a_state_is_looked_at_beside_its_loss(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_means", lambda sums: {"loss": 1.0})
     with pytest.raises(FloatingPointError, match=r"\S+ is not finite at step 6; no checkpoint is in"):
@@ -386,6 +397,7 @@ def test_counts_are_integers(name):
             runs.experiment(**{name: given})
 
 
+@pytest.mark.long
 def test_evaluation_is_exact_over_a_ragged_last_batch():
     """The mean over all validation examples, whatever the batch size."""
     results = []
@@ -397,6 +409,7 @@ def test_evaluation_is_exact_over_a_ragged_last_batch():
     np.testing.assert_allclose(*results, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_profile_has_the_steps_that_were_asked_for(tmp_path):
     """As xprof opens it."""
     train(runs.experiment(steps=8), workdir=tmp_path, profiled=3)
@@ -408,6 +421,7 @@ def test_a_profile_has_the_steps_that_were_asked_for(tmp_path):
     assert sum(event.name == "data" for event in events) == 3
 
 
+@pytest.mark.long
 def test_rows_say_how_long_data_and_checkpoints_took(tmp_path):
     result = train(runs.experiment(steps=8, log_every=2, checkpoint_every=2), workdir=tmp_path)
     training = [row for row in result.history if row["split"] == "train"]

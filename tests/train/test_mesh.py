@@ -69,6 +69,7 @@ def test_runs_are_built_for_devices_that_are_described():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="describing a TPU needs libtpu")
+@pytest.mark.long
 def test_axes_of_a_mesh_may_share_one_of_a_torus():
     mesh = Mesh(data=2, fsdp=8, context=8).build(topology_devices("v5p:4x4x8"))
     parts = mesh.devices.reshape(16, 8)
@@ -125,6 +126,7 @@ def test_losses_do_not_depend_on_the_mesh(mixer, name):
 
 
 @pytest.mark.parametrize("mesh", slow_but([Mesh(data=2)], [Mesh(), Mesh(data=2), Mesh(fsdp=2, tensor=4)]), ids=str)
+@pytest.mark.long
 def test_accumulated_gradients_are_those_of_the_whole_batch(mesh):
     model, mesh, found = language_model(dropout_rate=0.0, depth=1), mesh.build(), []
     for accumulation in (1, 4):
@@ -139,6 +141,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(mesh):
 
 
 @pytest.mark.parametrize("name", slow_but({_ALL_AXES}, MESHES))
+@pytest.mark.long
 def test_initial_values_are_those_of_one_device_bit_for_bit(name):
     model, key = language_model("parallax"), jax.random.key(3)
     task, optimizer = runs.experiment().task, make_optimizer(OptimizerOptions(), 1000)
@@ -179,6 +182,7 @@ def test_an_axis_that_the_mesh_does_not_divide_stays_whole():
     assert found["parameters/layers/0/mixer/key/kernel"] == ("fsdp", None, None), "two key heads"
 
 
+@pytest.mark.long
 def test_a_step_leaves_the_state_where_it_lay_and_no_device_holds_all_of_it():
     mesh = Mesh(fsdp=8).build()
     state, step, batches = start(language_model(), mesh)

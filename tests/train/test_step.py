@@ -24,6 +24,7 @@ def test_weight_decay_is_for_matrices_alone():
     np.testing.assert_array_equal(decayed["vector"], 1)
 
 
+@pytest.mark.long
 def test_validation_metrics_are_those_that_an_evaluation_gives():
     experiment = runs.experiment()
     values = nn.initialize(experiment.model, jax.random.key(0))

@@ -105,6 +105,7 @@ QUICK = ("one tile",)
 
 
 @pytest.mark.parametrize("case", slow_but(QUICK, CASES))
+@pytest.mark.long
 def test_equals_float64(case, on_gpu):
     pattern, options = CASES[case]
     arrays, scale = draw(pattern.queries, **options), SCALE.get(case, 0.125)
@@ -120,6 +121,7 @@ QUICK_GRADIENTS = ("one tile",)
 
 
 @pytest.mark.parametrize("case", slow_but(QUICK_GRADIENTS, [case for case in CASES if "far from 0" not in case]))
+@pytest.mark.long
 def test_gradients_equal_float64(case, on_gpu):
     pattern, options = CASES[case]
     arrays, scale = draw(pattern.queries, **options), SCALE.get(case, 0.125)
@@ -246,6 +248,7 @@ QUICK_LOWERED = [case for case in LOWERED if case[:2] == (jnp.bfloat16, (128, 12
 
 
 @pytest.mark.parametrize("call", slow_but(QUICK_LOWERED, LOWERED))
+@pytest.mark.long
 def test_is_lowered_for_a_gpu(call):
     dtype, dims, pattern = call
     options = {"pattern": PATTERNS[pattern], "scale": 0.1}

@@ -134,6 +134,7 @@ def assert_near(got, expected, arrays, epsilon):
     np.testing.assert_allclose(gradients[3], right[3], rtol=0, atol=atol)
 
 
+@pytest.mark.long
 def test_a_full_tile_and_an_edge_equal_the_dense_form(on_gpu):
     """128 queries that see 128 keys and the earlier ones of 128 more, by a negative scale and with jax_enable_x64."""
     query, (_, key, value) = draw_arrays(128, heads=1)[0], draw_arrays(256)
@@ -408,6 +409,7 @@ QUICK_LOWERED = {
 
 
 @pytest.mark.parametrize("case", slow_but(QUICK_LOWERED, LOWERED))
+@pytest.mark.long
 def test_lowers_for_cuda(case):
     pattern, dtype, (head_dim, value_dim), segments = LOWERED[case]
     arrays = shapes(512, head_dim=head_dim, value_dim=value_dim, dtype=dtype)
@@ -507,12 +509,14 @@ TRANSFORMED = {"vmap": over_batch, "remat": jax.checkpoint(loss), "scan": scanne
 
 
 @pytest.mark.parametrize("name", slow_but({"shard_map"}, TRANSFORMED))
+@pytest.mark.long
 def test_gradients_of_transformed_calls_lower(name):
     """Interpret mode has no rules for the effects that kernels have in it under these."""
     gradient = jax.grad(TRANSFORMED[name], argnums=(0, 1, 2))
     assert b"mosaic_gpu" in lower(gradient, *shapes(140, heads=1))
 
 
+@pytest.mark.long
 def test_lists_of_known_and_of_traced_arrays_are_the_same():
     end = jnp.arange(1, 301)[None].repeat(2, axis=0)
     start = jnp.maximum(end - jnp.asarray([[40], [200]]), 0)

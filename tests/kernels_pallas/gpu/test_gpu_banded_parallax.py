@@ -100,6 +100,7 @@ QUICK = ("one tile",)
 
 
 @pytest.mark.parametrize("case", slow_but(QUICK, CASES))
+@pytest.mark.long
 def test_values_and_gradients_equal_float64(case, on_gpu):
     pattern, options = CASES[case]
     arrays, scale = draw(pattern.queries, **options), SCALE.get(case, 0.125)
@@ -180,6 +181,7 @@ QUICK_LOWERED = [case for case in LOWERED if case[:2] == (jnp.bfloat16, (128, 12
 
 
 @pytest.mark.parametrize("call", slow_but(QUICK_LOWERED, LOWERED))
+@pytest.mark.long
 def test_is_lowered_for_a_gpu(call):
     dtype, dims, length = call
     with jax.enable_x64(dtype == jnp.float16):

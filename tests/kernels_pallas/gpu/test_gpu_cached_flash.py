@@ -52,6 +52,7 @@ QUICK = ("one part",)
 
 
 @pytest.mark.parametrize("case", slow_but(QUICK, CASES))
+@pytest.mark.long
 def test_equals_float64(case, on_gpu):
     slots, options, scale = CASES[case]
     arrays = draw(slots, **options)

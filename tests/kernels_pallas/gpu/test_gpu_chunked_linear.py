@@ -138,6 +138,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", slow_but(("gated delta",), CASES))
+@pytest.mark.long
 def test_values_states_and_gradients_equal_the_recurrence_s(case, on_gpu):
     arrays, cotangents = draw(**CASES[case])
     got, gradients = on_gpu(jax.jit(values_and_gradients), arrays, cotangents)
@@ -161,6 +162,7 @@ STRETCHES = {
 
 
 @pytest.mark.parametrize("case", slow_but(("gated delta",), STRETCHES))
+@pytest.mark.long
 def test_stretches_side_by_side_give_the_recurrence_s_values_and_gradients(case, on_gpu, monkeypatch):
     monkeypatch.setattr(chunk, "stretches", lambda chunks, *_: min(chunks, 3))
     arrays, cotangents = draw(**STRETCHES[case])
@@ -304,6 +306,7 @@ QUICK_LOWERED = [(variant, jnp.bfloat16, 128) for variant in (("token", True), (
 
 
 @pytest.mark.parametrize("call", slow_but(QUICK_LOWERED, LOWERED))
+@pytest.mark.long
 def test_kernels_and_gradients_lower_for_hopper(call):
     variant, dtype, width = call
     arrays, cotangents = structs(features=width, value_dim=width, decay=variant[0], delta=variant[1], dtype=dtype)
@@ -313,6 +316,7 @@ def test_kernels_and_gradients_lower_for_hopper(call):
 
 
 @pytest.mark.parametrize("variant", slow_but([("token", True)], VARIANTS))
+@pytest.mark.long
 def test_stretches_lower_for_hopper(variant):
     arrays, cotangents = structs(6144, decay=variant[0], delta=variant[1])
     assert chunk.Call(*arrays[:5]).stretches > 2

@@ -48,6 +48,7 @@ QUICK = ("two rows side by side",)
 
 
 @pytest.mark.parametrize("case", slow_but(QUICK, CASES))
+@pytest.mark.long
 def test_equals_float64(case, on_gpu):
     features, value_dim, options = CASES[case]
     arrays = draw(features, value_dim, **options)
@@ -72,6 +73,7 @@ def test_under_vmap_and_scan(on_gpu):
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (128, 128), (256, 256), (80, 40)])
+@pytest.mark.long
 def test_is_lowered_for_a_gpu(shape):
     with jax.enable_x64(shape == (80, 40)):
         exported = export.export(jax.jit(linear_step), platforms=["cuda"])(*draw(*shape, decays=True, delta=True))

@@ -14,6 +14,7 @@ from attnlab.train import LanguageTask
 @pytest.mark.parametrize(
     ("membership", "leaks"), [pytest.param("strict", False, marks=pytest.mark.slow), ("global", True)]
 )
+@pytest.mark.long
 def test_another_future_moves_the_past_of_leaking_models_alone(membership, leaks):
     text = np.random.default_rng(0).integers(16, size=2000).astype(np.uint8)
     task = LanguageTask(data.Corpus("noise", text[:1000], text[1000:]), sequence_length=32, probe_future=True)
@@ -33,6 +34,7 @@ def test_another_future_moves_the_past_of_leaking_models_alone(membership, leaks
 
 @pytest.mark.parametrize("windows", slow_but([2], [1, 2, 5]))
 @pytest.mark.parametrize(("membership", "leaks"), [("strict", False), ("global", True)])
+@pytest.mark.long
 def test_a_batch_of_copies_has_another_future_too(windows, membership, leaks):
     """Where validation has one window only, the other examples of its batch are copies of it."""
     text = np.random.default_rng(0).integers(8, size=200).astype(np.uint8)
@@ -62,6 +64,7 @@ def of_characters():
     return task, model, nn.initialize(model, jax.random.key(0))
 
 
+@pytest.mark.long
 def test_texts_are_continued_as_they_are_drawn():
     """From its own beginnings as `continuations` has them at once."""
     task, model, values = of_characters()
@@ -74,6 +77,7 @@ def test_texts_are_continued_as_they_are_drawn():
     assert texts == task.continuations(model, values, count=2, **draws)
 
 
+@pytest.mark.long
 def test_a_continuation_ends_after_a_text():
     """Of several tokens too; the others go on, and the prompts do not count."""
     task, model, values = of_characters()

@@ -73,11 +73,13 @@ def colour():
     return task, bound, float(loss), logits
 
 
+@pytest.mark.long
 def test_axial_evaluation_is_exact_over_every_channel(colour):
     task, _, loss, logits = colour
     np.testing.assert_allclose(loss, np.mean(cross_entropy(logits, task.images.validation_images)), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_axial_training_takes_a_channel_of_each_image_that_the_key_draws(colour):
     task, bound, _, logits = colour
     one = jax.jit(lambda pixels, seed: task.loss(bound, {"pixels": pixels}, key=jax.random.key(seed))[0])
@@ -123,6 +125,7 @@ def test_models_of_other_levels_are_refused(make):
 
 
 @pytest.mark.parametrize("make", slow_but([raster], [axial, raster]))
+@pytest.mark.long
 def test_a_picture_has_validation_images_over_samples(make, tmp_path):
     from matplotlib.image import imread
 

@@ -21,6 +21,7 @@ def evaluated():
     return task, model, batch, jax.jit(lambda batch: task.loss(model, batch, key=None)[1])(batch)
 
 
+@pytest.mark.long
 def test_output_positions_pick_rows_of_the_logits(evaluated):
     _, model, batch, _ = evaluated
     positions = jnp.asarray(np.random.default_rng(0).integers(16, size=(6, 3)))
@@ -29,6 +30,7 @@ def test_output_positions_pick_rows_of_the_logits(evaluated):
     np.testing.assert_allclose(picked, jnp.take_along_axis(everywhere, positions[..., None], 1), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_metrics_of_sequences_are_means_over_what_is_asked(evaluated):
     """In numpy, over all positions, with the last batch's fillers left out."""
     _, model, batch, metrics = evaluated
@@ -79,12 +81,14 @@ def regressed():
     return task, batch, metrics
 
 
+@pytest.mark.long
 def test_a_regression_s_error_is_the_squared_one_over_dim(regressed):
     _, batch, metrics = regressed
     np.testing.assert_allclose(metrics["loss"], np.mean((batch["targets"] - 0.5) ** 2) / 3, rtol=1e-5)
     np.testing.assert_allclose(metrics["error, 4 pairs"], np.mean((batch["targets"][:, 4] - 0.5) ** 2) / 3, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_regression_stands_beside_ridge_and_one_step_of_gradient_descent(regressed):
     """Ridge: what numpy's least squares leaves. One step: (dim + 1) / (pairs + dim + 1), which is exact on average."""
     _, batch, metrics = regressed
