@@ -6,7 +6,9 @@ for, so that training never sees one twice and nothing is stored.
 """
 
 import dataclasses
+import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
@@ -241,24 +243,25 @@ class Permutations:
 
     @property
     def vocabulary(self) -> int:
-        return len(_permutations(self.points))
+        return math.factorial(self.points)
 
     @property
     def answers(self) -> int:
         return self.length
 
     def draw(self, rng: np.random.Generator, index: int) -> dict[str, np.ndarray]:
-        table = _permutations(self.points)
-        inputs = rng.integers(len(table), size=self.length)
-        digits = self.points ** np.arange(self.points)  # a permutation as a number, to find it in the table
-        numbers = {int(code): number for number, code in enumerate(table @ digits)}
-        products = itertools.accumulate(table[inputs], lambda before, now: now[before])
-        return _example(inputs, np.array([numbers[int(product @ digits)] for product in products]))
+        products = _products(self.points)
+        inputs = rng.integers(len(products), size=self.length)
+        targets = itertools.accumulate(inputs.tolist(), lambda before, now: products[before][now])
+        return _example(inputs, np.array(list(targets)))
 
 
-def _permutations(points: int) -> np.ndarray:
-    """[points!, points], in lexicographic order."""
-    return np.array(list(itertools.permutations(range(points))))
+@functools.cache
+def _products(points: int) -> list[list[int]]:
+    """[points!][points!], the number of q o p by those of p and q, in lexicographic order."""
+    table = np.array(list(itertools.permutations(range(points))))
+    codes = points ** np.arange(points)[::-1]  # a permutation as a number, which keeps the order
+    return np.searchsorted(table @ codes, (table[:, table] @ codes).T).tolist()
 
 
 @dataclasses.dataclass(frozen=True)
