@@ -75,7 +75,7 @@ def chunk(
     heads, size, _ = query.shape
     dot = functools.partial(_dot, dtype)
     by_channel = decay is not None and decay.shape[1] == size
-    into, onward, through, decays = None, None, None, None
+    into, onward, through, exponents = None, None, None, None
     if decay is not None and by_channel:
         query, key, value = (_spread(x, heads) for x in (query, key, value))
         channels = (_mild_channels if mild else _channels)(dtype, decay, key)
@@ -84,31 +84,37 @@ def chunk(
     else:
         reading = key
         if decay is not None:
-            decays, into, onward, through = _by_token(decay)
+            exponents, into, onward, through = _by_token(decay)
+            decays = jnp.exp(lax.stop_gradient(exponents))
 
     def products(x: Array, is_system: bool) -> Array:
-        """Of queries, or for the system of keys, with keys, and the decays between them."""
+        """Of queries, or for the system of keys, with keys, and the decays between them; 0 for later ones.
+
+        Hidden before they are used: what a later token gives may not be finite, nor then the gradients.
+        """
+        is_seen = _where(_before if is_system else _until, size)
         if by_channel:
-            return channels.products(x, is_system)
-        return _times(_spread(dot(x, key, (1, 1)), heads), decays)
+            return jnp.where(is_seen, channels.products(x, is_system), np.float32(0))
+        found = _spread(dot(x, key, (1, 1)), heads)
+        if exponents is None:
+            return jnp.where(is_seen, found, np.float32(0))
+        return _decayed_products(found, exponents, decays, is_seen)
 
     def from_state(x: Array) -> Array:
         return dot(x * channels.into, state, (1, 0)) if by_channel else _times(dot(x, state, (1, 0)), into)
 
     if beta is not None:
-        strength = _column(beta)
-        value = strength * (_spread(value, heads) - from_state(reading))
-        # Hidden before it is multiplied: what a later token gives may not be finite, nor then strength's gradient.
-        system = strength * jnp.where(_where(_before, size), products(reading, True), np.float32(0))
+        strength = _in_every_lane(_column(beta), size)
+        value = _times(_spread(value, heads) - from_state(reading), strength)
+        system = strength * products(reading, True)
         if inverses is None:
             inverses = _inverses(dtype, system)
         value = _solve(dtype, inverses, system, value)
     if by_channel:
         written = dot(channels.onward(), value, (0, 0))
     else:
-        written = _spread(dot(key, value if onward is None else onward * _spread(value, heads), (0, 0)), heads)
-    weights = jnp.where(_where(_until, size), products(query, False), np.float32(0))
-    out = dot(weights, value, (1, 0)) + from_state(query)
+        written = _spread(dot(key, value if onward is None else _times(_spread(value, heads), onward), (0, 0)), heads)
+    out = dot(products(query, False), value, (1, 0)) + from_state(query)
     return (_times(state, through) + written, out), inverses
 
 
@@ -130,16 +136,40 @@ def exact_sums(log_decay: Array) -> Array:
 
 
 def _by_token(sums: Array) -> tuple[Array, Array, Array, Array]:
-    """exact_sums() -> e^{D_ij} [N, C, C], 0 above the diagonal, e^{D_i0} and e^{D_Ci} [N, C, 1], e^{D_C0} [N, 1, 1]."""
+    """exact_sums() -> D_ij, large and negative above the diagonal, e^{D_i0} and e^{D_Ci}, all [N, C, C], and e^{D_C0}
+    [N, 1, 1]."""
     size = sums.shape[2]
     rows = sums[:, :1], lax.stop_gradient(sums[:, 1:])
-    columns, last = [_column(x) for x in rows], [x[:, :, -1:] for x in rows]
+    columns, last = [_in_every_lane(_column(x), size) for x in rows], [x[:, :, -1:] for x in rows]
 
     def decay(later: Sequence[Array], earlier: Sequence[Array]) -> Array:
         return (later[0] - earlier[0]) + (later[1] - earlier[1])
 
     exponents = jnp.where(_where(_until, size), decay(columns, rows), np.float32(-1e30))  # before exp
-    return jnp.exp(exponents), jnp.exp(sum(columns)), jnp.exp(decay(last, columns)), jnp.exp(sum(last))
+    return exponents, jnp.exp(sum(columns)), jnp.exp(decay(last, columns)), jnp.exp(sum(last))
+
+
+@jax.custom_vjp
+def _decayed_products(products: Array, exponents: Array, decays: Array, is_seen: Array) -> Array:
+    """products e^exponents where seen, else 0. decays: e^exponents. The exponents' gradient is of the whole, which
+    takes one multiplication of matrices where that of the decays takes two."""
+    return jnp.where(is_seen, products * decays, np.float32(0))
+
+
+def _decayed_products_forward(
+    products: Array, exponents: Array, decays: Array, is_seen: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    out = _decayed_products(products, exponents, decays, is_seen)
+    return out, (out, decays, is_seen)
+
+
+def _decayed_products_backward(kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, None, None]:
+    out, decays, is_seen = kept
+    gradient = jnp.where(is_seen, gradient, np.float32(0))
+    return gradient * decays, gradient * out, None, None
+
+
+_decayed_products.defvjp(_decayed_products_forward, _decayed_products_backward)
 
 
 class Channels(NamedTuple):
@@ -517,7 +547,13 @@ def _added(x: Array, heads: int) -> Array:
 
 
 def _times(x: Array, factor: Array | None) -> Array:
-    return x if factor is None else x * factor
+    """x [N, R, W] times a factor [N, 1, 1], or [N, R, C] that is the same in every lane."""
+    if factor is None:
+        return x
+    width, lanes = x.shape[2], factor.shape[2]
+    if lanes > 1 and lanes < width:
+        factor = jnp.concatenate([factor] * -(-width // lanes), axis=2)
+    return x * (factor[:, :, :width] if factor.shape[2] > width else factor)
 
 
 def _rolled(x: Array, shift: int, axis: int) -> Array:
@@ -531,6 +567,12 @@ def _rolled(x: Array, shift: int, axis: int) -> Array:
 def _column(row: Array) -> Array:
     """[N, 1, C] -> [N, C, 1]"""
     return jnp.sum(jnp.where(_where(_same, row.shape[2]), row, np.float32(0)), axis=2, keepdims=True)
+
+
+def _in_every_lane(column: Array, lanes: int) -> Array:
+    """[N, C, 1] -> [N, C, lanes]. Gradients of several products with it are then added up before their lanes are, which
+    is what takes long."""
+    return jnp.broadcast_to(column, (*column.shape[:2], lanes))
 
 
 def _where(which: Callable[[Array, Array], Array], size: int) -> Array:
