@@ -342,9 +342,19 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     regress = commands.add_parser(
         "regress",
         help="regression at test time, without training",
-        description="How well untrained mechanisms answer a linear map from examples in their context.",
+        description="How well untrained mechanisms answer a linear map from examples in their context (regression), "
+        "how many pairs memories keep against the width of keys (capacity), and what objectives save where some values "
+        "are noise (outliers).",
     )
-    regress.add_argument("--seeds", type=int, default=20, help="sequences of each kind (default 20)")
+    regress.add_argument(
+        "case",
+        nargs="?",
+        choices=["regression", "capacity", "outliers"],
+        default="regression",
+        metavar="CASE",
+        help="regression, capacity or outliers (default regression)",
+    )
+    regress.add_argument("--seeds", type=int, default=20, help="of what is drawn (default 20)")
     regress.add_argument(
         "--workdir", type=_path, default=Path("runs/regress"), help="folder for results (default runs/regress)"
     )
@@ -863,11 +873,11 @@ def _regress(command: argparse.Namespace, overrides: list[str]) -> int:
 
     if not 1 <= command.seeds <= _MOST_SEQUENCES:
         raise UserError(f"seeds: got {command.seeds}; need 1 to {_MOST_SEQUENCES}")
-    _check_out(command.workdir / "regression.png", is_picture=True, option="workdir")
-    shown = regress.write(
-        command.workdir, seeds=range(command.seeds), command=f"attnlab regress --seeds {command.seeds}"
-    )
-    print(f"{shown}\n\nwrote {command.workdir / 'regression.png'}")
+    picture = command.workdir / f"{command.case}.png"
+    _check_out(picture, is_picture=True, option="workdir")
+    repeated = f"attnlab regress {command.case} --seeds {command.seeds}"
+    print(regress.CASES[command.case].write(command.workdir, seeds=range(command.seeds), command=repeated))
+    print(f"\nwrote {picture}")
     return 0
 
 

@@ -25,7 +25,7 @@ ALLOWED = {
     "doctor": {"", "attention"},
     "peers": {"train", "models", "data", "nn", ""},
     "new": {"config", "errors"},
-    "regress": {""},
+    "regress": {"ablate", ""},
     "show": {"models", "nn", "attention", "errors"},
     "config": {"errors", "train", "models", "data", "nn"},
     "export": {"errors", "config", "train", "data", "nn", "attention", ""},

@@ -13,9 +13,10 @@ import urllib.request
 import jax
 import pytest
 
-from attnlab import __version__, cli, config, errors, regress
+from attnlab import __version__, cli, config, errors
 from attnlab.ablate import speed
 from attnlab.bench import lengths
+from attnlab.regress import regression
 from attnlab.train.mesh import on_devices
 from attnlab.train.tasks import language
 
@@ -432,7 +433,7 @@ def test_a_mistake_gives_one_line_and_status_2(mistake, tmp_path, capsys, monkey
 @pytest.mark.parametrize("command", ["bench", "regress"])
 def test_a_folder_for_figures_is_looked_at_before_anything_is_measured(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(lengths, "time_lengths", lambda *_, **__: pytest.fail("measured"))
-    monkeypatch.setattr(regress, "write", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(regression, "write", lambda *_, **__: pytest.fail("measured"))
     (tmp_path / "file").write_text("")
     assert cli.main([command, "--workdir", str(tmp_path / "file")]) == 2
     assert re.fullmatch(r"attnlab: workdir: cannot write to .*\.png \(.*\); give another\n", capsys.readouterr().err)

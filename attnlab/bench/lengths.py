@@ -1,6 +1,7 @@
 """Time and memory of every mechanism against length, beside a dense jax.nn.dot_product_attention in the same run."""
 
 import ctypes
+import dataclasses
 import json
 import math
 import sys
@@ -21,12 +22,26 @@ _MOST_BYTES, _MOST_SECONDS = 6 * 2**30, 20.0
 _FIT_FROM = 4096
 
 HEADS, HEAD_DIM, AGENTS, WINDOW = 4, 64, 64, catalog.WINDOW
-# Beside the catalog, for comparison: functions of query, key, value [1, length, HEADS, HEAD_DIM].
+# Beside the catalog's, for comparison: what grows with the square as dense attention does, and the delta rule's memory.
+MECHANISMS = {
+    **catalog.MECHANISMS,
+    **{
+        f"{name}, an eighth": dataclasses.replace(
+            catalog.MECHANISMS[name],
+            large=lambda length: {"query_block": 128, "key_block": 128, "places": max(1, length // 1024)},
+        )
+        for name in ("block-sparse", "block-sparse, causal")
+    },
+    "memory, without gates": dataclasses.replace(
+        catalog.MECHANISMS["memory"], arrays=catalog.MECHANISMS["memory, per chunk"].arrays
+    ),
+}
+# Functions of query, key, value [1, length, HEADS, HEAD_DIM].
 _DENSE: dict[str, dict[str, Any]] = {
     "jax.nn dense, causal": {"is_causal": True},
     f"jax.nn dense, causal (window {WINDOW})": {"is_causal": True, "local_window_size": (WINDOW - 1, 0)},
 }
-NAMES = [*_DENSE, *catalog.MECHANISMS]
+NAMES = [*_DENSE, *MECHANISMS]
 
 
 def named(*starts: str, names: Sequence[str] = NAMES) -> list[str]:
@@ -40,7 +55,7 @@ def _call(name: str, length: int) -> tuple[str, Callable[..., jax.Array], dict[s
         shape = (3, 1, length, HEADS, HEAD_DIM)
         arrays = dict(zip(("query", "key", "value"), jax.random.normal(jax.random.key(0), shape)))
         return name, lambda arrays: jax.nn.dot_product_attention(**arrays, **_DENSE[name]), arrays
-    mechanism = catalog.MECHANISMS[name]
+    mechanism = MECHANISMS[name]
     sizes = {"head_dim": HEAD_DIM, "value_dim": HEAD_DIM, "agents": AGENTS, "clusters": math.isqrt(length)}
     arrays = mechanism.inputs(length, batch=1, heads=HEADS, **sizes)
     options = mechanism.large(length)

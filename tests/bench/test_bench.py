@@ -1,10 +1,12 @@
 """The benchmarks of this machine: rows for every mechanism and length, a table, a plot, and exponents of the times."""
 
+import inspect
 import json
 import math
 
 import pytest
 
+import attnlab
 from attnlab import cli
 from attnlab.bench import lengths, prompts
 
@@ -20,6 +22,20 @@ def test_bench_times_what_is_asked_for_and_keeps_it(tmp_path, capsys):
     assert all(row["seconds"] > 0 and row["temporary_bytes"] > 0 for row in rows)
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert lengths.table(rows) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["block-sparse, an eighth", "block-sparse, causal, an eighth"])
+def test_an_eighth_of_the_key_blocks_is_listed_at_every_length(name):
+    for length in (1024, 8192):
+        options = lengths.MECHANISMS[name].large(length)
+        assert 8 * options["places"] * options["key_block"] == length
+
+
+def test_a_memory_without_gates_is_timed_beside_the_delta_rule_at_its_chunk():
+    memory, delta = (lengths.MECHANISMS[name] for name in ("memory, without gates", "linear, delta rule"))
+    assert set(memory.inputs(8)) == {"query", "key", "value", "weights", "rate"}
+    default = inspect.signature(attnlab.linear_attention).parameters["chunk_size"].default
+    assert memory.large(2048)["chunk_size"] == delta.large(2048).get("chunk_size", default)
 
 
 @pytest.mark.long

@@ -85,7 +85,7 @@ def table(summaries: dict[str, dict[str, tuple[float, float]]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write(folder: Path, *, seeds: Sequence[int] = range(20), command: str = "attnlab regress") -> str:
+def write(folder: Path, *, seeds: Sequence[int], command: str) -> str:
     """Writes folder/regression.md and regression.png, and gives the table."""
     from matplotlib.figure import Figure
 

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from marks import slow_but
 
-from attnlab import cli, regress
+from attnlab import cli
+from attnlab.regress import regression
 
 
-@pytest.mark.parametrize("keys", regress.KEYS)
+@pytest.mark.parametrize("keys", regression.KEYS)
 def test_values_are_a_linear_map_of_keys_that_changes_by_segment(keys):
-    key, value = regress.draw(0, keys, length=48, segment=24, dim=4)
+    key, value = regression.draw(0, keys, length=48, segment=24, dim=4)
     np.testing.assert_allclose(np.linalg.norm(key, axis=-1), 1, rtol=1e-5)
     for part in (slice(0, 24), slice(24, 48)):
         fitted, *_ = np.linalg.lstsq(key[part], value[part], rcond=None)
@@ -18,10 +19,10 @@ def test_values_are_a_linear_map_of_keys_that_changes_by_segment(keys):
     assert np.abs(key @ fitted - value).max() > 0.1
 
 
-@pytest.mark.parametrize("keys", slow_but({"clustered"}, regress.KEYS))
+@pytest.mark.parametrize("keys", slow_but({"clustered"}, regression.KEYS))
 @pytest.mark.long
 def test_local_linear_is_below_softmax_at_the_same_bandwidth(keys):
-    found = regress.summary(regress.errors(keys, seeds=range(6), length=256))
+    found = regression.summary(regression.errors(keys, seeds=range(6), length=256))
     for ours, softmax in zip(found["local-linear"], found["softmax"], strict=True):
         assert ours < softmax
 
@@ -30,7 +31,7 @@ def test_local_linear_is_below_softmax_at_the_same_bandwidth(keys):
 def test_the_command_writes_a_table_and_a_picture(tmp_path, capsys):
     assert cli.main(["regress", "--seeds", "1", "--workdir", str(tmp_path)]) == 0
     assert "| local-linear |" in capsys.readouterr().out
-    assert "attnlab regress --seeds 1" in (tmp_path / "regression.md").read_text()
+    assert "attnlab regress regression --seeds 1" in (tmp_path / "regression.md").read_text()
     assert (tmp_path / "regression.png").stat().st_size > 10_000
 
 
