@@ -74,7 +74,7 @@ CONSTRUCTORS: dict[Any, dict[str, Any]] = {
     Ablation: {"question": "?", "arms": {"a": "a.gin"}, "seeds": [0], "baseline": "a"},
 }
 # What no constructor of attnlab is: protocols, variables, results.
-OTHERS = {"Attention", "AuxiliaryLoss", "Buffer", "MixerCache", "Result", "SequenceSource", "Task"}
+OTHERS = {"Attention", "AuxiliaryLoss", "Buffer", "MixerCache", "Pattern", "Result", "SequenceSource", "Task"}
 
 HUGE = 10**12
 
