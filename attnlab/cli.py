@@ -513,6 +513,7 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab import config
     from attnlab.train import LanguageTask, restore_values, store
     from attnlab.train.tasks.base import Illustrated
+    from attnlab.train.tasks.texts import TextTask
     from attnlab.train.workdir import last_step
 
     _check_draws(command)
@@ -521,7 +522,7 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
     config.check_read(overrides, built)
     experiment = built.value
     model, task = experiment.model, experiment.task
-    if not isinstance(task, (Illustrated, LanguageTask)):
+    if not isinstance(task, (Illustrated, TextTask)):
         raise UserError(f"sample: models of {type(task).__name__} draw nothing")
     if isinstance(task, LanguageTask) and (reason := model.decoding_refusal):
         raise UserError(f"sample: this model cannot continue a text: {reason}")
@@ -531,7 +532,7 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
     of_texts = ("prompt", "length", "stop", "top_k", "top_p")
     if isinstance(task, Illustrated) and (given := [name for name in of_texts if getattr(command, name) is not None]):
         raise UserError(f"{given[0]}: got {getattr(command, given[0])!r}; it is for texts, and this run draws images")
-    prompts, length = _prompts(command, task, model) if isinstance(task, LanguageTask) else ([], 0)
+    prompts, length = _prompts(command, task, model) if isinstance(task, TextTask) else ([], 0)
     mesh = experiment.mesh.build()
     values = restore_values(experiment, workdir, mesh)
     print(f"step {last_step(workdir)} of {experiment.steps}", file=sys.stderr)
@@ -564,7 +565,7 @@ def _sample(command: argparse.Namespace, overrides: list[str]) -> int:
         else:
             out.write_text("\n\n".join(texts) + "\n")
             print(f"wrote {out}")
-        if tokens:
+        if tokens and isinstance(task, LanguageTask):  # others draw all before they give the first
             print(f"{rate:.0f} tokens per second", file=sys.stderr)
     return 0
 

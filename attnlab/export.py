@@ -26,8 +26,9 @@ from attnlab import config, nn
 from attnlab.attention._shared.checks import shape_text
 from attnlab.data.shards import ShardedCorpus
 from attnlab.errors import UserError, parse_json
-from attnlab.train import Experiment, LanguageTask, restore_values
+from attnlab.train import Experiment, restore_values
 from attnlab.train.store import here
+from attnlab.train.tasks.texts import TextTask
 from attnlab.train.workdir import last_step
 
 _VALUES, _CONFIG, _CARD = "model.safetensors", "config.gin", "README.md"
@@ -89,7 +90,7 @@ def _check_values(given: Mapping[str, Any], needed: Mapping[str, Any], path: Pat
 
 def _write_vocabulary(task: Any, folder: Path) -> str:
     """Writes what tokens stand for, and says it in a sentence; "" where the model reads none."""
-    if not isinstance(task, LanguageTask):
+    if not isinstance(task, TextTask):
         return ""
     corpus = task.corpus
     if isinstance(corpus, ShardedCorpus):
@@ -110,6 +111,9 @@ def _modules_of_others(text: str) -> list[str]:
 def _card(experiment: Experiment, workdir: Path, step: int, tokens: str, others: Sequence[str]) -> str:
     model, task, root = experiment.model, experiment.task, type(experiment.model).__name__
     trust = ", trusts=True" if others else ""
+    # A task of blocks draws under this one.
+    block = getattr(task, "block", None)
+    pattern = f", pattern=nn.Pattern(masks.block_causal({block}))" if block else ""
     facts = {
         "Parameters": f"{nn.count_parameters(model):,}",
         "Trained": f"{step:,} of {experiment.steps:,} steps of {experiment.batch_size} examples",
@@ -128,10 +132,10 @@ def _card(experiment: Experiment, workdir: Path, step: int, tokens: str, others:
         f"A {root} trained with attnlab {attnlab.__version__}, for research on attention mechanisms. {tokens}".rstrip(),
         "",
         "```python",
-        "from attnlab import export",
+        f"from attnlab import export{', masks, nn' if pattern else ''}",
         "",
         f'model = export.load("FOLDER"{trust})  # this folder',
-        f"out = model({'tokens' if isinstance(task, LanguageTask) else 'inputs'})",
+        f"out = model({'tokens' if isinstance(task, TextTask) else 'inputs'}{pattern})",
         "```",
         "",
         f"It needs attnlab with its extra experiments{' and the modules ' * bool(others)}{', '.join(others)}.",

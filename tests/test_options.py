@@ -66,15 +66,17 @@ CONSTRUCTORS: dict[Any, dict[str, Any]] = {
     train.OptimizerOptions: {},
     experiment: {},
     train.LanguageTask: {"corpus": CORPUS, "sequence_length": 8},
+    train.BlockDiffusionTask: {"corpus": CORPUS, "sequence_length": 8, "block": 4},
     train.SequenceTask: {"source": data.Copy()},
     train.RegressionTask: {"source": data.LinearRegressions()},
     train.ImageClassificationTask: {"images": IMAGES},
     train.AxialImageTask: {"images": IMAGES},
     train.RasterImageTask: {"images": IMAGES},
+    train.NextBlockImageTask: {"images": IMAGES},
     Ablation: {"question": "?", "arms": {"a": "a.gin"}, "seeds": [0], "baseline": "a"},
 }
 # What no constructor of attnlab is: protocols, variables, results.
-OTHERS = {"Attention", "AuxiliaryLoss", "Buffer", "MixerCache", "Result", "SequenceSource", "Task"}
+OTHERS = {"Attention", "AuxiliaryLoss", "Buffer", "MixerCache", "Pattern", "Result", "SequenceSource", "Task"}
 
 HUGE = 10**12
 

@@ -18,6 +18,7 @@ from attnlab.models.blocks import Block, Stack
 from attnlab.nn.mixers.base import check_weights
 from attnlab.train import Experiment, LanguageTask, restore_values
 from attnlab.train.store import replace_text
+from attnlab.train.tasks.texts import TextTask
 from attnlab.train.workdir import last_step
 
 # Weights of every layer are computed whole, [heads, positions, positions]: no longer examples than this.
@@ -44,9 +45,9 @@ def attend(experiment: Experiment, folder: Path) -> dict[str, Any]:
         values = restore_values(experiment, folder)
         batch = jax.tree.map(jnp.asarray, next(iter(experiment.task.batches("validation", 1, experiment.seed))))
         kept = {"example": show_example(experiment, batch), **_layers(experiment, values, batch)}
-        if isinstance(experiment.task, LanguageTask):
+        if isinstance(experiment.task, TextTask):
             model: Any = experiment.model
-            if reason := model.decoding_refusal:
+            if isinstance(experiment.task, LanguageTask) and (reason := model.decoding_refusal):
                 replace_text(folder / "samples.txt", f"(nothing: {reason})")
             else:
                 ((kept["prompt"], continuation),) = experiment.task.continuations(
@@ -142,7 +143,8 @@ class _Recorder(nnx.Module):
 
     def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
         self.space = x.shape[1:-1]
-        self.weights = nnx.Intermediate(self.mixer.attention_weights(x))
+        pattern = {name: value for name, value in options.items() if name == "pattern"}
+        self.weights = nnx.Intermediate(self.mixer.attention_weights(x, **pattern))
         return self.mixer(x, **options)
 
 
@@ -224,7 +226,7 @@ def unpacked(packed: dict[str, Any]) -> np.ndarray:
 def show_example(experiment: Experiment, batch: dict[str, jax.Array]) -> dict[str, Any]:
     """The batch's first array, as a text (of tokens, or one line per vector) or an image."""
     inputs = np.asarray(next(iter(batch.values()))[0])
-    if isinstance(experiment.task, LanguageTask):
+    if isinstance(experiment.task, TextTask):
         return {"text": experiment.task.corpus.decode(inputs[:-1])}  # the last token is only a target
     if inputs.ndim < 3:
         lines = inputs.reshape(len(inputs), -1).round(2).astype(str)

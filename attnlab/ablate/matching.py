@@ -32,8 +32,8 @@ def cost_of(options: Mapping[str, Any], cost: str) -> float:
         return nn.count_parameters(options["model"])
     costs = options["task"].costs(options["model"])
     if costs[cost] is None:
-        of_sequences = costs["length"] is not None
-        reason = f", as the model does not decode: {options['model'].decoding_refusal}" if of_sequences else ""
+        refusal = options["model"].decoding_refusal if costs["length"] is not None else ""
+        reason = f", as the model does not decode: {refusal}" if refusal else ""
         raise UserError(f"match: got {cost!r}; {type(options['task']).__name__} has none{reason}")
     return costs[cost]
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from attnlab.attention._shared.checks import check_bool, check_dtype, check_float, check_int, require, shown
 from attnlab.nn.layers import PRODUCT, GatedMLP, RMSNorm, dropout
-from attnlab.nn.mixers.base import MixerCache, MixerFactory, check_mixers, make_mixer
+from attnlab.nn.mixers.base import MixerCache, MixerFactory, Pattern, check_mixers, given, make_mixer
 from attnlab.nn.parameters import Learned, absorb, as_function
 from attnlab.nn.sharding import laid
 from attnlab.nn.signatures import show_shared_options
@@ -32,9 +32,12 @@ class Block(nnx.Module):
         self.mlp = GatedMLP(features, mlp_hidden, dtype=dtype)
         self.features, self.mlp_hidden, self.dropout_rate = features, mlp_hidden, dropout_rate
 
-    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, segment_ids: jax.Array | None, pattern: Pattern | None = None, key: jax.Array | None
+    ) -> jax.Array:
         mixer_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-        mixed = self.mixer(self.mixer_norm(x), segment_ids=segment_ids, is_training=key is not None)
+        options: dict[str, Any] = {"segment_ids": segment_ids, "is_training": key is not None, **given(pattern=pattern)}
+        mixed = self.mixer(self.mixer_norm(x), **options)
         x = x + dropout(mixed, self.dropout_rate, mixer_key)
         return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout_rate, mlp_key)
 
@@ -48,8 +51,8 @@ class Block(nnx.Module):
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), cache
 
-    def flops(self, space: tuple[int, ...]) -> int:
-        return self.mixer.flops(space) + 6 * math.prod(space) * self.features * self.mlp_hidden
+    def flops(self, space: tuple[int, ...], *, pairs: int | None = None) -> int:
+        return self.mixer.flops(space, **given(pairs=pairs)) + 6 * math.prod(space) * self.features * self.mlp_hidden
 
 
 def check_remat(remat: Any) -> bool | str:
@@ -125,17 +128,25 @@ class Stack(nnx.Module):
         super().__init_subclass__(**kwargs)
         show_shared_options(cls)
 
-    def run(self, x: jax.Array, *, key: jax.Array | None, segment_ids: jax.Array | None = None) -> jax.Array:
+    def run(
+        self,
+        x: jax.Array,
+        *,
+        key: jax.Array | None,
+        segment_ids: jax.Array | None = None,
+        pattern: Pattern | None = None,
+    ) -> jax.Array:
         """Applies the blocks in turn, [B, *space, D] -> [B, *space, D].
 
         key: for dropout; None is evaluation. segment_ids: int [B, T], packed sequences that do not see each other.
+        pattern: who sees whom in place of the mixers' own.
         """
 
         layout = "BT" + "." * (x.ndim - 2)
 
         def apply(block: Block, x: jax.Array, layer: Any) -> jax.Array:
             block_key = None if key is None else jax.random.fold_in(key, layer)
-            return block(laid(x, layout), segment_ids=segment_ids, key=block_key)
+            return block(laid(x, layout), segment_ids=segment_ids, pattern=pattern, key=block_key)
 
         turns = len(self.layers) // self.period if self.scan_layers else 0
         scanned = turns * self.period if turns > 1 else 0
@@ -170,9 +181,12 @@ class Stack(nnx.Module):
             absorb(block, {path: values[layer // period] for path, values in learned[layer % period].items()})
         return x
 
-    def stack_flops(self, space: tuple[int, ...]) -> int:
-        """Floating-point operations of matrix products (2 per multiply-add) in the blocks, forward, for one example."""
-        return sum(block.flops(space) for block in self.layers)
+    def stack_flops(self, space: tuple[int, ...], *, pairs: int | None = None) -> int:
+        """Floating-point operations of matrix products (2 per multiply-add) in the blocks, forward, for one example.
+
+        pairs: of a query and a key that it sees, where a pattern is given.
+        """
+        return sum(block.flops(space, pairs=pairs) for block in self.layers)
 
     @property
     def decoding_refusal(self) -> str:

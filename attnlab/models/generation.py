@@ -17,7 +17,7 @@ from attnlab.nn.sharding import spec_of, under_auto_axes, varying_as
 _ENDED = -1  # what stands after the end of a row
 
 
-class _Draws(NamedTuple):
+class Draws(NamedTuple):
     """How a token is drawn, and what ends a row; see `generate`. tokens: how many there are to draw of."""
 
     temperature: float
@@ -141,14 +141,20 @@ def _checked(
     top_p: Any,
     stop: Any,
     below: Any,
-) -> _Draws:
+) -> Draws:
     check_tokens("prompt", prompt)
     require(0 not in prompt.shape, "prompt", shape_text(prompt), "need at least one token")
     check_int("length", length, least=0)
+    return check_draws(model, key, temperature, top_k, top_p, stop, below)
+
+
+def check_draws(
+    model: LanguageModel, key: Any, temperature: Any, top_k: Any, top_p: Any, stop: Any, below: Any
+) -> Draws:
     require(_is_key(key), "key", shown(key), "need one key, as jax.random.key gives it")
     below = model.vocabulary if below is None else check_int("below", below, least=1)
     stop = stop if isinstance(stop, (tuple, list)) else (stop,)
-    return _Draws(
+    return Draws(
         check_float("temperature", temperature, least=0),
         None if top_k is None else check_int("top_k", top_k, least=1),
         None if top_p is None else check_float("top_p", top_p, above=0, most=1),
@@ -165,7 +171,7 @@ def _is_key(key: Any) -> bool:
 
 
 def _first(
-    model: LanguageModel, prompt: jax.Array, lengths: jax.Array | None, key: jax.Array, draws: _Draws, length: int
+    model: LanguageModel, prompt: jax.Array, lengths: jax.Array | None, key: jax.Array, draws: Draws, length: int
 ) -> _Rows:
     batch, width = prompt.shape
     logits, cache = model.prefill(prompt, lengths, max_length=width + length - 1)  # the last token drawn is not read
@@ -173,21 +179,21 @@ def _first(
     return _drawn(cache, logits, position, jnp.zeros(batch, bool), key, draws)
 
 
-def _next(model: LanguageModel, rows: _Rows, key: jax.Array, draws: _Draws) -> _Rows:
+def _next(model: LanguageModel, rows: _Rows, key: jax.Array, draws: Draws) -> _Rows:
     logits, cache = model.step(rows.cache, jnp.maximum(rows.token, 0))
     return _drawn(cache, logits, rows.position + 1, rows.ended, key, draws)
 
 
 def _drawn(
-    cache: list[MixerCache], logits: jax.Array, position: jax.Array, ended: jax.Array, key: jax.Array, draws: _Draws
+    cache: list[MixerCache], logits: jax.Array, position: jax.Array, ended: jax.Array, key: jax.Array, draws: Draws
 ) -> _Rows:
-    token = jnp.where(ended, _ENDED, _draw(logits, position, key, draws))
+    token = jnp.where(ended, _ENDED, draw_token(logits, position, key, draws))
     if draws.stop:
         ended = ended | jnp.isin(token, jnp.asarray(draws.stop))
     return _Rows(cache, token, position, ended)
 
 
-def _draw(logits: jax.Array, position: jax.Array, key: jax.Array, draws: _Draws) -> jax.Array:
+def draw_token(logits: jax.Array, position: jax.Array, key: jax.Array, draws: Draws) -> jax.Array:
     """Logits [B, vocabulary] of the tokens at a position, int [] or [B] -> tokens int32 [B]."""
     logits = logits[:, : draws.tokens]
     if draws.temperature == 0:

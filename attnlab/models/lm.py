@@ -4,13 +4,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
 from attnlab.attention._shared.checks import check_int, check_lengths, check_segment_ids, require, shape_text, shown
 from attnlab.models.blocks import Stack
 from attnlab.nn.layers import document_positions, dropout, product
-from attnlab.nn.mixers.base import MixerCache
+from attnlab.nn.mixers.base import MixerCache, Pattern
 from attnlab.nn.parameters import normal, parameter
 from attnlab.nn.sharding import laid, spec_of, specs_of, under_auto_axes, varying_as
 
@@ -60,26 +61,30 @@ class LanguageModel(Stack):
         tokens: jax.Array,
         *,
         segment_ids: jax.Array | None = None,
+        pattern: Pattern | None = None,
         output_positions: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
         """tokens: int [B, T] -> float32 logits [B, T, vocabulary] of the next token.
 
         segment_ids: int [B, T], documents packed one after another, each a run of equal ids; their logits are those of
-        each alone, positions from 0 too. output_positions: int [B, A], where logits are wanted, [B, A, vocabulary];
-        None is everywhere. key: for dropout; None is evaluation.
+        each alone, positions from 0 too. pattern: who sees whom, and at which positions, in place of a causal order
+        (nn.SoftmaxAttention and its sums take one). output_positions: int [B, A], where logits are wanted, [B, A,
+        vocabulary]; None is everywhere. key: for dropout; None is evaluation.
         """
         check_tokens("tokens", tokens)
         if segment_ids is not None:
             check_segment_ids("segment_ids", segment_ids, tokens.shape, "[batch, length]")
             positions = document_positions(segment_ids)
         else:
-            if self.max_length is not None and tokens.shape[1] > self.max_length:
-                raise ValueError(f"tokens: got length {tokens.shape[1]}; max_length is {self.max_length}")
-            positions = jnp.arange(tokens.shape[1])[None]
+            places = np.arange(tokens.shape[1]) if pattern is None else pattern.places(tokens.shape[1])
+            length = int(places.max(initial=-1)) + 1
+            if self.max_length is not None and length > self.max_length:
+                raise ValueError(f"tokens: got length {length}; max_length is {self.max_length}")
+            positions = jnp.asarray(places)[None]
         x = self._embed(tokens, positions)
         x = dropout(x, self.dropout_rate, None if key is None else jax.random.fold_in(key, _EMBEDDING_DROPOUT))
-        x = self.run(x, key=key, segment_ids=segment_ids)
+        x = self.run(x, key=key, segment_ids=segment_ids, pattern=pattern)
         if output_positions is not None:
             x = jnp.take_along_axis(x, output_positions[..., None], axis=1)
         return self._logits(x)
@@ -137,6 +142,11 @@ class LanguageModel(Stack):
             new_cache.append(block_cache)
         return self._logits(x)[:, 0], new_cache
 
-    def flops(self, length: int) -> int:
-        """Floating-point operations of matrix products (2 per multiply-add) for one sequence, forward."""
-        return self.stack_flops((length,)) + 2 * length * self.features * self.vocabulary
+    def flops(self, length: int, *, pairs: int | None = None, outputs: int | None = None) -> int:
+        """Floating-point operations of matrix products (2 per multiply-add) for one sequence, forward.
+
+        pairs: of a query and a key that it sees, where a pattern is given. outputs: how many logits are wanted of it;
+        None is all.
+        """
+        logits = 2 * (length if outputs is None else outputs) * self.features * self.vocabulary
+        return self.stack_flops((length,), pairs=pairs) + logits

@@ -6,7 +6,7 @@ from attnlab.nn.layers import GatedMLP, Linear, RMSNorm, dropout, rotary_embeddi
 from attnlab.nn.mixers.affine_scaled import AffineScaledAttention
 from attnlab.nn.mixers.agent import AgentAttention
 from attnlab.nn.mixers.axial import AxialAttention
-from attnlab.nn.mixers.base import Attention, MixerCache, MixerFactory
+from attnlab.nn.mixers.base import Attention, MixerCache, MixerFactory, Pattern
 from attnlab.nn.mixers.block_sparse import BlockSparseAttention, RegionAttention
 from attnlab.nn.mixers.blockwise import BlockHybrid, CheckpointAttention
 from attnlab.nn.mixers.ema_sinks import EmaSinksAttention

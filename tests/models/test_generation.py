@@ -162,11 +162,11 @@ MANY = 2000
 @pytest.mark.parametrize("case", DRAWS)
 def test_tokens_are_drawn_with_their_probabilities(case):
     logits, options = DRAWS[case]
-    draws = generation._Draws(
+    draws = generation.Draws(
         **{"temperature": 1.0, "top_k": None, "top_p": None, **options}, stop=(), tokens=len(logits)
     )
     rows = jnp.broadcast_to(logits, (MANY, len(logits)))
-    tokens = jax.jit(lambda rows, key: generation._draw(rows, jnp.int32(0), key, draws))(rows, jax.random.key(1))
+    tokens = jax.jit(lambda rows, key: generation.draw_token(rows, jnp.int32(0), key, draws))(rows, jax.random.key(1))
     want = probabilities(logits, **options)
     got = np.bincount(tokens, minlength=len(logits)) / MANY
     assert np.all(got[want == 0] == 0)
@@ -177,8 +177,8 @@ def test_what_is_left_out_does_not_change_the_other_draws():
     rows = jnp.asarray(np.random.default_rng(0).normal(size=(64, 9)), jnp.float32)
 
     def drawn(**options):
-        draws = generation._Draws(**{"top_k": None, "top_p": None, **options}, temperature=1.0, stop=(), tokens=9)
-        return np.asarray(generation._draw(rows, jnp.int32(0), jax.random.key(0), draws))
+        draws = generation.Draws(**{"top_k": None, "top_p": None, **options}, temperature=1.0, stop=(), tokens=9)
+        return np.asarray(generation.draw_token(rows, jnp.int32(0), jax.random.key(0), draws))
 
     every = drawn()
     np.testing.assert_array_equal(drawn(top_k=9, top_p=1.0), every)

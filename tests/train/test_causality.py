@@ -8,10 +8,18 @@ import runs
 from marks import slow_but
 from mixers import MIXERS
 
-from attnlab import data, nn
+from attnlab import data, masks, nn
 from attnlab.errors import UserError
 from attnlab.models import ImageClassifier, LanguageModel
-from attnlab.train import Experiment, ImageClassificationTask, LanguageTask, OptimizerOptions, SequenceTask, train
+from attnlab.train import (
+    BlockDiffusionTask,
+    Experiment,
+    ImageClassificationTask,
+    LanguageTask,
+    OptimizerOptions,
+    SequenceTask,
+    train,
+)
 from attnlab.train.causality import check_causality, find_leak
 
 LENGTH = 40
@@ -154,3 +162,26 @@ def test_a_task_of_drawn_sequences_is_told_of_no_probe():
     task = SequenceTask(data.Copy(length=16, vocabulary=16))
     with pytest.raises(UserError, match=r"mend its mix$"):
         check_causality(model(own(mean_of_all)), task)
+
+
+class Masked(nn.SoftmaxAttention):
+    """Takes the mask that it is given, or another one."""
+
+    def __init__(self, features, *, other=None, **shared):
+        super().__init__(features, **shared)
+        self.other = other
+
+    def mix_masked(self, query, key, value, mask):
+        return super().mix_masked(query, key, value, self.other or mask)
+
+
+@pytest.mark.parametrize("other", [pytest.param(None, marks=pytest.mark.long), masks.block_diffusion(32, 8)])
+def test_a_pattern_of_the_task_is_what_counts(other):
+    """Blocks of 8 in place of 4: a noisy token sees some of the block after its own."""
+    task = BlockDiffusionTask(runs.corpus(), sequence_length=32, block=4)
+    mixed = model(functools.partial(Masked, other=other))
+    if other is None:
+        check_causality(mixed, task)
+        return
+    with pytest.raises(UserError, match=r"^mixers: Masked sees tokens that the task's pattern hides: its output at"):
+        check_causality(mixed, task)

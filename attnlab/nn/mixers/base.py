@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from attnlab.attention import masks
 from attnlab.attention._shared.checks import (
     check_bool,
     check_dtype,
@@ -53,6 +55,34 @@ class MixerCache(NamedTuple):
     position: Array
     mechanism: Any
     convolved: dict[str, Array]
+
+
+class Pattern(NamedTuple):
+    """Who sees whom in a sequence, which a caller gives in place of the mixers' own pattern.
+
+    mask: of one axis, by the numbers of the tokens. positions: int [T], numpy's, where each token stands, for rotary
+    and learned positions; None: by its number.
+    """
+
+    mask: masks.Mask
+    positions: np.ndarray | None = None
+
+    def places(self, length: int) -> np.ndarray:
+        """int [length]: where each token stands. Raises for a pattern of other lengths, or of other kinds."""
+        require(isinstance(self.mask, masks.Mask), "pattern.mask", shown(self.mask), "need a masks.Mask of one axis")
+        if self.positions is None:
+            return np.arange(length)
+        positions = self.positions
+        is_array = isinstance(positions, np.ndarray)
+        fits = is_array and positions.shape == (length,) and np.issubdtype(positions.dtype, np.integer)
+        given = shape_text(positions) if is_array else shown(positions)
+        require(fits, "pattern.positions", given, f"need numpy integers [{length}], of every token")
+        return positions
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Those that are not None: a mixer of one's own need not know the others."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 # By which share of the largest output the values times the weights may miss it: rounding misses by far less.
@@ -154,6 +184,19 @@ class Attention(nnx.Module):
     def mechanism_flops(self, space: tuple[int, ...]) -> int:
         """Floating-point operations (2 per multiply-add) between the heads, for one example, forward."""
 
+    def mix_masked(self, query: Array, key: Array, value: Array, mask: masks.Mask) -> Array:
+        """As mix, each query with the keys that the mask lets it see: for mechanisms that take any pattern."""
+        raise NotImplementedError(f"{type(self).__name__}: it has no mix_masked")
+
+    @property
+    def pattern_refusal(self) -> str:
+        """Why it takes no pattern but its own; "" where it takes any."""
+        if type(self).mix_masked is Attention.mix_masked:
+            return f"{type(self).__name__} sees what its own options say"
+        if self._convolutions():
+            return f"{type(self).__name__} has convolutions, which follow none"
+        return ""
+
     # To decode; mechanisms without a causal form have neither a cache nor a step.
 
     def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
@@ -245,12 +288,26 @@ class Attention(nnx.Module):
         return query, key, value, added
 
     @under_auto_axes(lambda self, x, **_: spec_of(x))
-    def __call__(self, x: Array, *, segment_ids: Array | None = None, is_training: bool = False) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        *,
+        segment_ids: Array | None = None,
+        pattern: Pattern | None = None,
+        is_training: bool = False,
+    ) -> Array:
         """x [B, *space, D] -> [B, *space, D].
 
         segment_ids: int [B, T], documents packed one after another, each a run of equal ids: they give what each gives
-          alone. is_training: buffers learn from x.
+          alone. pattern: who sees whom, of a sequence, instead of what is_causal says. is_training: buffers learn
+          from x.
         """
+        if pattern is not None:
+            require(segment_ids is None, "pattern", "some beside segment_ids", "need one of them")
+            query, key, value = self._patterned_heads(x, pattern)
+            out = self.mix_masked(query, key, value, pattern.mask)
+            self._check_heads("mix_masked", out, query, value)
+            return self.output(self.finish(out, value, x))
         positions = grid_positions(x.shape[1:-1])
         if segment_ids is not None:
             if self.segments_refusal:
@@ -263,6 +320,12 @@ class Attention(nnx.Module):
         out = mix(query, key, value, x, segment_ids)
         self._check_heads("mix", out, query, value)
         return self.output(self.finish(out, value, x) + added)
+
+    def _patterned_heads(self, x: Array, pattern: Pattern) -> tuple[Array, Array, Array]:
+        """Query, key, value."""
+        require(not self.pattern_refusal, "pattern", "one", f"but {self.pattern_refusal}")
+        require(x.ndim == 3, "pattern", f"one for {x.ndim - 2} space axes", "patterns are of sequences")
+        return self._heads(x, jnp.asarray(pattern.places(x.shape[1]))[:, None], None)[:3]
 
     def _check_heads(self, method: str, out: Any, query: Array, value: Array) -> None:
         """Refuses what a mixer of one's own gives unless it is [B, *space, N, V], V as wide as the value."""
@@ -283,18 +346,27 @@ class Attention(nnx.Module):
         """Between the mechanism's output [B, *space, N, V] and the projection: nothing, unless a mechanism needs it."""
         return out
 
-    def attention_weights(self, x: Array) -> Array:
+    def attention_weights(self, x: Array, *, pattern: Pattern | None = None) -> Array:
         """What each query takes of each value: x [B, *space, D] -> [B, N, T, S], positions in raster order.
 
         Read off the mechanism itself, which is linear in the values, by giving key s the s-th unit vector as its value.
         NaN of one that is not: what it gives of its values is then not the values times these. Convolutions of the
         values and what `finish` does are not in it.
         """
-        query, key, value, _ = self._heads(x, grid_positions(x.shape[1:-1]), None)
+        if pattern is None:
+            query, key, value, _ = self._heads(x, grid_positions(x.shape[1:-1]), None)
+        else:
+            query, key, value = self._patterned_heads(x, pattern)
+
+        def mix(value: Array) -> Array:
+            if pattern is None:
+                return self.mix(query, key, value, x, None)
+            return self.mix_masked(query, key, value, pattern.mask)
+
         positions = math.prod(x.shape[1:-1])
         unit = jnp.eye(positions, dtype=self.dtype).reshape(1, *x.shape[1:-1], 1, positions)
-        weights = flat(self.mix(query, key, jnp.broadcast_to(unit, (*key.shape[:-1], positions)), x, None))
-        out = flat(self.mix(query, key, value, x, None)).astype(jnp.float32)
+        weights = flat(mix(jnp.broadcast_to(unit, (*key.shape[:-1], positions))))
+        out = flat(mix(value)).astype(jnp.float32)
         values = jnp.repeat(flat(value), self.num_heads // self.num_key_heads, axis=2)
         expected = jnp.einsum("BTNS,BSNV->BTNV", weights, values, preferred_element_type=jnp.float32)
         is_linear = jnp.max(jnp.abs(out - expected)) <= _LINEAR * jnp.max(jnp.abs(out))
@@ -371,13 +443,20 @@ class Attention(nnx.Module):
         kept = jax.tree.leaves(jax.eval_shape(lambda: self.init_cache(1, length)))
         return sum(leaf.size for leaf in kept if jnp.issubdtype(leaf.dtype, jnp.floating))
 
-    def flops(self, space: tuple[int, ...]) -> int:
-        """Floating-point operations of matrix products (2 per multiply-add) for one example of this space, forward."""
+    def flops(self, space: tuple[int, ...], *, pairs: int | None = None) -> int:
+        """Floating-point operations of matrix products (2 per multiply-add) for one example of this space, forward.
+
+        pairs: of a query and a key that it sees, where a pattern is given.
+        """
         # Query and output, key and value.
         channels = (self.num_heads + self.num_key_heads) * (self.head_dim + self.value_dim)
         convolutions = sum(layer.taps * layer.features for layer in self._convolutions().values())
         positions = math.prod(space)
-        mechanism = check_float(f"{type(self).__name__}.mechanism_flops", self.mechanism_flops(space), least=0)
+        if pairs is None:
+            mechanism = check_float(f"{type(self).__name__}.mechanism_flops", self.mechanism_flops(space), least=0)
+        else:
+            require(not self.pattern_refusal, "pattern", "one", f"but {self.pattern_refusal}")
+            mechanism = self.pair_flops(pairs)
         return 2 * positions * (self.features * channels + convolutions) + int(mechanism)
 
     def pair_flops(self, pairs: int) -> int:

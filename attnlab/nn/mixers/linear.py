@@ -13,7 +13,7 @@ import attnlab.attention as attention
 from attnlab.attention._shared.checks import check_bool, check_choice, check_float, check_int, require
 from attnlab.attention._shared.feature_maps import feature_width
 from attnlab.nn.layers import Linear, RMSNorm, along, depthwise_convolution
-from attnlab.nn.mixers.base import Attention, flat
+from attnlab.nn.mixers.base import Attention, Pattern, flat
 from attnlab.nn.parameters import normal, ones, parameter, zeros
 
 Array = jax.Array
@@ -156,10 +156,10 @@ class LinearAttention(Attention):
             call = functools.partial(write_in_turn, call, self.writes)
         return call(self._unit(query), self._unit(key), value, **recurrence, **options)
 
-    def attention_weights(self, x: Array) -> Array:
+    def attention_weights(self, x: Array, *, pattern: Pattern | None = None) -> Array:
         """As of others; NaN with writes > 1, which have several values that a query takes different shares of."""
         if self.writes == 1:
-            return super().attention_weights(x)
+            return super().attention_weights(x, pattern=pattern)
         positions = math.prod(x.shape[1:-1])
         return jnp.full((x.shape[0], self.num_heads, positions, positions), jnp.nan)
 

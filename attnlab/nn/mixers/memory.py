@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import attnlab.attention as attention
 from attnlab.attention._shared.checks import check_bool, check_choice, check_float, check_int
 from attnlab.nn.layers import Linear, RMSNorm, along
-from attnlab.nn.mixers.base import Attention
+from attnlab.nn.mixers.base import Attention, Pattern
 from attnlab.nn.parameters import normal, parameter
 
 Array = jax.Array
@@ -173,7 +173,7 @@ class MemoryAttention(Attention):
     def finish(self, out: Array, value: Array, x: Array) -> Array:
         return self.output_norm(out)
 
-    def attention_weights(self, x: Array) -> Array:
+    def attention_weights(self, x: Array, *, pattern: Pattern | None = None) -> Array:
         """NaN: what is read is not linear in the values, as a memory has weights before the first of them."""
         return jnp.full((x.shape[0], self.num_heads, x.shape[1], x.shape[1]), jnp.nan, self.dtype)
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 import attnlab.attention as attention
+from attnlab.attention import masks
 from attnlab.nn.mixers.base import Attention, flat
 
 Array = jax.Array
@@ -15,13 +16,14 @@ class SoftmaxAttention(Attention):
     """Every position sees every other (or every earlier one): attention.dot_product_attention."""
 
     def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
+        return self._attend(query, key, value, is_causal=self.is_causal, segment_ids=segment_ids)
+
+    def mix_masked(self, query: Array, key: Array, value: Array, mask: masks.Mask) -> Array:
+        return self._attend(query, key, value, mask=mask)
+
+    def _attend(self, query: Array, key: Array, value: Array, **visible: Any) -> Array:
         out = attention.dot_product_attention(
-            flat(query),
-            flat(key),
-            flat(value),
-            is_causal=self.is_causal,
-            segment_ids=segment_ids,
-            implementation=self.implementation,
+            flat(query), flat(key), flat(value), **visible, implementation=self.implementation
         )
         return out.reshape(*query.shape[:-1], value.shape[-1])
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from attnlab.attention._shared.checks import check_bool, check_dtype, check_int
 from attnlab.nn.layers import Linear
-from attnlab.nn.mixers.base import Attention, MixerCache, MixerFactory, check_mixers, make_mixer
+from attnlab.nn.mixers.base import Attention, MixerCache, MixerFactory, Pattern, check_mixers, given, make_mixer
 from attnlab.nn.sharding import spec_of, specs_of, under_auto_axes
 
 Array = jax.Array
@@ -49,6 +49,10 @@ class Sum(Attention):
         return next((mixer.segments_refusal for mixer in self.mixers if mixer.segments_refusal), "")
 
     @property
+    def pattern_refusal(self) -> str:
+        return next((mixer.pattern_refusal for mixer in self.mixers if mixer.pattern_refusal), "")
+
+    @property
     def decoding_refusal(self) -> str:
         return next((mixer.decoding_refusal for mixer in self.mixers if not mixer.decodes), "")
 
@@ -67,13 +71,21 @@ class Sum(Attention):
         return sum(outputs[1:], outputs[0])
 
     @under_auto_axes(lambda self, x, **_: spec_of(x))
-    def __call__(self, x: Array, *, segment_ids: Array | None = None, is_training: bool = False) -> Array:
-        outputs = [mixer(x, segment_ids=segment_ids, is_training=is_training) for mixer in self.mixers]
+    def __call__(
+        self,
+        x: Array,
+        *,
+        segment_ids: Array | None = None,
+        pattern: Pattern | None = None,
+        is_training: bool = False,
+    ) -> Array:
+        options: dict[str, Any] = {"segment_ids": segment_ids, "is_training": is_training, **given(pattern=pattern)}
+        outputs = [mixer(x, **options) for mixer in self.mixers]
         return self._added(outputs, x)
 
-    def attention_weights(self, x: Array) -> Array:
+    def attention_weights(self, x: Array, *, pattern: Pattern | None = None) -> Array:
         """Of the mixers' heads, one mixer's after another's, times the gates: [B, sum of N, T, S]."""
-        weights = [mixer.attention_weights(x) for mixer in self.mixers]
+        weights = [mixer.attention_weights(x, **given(pattern=pattern)) for mixer in self.mixers]
         if (gates := self._gates(x)) is not None:
             weights = [gate.reshape(x.shape[0], 1, -1, 1) * weight for gate, weight in zip(gates, weights)]
         return jnp.concatenate(weights, axis=1)
@@ -94,9 +106,9 @@ class Sum(Attention):
         outputs, caches = zip(*read)
         return self._added(outputs, x), MixerCache(caches[0].position, list(caches), {})
 
-    def flops(self, space: tuple[int, ...]) -> int:
+    def flops(self, space: tuple[int, ...], *, pairs: int | None = None) -> int:
         of_gates = 0 if self.gate is None else 2 * math.prod(space) * self.features * len(self.mixers)
-        return sum(mixer.flops(space) for mixer in self.mixers) + of_gates
+        return sum(mixer.flops(space, **given(pairs=pairs)) for mixer in self.mixers) + of_gates
 
     def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
         raise NotImplementedError("Sum: its mixers have heads of their own")

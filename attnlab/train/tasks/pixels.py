@@ -14,8 +14,9 @@ import numpy as np
 import optax
 
 from attnlab import data, nn
-from attnlab.attention._shared.checks import shown
-from attnlab.models import AxialTransformer, LanguageModel, generate, sample
+from attnlab.attention import masks
+from attnlab.attention._shared.checks import check_int, keep, require, shown
+from attnlab.models import AxialTransformer, LanguageModel, generate, next_blocks, sample
 from attnlab.train.tasks.base import TASK_DRAWS, Batch, sequence_costs, weighted_means
 from attnlab.train.tasks.pictures import draw_images
 
@@ -125,6 +126,12 @@ class RasterImageTask(_PixelTask):
     def loss(
         self, model: LanguageModel, batch: Batch, *, key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return self._loss(model, batch, shift=1, pattern=None, key=key)
+
+    def _loss(
+        self, model: LanguageModel, batch: Batch, *, shift: int, pattern: nn.Pattern | None, key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Of sub-pixels that the logits predict which stand `shift` before them."""
         levels = self.images.levels
         if model.vocabulary != levels + 1:
             raise ValueError(
@@ -132,8 +139,8 @@ class RasterImageTask(_PixelTask):
                 f"{levels} levels and a start token"
             )
         targets = batch["pixels"].reshape(len(batch["pixels"]), -1)
-        inputs = jnp.concatenate([jnp.full_like(targets[:, :1], levels), targets[:, :-1]], axis=1)
-        logits = model(inputs, key=key)[..., :levels]
+        inputs = jnp.concatenate([jnp.full_like(targets[:, :shift], levels), targets[:, :-shift]], axis=1)
+        logits = model(inputs, pattern=pattern, key=key)[..., :levels]
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
         means = weighted_means(batch, loss=jnp.mean(losses, axis=-1))
         return means["loss"], means
@@ -146,3 +153,48 @@ class RasterImageTask(_PixelTask):
         start = jnp.full((count, 1), levels, jnp.int32)
         tokens = generate(model, start, length=length, key=key, temperature=temperature, below=levels)
         return tokens[:, 1:].reshape(count, *self.image_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class NextBlockImageTask(RasterImageTask):
+    """Blocks of sub-pixels by a LanguageModel, all of a block in parallel: nats per sub-pixel, and bits per dimension.
+
+    The model reads a block of start tokens, `levels`, and then the blocks but the last, under masks.block_causal; its
+    logits at a block predict the next one, so that a sub-pixel is independent of its own block given those before it.
+    With block 1 this is RasterImageTask. Next Block Prediction (Ren et al. 2025).
+
+    Args:
+      images: the images.
+      block: sub-pixels in a block, in raster order with channels innermost: of a row, its width times the channels.
+    """
+
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        block, size = check_int("block", self.block, least=1), math.prod(self.image_size)
+        require(size % block == 0, "block", block, f"must divide the {size} sub-pixels of an image")
+        keep(self, block=block)
+
+    @property
+    def pattern(self) -> nn.Pattern:
+        return nn.Pattern(masks.block_causal(self.block))
+
+    def loss(
+        self, model: LanguageModel, batch: Batch, *, key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return self._loss(model, batch, shift=self.block, pattern=self.pattern, key=key)
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "block": self.block}
+
+    def costs(self, model: LanguageModel) -> dict[str, Any]:
+        """It draws without a cache."""
+        length = math.prod(self.image_size)
+        flops = model.flops(length, pairs=length * (length + self.block) // 2)
+        return {**super().costs(model), "flops": flops / length, "state_size": None}
+
+    def sample(self, model: LanguageModel, *, count: int, temperature: float, key: jax.Array) -> jax.Array:
+        size = math.prod(self.image_size)
+        tokens = next_blocks(model, count=count, length=size, block=self.block, key=key, temperature=temperature)
+        return tokens.reshape(count, *self.image_size)

@@ -1,5 +1,6 @@
 """Pixels: what a loss is of, what it costs, and what a task draws."""
 
+import itertools
 import math
 
 import jax
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 from marks import slow_but
 
-from attnlab import data, models, nn
-from attnlab.train import AxialImageTask, RasterImageTask
+from attnlab import data, masks, models, nn
+from attnlab.train import AxialImageTask, NextBlockImageTask, RasterImageTask
 from attnlab.train.tasks.base import Illustrated
 
 
@@ -149,3 +150,61 @@ def test_a_picture_has_validation_images_over_samples(make, tmp_path):
     assert len(found) == 1
     assert picture.shape[1] > 8 * first.shape[1]
     assert picture.shape[0] > 3 * first.shape[0]  # a row of validation images, 8 samples, and one more
+
+
+def in_blocks(block, levels=2):
+    """Of 2 x 2 pixels: task, model, and all 16 images of two levels."""
+    every = np.array(list(itertools.product(range(levels), repeat=4)), np.uint8).reshape(-1, 2, 2, 1)
+    labels = np.zeros(len(every), np.int32)
+    task = NextBlockImageTask(data.LabelledImages("all", 1, every, labels, every, labels, levels=levels), block=block)
+    model = models.LanguageModel(
+        vocabulary=levels + 1, mixers=[nn.SoftmaxAttention], max_length=4, depth=1, features=16
+    )
+    return task, model, jnp.asarray(every, jnp.int32)
+
+
+def losses_of(task, bound, images):
+    one = jax.vmap(lambda image: task.loss(bound, {"pixels": image[None]}, key=None)[0])
+    return np.asarray(jax.jit(one)(images), np.float64)
+
+
+@pytest.mark.slow
+def test_blocks_of_one_sub_pixel_are_raster_order():
+    task, model, images = in_blocks(1)
+    bound = nn.bind(model, values_of(model))
+    np.testing.assert_allclose(losses_of(task, bound, images), losses_of(RasterImageTask(task.images), bound, images))
+
+
+@pytest.mark.long
+def test_the_likelihoods_of_blocks_sum_to_one_and_are_those_of_what_is_drawn():
+    """A row at a time: each pixel from the rows before alone, and 4,000 samples within 5 standard errors."""
+    task, model, images = in_blocks(2)
+    bound = nn.bind(model, values_of(model))
+    likelihood = np.exp(-4 * losses_of(task, bound, images))
+    assert likelihood.sum() == pytest.approx(1, rel=1e-5)
+    pattern = nn.Pattern(masks.block_causal(2))
+    read = np.pad(np.array([[2, 2]] * 4), ((0, 0), (0, 2)))
+    read[:, 2:] = [[0, 0], [0, 1], [1, 0], [1, 1]]
+    logits = np.asarray(jax.jit(lambda tokens: bound(tokens, pattern=pattern))(read), np.float64)[..., :2]
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_array_equal(p[:, :2], p[:1, :2].repeat(4, axis=0))  # the row that is drawn is not read
+    expected = [
+        np.prod([p[0, place, pixel] for place, pixel in enumerate(first)])
+        * np.prod([p[2 * first[0] + first[1], 2 + place, pixel] for place, pixel in enumerate(second)])
+        for first, second in np.asarray(images)[..., 0]
+    ]
+    np.testing.assert_allclose(likelihood, expected, rtol=1e-5)
+    drawn = jax.jit(lambda key: task.sample(bound, count=4000, temperature=1.0, key=key))(jax.random.key(0))
+    number = np.asarray(drawn).reshape(-1, 4) @ [8, 4, 2, 1]
+    frequency = np.bincount(number, minlength=16) / 4000
+    assert np.all(np.abs(frequency - likelihood) < 5 * np.sqrt(likelihood / 4000))
+    assert task.derived({"loss": 1.0}) == {"bits_per_dim": pytest.approx(1 / math.log(2))}
+
+
+def test_blocks_are_counted_by_their_pairs_and_divide_an_image():
+    task, model, _ = in_blocks(2)
+    pairs = int(masks.dense_mask(task.pattern.mask, (4,)).sum())
+    assert task.costs(model)["flops"] * 4 == model.flops(4, pairs=pairs)
+    assert task.costs(model)["state_size"] is None
+    with pytest.raises(ValueError, match=r"^block: got 3; must divide the 4 sub-pixels of an image"):
+        in_blocks(3)
