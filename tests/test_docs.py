@@ -28,7 +28,7 @@ from attnlab_docs import (
 from marks import slow_but
 
 import attnlab
-from attnlab import catalog, cli, config, masks, nn
+from attnlab import catalog, cli, config, masks, nn, train
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -226,11 +226,18 @@ def test_the_table_of_papers_has_all_that_the_code_names():
 
 
 def test_what_papers_are_expressed_by_exists():
-    """Names are attributes, keywords are their options, configs are files; a number is in its config's head."""
+    """Names are attributes, keywords are their options, configs are files; a number is in its config's head, or in the
+    result that it links to."""
     text = (DOCS / "expressions.md").read_text()
     assert len(re.findall(r"^\| .* \| .* \| .* \| .* \|$", text, re.MULTILINE)) == 2 + 31 + 23
-    known = {"attnlab": attnlab, "nn": nn, "masks": masks, "block_selection": attnlab.block_selection}
-    calls = re.findall(r"\b(attnlab|nn|masks|block_selection)\.([A-Za-z]\w*)(?:\(([^`]*?)\))?", text)
+    known = {
+        "attnlab": attnlab,
+        "nn": nn,
+        "masks": masks,
+        "block_selection": attnlab.block_selection,
+        "train": train,
+    }
+    calls = re.findall(r"\b(attnlab|nn|masks|block_selection|train)\.([A-Za-z]\w*)(?:\(([^`]*?)\))?", text)
     assert len(calls) > 80
     for module, name, options in calls:
         if (module, name) == ("attnlab", "attention"):  # of a module's full name
@@ -241,9 +248,11 @@ def test_what_papers_are_expressed_by_exists():
             taken |= {*inspect.signature(nn.Attention.__init__).parameters}
         assert {*re.findall(r"(\w+)=", options)} <= taken, (name, options)
     for row in re.findall(r"^\| .*", text, re.MULTILINE):
-        heads = "".join((ROOT / "experiments" / file).read_text() for file in re.findall(r"`(mixers/\w+\.gin)`", row))
+        files = [ROOT / "experiments" / file for file in re.findall(r"`(\w+/\w+\.gin)`", row)]
+        files += [DOCS / link for link in re.findall(r"\]\((\S+results\S+\.md)\)", row)]
+        sources = "".join(file.read_text() for file in files)
         for number in re.findall(r"(?<![\d.])\d\.\d+", row.split(" | ")[-1]):
-            assert number in heads, row
+            assert number in sources, row
 
 
 def test_the_gallery_has_every_folder_of_results():
