@@ -232,8 +232,6 @@ def test_what_papers_are_expressed_by_exists():
     calls = re.findall(r"\b(attnlab|nn|masks|block_selection)\.([A-Za-z]\w*)(?:\(([^`]*?)\))?", text)
     assert len(calls) > 80
     for module, name, options in calls:
-        if (module, name) == ("attnlab", "attention"):  # of a module's full name
-            continue
         value = getattr(known[module], name)
         taken = {*inspect.signature(value.__init__ if isinstance(value, type) else value).parameters}
         if isinstance(value, type) and issubclass(value, nn.Attention):
