@@ -229,7 +229,7 @@ def test_what_papers_are_expressed_by_exists():
     text = (DOCS / "expressions.md").read_text()
     assert len(re.findall(r"^\| .* \| .* \| .* \| .* \|$", text, re.MULTILINE)) == 2 + 31 + 23
     known = {"attnlab": attnlab, "nn": nn, "masks": masks, "block_selection": attnlab.block_selection}
-    calls = re.findall(r"\b(attnlab|nn|masks|block_selection)\.([A-Za-z]\w*)(?:\(([^`]*?)\))?", text)
+    calls = re.findall(r"(?<![/\w])(attnlab|nn|masks|block_selection)\.([A-Za-z]\w*)(?:\(([^`]*?)\))?", text)
     assert len(calls) > 80
     for module, name, options in calls:
         value = getattr(known[module], name)
