@@ -241,6 +241,7 @@ def test_first_blocks_are_taken_before_better_ones():
     np.testing.assert_array_equal(got, lists(count=2, first=3))  # no more than count
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("candidates", "count"), [(32, 2), (29, 3)])
 @pytest.mark.long
 def test_a_tree_finds_what_begins_a_child_of_the_first_level(candidates, count):
@@ -267,6 +268,7 @@ QUERY = _rng.normal(size=(BATCH, TOKENS, 4, 8))
 KEY, OTHER_KEY = _rng.normal(size=(2, BATCH, TOKENS, 2, 8))
 
 
+@pytest.mark.long
 def test_lists_of_a_first_step_are_those_of_its_mean_weights():
     """SparseD: chosen once, by the mean weight that a block gets, and given to later steps, whose tokens are others."""
     query, key, later = QUERY[:, :, ::2], KEY, OTHER_KEY

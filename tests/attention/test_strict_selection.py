@@ -224,11 +224,11 @@ def _wide():
 
 @pytest.mark.parametrize("name", slow_but(["pooled"], STRICT))
 def test_nothing_of_a_later_token_enters_a_strict_rule(name):
-    lengths = (9, 10) if name == "pooled" else (1, 3, 5, 8, 11)
+    lengths = (9,) if name == "pooled" else (1, 3, 5, 8, 11)
     assert what_later_tokens_change(STRICT[name], lengths) == set()
 
 
 @pytest.mark.parametrize("name", slow_but(["SeerAttention"], LEAKING))
 def test_what_is_published_fails_that_test(name):
     rule, leaks = LEAKING[name]
-    assert what_later_tokens_change(rule, range(9, LENGTH)) == leaks
+    assert what_later_tokens_change(rule, (9,) if name == "SeerAttention" else (9, 11, 12)) == leaks
