@@ -223,12 +223,14 @@ def _wide():
 
 
 @pytest.mark.parametrize("name", slow_but(["pooled"], STRICT))
+@pytest.mark.long
 def test_nothing_of_a_later_token_enters_a_strict_rule(name):
     lengths = (9,) if name == "pooled" else (1, 3, 5, 8, 11)
     assert what_later_tokens_change(STRICT[name], lengths) == set()
 
 
 @pytest.mark.parametrize("name", slow_but(["SeerAttention"], LEAKING))
+@pytest.mark.long
 def test_what_is_published_fails_that_test(name):
     rule, leaks = LEAKING[name]
     assert what_later_tokens_change(rule, (9,) if name == "SeerAttention" else (9, 11, 12)) == leaks
