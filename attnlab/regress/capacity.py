@@ -23,7 +23,6 @@ Linear attention as such a memory, and bounds of what it keeps: Qiao 2025.
 """
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ import numpy as np
 
 import attnlab
 from attnlab.ablate import paired_difference
+from attnlab.regress.page import write_page
 
 DIMS = (8, 16, 32, 64, 128)
 COUNTS = tuple(2**power for power in range(1, 10))
@@ -207,7 +207,6 @@ def write(folder: Path, *, seeds: Sequence[int], command: str) -> str:
     """Writes folder/capacity.md, capacity.jsonl and capacity.png, and gives the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = measure(seeds)
-    (folder / "capacity.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw_picture(rows, folder / "capacity.png")
     shown = tables(rows)
     note = (
@@ -219,5 +218,5 @@ def write(folder: Path, *, seeds: Sequence[int], command: str) -> str:
         "row, so that rows deviate together; 95 % intervals."
     )
     title = "Capacity of associative memories, nothing trained"
-    (folder / "capacity.md").write_text(f"# {title}\n\n{note}\n\n{shown}\n\nRepeat with: `{command}`\n")
+    write_page(folder, "capacity", title=title, note=note, shown=shown, command=command, rows=rows)
     return shown

@@ -12,7 +12,6 @@ the least error on a seed that is not among those of the mean.
 
 import functools
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 
 import attnlab
 from attnlab.ablate import paired_difference
+from attnlab.regress.page import write_page
 
 WIDTH = PAIRS = 16
 SHARES = (0.0, 0.05)
@@ -189,7 +189,6 @@ def write(folder: Path, *, seeds: Sequence[int], command: str) -> str:
     """Writes folder/outliers.md, outliers.jsonl and outliers.png, and gives the table."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = measure(seeds)
-    (folder / "outliers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw_picture(rows, folder / "outliers.png")
     shown = table(rows)
     note = (
@@ -199,5 +198,5 @@ def write(folder: Path, *, seeds: Sequence[int], command: str) -> str:
         "rates and thresholds were searched on another seed."
     )
     title = "Recall with outliers among the values, nothing trained"
-    (folder / "outliers.md").write_text(f"# {title}\n\n{note}\n\n{shown}\n\nRepeat with: `{command}`\n")
+    write_page(folder, "outliers", title=title, note=note, shown=shown, command=command, rows=rows)
     return shown

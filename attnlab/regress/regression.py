@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import attnlab
+from attnlab.regress.page import write_page
 
 Keys = Literal["clustered", "sphere"]
 KEYS: tuple[Keys, ...] = ("clustered", "sphere")
@@ -108,9 +109,10 @@ def write(folder: Path, *, seeds: Sequence[int], command: str) -> str:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(folder / "regression.png", dpi=110)
     shown = table(summaries)
-    note = "Relative squared error over the last quarter of the segments; the map changes every 64 tokens."
-    title = "Test-time regression, nothing trained"
-    (folder / "regression.md").write_text(
-        f"# {title}\n\n{note} {len(seeds)} seeds.\n\n{shown}\n\nRepeat with: `{command}`\n"
+    note = (
+        "Relative squared error over the last quarter of the segments; the map changes every 64 tokens. "
+        f"{len(seeds)} seeds."
     )
+    title = "Test-time regression, nothing trained"
+    write_page(folder, "regression", title=title, note=note, shown=shown, command=command)
     return shown
