@@ -246,7 +246,7 @@ def test_what_papers_are_expressed_by_exists():
             taken |= {*inspect.signature(nn.Attention.__init__).parameters}
         assert {*re.findall(r"(\w+)=", options)} <= taken, (name, options)
     for row in re.findall(r"^\| .*", text, re.MULTILINE):
-        files = [ROOT / "experiments" / file for file in re.findall(r"`(\w+/\w+\.gin)`", row)]
+        files = [ROOT / "experiments" / file for file in re.findall(r"\.\./experiments/(\w+/\w+\.gin)", row)]
         files += [DOCS / link for link in re.findall(r"\]\((\S+results\S+\.md)\)", row)]
         sources = "".join(file.read_text() for file in files)
         for number in re.findall(r"(?<![\d.])\d\.\d+", row.split(" | ")[-1]):
