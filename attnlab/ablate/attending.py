@@ -15,7 +15,7 @@ from attnlab import nn
 from attnlab.ablate.results import mean_of_known, printable
 from attnlab.errors import parse_json
 from attnlab.models.blocks import Block, Stack
-from attnlab.nn.mixers.base import check_weights
+from attnlab.nn.mixers.base import check_weights, given
 from attnlab.train import Experiment, LanguageTask, restore_values
 from attnlab.train.store import replace_text
 from attnlab.train.tasks.texts import TextTask
@@ -143,7 +143,7 @@ class _Recorder(nnx.Module):
 
     def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
         self.space = x.shape[1:-1]
-        pattern = {name: value for name, value in options.items() if name == "pattern"}
+        pattern = given(pattern=options.get("pattern"))
         self.weights = nnx.Intermediate(self.mixer.attention_weights(x, **pattern))
         return self.mixer(x, **options)
 
