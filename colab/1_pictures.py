@@ -273,7 +273,7 @@ figure, axes = plt.subplots(rows, columns, figsize=(14, 2.3 * rows), layout="con
 for each in axes.flat:
     each.set_axis_off()
 for each, (name, mechanism) in zip(axes.flat, catalog.MECHANISMS.items()):
-    arrays = mechanism.inputs(24, batch=1, heads=1)
+    arrays = mechanism.inputs(24, batch=1, heads=1, value_dim=24)
     positions = math.prod(arrays["key"].shape[1:-2])
     arrays["value"] = np.eye(positions, dtype=np.float32).reshape(*arrays["key"].shape[:-1], positions)
     draw(each, np.asarray(mechanism(arrays, implementation="reference")).reshape(positions, positions), name)
