@@ -25,8 +25,8 @@ def _build():
 
 
 build = _build()
-# Run in every run of the tests, at their smallest.
-QUICK = ("2_own_model",)
+# Run at their smallest in every run of the tests, and in CI's; the first one shows every row of the catalog.
+QUICK, LONG = "2_own_model", "1_pictures"
 MOST_BYTES = 600_000
 
 
@@ -113,7 +113,12 @@ def assert_runs(name, **options):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in build.NAMES]
+    "name",
+    [
+        QUICK,
+        pytest.param(LONG, marks=pytest.mark.long),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in build.NAMES if name not in (QUICK, LONG)),
+    ],
 )
 def test_runs_at_its_smallest(name):
     assert_runs(name, notebook={"quick": True})
