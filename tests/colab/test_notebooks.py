@@ -146,7 +146,9 @@ def test_all_install_and_run_where_there_is_only_a_kernel(tmp_path, monkeypatch)
     python = _colab_python()
     if python is None:
         pytest.skip("no Python 3.12 here")
-    monkeypatch.delenv("PYTHONPATH", raising=False)
+    # Nothing of these tests' settings, whose flags are of this JAX, and there it may be another.
+    for variable in [name for name in os.environ if name.startswith(("JAX_", "XLA_"))] + ["PYTHONPATH"]:
+        monkeypatch.delenv(variable, raising=False)
     subprocess.run(["git", "clone", "-q", ROOT, tmp_path / "attnlab"], check=True)
     subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
