@@ -60,6 +60,10 @@ MIXERS = {
         {"query_block": 1, "key_block": 2, "count": 3, "num_key_heads": 2, "value_dim": 3},
         state_sizes=(72, 252, 1152),
     ),
+    "gate_block": Mixer(
+        nn.GateBlockAttention, {"query_block": 2, "key_block": 4, "count": 2, "gate_dim": 3, "num_key_heads": 2}
+    ),
+    "tree_block": Mixer(nn.TreeBlockAttention, {"query_block": 2, "key_block": 2, "count": 2, "value_dim": 3}),
     "pyramid": Mixer(
         nn.PyramidAttention,
         {"query_block": 2, "key_block": 4, "sizes": (1, 2), "fractions": (0.5, 1.0), "num_key_heads": 2},
@@ -176,6 +180,14 @@ MIXERS = {
         state_sizes=(144, 304, 1120),
     ),
     "block_sparse, grid": Mixer(nn.BlockSparseAttention, {"query_block": 4, "key_block": 3, "count": 3}, is_grid=True),
+    "gate_block, grid": Mixer(nn.GateBlockAttention, {"query_block": 4, "key_block": 3, "count": 3}, is_grid=True),
+    "tree_block, grid": Mixer(nn.TreeBlockAttention, {"query_block": 4, "key_block": 3, "count": 3}, is_grid=True),
+    "connectivity": Mixer(
+        nn.ConnectivityAttention,
+        {"tokens": 30, "count": 7, "maps": 5, "coefficients": 3, "num_key_heads": 2},
+        is_grid=True,
+        needs_grid=True,
+    ),
     "pointwise, grid": Mixer(nn.PointwiseAttention, {"activation": "relu"}, is_grid=True),
     "pyramid, grid": Mixer(
         nn.PyramidAttention,

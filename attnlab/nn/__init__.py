@@ -11,6 +11,7 @@ from attnlab.nn.mixers.block_sparse import BlockSparseAttention, RegionAttention
 from attnlab.nn.mixers.blockwise import BlockHybrid, CheckpointAttention
 from attnlab.nn.mixers.ema_sinks import EmaSinksAttention
 from attnlab.nn.mixers.landmark import LandmarkAttention
+from attnlab.nn.mixers.learned_blocks import ConnectivityAttention, GateBlockAttention, TreeBlockAttention
 from attnlab.nn.mixers.linear import InlineAttention, LinearAttention
 from attnlab.nn.mixers.local import DilatedAttention, LocalAttention
 from attnlab.nn.mixers.local_linear import LocalLinearAttention, ParallaxAttention

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import prompts
 import pytest
+from jax.test_util import check_grads
 from marks import slow_but
 
 import attnlab as A
@@ -149,6 +150,7 @@ def test_a_mask_is_the_tiles_that_it_visits(name):
     np.testing.assert_allclose(out, dense, atol=2e-6)
 
 
+@pytest.mark.long
 def test_the_bias_alone_gets_a_gradient_where_it_counts():
     data = vectors("causal_bias")
 
@@ -165,7 +167,9 @@ def test_the_bias_alone_gets_a_gradient_where_it_counts():
         )
         return (out**2).sum()
 
-    gradient = jax.grad(loss)(data["block_bias"])
+    with jax.enable_x64(True):
+        gradient = jax.grad(loss)(data["block_bias"])
+        check_grads(jax.jit(loss), (data["block_bias"],), 1, modes=["rev"], atol=1e-7, rtol=1e-7)
     assert (np.asarray(gradient)[data["blocks"] < 0] == 0).all()
     assert np.abs(gradient).max() > 1e-3
 

@@ -1,6 +1,7 @@
 """Softmax attention to the blocks of keys that a block of queries chooses."""
 
 import math
+from abc import abstractmethod
 from typing import Any
 
 import jax
@@ -16,7 +17,60 @@ from attnlab.nn.mixers.base import Attention, flat
 Array = jax.Array
 
 
-class BlockSparseAttention(Attention):
+class ChosenBlocks(Attention):
+    """Blocks of queries attend to the blocks of keys that `lists` gives: attention.block_sparse_attention.
+
+    A subclass calls `choose_blocks` when it is made. Causal, queries of lists see no later key than themselves.
+    """
+
+    segments_refusal = "chooses among the blocks of all documents"
+
+    def choose_blocks(self, query_block: int, key_block: int, count: int) -> None:
+        """Sets, after checks, the positions in a block, and how many blocks are chosen."""
+        self.query_block = check_int("query_block", query_block, least=1)
+        self.key_block = check_int("key_block", key_block, least=1)
+        self.count = check_int("count", count, least=1)
+        if self.is_causal:
+            check_dividing_blocks(self.query_block, self.key_block)
+
+    @abstractmethod
+    def lists(self, query: Array, key: Array) -> Array:
+        """int32 [B, N | K, query blocks, M], the key blocks that query blocks see, of heads [B, T, N|K, H]."""
+
+    @abstractmethod
+    def choosing_flops(self, query_blocks: int, key_blocks: int) -> int:
+        """Floating-point operations of `lists`, for one example."""
+
+    def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
+        shape, (query, key, value) = query.shape, (flat(heads) for heads in (query, key, value))
+        out = attention.block_sparse_attention(
+            query,
+            key,
+            value,
+            self.lists(query, key),
+            query_block=self.query_block,
+            key_block=self.key_block,
+            is_causal=self.is_causal,
+            implementation=self.implementation,
+        )
+        return out.reshape(*shape[:-1], value.shape[-1])
+
+    def mechanism_flops(self, space: tuple[int, ...]) -> int:
+        """With what choosing takes."""
+        length = math.prod(space)
+        starts = np.arange(0, length, self.query_block)
+        ends = np.minimum(starts + self.query_block, length)
+        key_blocks = -(-length // self.key_block)
+        if self.is_causal:
+            complete = starts // self.key_block
+            within = (ends * (ends + 1) - starts * (starts + 1)) // 2 - complete * self.key_block * (ends - starts)
+            pairs = np.minimum(self.count, complete) * self.key_block * (ends - starts) + within
+        else:
+            pairs = min(self.count * self.key_block, length) * (ends - starts)
+        return self.pair_flops(int(pairs.sum())) + self.choosing_flops(len(starts), key_blocks)
+
+
+class BlockSparseAttention(ChosenBlocks):
     """Blocks of queries attend to the blocks of keys with the best mean keys, chosen for every key head:
     attention.block_sparse_attention with the lists of attention.block_selection.pooled_blocks.
 
@@ -29,21 +83,15 @@ class BlockSparseAttention(Attention):
       first: how many of them are the sequence's first.
     """
 
-    segments_refusal = "chooses among the blocks of all documents"
-
     def __init__(
         self, features: int, *, query_block: int = 1, key_block: int, count: int, first: int = 1, **attention: Any
     ):
         super().__init__(features, **attention)
-        self.query_block = check_int("query_block", query_block, least=1)
-        self.key_block = check_int("key_block", key_block, least=1)
-        self.count, self.first = check_int("count", count, least=1), check_int("first", first, least=0)
-        if self.is_causal:
-            check_dividing_blocks(self.query_block, self.key_block)
+        self.choose_blocks(query_block, key_block, count)
+        self.first = check_int("first", first, least=0)
 
-    def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
-        shape, (query, key, value) = query.shape, (flat(heads) for heads in (query, key, value))
-        lists = block_selection.pooled_blocks(
+    def lists(self, query: Array, key: Array) -> Array:
+        return block_selection.pooled_blocks(
             query,
             key,
             query_block=self.query_block,
@@ -52,17 +100,9 @@ class BlockSparseAttention(Attention):
             first=self.first,
             is_causal=self.is_causal,
         )
-        out = attention.block_sparse_attention(
-            query,
-            key,
-            value,
-            lists,
-            query_block=self.query_block,
-            key_block=self.key_block,
-            is_causal=self.is_causal,
-            implementation=self.implementation,
-        )
-        return out.reshape(*shape[:-1], value.shape[-1])
+
+    def choosing_flops(self, query_blocks: int, key_blocks: int) -> int:
+        return 2 * query_blocks * key_blocks * self.num_key_heads * self.head_dim
 
     def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
         return attention.init_block_sparse_cache(
@@ -85,21 +125,6 @@ class BlockSparseAttention(Attention):
 
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
         return attention.block_sparse_step(cache, query, key, value, query_block=self.query_block, first=self.first)
-
-    def mechanism_flops(self, space: tuple[int, ...]) -> int:
-        """With the products of the blocks' queries and keys, by which they choose."""
-        length = math.prod(space)
-        starts = np.arange(0, length, self.query_block)
-        ends = np.minimum(starts + self.query_block, length)
-        key_blocks = -(-length // self.key_block)
-        if self.is_causal:
-            complete = starts // self.key_block
-            within = (ends * (ends + 1) - starts * (starts + 1)) // 2 - complete * self.key_block * (ends - starts)
-            pairs = np.minimum(self.count, complete) * self.key_block * (ends - starts) + within
-        else:
-            pairs = min(self.count * self.key_block, length) * (ends - starts)
-        choosing = 2 * len(starts) * key_blocks * self.num_key_heads * self.head_dim
-        return self.pair_flops(int(pairs.sum())) + choosing
 
 
 class RegionAttention(Attention):
