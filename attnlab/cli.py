@@ -308,7 +308,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     )
     bench.add_argument(
         "--device",
-        choices=["gpu"],
+        choices=["gpu", "tpu"],
         help="instead, check every kernel on the accelerator, then time it beside other libraries; rows are kept in "
         "device.jsonl, and the same command continues",
     )
@@ -799,7 +799,7 @@ def _bench(command: argparse.Namespace, overrides: list[str]) -> int:
     names = prompts.MIXERS if command.prompts else lengths.NAMES
     if unknown := [name for name in command.only if not lengths.named(name, names=names)]:
         raise UserError(f"only: got {unknown[0]!r}; need some of {'; '.join(names)}")
-    if command.tune and command.device is None:
+    if command.tune and command.device != "gpu":
         raise UserError("tune: got it without --device gpu, whose kernels have block sizes to choose from")
     if command.prompts and command.backward:
         raise UserError("backward: got it with --prompts, which have no gradient")
@@ -827,7 +827,7 @@ def _bench_device(command: argparse.Namespace) -> int:
     import jax
 
     from attnlab import __version__
-    from attnlab.bench import device, gpu_cases, tuning
+    from attnlab.bench import device
     from attnlab.train.compile import peak_flops
 
     if command.prompts or command.backward or command.lengths or command.only:
@@ -836,23 +836,26 @@ def _bench_device(command: argparse.Namespace) -> int:
         )
     if command.budget < 1:
         raise UserError(f"budget: got {command.budget}; need at least a second")
-    try:
-        [card, *_] = jax.devices("gpu")
-    except RuntimeError as error:
-        raise UserError(f"device: JAX finds no GPU ({jax.default_backend()} alone); install jax[cuda13]") from error
-    facts = {"device": card.device_kind, "jax": jax.__version__, "attnlab": __version__}
+    facts = {"device": device.kind_of(command.device), "jax": jax.__version__, "attnlab": __version__}
     facts["code"] = device.code_digest("kernels_pallas", "attnlab.attention")
+    jax.config.update("jax_platforms", "cpu")  # the device is for the processes that measure
     title = f"{facts['device']}, jax {facts['jax']}, attnlab {facts['attnlab']} (code {facts['code']})"
-    folder, cases, trials = command.workdir, gpu_cases.cases, []
-    if command.tune:
+    folder, processes, trials = command.workdir, 6 if command.device == "gpu" else 1, []
+    if command.device == "tpu":
+        from attnlab.bench.tpu_cases import cases
+    elif command.tune:
+        from attnlab.bench import gpu_cases, tuning
+
         print("looking for the kernels that have a choice", file=sys.stderr)
         trials, folder = tuning.trials(gpu_cases.problems()), command.workdir / "tune"
         cases = functools.partial(tuning.cases, trials)
-    left = device.time_cases(cases, facts, folder, budget=command.budget)
+    else:
+        from attnlab.bench.gpu_cases import cases
+    left = device.time_cases(cases, facts, folder, budget=command.budget, processes=processes)
     rows = device.rows_of(folder / "device.jsonl", facts)
     shown = device.table(rows, cases(), peak_flops(facts["device"]))
     if command.tune:
-        found = tuning.frozen(card.device_kind, tuning.fastest(trials, rows))
+        found = tuning.frozen(facts["device"], tuning.fastest(trials, rows))
         shown += f"\n\nFor kernels_pallas/gpu/blocks.py:\n\n```\n{found}\n```"
     (folder / "device.md").write_text(f"# {title}\n\n{shown}\n")
     device.draw(rows, folder / "device.png", title)

@@ -1,10 +1,12 @@
 """Times on an accelerator, unattended: cases are checked, timed, and kept as they come; the same command continues.
 
-Several processes compile and check a case each, which are then timed one after the other. A process serves until one of
-its cases crashes or gives no answer: then the row says so, and a new process continues with others. A case of ours is
-timed only if its values and gradients, on fresh random inputs, are those of the reference in float64.
+Processes compile and check a case each, on a GPU several beside each other; then cases are timed one after the other. A
+process serves until one of its cases crashes or gives no answer: then the row says so, and a new process continues with
+others. A case of ours is timed only if its values and gradients, on fresh random inputs, are those of the reference in
+float64.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import importlib.util
@@ -21,7 +23,6 @@ from attnlab import signals
 from attnlab.errors import UserError
 
 _MOST_SECONDS = 120.0  # that a case may take to compile and to be checked, beside the others, and to be timed
-_PROCESSES = 6  # as many cases are in the device's memory
 _LEAST_RUNS, _MOST_RUNS, _TIMED_SECONDS = 20, 1000, 0.5
 
 
@@ -92,13 +93,16 @@ def time_cases(
     folder: Path,
     *,
     budget: float,
+    processes: int = 6,
     report: Callable[[str], None] = print,
 ) -> int:
     """Measures the cases that have no row yet, and appends rows to folder/device.jsonl. Returns how many are left.
 
     Args:
-      cases: a function at the top of a module, which the processes call too. facts: of the device, the versions and the
-        code; rows of others stay, and do not count. budget: seconds after which no further case is begun.
+      cases: a function at the top of a module, which the processes call too.
+      facts: of the device, the versions and the code; rows of others stay, and do not count.
+      budget: seconds after which no further case is begun.
+      processes: so many compile and check a case each, and as many cases are in the device's memory.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "device.jsonl"
@@ -108,7 +112,7 @@ def time_cases(
     workers: list[_Worker] = []
     try:
         while left and time.monotonic() - start < budget:
-            batch, left = left[:_PROCESSES], left[_PROCESSES:]
+            batch, left = left[:processes], left[processes:]
             workers = [worker for worker in workers if worker.serves]
             workers += [_Worker(cases) for _ in batch[len(workers) :]]
             for worker, key in zip(workers, batch):
@@ -137,6 +141,26 @@ def rows_of(path: Path, facts: Mapping[str, str]) -> list[dict[str, Any]]:
     except ValueError as error:
         raise UserError(f"workdir: {path} is not JSON lines ({error}); give another folder") from error
     return [row for row in rows if all(row.get(name) == value for name, value in facts.items())]
+
+
+def kind_of(platform: str) -> str:
+    """jax.Device.device_kind of the first device of "gpu" or "tpu", found by a process that then ends: a TPU serves one
+    at a time, and a GPU's memory stays free. Raises UserError: there is none."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(_kind_of, platform).result()
+    if found is None:
+        plugin = "jax[cuda13]" if platform == "gpu" else "jax[tpu]"
+        raise UserError(f"device: JAX finds no {platform.upper()}; install {plugin}")
+    return found
+
+
+def _kind_of(platform: str) -> str | None:
+    import jax
+
+    try:
+        return jax.devices(platform)[0].device_kind
+    except RuntimeError:
+        return None
 
 
 _READY, _GO = "ready", "go"

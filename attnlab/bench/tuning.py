@@ -13,6 +13,7 @@ import jax
 from attnlab.attention._kernels.backends import kernel_module
 from attnlab.bench import gpu_cases
 from attnlab.bench.device import Case, Prepared
+from attnlab.bench.problems import MOST_ERROR, Problem, prepare
 
 Kernel = tuple[str, tuple[Any, ...]]
 
@@ -32,7 +33,7 @@ class Trial(NamedTuple):
         return f"{name} {shapes}: {tuple(map(int, self.sizes))}"
 
 
-def trials(problems: Iterable[gpu_cases.Problem]) -> list[Trial]:
+def trials(problems: Iterable[Problem]) -> list[Trial]:
     """Lowers the problems for a GPU, which takes a minute for all, and notes between which sizes kernels choose. The
     first trial of a kernel has those that it takes by itself."""
     found: dict[Kernel, list[Trial]] = {}
@@ -62,15 +63,15 @@ def cases(trials: Sequence[Trial]) -> list[Case]:
                 tokens=problem.batch * problem.tokens,
                 prepare=functools.partial(_prepare, trial, problem),
                 clock=_within(trial, gpu_cases.clock),
-                most_error=gpu_cases.MOST_ERROR,
+                most_error=MOST_ERROR,
             )
         )
     return found
 
 
-def _prepare(trial: Trial, problem: gpu_cases.Problem) -> Prepared:
+def _prepare(trial: Trial, problem: Problem) -> Prepared:
     jax.clear_caches()  # they know nothing of sizes
-    calls, errors = _within(trial, gpu_cases.prepare)(problem, "pallas_gpu", trial.passes)
+    calls, errors = _within(trial, prepare)(problem, "pallas_gpu", trial.passes, gpu_cases.CACHE)
     return calls, errors and _within(trial, errors)
 
 

@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from attnlab import cli
-from attnlab.bench import gpu_cases, tuning
+from attnlab.bench import gpu_cases, problems, tuning
 from attnlab.bench.tuning import Trial
 from kernels_pallas.gpu import blocks
 
@@ -23,7 +23,7 @@ def test_every_size_of_every_kernel_is_tried_once():
     assert len({trial.kernel for trial in found if trial.passes == "backward"}) == 2
     cases = tuning.cases(found)
     assert len({case.key for case in cases}) == len(found)
-    assert all(case.most_error == gpu_cases.MOST_ERROR for case in cases)
+    assert all(case.most_error == problems.MOST_ERROR for case in cases)
 
 
 def test_a_trial_s_kernel_has_its_sizes_where_it_is_prepared_checked_and_timed(monkeypatch):
@@ -36,7 +36,7 @@ def test_a_trial_s_kernel_has_its_sizes_where_it_is_prepared_checked_and_timed(m
         see()
         return [], see
 
-    monkeypatch.setattr(gpu_cases, "prepare", prepare)
+    monkeypatch.setattr(tuning, "prepare", prepare)
     monkeypatch.setattr(gpu_cases, "clock", see)
     [case] = tuning.cases([Trial("dense causal, head dim 64, 16k", "forward", FLASH, (64, 2))])
     _, errors = case.prepare()
