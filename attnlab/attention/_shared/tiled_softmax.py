@@ -303,19 +303,17 @@ def _where(visible: Array | None, x: Array, hidden: Any) -> Array:
 
 
 def _product(equation: str, weights: Array, x: Array, is_edge: bool) -> Array:
-    """einsum(equation, weights, x). At an edge a weight of 0 counts for nothing, also where x is NaN or infinite."""
+    """einsum(equation, weights, x), which sums over the last axis of weights. At an edge a weight of 0 counts for
+    nothing, also where x is NaN or infinite, and any other makes NaN of all channels.
 
-    def plain(weights: Array, x: Array) -> Array:
-        return jnp.einsum(equation, weights, x)
-
-    def careful(weights: Array, x: Array) -> Array:
-        finite = jnp.isfinite(x)
-        counted = jnp.einsum(equation, (weights != 0).astype(x.dtype), (~finite).astype(x.dtype))
-        return jnp.where(counted > 0, jnp.nan, jnp.einsum(equation, weights, jnp.where(finite, x, 0)))
-
+    Without a branch for finite x: one for all examples would have the devices that share them wait for each other.
+    """
     if not is_edge:
-        return plain(weights, x)
-    return lax.cond((x * 0).sum() == 0, plain, careful, weights, x)  # NaN * 0 and infinity * 0 are NaN
+        return jnp.einsum(equation, weights, x)
+    finite = jnp.isfinite(x)
+    spoilt = (~finite.all(-1)).astype(x.dtype)
+    reached = (jnp.abs(weights) @ spoilt[..., None]) > 0
+    return jnp.where(reached, jnp.nan, jnp.einsum(equation, weights, jnp.where(finite, x, 0)))
 
 
 # --- Values -----------------------------------------------------------------------------------------------------------
