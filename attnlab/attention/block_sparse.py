@@ -422,10 +422,11 @@ def _joined(x: Array, query_blocks: int) -> Array:
 
 
 class _Gathered(NamedTuple):
-    """Of g query blocks: places in key and value; these' keys, values [B, U, g, M key_block, .]; logits and what is
-    visible, [B, U, g, R, M key_block]."""
+    """Of g query blocks: their places in an example's key and value, [U, 1, 1] and [B, U, g, M]; these' keys and values
+    [B, U, g, M key_block, .]; logits and what is visible, [B, U, g, R, M key_block]."""
 
-    at: tuple[Array, Array, Array]
+    head: Array
+    number: Array
     key: Array
     value: Array
     logits: Array
@@ -435,16 +436,17 @@ class _Gathered(NamedTuple):
 def _gathered(inputs: _Inputs, settings: _Settings, step: Any) -> _Gathered:
     """step: (first query block, query, bias, number, counts, query_ids), the arrays of these blocks."""
     (first, query, bias, number, counts, query_ids), key_ids = step
-    batch, own, blocks, rows, _ = query.shape
+    own, blocks, rows, _ = query.shape[1:]
     key_heads, _, size, _ = inputs.key.shape[1:]
-    head = jnp.arange(own) // (own // key_heads)
-    at = jnp.arange(batch)[:, None, None, None], head[None, :, None, None], number
+    head = (jnp.arange(own) // (own // key_heads))[:, None, None]
 
     def flat(x: Array) -> Array:
         """[B, U, g, M, key_block, ...] -> [B, U, g, M key_block, ...]."""
         return x.reshape(*x.shape[:3], -1, *x.shape[5:])
 
-    key, value = flat(inputs.key[at]), flat(inputs.value[at])
+    # Example by example, as devices that share a batch have their own examples' alone.
+    taken = jax.vmap(lambda x, number: x[head, number])
+    key, value = flat(taken(inputs.key, number)), flat(taken(inputs.value, number))
     logits = jnp.einsum("BUGRH,BUGSH->BUGRS", query, key)
     if bias is not None:
         logits = logits + jnp.repeat(bias, size, axis=-1)[..., None, :]
@@ -454,7 +456,10 @@ def _gathered(inputs: _Inputs, settings: _Settings, step: Any) -> _Gathered:
     key_number = flat(number[..., None] * size + in_block)[..., None, :]
     same = None
     if query_ids is not None:
-        same = query_ids[:, None, :, :, None] == flat(key_ids[at[0], number])[..., None, :]
+        same = (
+            query_ids[:, None, :, :, None]
+            == flat(jax.vmap(lambda ids, number: ids[number])(key_ids, number))[..., None, :]
+        )
     listed = jnp.repeat(counts, size, axis=-1)[..., None, :]
     if settings.keys % size:
         listed = listed & (key_number < settings.keys)
@@ -462,7 +467,7 @@ def _gathered(inputs: _Inputs, settings: _Settings, step: Any) -> _Gathered:
     visible = _within_blocks(
         listed, query_number, key_number, is_causal=settings.is_causal, mask=settings.mask, same=same
     )
-    return _Gathered(at, key, value, logits, visible)
+    return _Gathered(head, number, key, value, logits, visible)
 
 
 def _over_steps(inputs: _Inputs, fixed: _Fixed, *more: Array) -> tuple[int, Any]:
@@ -508,11 +513,12 @@ def _transpose(
         to_key = jnp.einsum("BUGRS,BUGRH->BUGSH", changes, query)
         to_value = jnp.einsum("BUGRS,BUGRV->BUGSV", weights, of_out)
         to_bias = None if bias is None else changes.sum(3).reshape(*bias.shape, size).sum(-1)
+        add = jax.vmap(lambda total, number, x: total.at[seen.head, number].add(x))
         added = (
-            total.at[seen.at].add(x.reshape(*x.shape[:3], -1, size, x.shape[-1]))
+            add(total, seen.number, x.reshape(*x.shape[:3], -1, size, x.shape[-1]))
             for total, x in zip(sums, (to_key, to_value))
         )
-        return tuple(added), (to_query, to_bias)  # type: ignore[return-value]
+        return tuple(added), (to_query, to_bias)
 
     zeros = jnp.zeros_like(inputs.key), jnp.zeros_like(inputs.value)
     (to_key, to_value), by_step = lax.scan(some, zeros, (blocks, more))

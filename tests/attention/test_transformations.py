@@ -5,6 +5,7 @@ import functools
 import gc
 import os
 import pathlib
+import re
 import sys
 import time
 import warnings
@@ -202,6 +203,23 @@ def test_a_mesh_computes_what_one_device_does(name, layout, kind):
     with jax.set_mesh(mesh):
         results, gradients = jax.jit(gradient(name))(*placed)
     assert_close((results, gradients), expected(name))
+
+
+# XLA gathers what jax.lax.top_k chooses from.
+_BY_TOP_K = ("routing, global", "routing, global with a mask", "sparse_cache step")
+_KEPT = [name for name in CALLS if name not in _BY_TOP_K]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", slow_but(_KINDS | {"block-sparse, pooled", "pyramid step"}, _KEPT))
+def test_devices_that_share_a_batch_keep_their_examples(name):
+    """Under Auto axes, which XLA follows, they sum what examples share, and whether any number is not finite. None
+    needs another's examples."""
+    _, arrays = CALLS[name]
+    mesh = mesh_of(AxisType.Auto)
+    placed = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, by_batch(x))), arrays)
+    program = jax.jit(gradient(name)).lower(*placed).compile().as_text()
+    assert not re.search(r" (all-gather|all-to-all|collective-permute)(-start)?\(", program)
 
 
 @pytest.mark.parametrize("in_context", [True, False])
