@@ -429,7 +429,7 @@ def by_layer(looks: dict[str, Style], heads: dict[str, list[list[float | None]]]
             axes.plot(range(len(means)), means, color=look.colour, linestyle=look.line, marker=look.marker, label=arm)
             for number, layer in enumerate(values):
                 axes.plot([number] * len(layer), layer, look.marker, color=look.colour, alpha=0.35, markersize=3)
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
         axes.margins(x=0.1)
         axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.set_xlabel("layer")
