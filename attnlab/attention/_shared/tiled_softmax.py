@@ -26,7 +26,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from attnlab.attention._dispatch.deferred import tangent_call
-from attnlab.attention._shared.finite import finite_or_zero
+from attnlab.attention._shared.finite import finite_or_zero, is_spoilt
 from attnlab.attention._shared.softmax import softmax_parts
 
 Array = jax.Array
@@ -310,10 +310,8 @@ def _product(equation: str, weights: Array, x: Array, is_edge: bool) -> Array:
     """
     if not is_edge:
         return jnp.einsum(equation, weights, x)
-    finite = jnp.isfinite(x)
-    spoilt = (~finite.all(-1)).astype(x.dtype)
-    reached = (jnp.abs(weights) @ spoilt[..., None]) > 0
-    return jnp.where(reached, jnp.nan, jnp.einsum(equation, weights, jnp.where(finite, x, 0)))
+    reached = jnp.abs(weights) @ is_spoilt(x).astype(x.dtype)[..., None] > 0
+    return jnp.where(reached, jnp.nan, jnp.einsum(equation, weights, finite_or_zero(x)))
 
 
 # --- Values -----------------------------------------------------------------------------------------------------------

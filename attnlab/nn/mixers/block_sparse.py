@@ -33,6 +33,10 @@ class ChosenBlocks(Attention):
         if self.is_causal:
             check_dividing_blocks(self.query_block, self.key_block)
 
+    def queries_of_blocks(self, query: Array) -> Array:
+        """[B, query blocks, N, H], what chooses for a block: causal its first query, not causal the mean one."""
+        return block_selection.pool_blocks(query, self.query_block, "first" if self.is_causal else "mean")
+
     @abstractmethod
     def lists(self, query: Array, key: Array) -> Array:
         """int32 [B, N | K, query blocks, M], the key blocks that query blocks see, of heads [B, T, N|K, H]."""

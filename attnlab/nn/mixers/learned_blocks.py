@@ -65,7 +65,7 @@ class GateBlockAttention(ChosenBlocks):
 
     def _gate(self, query: Array, key: Array) -> tuple[Array, Array, Array, Array]:
         """Queries and keys of blocks, and the weights of both."""
-        queries = block_selection.pool_blocks(query, self.query_block, "first" if self.is_causal else "mean")
+        queries = self.queries_of_blocks(query)
         kinds: tuple[block_selection.Pooling, ...] = ("mean", "max", "min")
         keys = jnp.concatenate([block_selection.pool_blocks(key, self.key_block, kind) for kind in kinds], axis=-1)
         return queries, keys, self.query_gate[...], self.key_gate[...]
@@ -110,19 +110,17 @@ class TreeBlockAttention(ChosenBlocks):
         self.choose_blocks(query_block, key_block, count)
 
     def lists(self, query: Array, key: Array) -> Array:
-        queries = block_selection.pool_blocks(query, self.query_block, "first" if self.is_causal else "mean")
+        queries = self.queries_of_blocks(query)
         rows, blocks = queries.shape[1], -(-key.shape[1] // self.key_block)
-        candidates = np.full(rows, blocks)
-        if self.is_causal:
-            complete, own = block_selection.causal_blocks(rows, blocks, self.query_block, self.key_block)
-            candidates = complete.sum(-1)
-        found = block_selection.tree_blocks(
-            queries[:, :, None], key, self.count, key_block=self.key_block, candidates=candidates
-        )
+        options: dict[str, Any] = {"key_block": self.key_block}
         if not self.is_causal:
-            return found
-        width = self.count + int(own.sum(-1).max())
-        return block_selection.lists_of(block_selection.block_mask_of(found, blocks) | own, width)
+            candidates = np.full(rows, blocks)
+            return block_selection.tree_blocks(queries[:, :, None], key, self.count, candidates=candidates, **options)
+        complete, own = block_selection.causal_blocks(rows, blocks, self.query_block, self.key_block)
+        candidates = complete.sum(-1)
+        found = block_selection.tree_blocks(queries[:, :, None], key, self.count, candidates=candidates, **options)
+        besides = block_selection.lists_of(own, int(own.sum(-1).max()))
+        return jnp.concatenate([found, jnp.broadcast_to(besides, (*found.shape[:-1], besides.shape[-1]))], axis=-1)
 
     def choosing_flops(self, query_blocks: int, key_blocks: int) -> int:
         halvings = math.ceil(math.log2(max(key_blocks / self.count, 1)))
