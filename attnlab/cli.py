@@ -415,6 +415,7 @@ def _train(command: argparse.Namespace, overrides: list[str]) -> int:
     is_distributed = _is_distributed(command)
     from attnlab import config
     from attnlab.train import hosts, store, train
+    from attnlab.train.memory import keep_freed_memory
 
     if command.profile < 0:
         raise UserError(f"profile: got {command.profile}; need a number of steps")
@@ -426,6 +427,7 @@ def _train(command: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"train: {' '.join(command.configs)} is a sweep of several runs; `attnlab ablate` runs it")
     built = config.build(command.configs, overrides, root="Experiment")
     config.check_read(overrides, built)
+    keep_freed_memory()
     is_over = (workdir / "result.json").is_file()
     result = train(
         built.value,
@@ -660,6 +662,7 @@ def _ablate(command: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.ablate import dry_run, measure_speed, run_ablation, write_report
     from attnlab.ablate.spread import helpers
     from attnlab.train import hosts, store
+    from attnlab.train.memory import keep_freed_memory
 
     workdir = store.find(command.workdir or f"runs/ablate/{Path(command.config).stem}")
     runs = store.find(command.cache) if command.cache else workdir / "runs"
@@ -674,6 +677,7 @@ def _ablate(command: argparse.Namespace, overrides: list[str]) -> int:
     arguments = [command.config, "--workdir", str(workdir), "--cache", str(runs), *(f"--gin.{o}" for o in overrides)]
     if is_distributed:
         _join(command)
+    keep_freed_memory()
     start = time.monotonic()
     with helpers(sharing - 1, arguments, workdir):
         rows = run_ablation(command.config, overrides, workdir, runs=runs)

@@ -21,6 +21,7 @@ import numpy as np
 import attnlab
 from attnlab import data, models, nn, train
 from attnlab.train import step as steps
+from attnlab.train.memory import keep_freed_memory
 from attnlab.train.mesh import placed
 
 Call = Callable[[], Any]
@@ -210,6 +211,7 @@ def _training(length: int) -> Pairs:
     """
     what = f"10 training steps, 12 x 64 tokens, {jax.device_count()} device{'s' * (jax.device_count() > 1)}"
     torch = _torch()
+    keep_freed_memory()  # as `attnlab train` does; it holds for both
     own = _training_step()
     eager = _torch_step(torch, compiled=False)
     yield what, "PyTorch, eager", own, eager
