@@ -433,7 +433,9 @@ def _transpose(
 ) -> Inputs:
     grid = _grid(inputs, sees, is_causal)
     rows, columns = grid.rows, grid.columns
-    (out, lse), (out_cotangent, lse_cotangent) = results, cotangents
+    # Of a sum they are constants, which XLA would look through one by one while it compiles: seconds, for long inputs.
+    out_cotangent, lse_cotangent = lax.optimization_barrier(cotangents)
+    out, lse = results
     # What is not finite comes by lse and the cotangents, from queries that see it. Those without a cotangent, or
     # without a key, are left out.
     live = ((out_cotangent != 0).any(-1) | (lse_cotangent != 0)) & (lse != -jnp.inf)
