@@ -8,12 +8,11 @@ The tokens come in chunks of C. With W chunks kept, the sink among them, queries
 
 decay 1 is a sink that stays chunk 0. Papers: Reward Forcing (Lu et al. 2025); MotionStream (Shin et al. 2025), decay 1.
 
-The sinks that all chunks see are a linear recurrence, taken by an associative scan. They are put before the keys, so
-that attention is block-sparse, every chunk with a list of its own sink and of its window.
+The sinks that all chunks see are a linear recurrence, a chunk at a time. They are put before the keys, so that
+attention is block-sparse, every chunk with a list of its own sink and of its window.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -162,7 +161,7 @@ def _parted(attend: Any, window: _Window, parts: Parts, query: Array, key: Array
     left = [_chunks(x[:, :length].astype(dtype), window.chunk) for x in (key, value)]
     leaves = _leaves(first, left[0].shape[0], window)
     ones = jnp.ones_like(left[0][0, :, :, :1, 0])
-    made = [_scan_of_sinks(x, jnp.zeros_like(x[0]), leaves, window.decay)[-1] for x in left]
+    made = [_sinks_in_turn(x, jnp.zeros_like(x[0]), leaves, window.decay)[-1] for x in left]
     of_part = _Sink(ones * window.decay ** leaves.sum().astype(dtype), *made)
     before, _ = states_before(_joined, _Sink(ones, *(x.astype(dtype) for x in start)), of_part, parts)
     return attend(window, query, key, value, before.key, before.value, first)
@@ -200,32 +199,17 @@ def _sinks_in_turn(left: Array, sink: Array, leaves: Array, decay: float) -> Arr
     return lax.scan(step, sink, (left, leaves))[1]
 
 
-def _scan_of_sinks(left: Array, sink: Array, leaves: Array, decay: float) -> Array:
-    """_sinks_in_turn, in log2 steps."""
-    if decay == 1:
-        return jnp.broadcast_to(sink, left.shape)
-    leaves = leaves.reshape(-1, *(1,) * sink.ndim)
-    factors = jnp.where(leaves, jnp.asarray(decay, sink.dtype), 1)
-    added = jnp.where(leaves, left if decay == 0 else (1 - decay) * left, 0)
-
-    def join(earlier: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[Array, Array]:
-        return earlier[0] * later[0], _scaled(later[0], earlier[1]) + later[1]
-
-    factors, added = lax.associative_scan(join, (factors, added))
-    return _scaled(factors, sink[None]) + added
-
-
 # --- Forms ------------------------------------------------------------------------------------------------------------
 
 # All take query [B, T, N, H]; key and value of W - 1 chunks before it, and its own; the sink [B, C, K, H|V] before the
 # first of these chunks goes into it; and the number of the query's first chunk. They give (out, lse).
 
 
-def _sinks_of(in_chunks: Callable[..., Array], x: Array, sink: Array, leaves: Array, window: _Window) -> Array:
-    """[B, chunks C, K, H|V], every chunk's sink: in_chunks is _sinks_in_turn or _scan_of_sinks."""
+def _sinks_of(x: Array, sink: Array, leaves: Array, window: _Window) -> Array:
+    """[B, chunks C, K, H|V], every chunk's sink."""
     chunks = len(leaves)
     left = _chunks(x[:, : chunks * window.chunk], window.chunk)[:chunks]
-    sinks = in_chunks(left, sink.astype(x.dtype), leaves, window.decay)
+    sinks = _sinks_in_turn(left, sink.astype(x.dtype), leaves, window.decay)
     return jnp.moveaxis(sinks, 0, 1).reshape(x.shape[0], chunks * window.chunk, *x.shape[2:])
 
 
@@ -246,7 +230,7 @@ def _reference(
 
     def with_sinks(x: Array, sink: Array) -> Array:
         x = x.astype(dtype)
-        sinks = _sinks_of(_sinks_in_turn, x, sink, _leaves(first, chunks, window), window)
+        sinks = _sinks_of(x, sink, _leaves(first, chunks, window), window)
         return jnp.concatenate([sinks, x], axis=1)
 
     token, place = jnp.arange(length)[:, None], jnp.arange(key.shape[1])[None] - window.before
@@ -277,7 +261,7 @@ def _xla(
 
     def with_sinks(x: Array, sink: Array) -> Array:
         x = x.astype(dtype)
-        sinks = _sinks_of(_scan_of_sinks, x, sink, _leaves(first, chunks, window), window)
+        sinks = _sinks_of(x, sink, _leaves(first, chunks, window), window)
         return jnp.concatenate([sinks, x[:, chunk:]], axis=1)  # the window begins a chunk later
 
     own = jnp.arange(chunks)[:, None]
