@@ -1,4 +1,4 @@
-"""Caches of keys and values: how prompts and tokens are put into them, and a token's attention to one.
+"""Caches of keys and values: how prompts and tokens are put into them, and attention to one of a few tokens.
 
 The tokens so far are counted once for all rows, int32 [], or where prompts differ in length by row, int32 [B].
 """
@@ -29,19 +29,20 @@ def attend_to_cache(
     scale: Any,
     implementation: str | None,
 ) -> Array:
-    """[B, 1, N, V]: a token's attention to a cache [B, S, K, H], [B, S, K, V].
+    """[B, T, N, V]: the attention of T tokens to a cache [B, S, K, H], [B, S, K, V].
 
-    visible: bool [B or 1, S]. used: int [] or [B], no slot from this one on is visible.
+    visible: bool [B or 1, T, S]. used: int [] or [B], no slot from this one on is visible.
     """
     # One row per sequence of the batch, so that devices share it as they share the batch.
-    visible, used = jnp.broadcast_to(visible, (query.shape[0], visible.shape[1])), jnp.max(used)
+    batch = query.shape[0]
+    visible, used = jnp.broadcast_to(visible, (batch, *visible.shape[1:])), jnp.broadcast_to(used, (batch,))
     arrays = (query, key, value, visible, used, jnp.asarray(scale, accumulator_dtype(query, key, value)))
     return dispatch(primitive, STEP_IMPLEMENTATIONS, implementation, *arrays)
 
 
 def _xla(query: Array, key: Array, value: Array, visible: Array, used: Array, scale: Array) -> Array:
     def form(attend: Any) -> Any:
-        return lambda *arrays: attend(*arrays, visible=visible[:, None, None], scale=scale)[0]
+        return lambda *arrays: attend(*arrays, visible=visible[:, None], scale=scale)[0]
 
     # A slot that is not visible may hold a NaN: of a window's earlier tokens, or of what a caller did not clear.
     return jax.lax.cond(are_finite(key, value), form(dense_attention), form(reference_attention), query, key, value)
@@ -53,7 +54,7 @@ def by_row(count: Array) -> Array:
 
 
 def put(cache: Array, new: Array, slot: Array) -> Array:
-    """cache [B, S, ...] with new [B, 1, ...] in a slot, int [] or [B]."""
+    """cache [B, S, ...] with new [B, T, ...] in slots from this one on, int [] or [B]."""
     new = new.astype(cache.dtype)
     if slot.ndim == 0:
         return lax.dynamic_update_slice_in_dim(cache, new, slot, axis=1)

@@ -30,7 +30,7 @@ from attnlab.attention._kernels import dot_product as kernels
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
     check_bool,
-    check_cached_step,
+    check_cached_steps,
     check_dtype,
     check_over_logits,
     check_position,
@@ -309,33 +309,36 @@ def dot_product_step(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, DotProductCache]:
-    """The next token of causal attention: the token's row of dot_product_attention(..., is_causal=True).
+    """The next tokens of causal attention: their rows of dot_product_attention(..., is_causal=True).
 
     Args:
       cache: of the tokens before.
-      query, key, value: the token's, [B, 1, N, H], [B, 1, K, H], [B, 1, K, V].
-      implementation: "xla", "pallas_tpu", "pallas_gpu" or None.
+      query, key, value: the tokens', [B, T, N, H], [B, T, K, H], [B, T, K, V]; T is 1, or more where they are known
+        at once, as parts of a prompt are, or a draft to be verified.
+      implementation: "xla", "pallas_tpu" (T up to 16), "pallas_gpu" (T = 1) or None.
 
     Returns:
-      (out [B, 1, N, V], the cache with the token added). Past max_length, which a compiled program cannot refuse, out
-      is NaN.
+      (out [B, T, N, V], the cache with the tokens added). Where these do not all fit into max_length, which a compiled
+      program cannot refuse, the row's out is NaN.
 
-    Complexity: O(max_length) time.
+    Complexity: O(T max_length) time.
     """
     check_type("cache", cache, DotProductCache, "init_dot_product_cache")
-    check_cached_step(query, key, value, cache.key, cache.value)
+    check_cached_steps(query, key, value, cache.key, cache.value)
     check_position("cache.length", cache.length, query.shape[0])
     keys, values = put(cache.key, key, cache.length), put(cache.value, value, cache.length)
-    visible = jnp.arange(keys.shape[1])[None] <= by_row(cache.length)
+    after = cache.length + query.shape[1]
+    now = by_row(cache.length) + jnp.arange(query.shape[1])
+    visible = jnp.arange(keys.shape[1]) <= now[..., None]
     out = attend_to_cache(
         "dot_product_step",
         query,
         keys,
         values,
         visible=visible,
-        used=cache.length + 1,
+        used=after,
         scale=default_scale(scale, query.shape[-1]),
         implementation=implementation,
     )
-    out = jnp.where(by_row(cache.length)[..., None, None] < keys.shape[1], out, jnp.nan)
-    return out, DotProductCache(keys, values, cache.length + 1)
+    out = jnp.where(by_row(after)[..., None, None] <= keys.shape[1], out, jnp.nan)
+    return out, DotProductCache(keys, values, after)

@@ -44,7 +44,7 @@ from attnlab.attention._kernels import local as kernels
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
     check_bool,
-    check_cached_step,
+    check_cached_steps,
     check_dtype,
     check_int,
     check_position,
@@ -555,27 +555,54 @@ def local_step(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, LocalCache]:
-    """The next token of causal local attention: its row of local_attention(..., is_causal=True).
+    """The next tokens of causal local attention: their rows of local_attention(..., is_causal=True).
 
     With stride > 1 it equals edge="clip", and edge="shift" in all stride groups but an incomplete last one, whose
     leader depends on where the sequence ends.
 
     Args:
       cache: from init_local_cache with the same window and sinks.
-      query, key, value: the token's, [B, 1, N, H], [B, 1, K, H], [B, 1, K, V].
-      implementation: "xla", "pallas_tpu", "pallas_gpu" or None.
+      query, key, value: the tokens', [B, T, N, H], [B, T, K, H], [B, T, K, V]; T is 1, or more where they are known
+        at once, as parts of a prompt are, or a draft to be verified.
+      implementation: "xla", "pallas_tpu" (T up to 16), "pallas_gpu" (T = 1) or None.
 
     Returns:
-      (out [B, 1, N, V], the cache with the token added).
+      (out [B, T, N, V], the cache with the tokens added).
 
-    Complexity: O(window + sinks) time and memory.
+    Complexity: O(T (window + sinks + T)) time. Several tokens copy the cache, as the first of them see what the last
+    ones overwrite.
     """
     check_type("cache", cache, LocalCache, "init_local_cache")
-    check_cached_step(query, key, value, cache.key, cache.value)
+    check_cached_steps(query, key, value, cache.key, cache.value)
     window, sinks = _check_slots(cache, window, sinks)
     stride = check_int("stride", stride)
     require(1 <= stride <= window, "stride", stride, f"must be from 1 to the window, {window}")
     check_position("cache.position", cache.position, query.shape[0])
+    put_in = _with_token if query.shape[1] == 1 else _with_tokens
+    after, keys, values, visible, used = put_in(cache, key, value, window, sinks, stride)
+    out = attend_to_cache(
+        "local_step",
+        query,
+        keys,
+        values,
+        visible=visible,
+        used=used,
+        scale=default_scale(scale, query.shape[-1]),
+        implementation=implementation,
+    )
+    return out, after
+
+
+def _first_seen(now: Array, window: int, stride: int) -> Array:
+    # edge="clip": a leader past the end of the sequence, which is not known here.
+    return masks.window_bounds(now, now + 1, window=window, stride=stride, is_causal=True, edge="clip")[0]
+
+
+def _with_token(
+    cache: LocalCache, key: Array, value: Array, window: int, sinks: int, stride: int
+) -> tuple[LocalCache, Array, Array, Array, Array]:
+    """The cache with a token's key and value [B, 1, K, H|V], the keys and values to attend to, which are its own, which
+    of them the token sees, bool [B or 1, 1, S], and how many slots are in use."""
     position = cache.position
     slot = sinks + position % window
 
@@ -585,18 +612,38 @@ def local_step(
 
     keys, values = store(cache.key, key), store(cache.value, value)
     now = by_row(position)
-    # edge="clip": a leader past the end of the sequence, which is not known here.
-    start, _ = masks.window_bounds(now, now + 1, window=window, stride=stride, is_causal=True, edge="clip")
-    in_slot = newest(now + 1, window)
-    visible = jnp.concatenate([jnp.arange(sinks)[None] < start, in_slot >= start], axis=1)
-    out = attend_to_cache(
-        "local_step",
-        query,
-        keys,
-        values,
-        visible=visible,
-        used=sinks + jnp.minimum(position + 1, window),
-        scale=default_scale(scale, query.shape[-1]),
-        implementation=implementation,
+    start = _first_seen(now, window, stride)
+    visible = jnp.concatenate([jnp.arange(sinks)[None] < start, newest(now + 1, window) >= start], axis=1)
+    after = LocalCache(keys, values, position + 1)
+    return after, keys, values, visible[:, None], sinks + jnp.minimum(position + 1, window)
+
+
+def _with_tokens(
+    cache: LocalCache, key: Array, value: Array, window: int, sinks: int, stride: int
+) -> tuple[LocalCache, Array, Array, Array, Array]:
+    """The same of tokens [B, T, K, H|V], which attend to the cache before them with themselves behind it."""
+    tokens, position = key.shape[1], cache.position
+    before = by_row(position)
+    now = before + jnp.arange(tokens)
+    start = _first_seen(now, window, stride)[..., None]  # [B or 1, T, 1]
+    of_sinks, of_window = jnp.arange(sinks)[None], newest(before, window)
+    own = now[:, None]
+    parts = [
+        of_sinks[:, None] < jnp.minimum(start, before[..., None]),
+        of_window[:, None] >= start,
+        (own <= now[..., None]) & ((own >= start) | (own < sinks)),
+    ]
+    visible = jnp.concatenate([jnp.broadcast_to(x, (*now.shape, x.shape[-1])) for x in parts], axis=2)
+    # Of each slot, which of the tokens it holds now; none of them if it is negative, or past the last.
+    index = jnp.concatenate([of_sinks - before, newest(before + tokens, window) - before], axis=1)
+    is_new = ((index >= 0) & (index < tokens))[..., None, None]
+    rows = jnp.minimum(index, tokens - 1)
+
+    def store(old: Array, new: Array) -> Array:
+        return jnp.where(is_new, tokens_at(new.astype(old.dtype), rows), old)
+
+    after = LocalCache(store(cache.key, key), store(cache.value, value), position + tokens)
+    keys, values = (
+        jnp.concatenate([old, new.astype(old.dtype)], axis=1) for old, new in ((cache.key, key), (cache.value, value))
     )
-    return out, LocalCache(keys, values, position + 1)
+    return after, keys, values, visible, jnp.full_like(position, keys.shape[1])

@@ -85,7 +85,7 @@ def _cached_flash(shape: Shape) -> Row:
     """A step with a full cache of the window."""
     cache = [jax.ShapeDtypeStruct((1, shape.window, shape.key_heads, shape.head_dim), shape.dtype)] * 2
     query = jax.ShapeDtypeStruct((1, 1, shape.heads, shape.head_dim), shape.dtype)
-    visible, used = jax.ShapeDtypeStruct((1, shape.window), jnp.bool), jax.ShapeDtypeStruct((), jnp.int32)
+    visible, used = jax.ShapeDtypeStruct((1, 1, shape.window), jnp.bool), jax.ShapeDtypeStruct((1,), jnp.int32)
     run = functools.partial(cached_flash.cached_flash_attention, scale=shape.head_dim**-0.5)
     return Row(run, [query, *cache, visible, used], cached_flash.smem_bytes(shape.head_dim, shape.head_dim))
 

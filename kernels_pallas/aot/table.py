@@ -162,7 +162,7 @@ def _cached_flash(shape: Shape) -> Row:
     """A step with a full cache of the window."""
     cache = [jax.ShapeDtypeStruct((1, shape.window, shape.key_heads, shape.head_dim), shape.dtype)] * 2
     query = jax.ShapeDtypeStruct((1, 1, shape.heads, shape.head_dim), shape.dtype)
-    visible, used = jax.ShapeDtypeStruct((1, shape.window), jnp.bool), jax.ShapeDtypeStruct((), jnp.int32)
+    visible, used = jax.ShapeDtypeStruct((1, 1, shape.window), jnp.bool), jax.ShapeDtypeStruct((1,), jnp.int32)
     vmem = cached_flash.vmem_bytes(
         shape.window, shape.heads, shape.key_heads, shape.head_dim, shape.head_dim, shape.dtype
     )

@@ -72,6 +72,8 @@ def refusal(query: Any, key: Any, value: Any) -> str | None:
     dtype = jnp.dtype(query.dtype)
     if dtype not in (jnp.bfloat16, jnp.float16) or not dtype == key.dtype == value.dtype:
         return f"needs query and cache all bfloat16 or all float16, got {dtype}, {key.dtype} and {value.dtype}"
+    if query.shape[1] > 1:
+        return f"serves one token a step, got {query.shape[1]}"
     if query.shape[2] > ROWS * key.shape[2]:
         return f"serves up to {ROWS} query heads for a key head, got {query.shape[2]} for {key.shape[2]}"
     if max(query.shape[-1], value.shape[-1]) > _MOST_WIDTH:
@@ -90,8 +92,8 @@ def cached_flash_attention(
       query: [B, 1, N, H], bfloat16 or float16.
       key: [B, S, K, H] of the same dtype, S slots. Query head n reads key head n // (N / K), where N / K is at most 64.
       value: [B, S, K, V] of the same dtype. H and V up to 256.
-      visible: bool [B, S].
-      used: int [], at least 1; no slot from this one on is visible.
+      visible: bool [B, 1, S].
+      used: int [B]; no slot of the sequence from this one on is visible.
       scale: factor on the logits, may be traced.
 
     Returns:
@@ -118,10 +120,10 @@ def cached_flash_attention(
         jnp.pad(x, ((0, 0), (0, padded_slots - slots), (0, 0), (0, width - x.shape[-1])))
         for x, width in ((key, widths[0]), (value, widths[1]))
     )
-    sees = jnp.pad(visible.astype(jnp.int32), ((0, 0), (0, padded_slots - slots)))
+    sees = jnp.pad(visible[:, 0].astype(jnp.int32), ((0, 0), (0, padded_slots - slots)))
     tiles = -(-padded_slots // SLOTS)
     parts = min(tiles, max(1, -(-_BLOCKS // (batch * key_heads))))
-    used_tiles = jnp.clip((jnp.asarray(used, jnp.int32) + np.int32(SLOTS - 1)) // SLOTS, 1, tiles).reshape(1)
+    used_tiles = jnp.clip((used.astype(jnp.int32) + np.int32(SLOTS - 1)) // SLOTS, 1, tiles)
     name = "cached_flash_attention"
     [stages] = blocks.chosen(name, widths, [(n,) for n in range(_stages(*widths), 1, -1)])
     out, totals = launch(
@@ -180,7 +182,7 @@ def _body(slots: int, parts: int, rows: int, stages: int, value_width: int, dtyp
         free: Any,
     ) -> None:
         batch, head, part = (lax.axis_index(name) for name in ("batch", "head", "part"))
-        factor, used = factor_ref[0], used_ref[0]
+        factor, used = factor_ref[0], used_ref[batch]
         each = lax.div(used + np.int32(parts - 1), np.int32(parts))
         before = part * each
         count = jnp.maximum(jnp.minimum(each, used - before), 0)

@@ -27,17 +27,15 @@ def assert_leaves_what_steps_leave(cache, fill, step, arrays):
     @jax.jit
     def by_steps(cache, arrays):
         def token(cache, now):
-            out, cache = step(cache, **{name: x[:, None] for name, x in now.items()})
+            out, cache = step(cache, **jax.tree.map(lambda x: x[:, None], now))
             return cache, (out[:, 0], cache)
 
-        _, (outs, caches) = jax.lax.scan(token, cache, {n: jnp.moveaxis(x, 1, 0) for n, x in arrays.items()})
+        _, (outs, caches) = jax.lax.scan(token, cache, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), arrays))
         return outs, jax.tree.map(lambda first, later: jnp.concatenate([first[None], later]), cache, caches)
 
     outs, caches = by_steps(cache, arrays)
     padding = np.arange(TOKENS)[None] >= LENGTHS[:, None]
-    spoilt = {
-        name: np.where(padding.reshape(*padding.shape, *(1,) * (x.ndim - 2)), np.nan, x) for name, x in arrays.items()
-    }
+    spoilt = jax.tree.map(lambda x: np.where(padding.reshape(*padding.shape, *(1,) * (x.ndim - 2)), np.nan, x), arrays)
     for lengths in (LENGTHS, None):
         result = jax.jit(fill)(cache, **(arrays if lengths is None else spoilt), lengths=lengths)
         counts = np.full(BATCH, TOKENS) if lengths is None else lengths

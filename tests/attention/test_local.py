@@ -352,8 +352,10 @@ def test_step_checks_its_cache():
     cache = init_local_cache(2, 1, 4, window=6, sinks=1, value_dim=3)
     with pytest.raises(ValueError, match=r"window: got 5 \+ 1 sinks; the cache was made for 7 together"):
         local_step(cache, query, key, value, window=5, sinks=1)
-    with pytest.raises(ValueError, match=r"query: .*one token"):
-        local_step(cache, *draw_arrays(0, (2,)), window=6, sinks=1)
+    with pytest.raises(ValueError, match=r"query: .*at least one token"):
+        local_step(cache, *draw_arrays(0, (0,)), window=6, sinks=1)
+    with pytest.raises(ValueError, match=r"value: .*as many tokens as query has"):
+        local_step(cache, query, key, jnp.concatenate([value, value], axis=1), window=6, sinks=1)
 
 
 @pytest.mark.parametrize("form", slow_but(["xla"], ["reference", "xla"]))

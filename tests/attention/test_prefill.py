@@ -121,9 +121,52 @@ def test_a_row_without_tokens_goes_on_from_the_state_before(case):
             np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
+SEVERAL = {  # whose steps take several tokens
+    "dot product": lambda: key_values("dot_product"),
+    "local": CACHES["local"],
+    "local, sinks": CACHES["local, sinks"],
+    "local, more slots than tokens": CACHES["local, longer than the prompt"],
+    "local, a leader for three": lambda: strided(window=5, stride=3),
+}
+
+
+def strided(stride, **options):
+    cache, fill, step, gates = key_values("local", **options)
+    return cache, fill, functools.partial(step, stride=stride), gates
+
+
+@pytest.mark.parametrize("case", slow_but({"local, sinks"}, SEVERAL))
+@pytest.mark.parametrize("lengths", [None, np.array([3, 0, 1, 2])], ids=["alike", "rows of their own"])
+def test_any_cutting_into_steps_gives_what_single_tokens_give(case, lengths):
+    with jax.enable_x64(True):
+        empty, fill, step, _ = SEVERAL[case]()
+        start = empty if lengths is None else fill(empty, **{n: x[:, :3] for n, x in ARRAYS.items()}, lengths=lengths)
+
+        def by_parts(sizes):
+            cache, outs, first = start, [], 0
+            for size in sizes:
+                out, cache = step(cache, **{name: x[:, first : first + size] for name, x in ARRAYS.items()})
+                outs.append(out)
+                first += size
+            return np.concatenate(outs, axis=1), cache
+
+        want, after = by_parts([1] * 8)
+        for sizes in ([8], [3, 5], [1, 2, 1, 4]):
+            got, cache = by_parts(sizes)
+            np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+            jax.tree.map(np.testing.assert_array_equal, cache, after)
+
+
+def test_tokens_that_do_not_all_fit_give_nan():
+    cache = A.init_dot_product_cache(BATCH, 4, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM)
+    cache = cache._replace(length=jnp.array([0, 1, 2, 4], jnp.int32))
+    out, _ = A.dot_product_step(cache, *(x[:, :3] for x in ARRAYS.values()))
+    np.testing.assert_array_equal(np.isnan(out).all((1, 2, 3)), [False, False, True, True])
+    np.testing.assert_array_equal(np.isnan(out).any((1, 2, 3)), [False, False, True, True])
+
+
 @pytest.mark.long
 def test_steps_after_prompts_are_at_the_positions_of_their_rows():
-    """And kernels, which are told of the last slot that any row uses, are given no less."""
     cache = A.init_dot_product_cache(BATCH, TOKENS, KEY_HEADS, HEAD_DIM, value_dim=VALUE_DIM)
     query, key, value = (jnp.asarray(x, jnp.float32) for x in ARRAYS.values())
     cache = A.prefill_dot_product_cache(cache, key[:, :6], value[:, :6], lengths=np.array([6, 0, 1, 5]))

@@ -66,6 +66,19 @@ def test_decoding_in_a_scan_takes_the_kernels(tpu):
     assert "linear_step" in compiled
 
 
+@pytest.mark.parametrize("tpu", ["v5e", "v5p", "v6e", "tpu7x"])
+@pytest.mark.slow
+def test_several_tokens_of_rows_of_their_own_take_the_kernel(tpu):
+    heads = {"llama-like": (32, 8, 128), "gemma-like": (8, 4, 256)}
+    for count, key_heads, head_dim in heads.values():
+        cache = jax.eval_shape(
+            lambda: attnlab.init_dot_product_cache(2, 8192, key_heads, head_dim, dtype=jnp.bfloat16)  # noqa: B023
+        )._replace(length=jax.ShapeDtypeStruct((2,), jnp.int32))
+        tokens = [jax.ShapeDtypeStruct((2, 8, n, head_dim), jnp.bfloat16) for n in (count, key_heads, key_heads)]
+        compiled = compile_for_tpu(attnlab.dot_product_step, cache, *tokens, tpu=tpu).as_text()
+        assert "cached_flash_attention" in compiled
+
+
 @pytest.mark.slow
 def test_vmap_and_x64_compile():
     batched = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in (QUERY, KEY, KEY)]

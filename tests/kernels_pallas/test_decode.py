@@ -17,13 +17,16 @@ def draw(*shape, dtype=jnp.float32, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-def token(batch, heads, key_heads, head_dim, value_dim, dtype=jnp.float32, seed=0):
-    shapes = [(batch, 1, heads, head_dim), (batch, 1, key_heads, head_dim), (batch, 1, key_heads, value_dim)]
+def token(batch, heads, key_heads, head_dim, value_dim, dtype=jnp.float32, seed=0, tokens=1):
+    widths = [(heads, head_dim), (key_heads, head_dim), (key_heads, value_dim)]
+    shapes = [(batch, tokens, *width) for width in widths]
     return [draw(*shape, dtype=dtype, seed=seed + number) for number, shape in enumerate(shapes)]
 
 
-def local(fill, *, window, sinks=0, stride=1, heads=4, key_heads=2, dims=(16, 24), dtype=jnp.float32, batch=2):
-    """A step after `fill` tokens; slots that no token has written hold NaN, as they might."""
+def local(
+    fill, *, window, sinks=0, stride=1, heads=4, key_heads=2, dims=(16, 24), dtype=jnp.float32, batch=2, tokens=1
+):
+    """A step of these tokens after `fill` of them; slots that none has written hold numbers, as they might."""
     cache = attnlab.init_local_cache(
         batch, key_heads, dims[0], window=window, sinks=sinks, value_dim=dims[1], dtype=dtype
     )
@@ -32,15 +35,15 @@ def local(fill, *, window, sinks=0, stride=1, heads=4, key_heads=2, dims=(16, 24
     return (
         step,
         cache._replace(key=key, value=value, position=jnp.int32(fill)),
-        token(batch, heads, key_heads, *dims, dtype),
+        token(batch, heads, key_heads, *dims, dtype, tokens=tokens),
     )
 
 
-def softmax(fill, *, length, heads=4, key_heads=1, dims=(16, 16), dtype=jnp.float32):
-    cache = attnlab.init_dot_product_cache(1, length, key_heads, dims[0], value_dim=dims[1], dtype=dtype)
+def softmax(fill, *, length, heads=4, key_heads=1, dims=(16, 16), dtype=jnp.float32, batch=1, tokens=1):
+    cache = attnlab.init_dot_product_cache(batch, length, key_heads, dims[0], value_dim=dims[1], dtype=dtype)
     key, value = (draw(*x.shape, dtype=dtype, seed=7) for x in cache[:2])
     cache = cache._replace(key=key, value=value, length=jnp.int32(fill))
-    return attnlab.dot_product_step, cache, token(1, heads, key_heads, *dims, dtype)
+    return attnlab.dot_product_step, cache, token(batch, heads, key_heads, *dims, dtype, tokens=tokens)
 
 
 def dilated(fill, *, window, dilation):
@@ -68,9 +71,13 @@ CACHES = {
     "softmax": lambda: softmax(100, length=3000),
     "softmax, past the end": lambda: softmax(50, length=50),
     "rows of their own": lambda: at_rows(local(0, window=1500, sinks=2), [3, 900]),
+    "tokens": lambda: softmax(100, length=1100, key_heads=2, tokens=3),
+    "as many tokens as one step takes": lambda: local(7, window=33, sinks=2, batch=1, tokens=16),
+    "tokens, bfloat16": lambda: softmax(30, length=130, key_heads=4, dims=(64, 64), dtype=jnp.bfloat16, tokens=8),
+    "tokens of rows of their own": lambda: at_rows(softmax(0, length=3000, batch=2, tokens=4), [2990, 5]),
     "dilated": lambda: dilated(50, window=6, dilation=3),
 }
-QUICK = ("sinks", "three key heads")
+QUICK = ("sinks", "three key heads", "tokens")
 
 
 @pytest.mark.parametrize("case", slow_but(QUICK, CACHES))
@@ -85,15 +92,16 @@ def test_a_step_equals_plain_jax_s(case, interpreted):
 
 
 @pytest.mark.long
-def test_blocks_past_the_last_slot_in_use_are_not_read(interpreted):
-    query, key, value = draw(1, 1, 2, 16), draw(1, 5000, 1, 16, seed=1), draw(1, 5000, 1, 16, seed=2)
-    unused = (jnp.arange(5000) >= 2048)[:, None, None]  # whole blocks
-    key, value = (jnp.where(unused, jnp.nan, x) for x in (key, value))
-    visible = (jnp.arange(5000) < 1500)[None]
-    out = interpreted(cached_flash_attention, query, key, value, visible, jnp.int32(1500), scale=0.3)
-    logits = 0.3 * jnp.einsum("bqnh,bskh->bns", query, key[:, :1500])
-    want = jnp.einsum("bns,bskh->bnh", jax.nn.softmax(logits), value[:, :1500])
-    np.testing.assert_allclose(out[:, 0], want, atol=1e-5)
+def test_blocks_past_the_last_slot_in_use_are_not_read_each_row_its_own(interpreted):
+    used = jnp.array([1500, 5000])
+    query, key, value = draw(2, 1, 2, 16), draw(2, 5000, 1, 16, seed=1), draw(2, 5000, 1, 16, seed=2)
+    unused = (jnp.arange(5000) >= 2048) & (used == 1500)[:, None]  # whole blocks
+    key, value = (jnp.where(unused[..., None, None], jnp.nan, x) for x in (key, value))
+    visible = (jnp.arange(5000) < used[:, None])[:, None]
+    out = interpreted(cached_flash_attention, query, key, value, visible, used, scale=0.3)
+    for row, count in enumerate(used):
+        logits = 0.3 * jnp.einsum("nh,sh->ns", query[row, 0], key[row, :count, 0])
+        np.testing.assert_allclose(out[row, 0], jax.nn.softmax(logits) @ value[row, :count, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", slow_but([-0.7], [-0.7, 0.0, 30.0]))
@@ -178,6 +186,11 @@ def test_what_a_step_cannot_serve_it_names():
     with pytest.raises(ValueError, match="no such name"):
         step(cache, *tokens, implementation="cuda")
     wide = jax.ShapeDtypeStruct((1, 4096, 8, 4096), jnp.float32)
+    step, cache, tokens = local(3, window=4, tokens=17)
+    with pytest.raises(ValueError, match="serves up to 16 tokens a step, got 17"):
+        step(cache, *tokens, implementation="pallas_tpu")
+    with pytest.raises(ValueError, match=r"needs query and cache all bfloat16|serves one token a step, got 17"):
+        step(cache, *tokens, implementation="pallas_gpu")
     assert "MiB of VMEM" in cached_flash.refusal(jax.ShapeDtypeStruct((1, 1, 64, 4096), jnp.float32), wide, wide)
     step, state, tokens = linear(head_dim=2048, value_dim=2048, heads=1, key_heads=1, batch=1)
     with pytest.raises(ValueError, match="MiB of VMEM"):

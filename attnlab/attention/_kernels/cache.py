@@ -1,4 +1,4 @@
-"""A token's attention to a cache as a kernel."""
+"""A few tokens' attention to a cache as a kernel."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +33,7 @@ def _call(
 
     results = like(query, width=value.shape[-1])
     arrays, fixed = (query, key, value, scale), (visible, used)
-    layouts = (("B.N.", "B.K.", "B.K.", ""), ("B.", ""), "B.N.", ())
+    layouts = (("B.N.", "B.K.", "B.K.", ""), ("B..", "B"), "B.N.", ())
     return kernel_call(kernel, None, plain, arrays, fixed, results=results, layouts=layouts)
 
 

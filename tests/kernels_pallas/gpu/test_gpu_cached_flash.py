@@ -16,20 +16,21 @@ TOLERANCE = {jnp.bfloat16: 2e-2, jnp.float16: 2.5e-3}  # weights are rounded to 
 
 
 def draw(slots, *, batch=1, heads=2, key_heads=1, dims=(64, 64), dtype=jnp.bfloat16, used=None, shown=0.7):
-    """query, key, value, visible, used. shown: the share of slots in use that are visible."""
+    """query, key, value, visible, used. shown: the share of slots in use that are visible. used: all, a number, or one
+    for each sequence."""
     rng = np.random.default_rng(slots)
     shapes = [(1, heads, dims[0]), (slots, key_heads, dims[0]), (slots, key_heads, dims[1])]
     tokens = [jnp.asarray(rng.normal(size=(batch, *shape)), dtype) for shape in shapes]
-    used = slots if used is None else used
-    visible = (rng.random((batch, slots)) < shown) & (np.arange(slots) < used)
-    return *tokens, jnp.asarray(visible), jnp.int32(used)
+    used = np.broadcast_to(slots if used is None else used, batch)
+    visible = (rng.random((batch, 1, slots)) < shown) & (np.arange(slots) < used[:, None, None])
+    return *tokens, jnp.asarray(visible), jnp.asarray(used, jnp.int32)
 
 
 def reference(query, key, value, visible, _, *, scale):
     query, key, value, sees = (np.asarray(x, np.float64) for x in (query, key, value, visible))
     key, value = (np.repeat(x, query.shape[2] // key.shape[2], axis=2) for x in (key, value))
-    logits = np.where(sees[:, None], scale * np.einsum("bqnh,bsnh->bns", query, key), -1e300)
-    weights = np.exp(logits - logits.max(-1, keepdims=True)) * sees[:, None]
+    logits = np.where(sees, scale * np.einsum("bqnh,bsnh->bns", query, key), -1e300)
+    weights = np.exp(logits - logits.max(-1, keepdims=True)) * sees
     total = weights.sum(-1, keepdims=True)
     return np.einsum("bns,bsnv->bnv", weights / np.where(total > 0, total, 1), value)[:, None]
 
@@ -37,6 +38,7 @@ def reference(query, key, value, visible, _, *, scale):
 CASES = {  # slots, options of draw, scale
     "one part": (64, {"used": 40}, 0.125),
     "parts": (200, {"batch": 2, "heads": 8, "key_heads": 2}, 0.125),
+    "each sequence its own": (400, {"batch": 2, "used": (70, 400)}, 0.125),
     "parts that have nothing": (400, {"used": 70}, 0.125),
     "a last tile that begins earlier": (136, {"used": 136}, 0.125),
     "few slots": (5, {"heads": 3, "key_heads": 3, "shown": 1.0}, 0.125),

@@ -60,8 +60,8 @@ def covariance():
 
 def decode_cache():
     query, key, value = _tokens(3)
-    visible = jnp.ones((1, LENGTH), bool)
-    return cached_flash_attention(query[:, :1], key, value, visible, jnp.int32(LENGTH), scale=0.1)
+    visible = jnp.ones((1, 1, LENGTH), bool)
+    return cached_flash_attention(query[:, :1], key, value, visible, jnp.full(1, LENGTH), scale=0.1)
 
 
 def decode_linear():
