@@ -40,6 +40,9 @@ from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax import softmax_parts
 
 Array = jax.Array
+
+_COMPARED = 512  # blocks of a row that are compared with each other; more are sorted
+_AT_ONCE = 8  # that all are compared with in one pass
 Pooling = Literal["mean", "max", "min", "first", "last", "centre"]
 
 
@@ -131,21 +134,17 @@ def select_blocks(
     is_first = eligible & (xp.cumsum(eligible, axis=-1) <= first)
     scores = lax.stop_gradient(scores)
     eligible, is_first = (jnp.broadcast_to(x, scores.shape) for x in (eligible, is_first))
-    numbers = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
-    place = jnp.where(is_first, 0, jnp.where(eligible, 1, 2)).astype(jnp.int32)
-    falling = jnp.where(is_first, 0, -scores)
-    place, _, order = lax.sort((place, falling, numbers), num_keys=3)
-    taken = place < 2
+    rank = _ranks(jnp.where(is_first, 0, jnp.where(eligible, 1, 2)), jnp.where(is_first, 0, scores))
+    chosen = eligible
     if count is not None:
-        taken &= numbers < count
+        chosen &= rank < count
     if mass is not None and check_float("mass", mass, least=0, most=1) < 1:
         numerators, denominator, _ = softmax_parts(scores, eligible)
-        shares = jnp.take_along_axis(numerators / denominator, order, -1)
-        taken &= (place == 0) | (jnp.cumsum(shares, axis=-1) - shares < mass)
+        _, shares = lax.sort((rank, numerators / denominator), num_keys=1)
+        before = jnp.take_along_axis(jnp.cumsum(shares, axis=-1) - shares, rank, -1)
+        chosen &= is_first | (before < mass)
     if threshold is not None:
-        sorted_scores = jnp.take_along_axis(scores, order, -1)
-        taken &= (place == 0) | (sorted_scores > check_float("threshold", threshold))
-    _, chosen = lax.sort((order, taken), num_keys=1)  # back in the order of their numbers
+        chosen &= is_first | (scores > check_float("threshold", threshold))
     width = blocks if count is None else count
     if own is not None:
         if isinstance(own, jax.core.Tracer):
@@ -154,6 +153,29 @@ def select_blocks(
         chosen |= jnp.broadcast_to(own, chosen.shape)
         width += int(np.asarray(own).sum(-1).max(initial=0))
     return lists_of(chosen, width)
+
+
+def _ranks(group: Array, scores: Array) -> Array:
+    """int32 [..., nk]: how many blocks of the row come before each one, of lower groups, then of higher scores, then of
+    lower numbers. NaN is the lowest score."""
+    numbers = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    if scores.shape[-1] > _COMPARED:
+        _, _, order = lax.sort((group, -scores, numbers), num_keys=3)
+        return lax.sort((order, numbers), num_keys=1)[1]
+    group = (2 * group + jnp.isnan(scores)).astype(jnp.int32)
+    scores = jnp.where(jnp.isnan(scores), 0, scores)
+
+    def passed(first: Any, rank: Array) -> Array:
+        for other in range(_AT_ONCE):
+            number = jnp.minimum(first + other, scores.shape[-1] - 1)
+            before, score = (lax.dynamic_slice_in_dim(x, number, 1, axis=-1) for x in (group, scores))
+            is_before = (score > scores) | ((score == scores) & (number < numbers))
+            is_before = (before < group) | ((before == group) & is_before)
+            rank += (is_before & (first + other < scores.shape[-1])).astype(jnp.int32)
+        return rank
+
+    passes = -(-scores.shape[-1] // _AT_ONCE)
+    return lax.fori_loop(0, passes, lambda at, rank: passed(at * _AT_ONCE, rank), jnp.zeros_like(group))
 
 
 def _check_broadcasts(name: str, mask: Any, shape: tuple[int, ...]) -> None:
@@ -204,12 +226,10 @@ def pyramid_levels(
     competes = eligible & ~is_first
     ends = jnp.asarray(_rank_ends(blocks, fractions))[competes.sum(-1)]  # [..., nq, sizes]
     is_first, competes = (jnp.broadcast_to(x, scores.shape) for x in (is_first, competes))
-    numbers = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
-    _, _, order = lax.sort(((~competes).astype(jnp.int32), -lax.stop_gradient(scores), numbers), num_keys=3)
-    of_rank = jnp.zeros(scores.shape, jnp.int32)
+    rank = _ranks(jnp.where(competes, 0, 1), lax.stop_gradient(scores))
+    levels = jnp.zeros(scores.shape, jnp.int32)
     for number, size in reversed(list(enumerate(sizes))):
-        of_rank = jnp.where(numbers < jnp.broadcast_to(ends[..., number, None], scores.shape), size, of_rank)
-    _, levels = lax.sort((order, of_rank), num_keys=1)  # back in the order of their numbers
+        levels = jnp.where(rank < ends[..., number, None], size, levels)
     levels = jnp.where(is_first, 1, jnp.where(competes, levels, 0))
     if own is None:
         return levels

@@ -334,3 +334,16 @@ def test_nothing_is_rectified_where_all_is_chosen_or_gains_nothing():
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+@pytest.mark.parametrize("blocks", [1, 13, 32])
+def test_ranks_are_alike_compared_and_sorted(blocks, monkeypatch):
+    rng = np.random.default_rng(blocks)
+    scores = rng.choice([-np.inf, -1.5, -0.0, 0.0, 2.0, np.inf, np.nan], size=(6, blocks)).astype(np.float32)
+    group = rng.integers(3, size=scores.shape).astype(np.int32)
+    falling = np.where(np.isnan(scores), np.inf, -scores)
+    want = np.lexsort((np.broadcast_to(np.arange(blocks), scores.shape), falling, np.isnan(scores), group), axis=-1)
+    for most in (0, blocks):
+        monkeypatch.setattr(selection, "_COMPARED", most)
+        ranks = jax.jit(lambda *arrays: selection._ranks(*arrays))(group, scores)
+        np.testing.assert_array_equal(np.argsort(ranks, axis=-1), want)
