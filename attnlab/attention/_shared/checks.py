@@ -316,22 +316,16 @@ def check_step(query: Array, key: Array, value: Array) -> None:
 def check_cached_step(query: Array, key: Array, value: Array, cached_key: Array, cached_value: Array) -> None:
     """Checks one token's arrays against a cache's [B,*,K,H] and [B,*,K,V]."""
     check_step(query, key, value)
-    _check_tokens(1, "one token", key, value, cached_key, cached_value)
+    check_cached_steps(query, key, value, cached_key, cached_value)
 
 
 def check_cached_steps(query: Array, key: Array, value: Array, cached_key: Array, cached_value: Array) -> None:
     """Checks the arrays of T tokens, at least one, against a cache's [B,*,K,H] and [B,*,K,V]."""
     check_query_key_value(query, key, value)
     tokens = query.shape[1]
-    require(tokens >= 1, "query", shape_text(query), "a step takes at least one token")
-    _check_tokens(tokens, "as many tokens as query has", key, value, cached_key, cached_value)
-
-
-def _check_tokens(tokens: int, count: str, key: Array, value: Array, cached_key: Array, cached_value: Array) -> None:
     for name, new, old in (("key", key, cached_key), ("value", value, cached_value)):
-        check_array(
-            name, new, (old.shape[0], tokens, *old.shape[2:]), f"the cache's layout, {shape_text(old)}, {count}"
-        )
+        layout = f"the cache's layout, {shape_text(old)}, {tokens} token{'s' * (tokens > 1)}"
+        check_array(name, new, (old.shape[0], tokens, *old.shape[2:]), layout)
 
 
 def check_position(name: str, position: Any, batch: int) -> None:
