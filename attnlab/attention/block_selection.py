@@ -40,10 +40,10 @@ from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax import softmax_parts
 
 Array = jax.Array
+Pooling = Literal["mean", "max", "min", "first", "last", "centre"]
 
 _COMPARED = 512  # blocks of a row that are compared with each other; more are sorted
 _AT_ONCE = 8  # that all are compared with in one pass
-Pooling = Literal["mean", "max", "min", "first", "last", "centre"]
 
 
 # --- Lists ------------------------------------------------------------------------------------------------------------

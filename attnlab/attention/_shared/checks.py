@@ -316,13 +316,17 @@ def check_step(query: Array, key: Array, value: Array) -> None:
 def check_cached_step(query: Array, key: Array, value: Array, cached_key: Array, cached_value: Array) -> None:
     """Checks one token's arrays against a cache's [B,*,K,H] and [B,*,K,V]."""
     check_step(query, key, value)
-    check_cached_steps(query, key, value, cached_key, cached_value)
+    _check_layout(key, value, cached_key, cached_value)
 
 
 def check_cached_steps(query: Array, key: Array, value: Array, cached_key: Array, cached_value: Array) -> None:
     """Checks the arrays of T tokens, at least one, against a cache's [B,*,K,H] and [B,*,K,V]."""
     check_query_key_value(query, key, value)
-    tokens = query.shape[1]
+    _check_layout(key, value, cached_key, cached_value)
+
+
+def _check_layout(key: Array, value: Array, cached_key: Array, cached_value: Array) -> None:
+    tokens = key.shape[1]
     for name, new, old in (("key", key, cached_key), ("value", value, cached_value)):
         layout = f"the cache's layout, {shape_text(old)}, {tokens} token{'s' * (tokens > 1)}"
         check_array(name, new, (old.shape[0], tokens, *old.shape[2:]), layout)
