@@ -328,8 +328,8 @@ def dot_product_step(
     check_position("cache.length", cache.length, query.shape[0])
     keys, values = put(cache.key, key, cache.length), put(cache.value, value, cache.length)
     after = cache.length + query.shape[1]
-    now = by_row(cache.length) + jnp.arange(query.shape[1])
-    visible = jnp.arange(keys.shape[1]) <= now[..., None]
+    now = by_row(cache.length) + jnp.arange(query.shape[1])[None]
+    visible = jnp.arange(keys.shape[1])[None, None] <= now[..., None]
     out = attend_to_cache(
         "dot_product_step",
         query,

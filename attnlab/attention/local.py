@@ -624,7 +624,7 @@ def _with_tokens(
     """The same of tokens [B, T, K, H|V], which attend to the cache before them with themselves behind it."""
     tokens, position = key.shape[1], cache.position
     before = by_row(position)
-    now = before + jnp.arange(tokens)
+    now = before + jnp.arange(tokens)[None]
     start = _first_seen(now, window, stride)[..., None]  # [B or 1, T, 1]
     of_sinks, of_window = jnp.arange(sinks)[None], newest(before, window)
     own = now[:, None]

@@ -282,6 +282,7 @@ _STEPS = {
 
 # Of rows that have had prompts of their own lengths.
 _AT_ROWS = np.array([0, 1, 2, 3, 1, 0], np.int32)
+_TOKENS = [x[:, :3] for x in _LINE]
 _STEPS |= {
     "dot_product step, rows": _scanned(
         A.dot_product_step,
@@ -297,6 +298,16 @@ _STEPS |= {
         functools.partial(A.dilated_step, window=3, dilation=2),
         A.init_dilated_cache(BATCH, *_CACHED, window=3, dilation=2, value_dim=VALUE_DIM)._replace(position=_AT_ROWS),
         *_TOKEN,
+    ),
+    "dot_product step, several tokens": _scanned(
+        A.dot_product_step,
+        A.init_dot_product_cache(BATCH, 18, *_CACHED, value_dim=VALUE_DIM)._replace(length=_AT_ROWS),
+        *_TOKENS,
+    ),
+    "local step, several tokens": _scanned(
+        functools.partial(A.local_step, window=4, sinks=2, stride=2),
+        A.init_local_cache(BATCH, *_CACHED, window=4, sinks=2, value_dim=VALUE_DIM)._replace(position=_AT_ROWS),
+        *_TOKENS,
     ),
     "local-linear step, rows": _scanned(
         functools.partial(A.local_linear_step, ridge=10.0, window=3),
