@@ -294,14 +294,15 @@ def _spoilt(out: Array, residuals: LocalLinearResiduals, where: Array) -> tuple[
 def _regress(
     attention: SoftmaxWeights, query: Array, ridge: Array, solve: Callable[..., Any], out_dtype: Any
 ) -> tuple[Array, LocalLinearResiduals]:
-    """query: in the accumulator's dtype. ridge: [B, T, N, 1]. solve: of _solve_with."""
+    """query: in the accumulator's dtype. ridge: [B, T, N, 1]. solve: _solve_with's."""
     query, ridge = vary_alike((query, ridge))
     offset = query - attention.key_mean()
 
     def product(x: Array) -> Array:
         return attention.key_covariance(x) + ridge * x
 
-    solution, (iterations, residual) = lax.custom_linear_solve(product, offset, solve, symmetric=True, has_aux=True)
+    solver = functools.partial(solve, attention, ridge)
+    solution, (iterations, residual) = lax.custom_linear_solve(product, offset, solver, symmetric=True, has_aux=True)
     out = attention.value_mean() + attention.value_covariance(solution)
     return out.astype(out_dtype), _residuals(solution, offset, iterations, residual)
 
@@ -309,12 +310,18 @@ def _regress(
 def _solve_with(
     tolerance: float, max_iterations: int, any_device: Callable[[Array], Array] | None = None
 ) -> Callable[..., Any]:
-    return functools.partial(
-        _conjugate_gradients,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-        any_device=any_device or (lambda flag: flag),
-    )
+    """(weights, ridge, product, offset) -> (x, (steps, residual)) of product(x) = Cov_p(k, k) x + ridge x = offset."""
+    settings: Any = {"tolerance": tolerance, "max_iterations": max_iterations}
+
+    def solver(product: Callable[[Array], Array], offset: Array) -> Any:
+        return _conjugate_gradients(product, offset, **settings, any_device=any_device or (lambda flag: flag))
+
+    def solve(attention: SoftmaxWeights, ridge: Array, product: Callable[[Array], Array], offset: Array) -> Any:
+        if attention.solve is None:
+            return solver(product, offset)
+        return attention.solve(solver, offset, ridge, **settings)
+
+    return solve
 
 
 def _conjugate_gradients(

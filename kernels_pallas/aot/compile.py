@@ -105,13 +105,14 @@ def compile_for_gpu(function: Callable[..., Any], *args: Any, gpu: str) -> jax.s
 class Grid(NamedTuple):
     """How often the parts of a kernel run: its steps, each region of its schedule, and the tiles that it computes.
 
-    products: which regions multiply matrices, where the sizes of others may mislead.
+    products: which regions multiply matrices, where the sizes of others may mislead. loops: the runs of its own loops.
     """
 
     steps: int
     runs: tuple[int, ...]
     tiles: int
     products: tuple[int, ...] = ()
+    loops: tuple[int, ...] = ()
 
 
 class Row(NamedTuple):

@@ -22,11 +22,14 @@ from kernels_pallas.tpu import (
     banded_parallax,
     cached_flash,
     chunked_linear,
+    covariance_solve,
     linear_step,
 )
 from kernels_pallas.tpu.band import bodies_of, body_of
 from kernels_pallas.tpu.chunk import CHUNK
 from kernels_pallas.tpu.chunk_call import plan_of
+
+_ITERATIONS = 8
 
 
 def _grid(shape: Shape, blocks: tuple[int, int], heads: int, *, by_key: bool = False, quarters: bool = True) -> Grid:
@@ -111,6 +114,27 @@ def _banded_covariance_gradients(shape: Shape) -> Row:
         "banded_covariance_key_value_gradients": _grid(shape, blocks, heads=1, by_key=True),
     }
     return Row(gradients, [*row.arrays, wide, wide, wide], row.vmem, grids)
+
+
+def _covariance_solve(shape: Shape) -> Row:
+    """Of this many iterations in every tile of queries."""
+    query, key, _ = shape.arrays()
+    pattern: Any = shape.pattern()
+    wide = shape.array(shape.heads, shape.head_dim, dtype=jnp.float32)
+    number = shape.array(shape.heads, dtype=jnp.float32)
+
+    def solve(*arrays: Any) -> Any:
+        run: Any = functools.partial(covariance_solve.covariance_solve, pattern=pattern, tolerance=1e-6)
+        return run(*arrays, scale=shape.head_dim**-0.5, max_iterations=_ITERATIONS)
+
+    sizes = covariance_solve.sizes_of(query, key, pattern)
+    first, last = covariance_solve.tiles_seen(pattern, sizes.block_q)
+    steps, tiles = shape.heads * len(first), shape.heads * int((last - first).sum())
+    loops = (tiles, _ITERATIONS * steps, _ITERATIONS * tiles)
+    vmem = covariance_solve.vmem_bytes(sizes, shape.head_dim, shape.dtype)
+    return Row(
+        solve, [query, key, wide, number, number], vmem, {"covariance_solve": Grid(steps, (), tiles, loops=loops)}
+    )
 
 
 def _banded_parallax(shape: Shape) -> Row:
@@ -201,6 +225,7 @@ KERNELS: dict[str, Callable[[Shape], Row]] = {
     },
     "covariance": _banded_covariance,
     "covariance gradients": _banded_covariance_gradients,
+    f"covariance solve, {_ITERATIONS} iterations": _covariance_solve,
     "parallax": _banded_parallax,
     "parallax gradients": _banded_parallax_gradients,
     "decode, cache": _cached_flash,
@@ -281,7 +306,7 @@ def _measure(build: Callable[[Shape], Row], shape: Shape, tpu: str, collect: Cal
                 sum,
                 zip(
                     *(
-                        found[name][which].cycles(grid.steps, grid.runs, grid.products)
+                        found[name][which].cycles(grid.steps, grid.runs, grid.products, grid.loops)
                         for name, grid in row.grids.items()
                     )
                 ),

@@ -15,7 +15,7 @@ import attnlab
 import kernels_pallas
 from attnlab import local_attention
 from kernels_pallas.aot.compile import TOPOLOGIES, compile_for_tpu
-from kernels_pallas.aot.schedule import Schedule
+from kernels_pallas.aot.schedule import Schedule, parse
 from kernels_pallas.aot.table import KERNELS
 from kernels_pallas.shapes import SHAPES
 
@@ -156,6 +156,20 @@ def test_bodies_that_multiply_are_the_regions_that_do():
     schedule = Schedule(before=10, step=5, step_matmuls=0, regions=(300, 100, 900, 40), matmuls=(0, 60, 700, 0))
     cycles = 10 + 8 * 5 + 8 * 100 + 2 * 300 + 2 * 40
     assert schedule.cycles(8, (1, 2, 8, 0, 2), products=(2, 3)) == (cycles, 8 * 60)
+
+
+def test_a_kernel_s_own_loops_count_as_often_as_they_run():
+    """One of the pipeline's, and two of the kernel's; the inner one ends among the outer one's lines."""
+    lines = [">", ">", "LB >>", ">>", ">", "LB >>", "LB >>>", ">>>", ">>", ">>>", ">>", ">"]
+    text = ["0x1 : {", "0x2 LB: > {"]
+    marks = [line.partition(" ") if " " in line else ("", "", line) for line in lines]
+    text += [f"0x9 {mark}{'' if mark else ' '}: {nested} {{" for mark, _, nested in marks]
+    text += ["0xa : > { /* loop exit test */ sbr.rel (!%p) target = $region1 }", "0xb : {"]
+    units = "UTILIZATION:\n" + "\n".join("1" if ">>>" in line else "0" for line in text)
+    schedule = parse("\n".join(text), units)
+    assert schedule.loops == ((2, 0), (3, 0), (3, 3))
+    assert (schedule.before, schedule.step, schedule.step_matmuls) == (2, 14, 3)
+    assert schedule.cycles(10, (), loops=(20, 50)) == (2 + 10 * 14 + 10 * 3 + 40 * 3, 150)
 
 
 @pytest.mark.slow

@@ -23,10 +23,11 @@ def _tpu_modules() -> dict[str, Any]:
         banded_parallax,
         cached_flash,
         chunked_linear,
+        covariance_solve,
         linear_step,
     )
 
-    banded = banded_covariance, banded_flash, banded_flash_backward, banded_parallax
+    banded = banded_covariance, banded_flash, banded_flash_backward, banded_parallax, covariance_solve
     return _by_name(*banded, cached_flash, chunked_linear, linear_step)
 
 

@@ -122,11 +122,35 @@ def _weights(
         layouts = (("B.N.", "B.K.", "B.K.", "B.N.", ""), ("B.N", "B.N.", "B.N."), "B.N.", "B.N.")
         return kernel_call(kernel, gradients, blocked, arrays, fixed, results=results, kept=results, layouts=layouts)
 
+    def solve(solver: Callable[..., Any], offset: Array, ridge: Array, **limits: Any) -> Any:
+        """By a kernel that iterates."""
+
+        def kernel(arrays: Any, fixed: Any, keep: bool) -> tuple[Any, Any]:
+            *tokens, scale = arrays
+            module = kernel_module(backend, "covariance_solve")
+            return module.covariance_solve(*tokens, *fixed, pattern=pattern, scale=scale, **limits), ()
+
+        def blocked(arrays: Any, _: Any) -> Any:
+            query, key, offset, ridge, scale = arrays
+            covariance = blocked_weights(query, key, key, scale=scale, **settings).key_covariance
+            x, (steps, residual) = solver(lambda x: covariance(x) + ridge[..., None] * x, offset)
+            return x, steps.astype(jnp.float32), residual
+
+        arrays = (query, key, offset, ridge[..., 0], scale)
+        results = (offset, *[jax.ShapeDtypeStruct(offset.shape[:3], jnp.float32)] * 2)
+        layouts = (("B.N.", "B.K.", "B.N.", "B.N", ""), ("B.N",), ("B.N.", "B.N", "B.N"), ())
+        x, steps, residual = kernel_call(
+            kernel, None, blocked, arrays, (fixed_lse,), results=jax.tree.map(like, results), layouts=layouts
+        )
+        return x, (steps.astype(jnp.int32), residual)
+
+    iterates = backend == "tpu" and not first_refusal(backend, ["covariance_solve"], query, key, pattern=pattern)
     return SoftmaxWeights(
         lambda: key_mean.astype(jnp.float32),
         lambda: value_mean.astype(jnp.float32),
         functools.partial(covariance, key, key_mean),
         functools.partial(covariance, value, value_mean),
+        solve if iterates else None,
     )
 
 

@@ -26,12 +26,15 @@ class SoftmaxWeights(NamedTuple):
 
     key_mean: () -> sum_s p_s k_s [B, T, N, H]. value_mean: () -> sum_s p_s v_s [B, T, N, V].
     key_covariance: x [B, T, N, H] -> Cov_p(k, k) x. value_covariance: x -> Cov_p(v, k) x.
+    solve: where a kernel iterates by itself, (solver in plain JAX, offset, ridge [B, T, N, 1], tolerance=,
+    max_iterations=) -> what the solver gives of (x -> Cov_p(k, k) x + ridge x, offset).
     """
 
     key_mean: Callable[[], Array]
     value_mean: Callable[[], Array]
     key_covariance: Callable[[Array], Array]
     value_covariance: Callable[[Array], Array]
+    solve: Callable[..., Any] | None = None
 
 
 def weights_of(attend: Callable[[Array, Array], Array], query: Array, key: Array, value: Array) -> SoftmaxWeights:
