@@ -459,6 +459,7 @@ def local_linear_step(
     scale: float | None = None,
     tolerance: float = 1e-6,
     max_iterations: int = 32,
+    implementation: str | None = None,
 ) -> tuple[Array, DotProductCache]:
     """One more token of local_linear_attention(..., is_causal=True), in O(S (H + V)) per iteration, S keys cached.
 
@@ -466,34 +467,65 @@ def local_linear_step(
       cache: from init_local_linear_cache with the same window, or an earlier step.
       query, key, value: [B, 1, N, H], [B, 1, K, H], [B, 1, K, V]. ridge: a number, [], [N] or [B, 1, N]. The rest as in
         local_linear_attention.
+      implementation: "xla", "pallas_tpu" or None.
 
     Returns:
       ([B, 1, N, V] in query's dtype, the cache with the token added). Without a window, out is NaN past max_length.
     """
     check_type("cache", cache, DotProductCache, "init_local_linear_cache")
     check_cached_step(query, key, value, cache.key, cache.value)
-    wide = query.astype(accumulator_dtype(query, key, value))
-    ridge = _per_query(ridge, (query.shape[0], 1, query.shape[2]), wide.dtype)
+    dtype = accumulator_dtype(query, key, value)
+    ridge = _per_query(ridge, (query.shape[0], 1, query.shape[2]), dtype)[..., 0]
     tolerance, max_iterations = _check_solve(tolerance, max_iterations)
-    cache, attention, fits = append(cache, default_scale(scale, query.shape[-1]) * wide, key, value, window)
-    wide, ridge = (x.reshape(x.shape[0], key.shape[2], -1, x.shape[-1]) for x in (wide, ridge))
+    cache, used, fits = append(cache, key, value, window)
+    arrays = (query, cache.key, cache.value, ridge, used, jnp.asarray(default_scale(scale, query.shape[-1]), dtype))
+    settings = {"tolerance": tolerance, "max_iterations": max_iterations}
+    out = dispatch("local_linear_step", STEP_IMPLEMENTATIONS, implementation, *arrays, **settings)
+    return jnp.where(fits, out, jnp.nan), cache
+
+
+def _step_xla(
+    query: Array,
+    key: Array,
+    value: Array,
+    ridge: Array,
+    used: Array,
+    scale: Array,
+    *,
+    tolerance: float,
+    max_iterations: int,
+) -> Array:
+    wide = query.astype(scale.dtype)
+    attention = cached_weights(scale * wide, key, value, used)
+    wide, ridge = (x.reshape(x.shape[0], key.shape[2], -1, x.shape[-1]) for x in (wide, ridge[..., None]))
     out, _ = _regress(attention, wide, ridge, _solve_with(tolerance, max_iterations), query.dtype)
-    return jnp.where(fits, out.reshape(*query.shape[:3], -1), jnp.nan), cache
+    return out.reshape(*query.shape[:3], -1)
+
+
+STEP_IMPLEMENTATIONS: Implementations = {"xla": _step_xla, **covariance.STEP_KERNELS}
 
 
 def append(
-    cache: DotProductCache, query: Array, key: Array, value: Array, window: int | None
-) -> tuple[DotProductCache, SoftmaxWeights, Array]:
-    """Adds a token: (cache, weights of the scaled query over the keys cached now, of arrays [B, K, G, ...], whether the
-    token still fitted, bool [B or 1, 1, 1, 1])."""
+    cache: DotProductCache, key: Array, value: Array, window: int | None
+) -> tuple[DotProductCache, Array, Array]:
+    """Adds a token: (cache, how many slots are in use now, int32 [B], whether the token still fitted, bool
+    [B or 1, 1, 1, 1])."""
     slots, window = cache.key.shape[1], _check_window(cache, window)
     check_position("cache.length", cache.length, key.shape[0])
     slot, count = cache.length if window is None else cache.length % slots, cache.length + 1
     cache = DotProductCache(put(cache.key, key, slot), put(cache.value, value, slot), count)
-    visible = (jnp.arange(slots)[None] < by_row(count))[:, None, None]
-    query = query.reshape(query.shape[0], key.shape[2], -1, query.shape[-1])
-    keys, values = (jnp.swapaxes(x, 1, 2).astype(query.dtype) for x in cache[:2])
-    # A linear solve takes what its product closes over to vary alike already.
-    query, keys, values, visible = vary_alike((query, keys, values, visible))
     fits = (by_row(count) <= slots) | (window is not None)
-    return cache, held_weights(query, keys, values, visible), fits[..., None, None]
+    return cache, jnp.broadcast_to(jnp.minimum(count, slots), key.shape[:1]), fits[..., None, None]
+
+
+def cached_weights(query: Array, key: Array, value: Array, used: Array) -> SoftmaxWeights:
+    """Of a token's scaled query [B, 1, N, H] over the first `used` slots of a cache, of arrays [B, K, G, ...]."""
+    visible = jnp.arange(key.shape[1])[None] < used[:, None]
+    query = query.reshape(query.shape[0], key.shape[2], -1, query.shape[-1])
+    # What a caller left in other slots may be NaN.
+    keys, values = (
+        jnp.swapaxes(jnp.where(visible[..., None, None], x, 0), 1, 2).astype(query.dtype) for x in (key, value)
+    )
+    # A linear solve takes what its product closes over to vary alike already.
+    query, keys, values, visible = vary_alike((query, keys, values, visible[:, None, None]))
+    return held_weights(query, keys, values, visible)

@@ -34,7 +34,7 @@ from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, s
 from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax_weights import SoftmaxWeights, check_window, dense_weights
 from attnlab.attention.dot_product import DotProductCache
-from attnlab.attention.local_linear import append, blocked_weights
+from attnlab.attention.local_linear import append, blocked_weights, cached_weights
 
 Array = jax.Array
 
@@ -183,7 +183,8 @@ def parallax_step(
     _check_probe(probe, query)
     dtype = accumulator_dtype(query, probe, key, value)
     scaled = default_scale(scale, query.shape[-1]) * query.astype(dtype)
-    cache, attention, fits = append(cache, scaled, key, value, window)
+    cache, used, fits = append(cache, key, value, window)
+    attention = cached_weights(scaled, cache.key, cache.value, used)
     probe = probe.astype(dtype).reshape(probe.shape[0], key.shape[2], -1, probe.shape[-1])
     out = attention.value_mean() - attention.value_covariance(probe)
     return jnp.where(fits, out.reshape(*query.shape[:3], -1), jnp.nan).astype(query.dtype), cache

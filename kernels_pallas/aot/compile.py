@@ -105,7 +105,8 @@ def compile_for_gpu(function: Callable[..., Any], *args: Any, gpu: str) -> jax.s
 class Grid(NamedTuple):
     """How often the parts of a kernel run: its steps, each region of its schedule, and the tiles that it computes.
 
-    products: which regions multiply matrices, where the sizes of others may mislead. loops: the runs of its own loops.
+    products: which regions multiply matrices, where the sizes of others may mislead. loops: how often its own
+    loops run beside once in each run of what is around them.
     """
 
     steps: int

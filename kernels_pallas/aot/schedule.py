@@ -55,7 +55,8 @@ class Schedule(NamedTuple):
         those cycles issue a matrix product's instruction.
 
         products: which of the bodies multiply matrices, in order. Those are the regions that do, if there are as many.
-        loops: the runs of the last loops of a kernel without bodies; those before are the pipeline's own.
+        loops: how often the last loops run beside once in each run of what is around them; those before are the
+        pipeline's own.
 
         Short bodies may be predicated rather than skipped: they are in every step, and there are fewer regions than
         bodies. Which ones is not known; what is returned is the most that it can be. Of more regions than bodies the
@@ -76,8 +77,8 @@ class Schedule(NamedTuple):
 
         choices = itertools.combinations(others, len(bodies))
         bundles, matmuls = max((total(self.regions, some), total(self.matmuls, some)) for some in choices)
-        for run, (of_loop, multiplying_it) in zip(loops, self.loops[len(self.loops) - len(loops) :], strict=True):
-            bundles, matmuls = bundles + (run - steps) * of_loop, matmuls + (run - steps) * multiplying_it
+        for more, (of_loop, products_of_loop) in zip(loops, self.loops[len(self.loops) - len(loops) :], strict=True):
+            bundles, matmuls = bundles + more * of_loop, matmuls + more * products_of_loop
         return self.before + steps * self.step + bundles, steps * self.step_matmuls + matmuls
 
 

@@ -24,6 +24,7 @@ from kernels_pallas.tpu import (
     chunked_linear,
     covariance_solve,
     linear_step,
+    local_linear_step,
 )
 from kernels_pallas.tpu.band import bodies_of, body_of
 from kernels_pallas.tpu.chunk import CHUNK
@@ -130,7 +131,7 @@ def _covariance_solve(shape: Shape) -> Row:
     sizes = covariance_solve.sizes_of(query, key, pattern)
     first, last = covariance_solve.tiles_seen(pattern, sizes.block_q)
     steps, tiles = shape.heads * len(first), shape.heads * int((last - first).sum())
-    loops = (tiles, _ITERATIONS * steps, _ITERATIONS * tiles)
+    loops = (tiles - steps, _ITERATIONS * steps - steps, _ITERATIONS * tiles - steps)
     vmem = covariance_solve.vmem_bytes(sizes, shape.head_dim, shape.dtype)
     return Row(
         solve, [query, key, wide, number, number], vmem, {"covariance_solve": Grid(steps, (), tiles, loops=loops)}
@@ -197,6 +198,23 @@ def _cached_flash(shape: Shape) -> Row:
     )
 
 
+def _local_linear_step(shape: Shape) -> Row:
+    """A step with a full cache of the window, of this many iterations."""
+    cache = [jax.ShapeDtypeStruct((1, shape.window, shape.key_heads, shape.head_dim), shape.dtype)] * 2
+    query = jax.ShapeDtypeStruct((1, 1, shape.heads, shape.head_dim), shape.dtype)
+    ridge, used = jax.ShapeDtypeStruct((1, 1, shape.heads), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    vmem = local_linear_step.vmem_bytes(
+        shape.window, shape.heads, shape.key_heads, shape.head_dim, shape.head_dim, shape.dtype
+    )
+    blocks, _ = local_linear_step.blocks_of(shape.window, shape.key_heads)
+    run: Any = functools.partial(local_linear_step.local_linear_step, tolerance=1e-6, max_iterations=_ITERATIONS)
+    step = functools.partial(run, scale=shape.head_dim**-0.5)
+    # Means, the iterations, the keys in each, and the output.
+    loops = (blocks - 1, _ITERATIONS - 1, _ITERATIONS * blocks - 1, blocks - 1)
+    grid = Grid(blocks, (1, blocks, 1), blocks, loops=loops)
+    return Row(step, [query, *cache, ridge, used], vmem, {"local_linear_step": grid})
+
+
 def _linear_step(shape: Shape) -> Row:
     state = jax.ShapeDtypeStruct((1, shape.heads, shape.head_dim, shape.head_dim), jnp.float32)
     token = jax.ShapeDtypeStruct((1, shape.heads, shape.head_dim), jnp.float32)
@@ -230,6 +248,7 @@ KERNELS: dict[str, Callable[[Shape], Row]] = {
     "parallax gradients": _banded_parallax_gradients,
     "decode, cache": _cached_flash,
     "decode, linear": _linear_step,
+    f"decode, local linear, {_ITERATIONS} iterations": _local_linear_step,
 }
 _HELP = """
 VMEM is the kernels' own model, by which a call is refused before it is compiled. HBM is what the compiled program reads

@@ -215,7 +215,7 @@ def _kernel(
         position = (begin + j) * np.int32(_BLOCK_K) + lax.broadcasted_iota(jnp.int32, (1, _BLOCK_K), 1)
         logits = jnp.where((position >= start) & (position < end), logits, MASKED)
         weights[j] = jnp.exp(logits - over_lanes(lse, _BLOCK_K))
-        return mean + sum(common.dot(part, held[j], (1, 0)) for part in parts(weights[j], held.dtype))
+        return mean + product(parts(weights[j], held.dtype), held[j], (1, 0))
 
     mean = lax.fori_loop(zero(), count, fill, jnp.zeros(out.shape, jnp.float32))
     solution, steps, residual = conjugate_gradients(held, weights, count, offset[...], ridge, mean, state, **options)
@@ -234,6 +234,16 @@ def parts(x: Array, dtype: Any) -> Sequence[Array]:
         return (x,)
     high = x.astype(dtype)
     return high, (x - high.astype(jnp.float32)).astype(dtype)
+
+
+def product(summands: Sequence[Array], matrix: Array, contract: tuple[int, int]) -> Array:
+    """Of the sum of parts() with a matrix, float32."""
+    rows = summands[0].shape[0]
+    if rows >= LANES or len(summands) == 1:
+        return sum(common.dot(part, matrix, contract) for part in summands)  # type: ignore[return-value]
+    # Of few rows the matrix's way into the matrix unit is most of a product: all parts go at once.
+    both = common.dot(jnp.concatenate(summands), matrix, contract)
+    return both[:rows] + both[rows:]
 
 
 def state_of(queries: int, width: int, dtype: Any) -> list[Any]:
@@ -262,8 +272,8 @@ def conjugate_gradients(
       state: state_of's references.
     """
     solution, rest, direction, image, halves, tilt, square, steps, target = state
-    width, block = offset.shape[1], weights.shape[2]
-    some_rows = [slice(row, row + _ROWS) for row in range(0, offset.shape[0], _ROWS)]
+    (queries, width), block = offset.shape, weights.shape[2]
+    some_rows = [slice(row, min(row + _ROWS, queries)) for row in range(0, queries, _ROWS)]
 
     def turn_to(rows: slice, towards: Array) -> Array:
         """Sets a direction of these rows, and what the product with it begins with; which rows are not solved yet."""
@@ -274,9 +284,9 @@ def conjugate_gradients(
         return (square[rows] > target[rows]).astype(jnp.float32)
 
     def multiply(j: Any, _: None) -> None:
-        slopes = sum(common.dot(halves[number], keys[j], (1, 1)) for number in range(halves.shape[0]))
+        slopes = product([halves[number] for number in range(halves.shape[0])], keys[j], (1, 1))
         changes = weights[j] * (slopes - over_lanes(tilt[...], block))
-        image[...] += sum(common.dot(part, keys[j], (1, 0)) for part in parts(changes, keys.dtype))
+        image[...] += product(parts(changes, keys.dtype), keys[j], (1, 0))
 
     def advance(rows: slice) -> Array:
         along, is_active = direction[rows], square[rows] > target[rows]

@@ -25,10 +25,11 @@ def _tpu_modules() -> dict[str, Any]:
         chunked_linear,
         covariance_solve,
         linear_step,
+        local_linear_step,
     )
 
     banded = banded_covariance, banded_flash, banded_flash_backward, banded_parallax, covariance_solve
-    return _by_name(*banded, cached_flash, chunked_linear, linear_step)
+    return _by_name(*banded, cached_flash, chunked_linear, linear_step, local_linear_step)
 
 
 def _gpu_modules() -> dict[str, Any]:

@@ -154,6 +154,39 @@ def _weights(
     )
 
 
+def _step(
+    xla: Callable[..., Array],
+    query: Array,
+    key: Array,
+    value: Array,
+    ridge: Array,
+    used: Array,
+    scale: Array,
+    **limits: Any,
+) -> Array:
+    def kernel(arrays: Any, fixed: Any, _: bool) -> tuple[Array, Any]:
+        *tokens, scale = arrays
+        run = kernel_module("tpu", "local_linear_step").local_linear_step
+        return run(*tokens, *fixed, scale=scale, **limits), ()
+
+    def plain(arrays: Any, fixed: Any) -> Array:
+        *tokens, scale = arrays
+        return xla(*tokens, *fixed, scale, **limits)
+
+    results = like(query, width=value.shape[-1])
+    layouts = (("B.N.", "B.K.", "B.K.", "B.N", ""), ("B",), "B.N.", ())
+    return kernel_call(
+        kernel, None, plain, (query, key, value, ridge, scale), (used,), results=results, layouts=layouts
+    )
+
+
+def _step_refusal(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> str | None:
+    return first_refusal("tpu", ["local_linear_step"], query, key, value)
+
+
+STEP_KERNELS = {"pallas_tpu": Kernel(_step, _step_refusal)}
+
+
 def _refusal(
     backend: str, query: Array, key: Array, value: Array, *_: Any, is_causal: bool, window: int | None, **__: Any
 ) -> str | None:
