@@ -226,13 +226,21 @@ def init_agent_cache(
 
 @primitive("B*N.", like="state")
 def agent_step(
-    state: AgentState, query: Array, key: Array, value: Array, agents: Array, *, scale: float | None = None
+    state: AgentState,
+    query: Array,
+    key: Array,
+    value: Array,
+    agents: Array,
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
 ) -> tuple[Array, AgentState]:
     """One more token: causal_agent_attention's next output and state, in O(m (H + V)) per head.
 
     Args:
       state: from init_agent_cache, an earlier step, or causal_agent_attention(..., return_state=True).
       query, key, value: [B, 1, N, H], [B, 1, K, H], [B, 1, K, V]. agents, scale: as in causal_agent_attention.
+      implementation: "xla", or "pallas_tpu" and "pallas_gpu" (the kernel of linear_step), or None.
 
     Returns:
       ([B, 1, N, V] in query's dtype, the state after this token).
@@ -240,9 +248,27 @@ def agent_step(
     check_step(query, key, value)
     agents = batched_agents(agents, query)
     _check_state("state", state, query, value, agents)
-    dtype = accumulator_dtype(query, key, value, agents)
+    dtype, factor = accumulator_dtype(query, key, value, agents), default_scale(scale, query.shape[-1])
     state = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
-    return _reference(query, key, value, agents.astype(dtype), state, None, scale=default_scale(scale, query.shape[-1]))
+    logits, shares = (x[:, 0] for x in _logits_and_shares(query, key, agents.astype(dtype), None, factor))
+    before = jax.lax.stop_gradient(state.largest)
+    largest = jnp.maximum(before, jax.lax.stop_gradient(logits))
+    kept, added = jnp.exp(before - largest), jnp.exp(logits - largest)
+    denominator = kept * state.denominator + added
+    # A step of linear attention, of a decay, a key and a query per agent.
+    values = repeat_key_heads(value[:, 0], query.shape[2]).astype(dtype)
+    arrays = (state.numerator, shares / denominator, added, values, kept)
+    out, numerator = dispatch("agent_step", STEP_IMPLEMENTATIONS, implementation, *arrays)
+    return out[:, None].astype(query.dtype), AgentState(largest, denominator, numerator)
+
+
+def _step_xla(state: Array, query: Array, key: Array, value: Array, decay: Array) -> tuple[Array, Array]:
+    """out [B, N, V] and the new state [B, N, m, V] of query, key and decay [B, N, m] and value [B, N, V]."""
+    state = decay[..., None] * state + key[..., None] * value[:, :, None]
+    return jnp.einsum("BNm,BNmV->BNV", query, state), state
+
+
+STEP_IMPLEMENTATIONS: Implementations = {"xla": _step_xla, **kernels.STATE_KERNELS}
 
 
 def _reference(

@@ -50,11 +50,12 @@ def test_none_takes_the_kernel_on_a_tpu(tpu):
 def test_decoding_in_a_scan_takes_the_kernels(tpu):
     def decode(caches, tokens):
         def step(caches, token):
-            window, state, keys = caches
+            window, state, gathered, keys = caches
             near, window = attnlab.local_step(window, *token, window=70)
             far, state = attnlab.linear_step(state, *token, log_decay=jnp.full(4, -0.1))
             fitted, keys = attnlab.local_linear_step(keys, *token, ridge=1.0)
-            return (window, state, keys), near + far + fitted
+            read, gathered = attnlab.agent_step(gathered, *token, jnp.ones((5, 4, 80)))
+            return (window, state, gathered, keys), near + far + fitted + read
 
         return jax.lax.scan(step, caches, tokens)
 
@@ -62,6 +63,7 @@ def test_decoding_in_a_scan_takes_the_kernels(tpu):
         lambda: (
             attnlab.init_local_cache(2, 2, 80, window=70, dtype=jnp.bfloat16),
             attnlab.init_linear_cache(2, 4, 80),
+            attnlab.init_agent_cache(2, 4, 5, 80),
             attnlab.init_local_linear_cache(2, 100, 2, 80, dtype=jnp.bfloat16),
         )
     )
@@ -69,6 +71,7 @@ def test_decoding_in_a_scan_takes_the_kernels(tpu):
     compiled = compile_for_tpu(decode, caches, tokens, tpu=tpu).as_text()
     for name in ("cached_flash_attention", '"linear_step', "local_linear_step"):
         assert name in compiled, name
+    assert compiled.count('custom_call_target="tpu_custom_call"') == 4
 
 
 @pytest.mark.parametrize("tpu", ["v5e", "v5p", "v6e", "tpu7x"])

@@ -145,16 +145,30 @@ def test_a_step_of_local_attention_has_gradients(interpreted):
 
 
 LINEAR = {
-    "plain": {},
-    "taylor2, normalised": {"feature_map": "taylor2", "normalize": True, "head_dim": 8},
-    "decay per head": {"decay": "head"},
-    "decay per token, bfloat16": {"decay": "token", "dtype": jnp.bfloat16},
-    "decay per channel, delta": {"decay": "channel", "delta": True, "value_dim": 130},
-    "gated delta, one head": {"decay": "token", "delta": True, "heads": 1, "key_heads": 1},
-    "seven heads": {"heads": 7, "key_heads": 7},
-    "sixteen heads": {"heads": 16, "key_heads": 4, "decay": "channel"},
+    "plain": lambda: linear(),
+    "taylor2, normalised": lambda: linear(feature_map="taylor2", normalize=True, head_dim=8),
+    "decay per head": lambda: linear(decay="head"),
+    "decay per token, bfloat16": lambda: linear(decay="token", dtype=jnp.bfloat16),
+    "decay per channel, delta": lambda: linear(decay="channel", delta=True, value_dim=130),
+    "gated delta, one head": lambda: linear(decay="token", delta=True, heads=1, key_heads=1),
+    "seven heads": lambda: linear(heads=7, key_heads=7),
+    "sixteen heads": lambda: linear(heads=16, key_heads=4, decay="channel"),
+    "agents": lambda: agents(9),
+    "agents, first token": lambda: agents(0, heads=3, key_heads=1),
+    "agents, bfloat16": lambda: agents(40, heads=16, dtype=jnp.bfloat16),
 }
-QUICK_LINEAR = ("taylor2, normalised", "decay per token, bfloat16", "decay per channel, delta")
+QUICK_LINEAR = ("agents", "taylor2, normalised", "decay per token, bfloat16", "decay per channel, delta")
+
+
+def agents(fill, *, heads=4, key_heads=2, dims=(16, 24), dtype=jnp.float32, batch=2):
+    """After `fill` tokens."""
+    seen = draw(5, heads, dims[0], seed=4)
+    tokens = [draw(batch, fill + 1, *x.shape[2:], dtype=dtype) for x in token(batch, heads, key_heads, *dims)]
+    state = attnlab.init_agent_cache(batch, heads, 5, dims[1])
+    if fill:
+        before = (x[:, :fill] for x in tokens)
+        _, state = attnlab.causal_agent_attention(*before, seen, return_state=True, implementation="reference")
+    return functools.partial(attnlab.agent_step, agents=seen), state, [x[:, fill:] for x in tokens]
 
 
 def linear(
@@ -171,7 +185,7 @@ def linear(
 
 @pytest.mark.parametrize("case", slow_but(QUICK_LINEAR, LINEAR))
 def test_a_linear_step_equals_plain_jax_s(case, interpreted):
-    step, state, tokens = linear(**LINEAR[case])
+    step, state, tokens = LINEAR[case]()
     got = interpreted(step, state, *tokens, implementation="pallas_tpu")
     want = step(state, *tokens, implementation="xla")
     tolerance = 1e-2 if got[0].dtype == jnp.bfloat16 else 1e-5

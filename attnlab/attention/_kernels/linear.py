@@ -142,3 +142,21 @@ def _step_refusal(backend: str, inputs: LinearInputs, options: LinearOptions) ->
 
 
 STEP_KERNELS = on_backends(_step, _step_refusal)
+
+
+def _state_step(backend: str, xla: Callable[..., Any], *arrays: Array) -> Any:
+    """(state [B, N, F, V], query, key [B, N, F], value [B, N, V], decay [B, N, F]) -> (out, state), float32."""
+
+    def kernel(arrays: Any, _: Any, keep: bool) -> Any:
+        return kernel_module(backend, "linear_step").linear_step(*arrays), ()
+
+    layouts = (("BN..", "BN.", "BN.", "BN.", "BN."), None, ("BN.", "BN.."), ())
+    results = (like(arrays[3]), like(arrays[0]))
+    return kernel_call(kernel, None, lambda arrays, _: xla(*arrays), arrays, results=results, layouts=layouts)
+
+
+def _state_refusal(backend: str, state: Array, *_: Array) -> str | None:
+    return first_refusal(backend, ["linear_step"], state)
+
+
+STATE_KERNELS = on_backends(_state_step, _state_refusal)
