@@ -685,12 +685,14 @@ def routing_step(
     normalize: Normalize = "unit",
     share_qk: bool = False,
     scale: float | None = None,
+    implementation: str | None = None,
 ) -> tuple[Array, RoutingCache]:
     """One more token of routing_attention(..., membership="strict", is_causal=True).
 
     Args:
       cache: from init_routing_cache, whose window is the call's, or an earlier step.
       query, key, value: [B, 1, N, H], [B, 1, K, H], [B, 1, K, V]. The rest as in routing_attention.
+      implementation: "xla", "pallas_tpu" or None.
 
     Returns:
       ([B, 1, N, V] in query's dtype, the cache after this token).
@@ -706,20 +708,36 @@ def routing_step(
     factor = _scale(scale, normalize, query.shape[-1])
     wide_value = repeat_key_heads(value[:, 0], heads)
 
-    def head(query: Array, key: Array, value: Array, in_q: Array, in_k: Array, cache: RoutingCache) -> Any:
-        slot = cache.counts[in_k] % window
-        cache = RoutingCache(
-            cache.key.at[in_k, slot].set(key.astype(cache.key.dtype)),
-            cache.value.at[in_k, slot].set(value.astype(cache.value.dtype)),
-            cache.counts.at[in_k].add(1),
+    def put(key: Array, value: Array, cluster: Array, cache: RoutingCache) -> RoutingCache:
+        """A head's token in its ring."""
+        slot = cache.counts[cluster] % window
+        return RoutingCache(
+            cache.key.at[cluster, slot].set(key.astype(cache.key.dtype)),
+            cache.value.at[cluster, slot].set(value.astype(cache.value.dtype)),
+            cache.counts.at[cluster].add(1),
         )
-        visible = jnp.arange(window) < cache.counts[in_q]
-        if share_qk and normalize == "unit":
-            visible &= (jnp.arange(window) != slot) | (cache.counts[in_q] == 1) | (window == 1)
-        logits = factor * cache.key[in_q].astype(dtype) @ query
-        numerators, denominator, _ = softmax_parts(logits, visible)
-        return numerators @ cache.value[in_q].astype(dtype) / denominator, cache
 
-    step = jax.vmap(jax.vmap(head))
-    out, cache = step(heads_q, heads_k, wide_value, cluster_q, cluster_k, cache)
+    before, cache = cache, jax.vmap(jax.vmap(put))(heads_k, wide_value, cluster_k, cache)
+    of_ring = functools.partial(jnp.take_along_axis, indices=cluster_q[..., None], axis=2)
+    counts, hidden = of_ring(cache.counts)[..., 0], jnp.full_like(cluster_q, -1)
+    if share_qk and normalize == "unit" and window > 1:  # the token is in the ring that it reads, and sees itself last
+        hidden = jnp.where(counts == 1, -1, of_ring(before.counts)[..., 0] % window)
+    arrays = (factor * heads_q.astype(dtype), cache.key, cache.value, cluster_q, jnp.minimum(counts, window), hidden)
+    out = dispatch("routing_step", STEP_IMPLEMENTATIONS, implementation, *arrays)
     return out[:, None].astype(query.dtype), cache
+
+
+def _step_xla(query: Array, key: Array, value: Array, cluster: Array, used: Array, hidden: Array) -> Array:
+    """[B, N, V]: of the scaled query [B, N, H] over a ring of each head's cache, of its first `used` slots without the
+    hidden one."""
+
+    def head(query: Array, key: Array, value: Array, cluster: Array, used: Array, hidden: Array) -> Array:
+        slot = jnp.arange(key.shape[1])
+        keys, values = (jnp.where((slot < used)[:, None], x[cluster], 0).astype(query.dtype) for x in (key, value))
+        numerators, denominator, _ = softmax_parts(keys @ query, (slot < used) & (slot != hidden))
+        return numerators @ values / denominator
+
+    return jax.vmap(jax.vmap(head))(query, key, value, cluster, used, hidden)
+
+
+STEP_IMPLEMENTATIONS: Implementations = {"xla": _step_xla, **kernels.STEP_KERNELS}

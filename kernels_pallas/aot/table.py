@@ -25,6 +25,7 @@ from kernels_pallas.tpu import (
     covariance_solve,
     linear_step,
     local_linear_step,
+    routing_step,
 )
 from kernels_pallas.tpu.band import bodies_of, body_of
 from kernels_pallas.tpu.chunk import CHUNK
@@ -215,6 +216,16 @@ def _local_linear_step(shape: Shape) -> Row:
     return Row(step, [query, *cache, ridge, used], vmem, {"local_linear_step": grid})
 
 
+def _routing_step(shape: Shape) -> Row:
+    """A step with full rings of the window, of 8 clusters."""
+    rings = [jax.ShapeDtypeStruct((1, shape.heads, 8, shape.window, shape.head_dim), shape.dtype)] * 2
+    query = jax.ShapeDtypeStruct((1, shape.heads, shape.head_dim), jnp.float32)
+    numbers = [jax.ShapeDtypeStruct((1, shape.heads), jnp.int32)] * 3
+    vmem = routing_step.vmem_bytes(shape.window, shape.head_dim, shape.head_dim, shape.dtype)
+    grids = {"routing_step": Grid(shape.heads, (), shape.heads)}
+    return Row(routing_step.routing_step, [query, *rings, *numbers], vmem, grids)
+
+
 def _linear_step(shape: Shape) -> Row:
     state = jax.ShapeDtypeStruct((1, shape.heads, shape.head_dim, shape.head_dim), jnp.float32)
     token = jax.ShapeDtypeStruct((1, shape.heads, shape.head_dim), jnp.float32)
@@ -248,6 +259,7 @@ KERNELS: dict[str, Callable[[Shape], Row]] = {
     "parallax gradients": _banded_parallax_gradients,
     "decode, cache": _cached_flash,
     "decode, linear": _linear_step,
+    "decode, routing": _routing_step,
     f"decode, local linear, {_ITERATIONS} iterations": _local_linear_step,
 }
 _HELP = """

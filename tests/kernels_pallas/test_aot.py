@@ -45,17 +45,20 @@ def test_none_takes_the_kernel_on_a_tpu(tpu):
         assert any(name in line for line in calls), name
 
 
-@pytest.mark.parametrize("tpu", ["v5p", "v6e"])
+@pytest.mark.parametrize("tpu", slow_but(["v5p", "v6e"], ["v5e", "v5p", "v6e", "tpu7x"]))
 @pytest.mark.long
 def test_decoding_in_a_scan_takes_the_kernels(tpu):
+    clusters = attnlab.init_routing(jax.random.key(0), 4, 3, 80)
+
     def decode(caches, tokens):
         def step(caches, token):
-            window, state, gathered, keys = caches
+            window, state, gathered, keys, rings = caches
             near, window = attnlab.local_step(window, *token, window=70)
             far, state = attnlab.linear_step(state, *token, log_decay=jnp.full(4, -0.1))
             fitted, keys = attnlab.local_linear_step(keys, *token, ridge=1.0)
             read, gathered = attnlab.agent_step(gathered, *token, jnp.ones((5, 4, 80)))
-            return (window, state, gathered, keys), near + far + fitted + read
+            routed, rings = attnlab.routing_step(rings, *token, clusters)
+            return (window, state, gathered, keys, rings), near + far + fitted + read + routed
 
         return jax.lax.scan(step, caches, tokens)
 
@@ -65,13 +68,14 @@ def test_decoding_in_a_scan_takes_the_kernels(tpu):
             attnlab.init_linear_cache(2, 4, 80),
             attnlab.init_agent_cache(2, 4, 5, 80),
             attnlab.init_local_linear_cache(2, 100, 2, 80, dtype=jnp.bfloat16),
+            attnlab.init_routing_cache(2, 4, 3, 80, window=50, dtype=jnp.bfloat16),
         )
     )
     tokens = [jax.ShapeDtypeStruct((9, 2, 1, heads, 80), jnp.bfloat16) for heads in (4, 2, 2)]
     compiled = compile_for_tpu(decode, caches, tokens, tpu=tpu).as_text()
-    for name in ("cached_flash_attention", '"linear_step', "local_linear_step"):
+    for name in ("cached_flash_attention", '"linear_step', "local_linear_step", "routing_step"):
         assert name in compiled, name
-    assert compiled.count('custom_call_target="tpu_custom_call"') == 4
+    assert compiled.count('custom_call_target="tpu_custom_call"') == 5
 
 
 @pytest.mark.parametrize("tpu", ["v5e", "v5p", "v6e", "tpu7x"])

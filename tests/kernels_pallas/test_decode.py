@@ -88,6 +88,10 @@ CACHES = {
     "tokens, bfloat16": lambda: softmax(30, length=130, key_heads=4, dims=(64, 64), dtype=jnp.bfloat16, tokens=8),
     "tokens of rows of their own": lambda: at_rows(softmax(0, length=3000, batch=2, tokens=4), [2990, 5]),
     "dilated": lambda: dilated(50, window=6, dilation=3),
+    "routing": lambda: routing([3, 0, 40], window=9),
+    "routing, shared": lambda: routing([0, 1, 7], window=7, share_qk=True, scale=3.0),
+    "routing, layer": lambda: routing([200, 140, 0], window=150, heads=3, normalize="layer", dims=(64, 130)),
+    "routing, bfloat16": lambda: routing([200, 100], window=150, heads=4, batch=1, dtype=jnp.bfloat16),
     "local linear": lambda: local_linear(30, slots=40),
     "local linear, first token": lambda: local_linear(0, slots=40, heads=2),
     "local linear, full window": lambda: local_linear(700, slots=600, window=600, heads=6, key_heads=3, batch=1),
@@ -95,7 +99,7 @@ CACHES = {
     "local linear, bfloat16": lambda: local_linear(200, slots=300, dims=(64, 64), dtype=jnp.bfloat16, batch=1),
     "local linear, rows of their own": lambda: at_rows(local_linear(2000, slots=2000, key_heads=1), [3, 1700]),
 }
-QUICK = ("sinks", "three key heads", "tokens", "local linear")
+QUICK = ("sinks", "three key heads", "tokens", "routing", "local linear")
 
 
 @pytest.mark.parametrize("case", slow_but(QUICK, CACHES))
@@ -158,6 +162,19 @@ LINEAR = {
     "agents, bfloat16": lambda: agents(40, heads=16, dtype=jnp.bfloat16),
 }
 QUICK_LINEAR = ("agents", "taylor2, normalised", "decay per token, bfloat16", "decay per channel, delta")
+
+
+def routing(fills, *, window, heads=2, key_heads=1, dims=(16, 24), dtype=jnp.float32, batch=2, **options):
+    """With so many keys in each cluster; slots that none has written hold NaN."""
+    centroids = draw(heads, len(fills), dims[0], seed=4)
+    state = attnlab.RoutingState(centroids, jnp.ones(centroids.shape[:2]), centroids)
+    cache = attnlab.init_routing_cache(batch, heads, len(fills), dims[0], window=window, value_dim=dims[1], dtype=dtype)
+    counts = jnp.broadcast_to(jnp.array(fills, jnp.int32), cache.counts.shape)
+    is_used = (jnp.arange(window) < counts[..., None])[..., None]
+    key, value = (jnp.where(is_used, draw(*x.shape, dtype=dtype, seed=7), jnp.nan) for x in cache[:2])
+    step = functools.partial(attnlab.routing_step, state=state, **options)
+    cache = attnlab.RoutingCache(key, value, counts)
+    return step, cache, token(batch, heads, key_heads, *dims, dtype)
 
 
 def agents(fill, *, heads=4, key_heads=2, dims=(16, 24), dtype=jnp.float32, batch=2):

@@ -26,10 +26,11 @@ def _tpu_modules() -> dict[str, Any]:
         covariance_solve,
         linear_step,
         local_linear_step,
+        routing_step,
     )
 
     banded = banded_covariance, banded_flash, banded_flash_backward, banded_parallax, covariance_solve
-    return _by_name(*banded, cached_flash, chunked_linear, linear_step, local_linear_step)
+    return _by_name(*banded, cached_flash, chunked_linear, linear_step, local_linear_step, routing_step)
 
 
 def _gpu_modules() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attnlab.attention._dispatch.choice import Kernel
 from attnlab.attention._dispatch.kernel_call import kernel_call, like
 from attnlab.attention._kernels.backends import first_refusal, kernel_module, on_backends
 from attnlab.attention._shared.clusters import members_of_both, strict_ranges, taken_once
@@ -249,3 +250,25 @@ def _refusal(
 
 
 KERNELS = on_backends(_call, _refusal)
+
+
+def _step(
+    xla: Callable[..., Array], query: Array, key: Array, value: Array, cluster: Array, used: Array, hidden: Array
+) -> Array:
+    def kernel(arrays: Any, fixed: Any, keep: bool) -> tuple[Array, Any]:
+        return kernel_module("tpu", "routing_step").routing_step(*arrays, *fixed), ()
+
+    def plain(arrays: Any, fixed: Any) -> Array:
+        return xla(*arrays, *fixed)
+
+    arrays, fixed = (query, key, value), (cluster, used, hidden)
+    layouts = (("BN.", "BN...", "BN..."), ("BN",) * 3, "BN.", ())
+    results = like(query, width=value.shape[-1])
+    return kernel_call(kernel, None, plain, arrays, fixed, results=results, layouts=layouts)
+
+
+def _step_refusal(query: Any, key: Any, value: Any, *_: Any) -> str | None:
+    return first_refusal("tpu", ["routing_step"], key, value)
+
+
+STEP_KERNELS = {"pallas_tpu": Kernel(_step, _step_refusal)}
