@@ -196,6 +196,12 @@ def differences(rows: Sequence[Row], looks: dict[str, Style], metric: str, other
     return draw
 
 
+def digits_apart(numbers: Sequence[float]) -> int:
+    """Digits of counts that tell numbers apart: three, or of costs that were matched more, one of which is to spare."""
+    enough = next((n for n in range(3, 7) if len({count(x, n) for x in numbers}) == len(numbers)), 7)
+    return enough + (enough > 3)
+
+
 def against_cost(rows: Sequence[Row], looks: dict[str, Style], metric: str, cost: Cost) -> Draw:
     """One dot per arm, the metric's mean over seeds with its standard deviation, against a cost; the Pareto front."""
 
@@ -225,7 +231,7 @@ def against_cost(rows: Sequence[Row], looks: dict[str, Style], metric: str, cost
             axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         else:
             axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
-        axes.xaxis.set_major_formatter(lambda value, _: count(value))
+        axes.xaxis.set_major_formatter(lambda value, _: count(value, digits_apart(axes.get_xticks())))
         axes.margins(0.12)
         axes.set_xlabel(
             {

@@ -241,9 +241,9 @@ def mean_of_known(numbers: Sequence[float | None]) -> float | None:
     return round(sum(known) / len(known), 4) if known else None
 
 
-def count(number: float) -> str:
-    """A number to three digits, as "1.23 k"."""
+def count(number: float, digits: int = 3) -> str:
+    """A number to three digits, as "1.23 k", or more of them."""
     for size, suffix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(number) >= size:
-            return f"{number / size:.3g}{suffix}"
+            return f"{number / size:.{digits}g}{suffix}"
     return f"{number:.0f}"

@@ -549,3 +549,16 @@ def test_every_table_scrolls(seen):
     assert page.count("<table") > 1
     assert len(re.findall(r'<div class="scroll"( tabindex="0")?><table', page)) == page.count("<table")
     assert re.search(r"\.scroll \{ overflow-x: auto;", page)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "labels"),
+    [
+        ([1.2e3, 4e6, 20.0], ["1.2 k", "4 M", "20"]),
+        ([13_384_000.0, 13_392_000.0, 13_400_000.0], ["13.384 M", "13.392 M", "13.4 M"]),  # costs that were matched
+        ([5e6, 5e6], ["5 M", "5 M"]),
+    ],
+)
+def test_ticks_of_an_axis_can_be_told_apart(numbers, labels):
+    digits = figures.digits_apart(numbers)
+    assert [results.count(number, digits) for number in numbers] == labels
