@@ -152,7 +152,7 @@ MIXERS = {
         nn.LocalLinearAttention,
         {"ridge": 3.0, "num_key_heads": 2},
         state_sizes=(48, 208, 1024),
-        kernels=FLASH | COVARIANCE,
+        kernels=FLASH | COVARIANCE | {"covariance_solve"},
     ),
     "local_linear_window": Mixer(
         nn.LocalLinearAttention, {"ridge": 3.0, "window": 5, "value_dim": 3}, state_sizes=(84, 140, 140)

@@ -129,7 +129,15 @@ def linear(
 
 
 def cached_step(
-    name: str, batch: int, tokens: int, *, heads: int = 16, group: int = 1, head_dim: int = 128, **options: Any
+    name: str,
+    batch: int,
+    tokens: int,
+    *,
+    step: Callable[..., Any] = attnlab.dot_product_step,
+    heads: int = 16,
+    group: int = 1,
+    head_dim: int = 128,
+    **options: Any,
 ) -> Problem:
     def make(key: jax.Array, batch: int, tokens: int, heads: int) -> dict[str, jax.Array]:
         lengths = {"query": 1, "key": 1, "value": 1, "keys": tokens, "values": tokens}
@@ -140,11 +148,34 @@ def cached_step(
     def attend(arrays: Arrays, implementation: str | None) -> jax.Array:
         query, key, value, keys, values = (arrays[name] for name in ("query", "key", "value", "keys", "values"))
         cache = attnlab.DotProductCache(keys, values, jnp.asarray(keys.shape[1] - 1, jnp.int32))
-        return attnlab.dot_product_step(cache, query, key, value, implementation=_of_steps(implementation))[0]
+        return step(cache, query, key, value, implementation=_of_steps(implementation))[0]
 
     each = 4 * head_dim * heads * batch
     of_heads: Any = {"heads": heads, "small_heads": max(2, group)}
     return Problem(name, make, attend, lambda tokens: each * tokens, tokens, batch, **of_heads, is_step=True, **options)
+
+
+def routing_step(
+    name: str, batch: int, window: int, *, clusters: int = 8, heads: int = 16, head_dim: int = 128
+) -> Problem:
+    """With full rings of this many tokens, which problems have as `tokens`."""
+
+    def make(key: jax.Array, batch: int, tokens: int, heads: int) -> dict[str, jax.Array]:
+        token, ring = (batch, 1, heads, head_dim), (batch, heads, clusters, tokens, head_dim)
+        shapes = {"query": token, "key": token, "value": token, "keys": ring, "values": ring}
+        keys = jax.random.split(key, len(shapes))
+        arrays = {n: normal(k, *shape) for k, (n, shape) in zip(keys, shapes.items())}
+        return arrays | {"centroids": jax.random.normal(key, (heads, clusters, head_dim))}
+
+    def attend(arrays: Arrays, implementation: str | None) -> jax.Array:
+        token: Any = {name: arrays[name] for name in ("query", "key", "value")}
+        keys, values, centroids = (arrays[name] for name in ("keys", "values", "centroids"))
+        cache = attnlab.RoutingCache(keys, values, jnp.full(keys.shape[:3], keys.shape[3], jnp.int32))
+        state = attnlab.RoutingState(centroids, jnp.ones(centroids.shape[:2]), centroids)
+        return attnlab.routing_step(cache, **token, state=state, implementation=_of_steps(implementation))[0]
+
+    each = 4 * head_dim * heads * batch
+    return Problem(name, make, attend, lambda tokens: each * tokens, window, batch, heads, is_step=True)
 
 
 def state_step(name: str, of: Problem, batch: int, *, head_dim: int = 128) -> Problem:

@@ -1,7 +1,7 @@
 """What `attnlab bench --device tpu` measures: the rows of `python -m kernels_pallas.aot`, at its shapes of models, by
 attnlab's kernels and XLA forms through public calls, and by JAX's own kernels.
 
-Covariances have no row of their own, as no public call is one: local linear attention calls them in turn.
+Covariances and their solves have no row of their own, as no public call is one: local linear attention calls them.
 """
 
 import collections
@@ -27,6 +27,7 @@ from attnlab.bench.problems import (
     linear,
     normal,
     prepare,
+    routing_step,
     softmax,
     state_step,
     window_pairs,
@@ -82,6 +83,10 @@ def problems(shape: Shape) -> list[Problem]:
             **size,
         ),
         cached_step("decode, cache", 1, shape.window, **heads),
+        cached_step(
+            "decode, local linear", 1, shape.window, step=partial(attnlab.local_linear_step, ridge=10.0), **heads
+        ),
+        routing_step("decode, routing", 1, shape.window, **of_linear),
         state_step(
             "decode, linear",
             linear("", **_LINEAR["linear, gated delta"], **of_linear, tokens=1),

@@ -31,7 +31,7 @@ from kernels_pallas.tpu.band import bodies_of, body_of
 from kernels_pallas.tpu.chunk import CHUNK
 from kernels_pallas.tpu.chunk_call import plan_of
 
-_ITERATIONS = 8
+_ITERATIONS = 8  # of conjugate gradients
 
 
 def _grid(shape: Shape, blocks: tuple[int, int], heads: int, *, by_key: bool = False, quarters: bool = True) -> Grid:
@@ -119,7 +119,7 @@ def _banded_covariance_gradients(shape: Shape) -> Row:
 
 
 def _covariance_solve(shape: Shape) -> Row:
-    """Of this many iterations in every tile of queries."""
+    """Of _ITERATIONS in every tile of queries."""
     query, key, _ = shape.arrays()
     pattern: Any = shape.pattern()
     wide = shape.array(shape.heads, shape.head_dim, dtype=jnp.float32)
@@ -200,7 +200,7 @@ def _cached_flash(shape: Shape) -> Row:
 
 
 def _local_linear_step(shape: Shape) -> Row:
-    """A step with a full cache of the window, of this many iterations."""
+    """A step with a full cache of the window, of _ITERATIONS."""
     cache = [jax.ShapeDtypeStruct((1, shape.window, shape.key_heads, shape.head_dim), shape.dtype)] * 2
     query = jax.ShapeDtypeStruct((1, 1, shape.heads, shape.head_dim), shape.dtype)
     ridge, used = jax.ShapeDtypeStruct((1, 1, shape.heads), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -254,21 +254,21 @@ KERNELS: dict[str, Callable[[Shape], Row]] = {
     },
     "covariance": _banded_covariance,
     "covariance gradients": _banded_covariance_gradients,
-    f"covariance solve, {_ITERATIONS} iterations": _covariance_solve,
+    "covariance solve": _covariance_solve,
     "parallax": _banded_parallax,
     "parallax gradients": _banded_parallax_gradients,
     "decode, cache": _cached_flash,
     "decode, linear": _linear_step,
     "decode, routing": _routing_step,
-    f"decode, local linear, {_ITERATIONS} iterations": _local_linear_step,
+    "decode, local linear": _local_linear_step,
 }
 _HELP = """
-VMEM is the kernels' own model, by which a call is refused before it is compiled. HBM is what the compiled program reads
-and writes. Bundles per tile, cycles and the share of bundles that issue a matrix product come from the compiler's
-schedule (one bundle per cycle, in order, on one core): nothing runs, and waiting for memory is not in them. With
-delays: with the waits between instructions that the compiler expects. Computing is the time of these cycles, shared by
-the chip's cores, and memory that of what HBM moves; the longer one is the bound, and what the kernel takes at least
-(kernels_pallas/aot/compile.py has the rates).
+VMEM is the kernels' own model, by which a call is refused before it is compiled. HBM is what the compiled program
+reads and writes. Bundles per tile, cycles and the share of bundles that issue a matrix product come from the
+compiler's schedule (one bundle per cycle, in order, on one core), of solves with 8 iterations: nothing runs, and
+waiting for memory is not in them. With delays: with the waits between instructions that the compiler expects.
+Computing is the time of these cycles, shared by the chip's cores, and memory that of what HBM moves; the longer one
+is the bound, and what the kernel takes at least (kernels_pallas/aot/compile.py has the rates).
 
 With --gpu: registers per thread and bytes spilled by ptxas (jax 0.10, 0.11) and by nvJitLink (jax 0.12, where it is);
 of each loop that multiplies matrices, cycles of the tensor cores, stalls, and the share of its time in which they are
