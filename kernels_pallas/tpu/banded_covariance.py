@@ -265,13 +265,8 @@ def _product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     if a.dtype == b.dtype:
         return common.dot(a, b, contract)
     if a.dtype == jnp.float32:
-        return sum(common.dot(part, b, contract) for part in _halves(a))  # type: ignore[return-value]
-    return sum(common.dot(a, part, contract) for part in _halves(b))  # type: ignore[return-value]
-
-
-def _halves(x: Array) -> tuple[Array, Array]:
-    high = x.astype(jnp.bfloat16)
-    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+        return sum(common.dot(part, b, contract) for part in common.in_two(a, b.dtype))  # type: ignore[return-value]
+    return sum(common.dot(a, part, contract) for part in common.in_two(b, a.dtype))  # type: ignore[return-value]
 
 
 def _start(band: Band, step: Step, bounds: Sequence[Any], *sums: Any) -> None:

@@ -515,15 +515,10 @@ def _wide_dot(dtype: Any, a: Array, b: Array, contract: tuple[int, int]) -> Arra
     """Products of float32 matrices to twice the digits of dtype; float32 has enough of its own."""
     if dtype == jnp.float32:
         return _dots(a, b, contract)
-    (a_high, a_low), (b_high, b_low) = (_in_two(dtype, x) for x in (a, b))
+    (a_high, a_low), (b_high, b_low) = (common.in_two(x, dtype) for x in (a, b))
     both = _dots(jnp.concatenate([a_high, a_low], axis=2 - contract[0]), b_high, contract)
     high, low = jnp.split(both, 2, axis=1)
     return high + (low + _dots(a_high, b_low, contract))
-
-
-def _in_two(dtype: Any, x: Array) -> tuple[Array, Array]:
-    rounded = x.astype(dtype)
-    return rounded, (x - rounded.astype(jnp.float32)).astype(dtype)
 
 
 def _dots(a: Array, b: Array, contract: tuple[int, int]) -> Array:

@@ -24,6 +24,12 @@ def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
+def in_two(x: Array, dtype: Any) -> tuple[Array, Array]:
+    """x, float32, as two numbers of this dtype, of 16 bits, whose sum it is to about 2^-16 of it."""
+    high = x.astype(dtype)
+    return high, (x - high.astype(jnp.float32)).astype(dtype)
+
+
 def zero() -> np.int32:
     """For index maps: a Python int would be an int64 under jax_enable_x64."""
     return np.int32(0)

@@ -193,7 +193,7 @@ def covariance_solve(
         ),
         name="covariance_solve",
     )(jnp.asarray(begin), jnp.asarray((last - begin).astype(np.int32)), *operands)
-    steps, residual = (jnp.swapaxes(rows[:, :, row, :length], 1, 2) for row in range(2))
+    steps, residual = (jnp.swapaxes(rows[:, :, row, :length], 1, 2) for row in (_STEPS, _RESIDUAL))
     return common.tokens_first(solution, length, head_dim), steps, residual
 
 
@@ -229,11 +229,8 @@ def _row(column: Array) -> Array:
 
 
 def parts(x: Array, dtype: Any) -> Sequence[Array]:
-    """x, float32, as numbers of this dtype whose sum it is, to about 2^-16 of it."""
-    if dtype == jnp.float32:
-        return (x,)
-    high = x.astype(dtype)
-    return high, (x - high.astype(jnp.float32)).astype(dtype)
+    """x, float32, as numbers of this dtype whose sum it is."""
+    return (x,) if dtype == jnp.float32 else common.in_two(x, dtype)
 
 
 def product(summands: Sequence[Array], matrix: Array, contract: tuple[int, int]) -> Array:
