@@ -71,7 +71,8 @@ def _banded_flash_gradients(shape: Shape) -> Row:
     lse = shape.array(shape.heads, dtype=jnp.float32)
 
     def gradients(*arrays: Any) -> Any:
-        return banded_flash_backward.banded_flash_gradients(*arrays, pattern=pattern, scale=shape.head_dim**-0.5)
+        found = banded_flash_backward.banded_flash_gradients(*arrays, pattern=pattern, scale=shape.head_dim**-0.5)
+        return found[:-1]  # a scale that is a number has none
 
     blocks = banded_flash_backward.default_blocks(*arrays)
     heads = banded_flash_backward.heads_of_a_step(*arrays, pattern=pattern)
@@ -109,7 +110,7 @@ def _banded_covariance_gradients(shape: Shape) -> Row:
 
     def gradients(*arrays: Any) -> Any:
         run: Any = functools.partial(banded_covariance.banded_covariance_gradients, pattern=pattern)
-        return run(*arrays, scale=shape.head_dim**-0.5)
+        return run(*arrays, scale=shape.head_dim**-0.5)[:-1]
 
     grids = {
         "banded_covariance_query_gradients": _grid(shape, blocks, heads=1),
@@ -156,7 +157,7 @@ def _banded_parallax_gradients(shape: Shape) -> Row:
     number, out = shape.array(shape.heads, dtype=jnp.float32), shape.array(shape.heads, shape.head_dim)
 
     def gradients(*arrays: Any) -> Any:
-        return banded_parallax.banded_parallax_gradients(*arrays, pattern=pattern, scale=shape.head_dim**-0.5)
+        return banded_parallax.banded_parallax_gradients(*arrays, pattern=pattern, scale=shape.head_dim**-0.5)[:-1]
 
     row = _banded_covariance_gradients(shape)
     return Row(gradients, [*arrays, arrays[0], out, number, number, out, out], row.vmem, row.grids)
