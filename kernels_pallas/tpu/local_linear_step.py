@@ -100,7 +100,7 @@ def local_linear_step(
     heads, value_dim = query.shape[2], value.shape[-1]
     queries = round_up(heads, _QUERIES)
     blocks, block = blocks_of(slots, key_heads)
-    rows = (used.astype(jnp.int32) * np.int32(key_heads)).astype(jnp.int32)
+    rows = used.astype(jnp.int32) * np.int32(key_heads)
     past = ((0, 0), (0, queries - heads))
 
     def block_of(b: Any, s: Any, rows: Any) -> tuple[Any, ...]:
