@@ -54,6 +54,23 @@ def test_vectors_of_strict_pooled_lists():
 
 
 @pytest.mark.long
+def test_vectors_of_frames_then_blocks_inside_them():
+    """Light Forcing: the best frames beside the forced ones, and of their blocks the best."""
+    data = vectors("frames")
+    per_frame = np.bincount(data["frame_of_block"])[0]
+    queries = selection.pool_blocks(data["query"], data["block"], "mean")
+    keys, frames = (selection.pool_blocks(data["key"], size * data["block"], "mean") for size in (1, per_frame))
+    forced = np.isin(np.arange(frames.shape[1]), data["forced_frames"])[None]
+    scores = selection.pooled_scores(queries, frames)
+    lists = selection.select_blocks(scores, eligible=~forced, count=data["frames"], own=forced)
+    chosen = selection.block_mask_of(lists, frames.shape[1])
+    np.testing.assert_array_equal(chosen, data["chosen_frames"])
+    eligible = jnp.repeat(chosen, per_frame, axis=-1)
+    blocks = selection.select_blocks(selection.pooled_scores(queries, keys), eligible=eligible, count=data["count"])
+    np.testing.assert_array_equal(blocks, data["blocks"])
+
+
+@pytest.mark.long
 def test_vectors_of_the_tree():
     data = vectors("tree_published")
     rows = data["query"].reshape(-1, data["query_block"], 8)[:, 1::2]
