@@ -120,6 +120,12 @@ def along(values: jax.Array, x: jax.Array) -> jax.Array:
     return values.reshape((1,) * (x.ndim - values.ndim) + values.shape)
 
 
+def unit_length(x: jax.Array) -> jax.Array:
+    """x / |x| over the last axis, computed in float32; zeros stay."""
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, in float32 or wider (Zhang and Sennrich 2019)."""
 

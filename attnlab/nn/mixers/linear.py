@@ -12,7 +12,7 @@ from einops import rearrange
 import attnlab.attention as attention
 from attnlab.attention._shared.checks import check_bool, check_choice, check_float, check_int, require
 from attnlab.attention._shared.feature_maps import feature_width
-from attnlab.nn.layers import Linear, RMSNorm, along, depthwise_convolution
+from attnlab.nn.layers import Linear, RMSNorm, along, depthwise_convolution, unit_length
 from attnlab.nn.mixers.base import Attention, Pattern, flat
 from attnlab.nn.parameters import normal, ones, parameter, zeros
 
@@ -131,11 +131,7 @@ class LinearAttention(Attention):
 
     def _unit(self, heads: Array) -> Array:
         """Queries and keys of unit length, for the delta rule alone."""
-        if self.beta is None:
-            return heads
-        wide = heads.astype(jnp.float32)
-        norm = jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)
-        return (wide * norm).astype(heads.dtype)
+        return heads if self.beta is None else unit_length(heads)
 
     def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
         if self.normalizer_floor is not None:

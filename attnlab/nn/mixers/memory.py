@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 import attnlab.attention as attention
 from attnlab.attention._shared.checks import check_bool, check_choice, check_float, check_int
-from attnlab.nn.layers import Linear, RMSNorm, along
+from attnlab.nn.layers import Linear, RMSNorm, along, unit_length
 from attnlab.nn.mixers.base import Attention, Pattern
 from attnlab.nn.parameters import normal, parameter
 
@@ -148,15 +148,11 @@ class MemoryAttention(Attention):
         chunks = jnp.pad(gate, ((0, 0), (0, past), (0, 0)))
         return chunks.reshape(gate.shape[0], -1, self.chunk_size, gate.shape[2]).mean(2)
 
-    def _unit(self, heads: Array) -> Array:
-        wide = jax.nn.silu(heads.astype(jnp.float32))
-        return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(heads.dtype)
-
     def _attend(self, query: Array, key: Array, value: Array, x: Array, **options: Any) -> Any:
         rate, momentum, log_decay = self._gates(x)
         return attention.memory_attention(
-            self._unit(query),
-            self._unit(key),
+            unit_silu(query),
+            unit_silu(key),
             value,
             self._starts,
             rate=rate,
@@ -220,8 +216,8 @@ class MemoryAttention(Attention):
         )
         out, after = attention.memory_step(
             memory,
-            self._unit(query),
-            self._unit(key),
+            unit_silu(query),
+            unit_silu(key),
             value,
             self._starts,
             rate=rate,
@@ -240,6 +236,11 @@ class MemoryAttention(Attention):
         for name, (inputs, outputs) in self.shapes.items():
             total += (8 if _WEIGHTS[self.memory][name][2] else 6) * inputs * outputs
         return tokens * self.num_heads * total
+
+
+def unit_silu(heads: Array) -> Array:
+    """silu(heads) of unit length."""
+    return unit_length(jax.nn.silu(heads.astype(jnp.float32))).astype(heads.dtype)
 
 
 def slow_decay(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import attnlab.attention as attention
 from attnlab.attention._shared.checks import check_bool
 from attnlab.attention._shared.chunks import segment_starts
-from attnlab.nn.layers import Linear
+from attnlab.nn.layers import Linear, unit_length
 from attnlab.nn.mixers.base import Attention
 from attnlab.nn.parameters import normal
 
@@ -42,14 +42,13 @@ class PathAttention(Attention):
     def _transitions(self, x: Array, segment_ids: Array | None = None) -> dict[str, Any]:
         """What the call, the prompt and the step pass on, for x [B, T, D]."""
         x = x.astype(jnp.float32)
-        transition = self.transition(self.transition_down(x))
-        norm = jax.lax.rsqrt(jnp.sum(transition * transition, axis=-1, keepdims=True) + 1e-6)
+        transition = unit_length(self.transition(self.transition_down(x)))
         log_forget = None if self.gate is None else jax.nn.log_sigmoid(self.gate(x))
         beta = 2 * jax.nn.sigmoid(self.strength(x))
         if segment_ids is not None:  # a document forgets those before it
             log_forget = jnp.zeros_like(beta) if log_forget is None else log_forget
             log_forget = jnp.where(segment_starts(segment_ids)[..., None], -jnp.inf, log_forget)
-        return {"transition": transition * norm, "beta": beta, "log_forget": log_forget}
+        return {"transition": transition, "beta": beta, "log_forget": log_forget}
 
     def mix(self, query: Array, key: Array, value: Array, x: Array, segment_ids: Array | None) -> Array:
         given = self._transitions(x, segment_ids)

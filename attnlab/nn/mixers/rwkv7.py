@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 import attnlab.attention as attention
 from attnlab.attention._shared.heads import repeat_key_heads
-from attnlab.nn.layers import Linear, RMSNorm, along
+from attnlab.nn.layers import Linear, RMSNorm, along, unit_length
 from attnlab.nn.mixers.base import Attention, flat
 from attnlab.nn.parameters import ones, parameter, zeros
 
@@ -60,8 +60,7 @@ class RWKV7Attention(Attention):
         log_decay = -_SLOWEST * jax.nn.sigmoid(decay + along(self.decay_bias[...], decay))
         rate = self._rate(x)
         key, value = (repeat_key_heads(heads, self.num_heads) for heads in (key, value))
-        removal = key.astype(jnp.float32) * along(self.removal_gain[...], key)
-        removal = removal * jax.lax.rsqrt(jnp.sum(removal * removal, axis=-1, keepdims=True) + 1e-6)
+        removal = unit_length(key.astype(jnp.float32) * along(self.removal_gain[...], key))
         return {
             "key": self._written(key, rate),
             "value": value,
