@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._dispatch.choice import Implementations, dispatch
-from attnlab.attention._dispatch.exchange import Parts, in_turn, over_positions, positions_below
+from attnlab.attention._dispatch.exchange import Parts, in_turn, over_positions, positions_below, whole_space
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._shared import fast_weights
 from attnlab.attention._shared.checks import (
@@ -217,7 +217,7 @@ def memory_attention(
     if initial_state is not None and options.chunk_size > 1:
         within = jnp.broadcast_to(state.position % options.chunk_size != 0, (batch,))
         out, after = jax.tree.map(lambda x: spoil(x, within), (out, after))
-    position = state.position + (length if lengths is None else lengths)
+    position = state.position + (whole_space((length,))[0] if lengths is None else lengths)
     return (out, after._replace(position=position)) if return_state else out
 
 

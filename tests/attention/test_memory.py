@@ -373,12 +373,16 @@ def of_parts(**more):
     return arrays | gates | more
 
 
+def _count_and_weight(state):
+    return state.position, state.weights["w"]
+
+
 IN_TURN = {"collective-permute": 1}  # in a loop
 W = {"w": 0.3 * parts.normal(4, 8, 6)}
 CASES = {
     "chunks": parts.Case(functools.partial(A.memory_attention, weights=W, chunk_size=4), of_parts(), IN_TURN),
     "state, not finite": parts.Case(
-        lambda **arrays: A.memory_attention(**arrays, chunk_size=8, return_state=True)[1].weights["w"],
+        lambda **arrays: _count_and_weight(A.memory_attention(**arrays, chunk_size=8, return_state=True)[1]),
         of_parts(weights=W, key=parts.qkv(64, spoilt=True)["key"] / 3),
         IN_TURN | {"all-reduce": 1},
         {"weights": parts.WHOLE},
