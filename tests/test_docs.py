@@ -80,12 +80,14 @@ def test_every_page_of_a_mechanism_is_of_one_of_the_catalog():
 
 @pytest.mark.parametrize("row", slow_but(["local, causal", "linear, delta rule"], list(catalog.MECHANISMS)))
 def test_pictures_are_of_what_the_mechanism_computes(row):
-    """Times the values, the weights give what the mechanism gives."""
+    """By as much as the weights say, what it gives moves with its values."""
     mechanism = catalog.MECHANISMS[row]
-    arrays = mechanism.inputs(mechanisms.LENGTH, batch=1, heads=1, value_dim=mechanisms.LENGTH)
-    out = np.asarray(mechanism(arrays, implementation="reference")).reshape(mechanisms.LENGTH, -1)
-    values = arrays["value"].reshape(mechanisms.LENGTH, -1)
-    np.testing.assert_allclose(mechanisms.weights(row) @ values, out, atol=1e-4)
+    arrays = mechanism.inputs(mechanisms.LENGTH, batch=1, heads=1, value_dim=1)
+    by = 0.05 * np.random.default_rng(1).normal(size=arrays["value"].shape).astype(np.float32)
+    less, more = (
+        mechanism({**arrays, "value": arrays["value"] + sign * by}, implementation="reference") for sign in (-1, 1)
+    )
+    np.testing.assert_allclose(2 * mechanisms.weights(row) @ by.ravel(), np.ravel(more - less), rtol=0, atol=2e-5)
 
 
 def test_a_picture_has_a_cell_for_each_key_that_is_seen():

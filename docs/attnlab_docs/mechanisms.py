@@ -54,11 +54,15 @@ def weights(name: str) -> np.ndarray:
 
 
 def weights_of(row: catalog.Mechanism, length: int, options: dict[str, Any], **sizes: int) -> np.ndarray:
-    """What each query of one head takes of each key's value, [T, S]: key s has the s-th unit vector as its value."""
-    arrays = row.inputs(length, batch=1, heads=1, value_dim=length, **sizes)
-    arrays["value"] = np.eye(length, dtype=np.float32).reshape(arrays["value"].shape)
-    out = jax.jit(lambda arrays: row(arrays, "reference", **options))(arrays)
-    return np.asarray(out).reshape(length, length)
+    """What each query of one head takes of each key's value, [T, S]: how far its output goes with the value, which of
+    all but memories is the same at any value."""
+    arrays = row.inputs(length, batch=1, heads=1, value_dim=1, **sizes)
+
+    def moved(by: jax.Array) -> jax.Array:
+        value = arrays["value"]
+        return row({**arrays, "value": value + by.reshape(value.shape)}, "reference", **options).reshape(length)
+
+    return np.asarray(jax.jit(jax.jacfwd(moved))(np.zeros(length, np.float32)))
 
 
 def space(name: str, length: int = LENGTH) -> tuple[int, ...]:
