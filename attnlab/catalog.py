@@ -294,6 +294,7 @@ MECHANISMS: dict[str, Mechanism] = {
         arrays=_memory_rate,
         is_causal=True,
     ),
+    "memora": Mechanism(attnlab.memora_attention, arrays=_gates, is_causal=True),
     "log-linear": Mechanism(attnlab.log_linear_attention, arrays=_levels, is_causal=True),
     "routing, strict": Mechanism(
         attnlab.routing_attention,

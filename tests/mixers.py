@@ -130,6 +130,7 @@ MIXERS = {
         {"memory": "swiglu", "objective": "dot", "per": "chunk", "chunk_size": 4, "project": "norm", "hidden": 3},
         state_sizes=(440, 440, 440),
     ),
+    "memory_memora": Mixer(nn.MemoraAttention, {"num_key_heads": 2}, state_sizes=(64, 64, 64)),
     "sum": Mixer(
         nn.Sum,
         {

@@ -54,6 +54,7 @@ from attnlab.attention.log_linear import (
     log_linear_attention,
     log_linear_step,
 )
+from attnlab.attention.memora import MemoraState, init_memora_cache, memora_attention, memora_step
 from attnlab.attention.memory import MemoryState, init_memory_cache, memory_attention, memory_step
 from attnlab.attention.merge import merge_attention
 from attnlab.attention.parallax import parallax_attention, parallax_step

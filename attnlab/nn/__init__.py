@@ -17,6 +17,7 @@ from attnlab.nn.mixers.local import DilatedAttention, LocalAttention
 from attnlab.nn.mixers.local_linear import LocalLinearAttention, ParallaxAttention
 from attnlab.nn.mixers.log_linear import LogLinearAttention
 from attnlab.nn.mixers.mamba3 import Mamba3Attention
+from attnlab.nn.mixers.memora import MemoraAttention
 from attnlab.nn.mixers.memory import MemoryAttention
 from attnlab.nn.mixers.path import PathAttention
 from attnlab.nn.mixers.pointwise import PointwiseAttention
