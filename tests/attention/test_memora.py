@@ -1,6 +1,7 @@
 """Memora: the formula in NumPy, its limits, decoding, and cuts anywhere in time."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from prompts import ARRAYS, BATCH, HEAD_DIM, HEADS, TOKENS, VALUE_DIM, assert_le
 
 from attnlab import MemoraState, init_memora_cache, memora_attention, memora_step
 
+VECTORS = pathlib.Path(__file__).parents[1] / "vectors" / "memory"
 every_form = pytest.mark.parametrize("form", slow_but(["xla"], ("reference", "xla")))
 attend = jax.jit(memora_attention, static_argnames=("scale", "return_state", "implementation"))
 
@@ -53,6 +55,26 @@ def test_the_formula(form):
             want, log_weights = by_loops(*of_head, 1.5)
             np.testing.assert_allclose(out[row, :, head], want, rtol=0, atol=1e-12)
             np.testing.assert_allclose(state.log_weights[row, head], log_weights, rtol=0, atol=1e-12)
+
+
+@every_form
+def test_vectors(form):
+    """The paper's rate is beta, its alpha e^g, and its weights are the scale's multiple."""
+    with jax.enable_x64(True):
+        data = np.load(VECTORS / "memora.npz")
+        scale, names = float(data["opt_c"]), ("query", "key", "value", "rate", "alpha", "weight_w")
+
+        def call(query, key, value, rate, alpha, weight):
+            state = MemoraState(jnp.int32(0), jnp.log(weight / scale)[None])
+            gates = {"beta": rate, "log_decay": jnp.log(alpha)}
+            return memora_attention(query, key, value, **gates, scale=scale, initial_state=state, implementation=form)
+
+        out, gradients = jax.jit(lambda cot, *a: (call(*a), jax.vjp(call, *a)[1](cot)))(
+            data["cot"], *(data[name] for name in names)
+        )
+        np.testing.assert_allclose(out, data["out"], rtol=0, atol=1e-12)
+        for got, name in zip(gradients, names, strict=True):
+            np.testing.assert_allclose(got, data[f"d_{name}"], rtol=0, atol=1e-10)
 
 
 @every_form
