@@ -61,9 +61,15 @@ MIXERS = {
         state_sizes=(72, 252, 1152),
     ),
     "gate_block": Mixer(
-        nn.GateBlockAttention, {"query_block": 2, "key_block": 4, "count": 2, "gate_dim": 3, "num_key_heads": 2}
+        nn.GateBlockAttention,
+        {"query_block": 2, "key_block": 4, "count": 2, "gate_dim": 3, "num_key_heads": 2},
+        state_sizes=(70, 280, 1120),
     ),
-    "tree_block": Mixer(nn.TreeBlockAttention, {"query_block": 2, "key_block": 2, "count": 2, "value_dim": 3}),
+    "tree_block": Mixer(
+        nn.TreeBlockAttention,
+        {"query_block": 2, "key_block": 2, "count": 2, "value_dim": 3},
+        state_sizes=(112, 392, 1792),
+    ),
     "pyramid": Mixer(
         nn.PyramidAttention,
         {"query_block": 2, "key_block": 4, "sizes": (1, 2), "fractions": (0.5, 1.0), "num_key_heads": 2},

@@ -422,14 +422,23 @@ def gate_scores(queries: Array, keys: Array, query_weights: Array, key_weights: 
     """[B, N, nq, nk] of D^-1/2 (q_i W) . (k_j W'), the gate of SeerAttention (Gao et al. 2024), without positions.
 
     Args:
-      queries: [B, nq, N, F], such as the blocks' means; keys: [B, nk, K, F'], such as mean, max and min, one behind the
-        other. K divides N.
+      queries: [B, nq, N, F], such as the blocks' means; keys: [B, nk, K, F'], such as `gate_keys`. K divides N.
       query_weights: [N, F, D]. key_weights: [K, F', D].
 
     Differentiable; trained by `gate_loss`.
     """
-    queries = jnp.einsum("BTNF,NFD->BTND", queries, query_weights)
-    return pooled_scores(queries, jnp.einsum("BSKF,KFD->BSKD", keys, key_weights))
+    return pooled_scores(to_gate(queries, query_weights), to_gate(keys, key_weights))
+
+
+def gate_keys(key: Array, size: int) -> Array:
+    """[B, S, K, H] -> [B, ceil(S / size), K, 3 H]: the mean, largest and smallest key of each block, side by side."""
+    kinds: tuple[Pooling, ...] = ("mean", "max", "min")
+    return jnp.concatenate([pool_blocks(key, size, kind) for kind in kinds], axis=-1)
+
+
+def to_gate(x: Array, weights: Array) -> Array:
+    """[B, n, N, F] by weights [N, F, D] -> [B, n, N, D], head by head."""
+    return jnp.einsum("BTNF,NFD->BTND", x, weights)
 
 
 def gate_loss(
@@ -539,7 +548,7 @@ def tree_blocks(
     count: int,
     *,
     key_block: int,
-    candidates: np.ndarray,
+    candidates: Array | np.ndarray,
     representative: Literal["centre", "block"] = "centre",
 ) -> Array:
     """The blocks that a search down a tree finds for each query block, in O(count log(nk / count)) products a head
@@ -552,8 +561,9 @@ def tree_blocks(
     Args:
       queries: [B, nq, R, N, H], the R rows that stand for a block of queries.
       key: [B, S, K, H], K divides N.
-      candidates: int [nq], known when traced: block i chooses among the first candidates[i] key blocks. Of a causal
-        model these are complete before the block's first query (R = 1), see `causal_blocks`.
+      candidates: int [nq] or [B|1, nq]: block i chooses among the first candidates[i] key blocks. Of a causal model
+        these are complete before the block's first query (R = 1), see `causal_blocks`. Of a jax.Array, which need not
+        be known when traced, none is above nk, and the halvings are as many as nk blocks take.
       representative: "centre" or "block".
 
     Returns: int32 [B, N, nq, count], ascending, -1 behind. All candidates where there are no more than count.
@@ -561,17 +571,20 @@ def tree_blocks(
     count, key_block = check_int("count", count, least=1), check_block("key_block", key_block)
     check_choice("representative", representative, ("centre", "block"))
     check_array("queries", queries, (None,) * 5, "[batch, query blocks, rows, heads, head_dim]")
-    candidates = np.asarray(candidates)
-    check_array("candidates", candidates, (queries.shape[1],), "[query blocks]")
+    candidates = candidates if isinstance(candidates, jax.Array) else np.asarray(candidates)
+    rows = (None,) * (candidates.ndim - 1) + (queries.shape[1],)
+    check_array("candidates", candidates, rows[-2:], "[query blocks] or [batch|1, query blocks]")
+    by_row = candidates.reshape(-1, queries.shape[1])
+    require(by_row.shape[0] in (1, queries.shape[0]), "candidates", shape_text(candidates), "need batch 1 or queries'")
     queries, key = lax.stop_gradient((queries, key))
     batch, query_blocks, _, heads, _ = queries.shape
     length, key_heads = key.shape[1:3]
     key_blocks = -(-length // key_block)
-    most = candidates.max(initial=0)
+    most = key_blocks if isinstance(candidates, jax.Array) else candidates.max(initial=0)
     require(most <= key_blocks, "candidates", most, f"need at most {key_blocks}")
     dtype = accumulator_dtype(queries, key)
     grouped = queries.astype(dtype).reshape(batch, query_blocks, -1, key_heads, heads // key_heads, queries.shape[-1])
-    by_head = jnp.moveaxis(key, 2, 1).astype(dtype)
+    by_head = jnp.moveaxis(key, 2, 1)
 
     def scores(blocks: Array) -> Array:
         """[B, K, G, nq, C] of the first blocks [B, K, G, nq, C] of cells."""
@@ -582,12 +595,12 @@ def tree_blocks(
         tokens = blocks[..., None] * key_block + offsets
         there = tokens < length
         rows = jax.vmap(jax.vmap(lambda key, at: key[at]))(by_head, jnp.where(there, tokens, 0))
-        products = jnp.einsum("BTRKGH,BKGTCMH->BKGTRCM", grouped, rows)
+        products = jnp.einsum("BTRKGH,BKGTCMH->BKGTRCM", grouped, rows.astype(dtype))
         return jnp.where(there[:, :, :, :, None], products, -jnp.inf).max((4, 6))
 
-    ends = np.arange(count + 1) * candidates[:, None] // count
+    ends = (np.arange(count + 1) * by_row[..., None] // count)[:, None, None]
     shape = (batch, key_heads, heads // key_heads, query_blocks, count)
-    start, end = (jnp.broadcast_to(x, shape).astype(jnp.int32) for x in (ends[:, :-1], ends[:, 1:]))
+    start, end = (jnp.broadcast_to(x, shape).astype(jnp.int32) for x in (ends[..., :-1], ends[..., 1:]))
 
     def halve(_: Any, cells: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         start, end, score = cells

@@ -12,7 +12,7 @@ and attends to these; its gradient gathers them once more and adds what they get
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from attnlab.attention._shared.checks import (
     check_array,
     check_block,
     check_bool,
+    check_choice,
     check_dividing_blocks,
     check_dtype,
     check_floating,
@@ -52,6 +53,7 @@ from attnlab.attention._shared.checks import (
     default_scale,
     require,
     shape_text,
+    shown,
 )
 from attnlab.attention._shared.finite import spoiling
 from attnlab.attention._shared.heads import repeat_key_heads
@@ -533,12 +535,17 @@ IMPLEMENTATIONS: Implementations = {"reference": spoiling(_reference), "xla": sp
 # --- Decoding ---------------------------------------------------------------------------------------------------------
 
 
-class BlockSparseCache(NamedTuple):
-    """What the tokens so far have left, to decode with lists by `block_selection.pooled_blocks`.
+# How a query block's lists are chosen: by mean keys, down a tree, or by the weights of a gate.
+Rule = Literal["mean", "tree"] | tuple[Array, Array]
 
-    key: [B, nk key_block, K, H], value: [B, nk key_block, K, V]. representative: [B, nk, K, H], the blocks' mean keys,
-    with zeros for those to come. blocks: int32 [B, K, count], what the current query block has chosen.
-    length: int32 [], how many tokens they are, or [B], of each row.
+
+class BlockSparseCache(NamedTuple):
+    """What the tokens so far have left, to decode.
+
+    key: [B, nk key_block, K, H], value: [B, nk key_block, K, V]. representative: [B, nk, K, R], what the rule reads of
+    blocks: their mean keys, R = H; what a gate makes of them; or nothing, R = 0, of a tree, which reads the keys. Zeros
+    for blocks to come. blocks: int32 [B, K | N, count], what the current query block has chosen. length: int32 [], how
+    many tokens they are, or [B], of each row.
     """
 
     key: Array
@@ -556,24 +563,38 @@ def init_block_sparse_cache(
     *,
     key_block: int,
     count: int,
+    list_heads: int | None = None,
+    representative_dim: int | None = None,
     value_dim: int | None = None,
     dtype: Any = jnp.float32,
 ) -> BlockSparseCache:
     """An empty cache for causal decoding of at most max_length tokens, and then to the end of a block.
 
-    key_block, count: as in `block_selection.pooled_blocks`. value_dim=None means head_dim.
+    Args:
+      key_block: tokens in a block of keys. count: blocks that a query block chooses besides its own.
+      list_heads: heads with lists of their own. None: num_key_heads, for the rule "mean"; the others need all heads.
+      representative_dim: None: head_dim, for the rule "mean". For a gate its width, kept in float32 at least, as gates
+        compute. 0 for the rule "tree".
+      value_dim: None means head_dim.
     """
     value_dim, dtype = head_dim if value_dim is None else value_dim, check_dtype("dtype", dtype)
+    list_heads = num_key_heads if list_heads is None else list_heads
     sizes = {"batch": batch, "max_length": max_length, "num_key_heads": num_key_heads, "head_dim": head_dim}
-    checked = check_sizes(**sizes, value_dim=value_dim, key_block=key_block, count=count)
-    batch, max_length, key_heads, head_dim, value_dim, key_block, count = checked
+    checked = check_sizes(**sizes, value_dim=value_dim, key_block=key_block, count=count, list_heads=list_heads)
+    batch, max_length, key_heads, head_dim, value_dim, key_block, count, list_heads = checked
+    fits = list_heads % key_heads == 0
+    require(fits, "list_heads", list_heads, f"need a multiple of num_key_heads, {key_heads}")
+    kept, kept_dtype = head_dim, dtype
+    if representative_dim is not None:
+        kept = check_int("representative_dim", representative_dim, least=0)
+        kept_dtype = jnp.promote_types(dtype, jnp.float32)
     key_blocks = -(-max_length // key_block)
     slots = key_blocks * key_block
     return BlockSparseCache(
         key=jnp.zeros((batch, slots, key_heads, head_dim), dtype),
         value=jnp.zeros((batch, slots, key_heads, value_dim), dtype),
-        representative=jnp.zeros((batch, key_blocks, key_heads, head_dim), dtype),
-        blocks=jnp.full((batch, key_heads, count), -1, jnp.int32),
+        representative=jnp.zeros((batch, key_blocks, key_heads, kept), kept_dtype),
+        blocks=jnp.full((batch, list_heads, count), -1, jnp.int32),
         length=jnp.zeros((), jnp.int32),
     )
 
@@ -586,7 +607,8 @@ def prefill_block_sparse_cache(
     value: Array,
     *,
     query_block: int,
-    first: int = 1,
+    rule: Rule = "mean",
+    first: int | None = None,
     lengths: Array | None = None,
 ) -> BlockSparseCache:
     """The cache after a prompt: what block_sparse_step leaves of it, token by token.
@@ -594,37 +616,72 @@ def prefill_block_sparse_cache(
     Args:
       cache: an empty one, which the prompt fits into.
       query: [B, P, N, H], key: [B, P, K, H], value: [B, P, K, V]. Attention over the prompt is block_sparse_attention
-        with the lists of `block_selection.pooled_blocks`.
-      query_block, first: as there.
+        with the rule's lists.
+      query_block, rule, first: as in block_sparse_step.
       lengths: integers [B], 0 to P: the row's tokens, padding after them. None: P in all rows.
     """
     check_type("cache", cache, BlockSparseCache, "init_block_sparse_cache")
     lengths = check_prompt(key, value, cache.key, cache.value, lengths)
     check_query_key_value(query, key, value)
-    query_block, first = check_block("query_block", query_block), check_int("first", first, least=0, most=2**31 - 1)
+    query_block, first = check_block("query_block", query_block), _check_rule(rule, first, cache, query.shape[2])
     slots, count = cache.key.shape[1], counted(key, lengths)
     require(key.shape[1] <= slots, "key", shape_text(key), f"the cache was made for {slots} tokens")
     key, value = filled(cache.key, key, count), filled(cache.value, value, count)
-    representative = block_selection.pool_blocks(key, _key_block(cache), "mean")
+    representative = _represented(key, _key_block(cache), rule).astype(cache.representative.dtype)
     start = jnp.maximum(by_row(count) - 1, 0) // query_block * query_block  # of the last query block
-    chosen = _chosen(
-        tokens_at(query, jnp.broadcast_to(start, (query.shape[0], 1))), representative, cache, start, first
-    )
-    blocks = jnp.where((by_row(count) > 0)[..., None], chosen, cache.blocks)
-    return BlockSparseCache(key, value, representative, blocks, count)
+    filled_cache = BlockSparseCache(key, value, representative, cache.blocks, count)
+    query = tokens_at(query, jnp.broadcast_to(start, (query.shape[0], 1)))
+    blocks = jnp.where((by_row(count) > 0)[..., None], _chosen(filled_cache, query, start, rule, first), cache.blocks)
+    return filled_cache._replace(blocks=blocks)
 
 
 def _key_block(cache: BlockSparseCache) -> int:
     return cache.key.shape[1] // cache.representative.shape[1]
 
 
-def _chosen(query: Array, representative: Array, cache: BlockSparseCache, start: Array, first: int) -> Array:
-    """int32 [B, K, count]: what the query [B, 1, N, H] at start [B or 1, 1] chooses of the blocks before it."""
-    scores = block_selection.scores_by_group(query, representative)
-    ends = (jnp.arange(representative.shape[1]) + 1)[None] * _key_block(cache)
-    eligible = (ends <= start)[:, None, None]
-    lists = block_selection.select_blocks(scores, eligible=eligible, count=cache.blocks.shape[-1], first=first)
-    return lists[:, :, 0]
+def _check_rule(rule: Any, first: Any, cache: BlockSparseCache, heads: int) -> int:
+    """`first`, after checks that the cache was made for the rule."""
+    key_heads, head_dim = cache.key.shape[2:]
+    if isinstance(rule, str):
+        check_choice("rule", rule, ("mean", "tree"))
+        needed = (key_heads, head_dim) if rule == "mean" else (heads, 0)
+    else:
+        if not isinstance(rule, tuple) or len(rule) != 2:
+            raise TypeError(f'rule: got {shown(rule)}; need "mean", "tree", or the two weights of a gate')
+        check_array("rule[0]", rule[0], (heads, head_dim, None), "[heads, head_dim, width]")
+        check_array("rule[1]", rule[1], (key_heads, 3 * head_dim, rule[0].shape[-1]), "[key heads, 3 head_dim, width]")
+        needed = (heads, rule[0].shape[-1])
+    made_for = cache.blocks.shape[1], cache.representative.shape[-1]
+    sizes = "list_heads={}, representative_dim={}"
+    require(made_for == needed, "cache", f"one of {sizes.format(*made_for)}", f"the rule needs {sizes.format(*needed)}")
+    require(first is None or rule != "tree", "first", first, "a tree has none")
+    return 1 if first is None else check_int("first", first, least=0, most=2**31 - 1)
+
+
+def _represented(key: Array, key_block: int, rule: Rule) -> Array:
+    """[B, S, K, H] -> [B, nk, K, R], what the rule keeps of blocks."""
+    if rule == "tree":
+        return key[:, ::key_block, :, :0]
+    if rule == "mean":
+        return block_selection.pool_blocks(key, key_block, "mean")
+    return block_selection.to_gate(block_selection.gate_keys(key, key_block), rule[1])
+
+
+def _chosen(cache: BlockSparseCache, query: Array, start: Array, rule: Rule, first: int) -> Array:
+    """int32 [B, K | N, count]: what the query [B, 1, N, H] at start [B or 1, 1] chooses of the blocks before it."""
+    key_block, count = _key_block(cache), cache.blocks.shape[-1]
+    complete = start // key_block
+    if rule == "tree":
+        found = block_selection.tree_blocks(
+            query[:, :, None], cache.key, count, key_block=key_block, candidates=complete
+        )
+        return found[:, :, 0]
+    if rule == "mean":
+        scores = block_selection.scores_by_group(query, cache.representative)
+    else:
+        scores = block_selection.pooled_scores(block_selection.to_gate(query, rule[0]), cache.representative)
+    eligible = (jnp.arange(scores.shape[-1])[None] < complete)[:, None, None]
+    return block_selection.select_blocks(scores, eligible=eligible, count=count, first=first)[:, :, 0]
 
 
 @primitive("B*N.", like="cache")
@@ -635,21 +692,27 @@ def block_sparse_step(
     value: Array,
     *,
     query_block: int,
-    first: int = 1,
+    rule: Rule = "mean",
+    first: int | None = None,
     scale: float | None = None,
 ) -> tuple[Array, BlockSparseCache]:
     """The next tokens of causal block-sparse attention: their rows of block_sparse_attention(..., is_causal=True) with
-    the lists of `block_selection.pooled_blocks`, however a sequence is cut into steps.
+    the rule's lists and own blocks, however a sequence is cut into steps.
 
     Args:
-      cache: of the tokens before.
+      cache: of the tokens before, made for the rule.
       query, key, value: of T >= 1 tokens, [B, T, N, H], [B, T, K, H], [B, T, K, V].
-      query_block, first: as in pooled_blocks, whose key_block and count the cache has.
+      query_block: tokens in a block of queries; it divides the cache's key_block, or that divides it.
+      rule: how a block's first query chooses `count` of the blocks that are complete before it. "mean":
+        `block_selection.pooled_blocks`. "tree": `block_selection.tree_blocks`, by centre keys. A gate's (query_weights
+        [N, H, D], key_weights [K, 3 H, D]): `block_selection.gate_scores` of `block_selection.gate_keys`.
+      first: how many of the chosen are the sequence's first; None means 1. A tree has none.
 
     Returns:
       (out [B, T, N, V], the cache with the tokens added). Past the cache's slots, out is NaN.
 
-    Complexity, a token: O(nk H + (count key_block + max(query_block, key_block)) (H + V)) a head.
+    Complexity, a token: O((count key_block + max(query_block, key_block)) (H + V)) a head, and to choose O(nk H), of a
+    gate O(nk D), of a tree O(count log(nk / count) H).
     """
     check_type("cache", cache, BlockSparseCache, "init_block_sparse_cache")
     check_query_key_value(query, key, value)
@@ -657,36 +720,40 @@ def block_sparse_step(
     check_position("cache.length", cache.length, query.shape[0])
     key_block, slots = _key_block(cache), cache.key.shape[1]
     query_block, _ = check_dividing_blocks(query_block, key_block)
-    first = check_int("first", first, least=0, most=2**31 - 1)
+    first = _check_rule(rule, first, cache, query.shape[2])
     factor, heads = default_scale(scale, query.shape[-1]), query.shape[2]
     own_blocks = jnp.arange(min(max(1, query_block // key_block), cache.representative.shape[1]))
+    list_heads = cache.blocks.shape[1]
+    head = (jnp.arange(list_heads) // (list_heads // key.shape[2]))[:, None]  # the key head that each list reads
 
     def token(cache: BlockSparseCache, now: tuple[Array, ...]) -> tuple[BlockSparseCache, Array]:
         query, key, value = (x[:, None] for x in now)
         position = by_row(cache.length)
         keys, values = put(cache.key, key, cache.length), put(cache.value, value, cache.length)
-        in_blocks = keys.reshape(keys.shape[0], -1, key_block, *keys.shape[2:])
-        own_keys = at(in_blocks, cache.length // key_block)
-        mean = block_selection.pool_blocks(own_keys, key_block, "mean")
-        representative = put(cache.representative, mean, cache.length // key_block)
+
+        def in_blocks(x: Array) -> Array:
+            return x.reshape(x.shape[0], -1, key_block, *x.shape[2:])
+
+        own_keys = at(in_blocks(keys), cache.length // key_block)
+        own_kept = _represented(own_keys, key_block, rule)
+        representative = put(cache.representative, own_kept, cache.length // key_block)
+        cache = cache._replace(key=keys, value=values, representative=representative)
         start = position // query_block * query_block
-        chosen = _chosen(query, representative, cache, start, first)
-        blocks = jnp.where((position == start)[..., None], chosen, cache.blocks)
+        blocks = jnp.where((position == start)[..., None], _chosen(cache, query, start, rule, first), cache.blocks)
         own = jnp.broadcast_to((start // key_block + own_blocks[None])[:, None], (*blocks.shape[:2], own_blocks.size))
-        number, counts = first_places(jnp.concatenate([blocks, own], -1), in_blocks.shape[1])
+        number, counts = first_places(jnp.concatenate([blocks, own], -1), slots // key_block)
 
         def gathered(x: Array) -> Array:
-            """[B, slots, K, H] -> [B, M key_block, K, H], of each key head's own blocks."""
-            by_head = jnp.moveaxis(x.reshape(x.shape[0], -1, key_block, *x.shape[2:]), 3, 1)
-            taken = jnp.take_along_axis(by_head, number[..., None, None], axis=2)
+            """[B, slots, K, H] -> [B, M key_block, K | N, H], of the blocks that each list has."""
+            taken = jax.vmap(lambda x, number: x[number, :, head])(in_blocks(x), number)
             return jnp.moveaxis(taken.reshape(*taken.shape[:2], -1, x.shape[-1]), 1, 2)
 
         tokens = number[..., None] * key_block + jnp.arange(key_block)[None, None, None]
         visible = counts[..., None] & (tokens <= position[..., None, None])
-        visible = jnp.repeat(visible.reshape(*number.shape[:2], 1, -1), heads // number.shape[1], axis=1)
+        visible = jnp.repeat(visible.reshape(*number.shape[:2], 1, -1), heads // list_heads, axis=1)
         out, _ = reference_attention(query, gathered(keys), gathered(values), visible=visible, scale=factor)
         out = jnp.where((position < slots)[..., None, None], out, jnp.nan)
-        return BlockSparseCache(keys, values, representative, blocks, cache.length + 1), out[:, 0]
+        return cache._replace(blocks=blocks, length=cache.length + 1), out[:, 0]
 
     cache, out = lax.scan(token, cache, tuple(jnp.moveaxis(x, 1, 0) for x in (query, key, value)))
     return jnp.moveaxis(out, 0, 1), cache

@@ -215,6 +215,7 @@ def _scanned(step, cache, *arrays):
 
 
 _CACHED = (KEY_HEADS, HEAD_DIM)
+_GATE = tuple(np.full(shape, 0.5, np.float32) for shape in ((HEADS, HEAD_DIM, 3), (KEY_HEADS, 3 * HEAD_DIM, 3)))
 _STEPS = {
     "dot_product step": _scanned(
         A.dot_product_step, A.init_dot_product_cache(BATCH, 6, *_CACHED, value_dim=VALUE_DIM), *_TOKEN
@@ -227,6 +228,20 @@ _STEPS = {
     "block_sparse step": _scanned(
         functools.partial(A.block_sparse_step, query_block=2),
         A.init_block_sparse_cache(BATCH, 6, *_CACHED, key_block=2, count=2, value_dim=VALUE_DIM),
+        *_TOKEN,
+    ),
+    "block_sparse step, tree": _scanned(
+        functools.partial(A.block_sparse_step, query_block=2, rule="tree"),
+        A.init_block_sparse_cache(
+            BATCH, 6, *_CACHED, key_block=2, count=1, list_heads=HEADS, representative_dim=0, value_dim=VALUE_DIM
+        ),
+        *_TOKEN,
+    ),
+    "block_sparse step, gate": _scanned(
+        functools.partial(A.block_sparse_step, query_block=2, rule=_GATE),
+        A.init_block_sparse_cache(
+            BATCH, 6, *_CACHED, key_block=2, count=1, list_heads=HEADS, representative_dim=3, value_dim=VALUE_DIM
+        ),
         *_TOKEN,
     ),
     "pyramid step": _scanned(

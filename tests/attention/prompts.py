@@ -20,9 +20,10 @@ ARRAYS = {
 }
 
 
-def assert_leaves_what_steps_leave(cache, fill, step, arrays):
+def assert_leaves_what_steps_leave(cache, fill, step, arrays, *, tolerance_of_copies=0):
     """fill(cache, **arrays, lengths=) -> the cache, or (out, state). step(cache, **arrays of a token) -> (out, cache).
-    arrays [BATCH, TOKENS, ...] by name. In float64, where jax_enable_x64 is set."""
+    arrays [BATCH, TOKENS, ...] by name. tolerance_of_copies: of what keys and values go into, where it is products of
+    them. In float64, where jax_enable_x64 is set."""
 
     @jax.jit
     def by_steps(cache, arrays):
@@ -45,7 +46,7 @@ def assert_leaves_what_steps_leave(cache, fill, step, arrays):
             return leaf[counts, np.arange(BATCH)] if leaf.ndim > 1 else leaf[counts]
 
         # What keys and values are copied into equals, bit for bit; of a state's row without tokens, see below.
-        tolerance, rows = (0, slice(None)) if out is None else (1e-12, counts > 0)
+        tolerance, rows = (tolerance_of_copies, slice(None)) if out is None else (1e-12, counts > 0)
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(jax.tree.map(after, caches)), strict=True):
             assert x.dtype == y.dtype
             x = np.broadcast_to(x, y.shape)  # a count for all rows

@@ -279,6 +279,19 @@ def test_a_tree_takes_the_earliest_of_equal_scores_and_all_where_there_are_few()
     np.testing.assert_array_equal(np.asarray(few)[0, 0, 0], [0, 1, 2, -1])
 
 
+def test_a_tree_s_candidates_may_be_arrays_and_differ_by_row():
+    """Of any number of candidates the search is that of a number known when traced."""
+    random = np.random.default_rng(2)
+    query, key = random.normal(size=(9, 1, 1, 4, 8)), random.normal(size=(9, 17, 2, 8))
+    search = functools.partial(selection.tree_blocks, count=2, key_block=2)
+    got = jax.jit(lambda candidates: search(query, key, candidates=candidates))(jnp.arange(9)[:, None])
+    for row, found in enumerate(got):
+        known = search(query[row : row + 1], key[row : row + 1], candidates=np.array([row]))
+        np.testing.assert_array_equal(found, known[0])
+        assert (np.asarray(found) < row).all()
+        assert ((np.asarray(found) >= 0).sum(-1) == min(row, 2)).all()
+
+
 BATCH, TOKENS = 2, 32
 _rng = np.random.default_rng(3)
 QUERY = _rng.normal(size=(BATCH, TOKENS, 4, 8))
@@ -345,6 +358,12 @@ def test_nothing_is_rectified_where_all_is_chosen_or_gains_nothing():
         (lambda: lists(mass=1.5), "mass: got 1.5"),
         (lambda: selection.pool_blocks(KEY, 4, "median"), "kind: got 'median'; need one of mean, max"),
         (lambda: selection.tree_blocks(QUERY[:, :, None], KEY, 0, key_block=4, candidates=np.zeros(32, int)), "count"),
+        (
+            lambda: selection.tree_blocks(
+                np.ones((3, 1, 1, 1, 2)), np.ones((3, 4, 1, 2)), 1, key_block=2, candidates=jnp.ones((2, 1), int)
+            ),
+            "candidates: got int32",
+        ),
         (lambda: jax.jit(selection.lists_of)(np.ones((2, 2), bool)), "width: got None; need an int"),
     ],
 )

@@ -190,65 +190,139 @@ def test_memory_is_linear_at_equal_places():
     assert temporary(16384) < 2.2 * temporary(8192)
 
 
-RULES = [
-    {"query_block": q, "key_block": k, "count": count, "first": first}
-    for q, k, count, first in itertools.product((1, 4, 8), (1, 2, 4), (2, 3), (0, 1))
+SIZES = [
+    {"query_block": q, "key_block": k, "count": count}
+    for q, k, count in itertools.product((1, 4, 8), (1, 2, 4), (2, 3))
 ]
+RULES = ("first of the means", "means", "tree", "gate")
 CUTS = [(1, 2, 3, 12, 19), (19,)]
 
 
-@pytest.mark.parametrize("cuts", slow_but([CUTS[0]], CUTS), ids=str)
-@pytest.mark.parametrize("number", slow_but([17], range(len(RULES))))
-@pytest.mark.long
-def test_decoding_is_the_parallel_form_however_it_is_cut(number, cuts):
-    rule = RULES[number]
-    sizes = {"query_block": rule["query_block"], "key_block": rule["key_block"]}
-    key, value = KEY[:, :QUERIES], VALUE[:, :QUERIES]
-    with jax.enable_x64(True):
-        lists = block_selection.pooled_blocks(QUERY, key, **rule)
-        want = A.block_sparse_attention(QUERY, key, value, lists, **sizes, is_causal=True)
-        cache = A.init_block_sparse_cache(
-            BATCH, QUERIES, KEY_HEADS, 8, key_block=rule["key_block"], count=rule["count"], value_dim=5, dtype="float64"
+def gate(heads, key_heads, head_dim):
+    random = np.random.default_rng(5)
+    return random.normal(size=(heads, head_dim, 3)), random.normal(size=(key_heads, 3 * head_dim, 3))
+
+
+def deciding(rule, query, key):
+    """(options of a step, what its cache is made for)."""
+    heads, key_heads, head_dim = query.shape[2], *key.shape[2:]
+    of_all = {"list_heads": heads, "representative_dim": 3}
+    return {
+        "first of the means": ({"first": 1}, {}),
+        "means": ({"rule": "mean", "first": 0}, {}),
+        "tree": ({"rule": "tree"}, of_all | {"representative_dim": 0}),
+        "gate": ({"rule": gate(heads, key_heads, head_dim), "first": 1}, of_all),
+    }[rule]
+
+
+def strict_lists(rule, query, key, *, query_block, key_block, count):
+    """What the rule lists of a whole sequence, own blocks among it."""
+    if rule in ("first of the means", "means"):
+        sizes = {"query_block": query_block, "key_block": key_block}
+        return block_selection.pooled_blocks(query, key, **sizes, count=count, first=int(rule != "means"))
+    queries = block_selection.pool_blocks(query, query_block, "first")
+    key_blocks = -(-key.shape[1] // key_block)
+    complete, own = block_selection.causal_blocks(queries.shape[1], key_blocks, query_block, key_block)
+    if rule == "gate":
+        scores = block_selection.gate_scores(
+            queries, block_selection.gate_keys(key, key_block), *gate(query.shape[2], *key.shape[2:])
         )
+        return block_selection.select_blocks(scores, eligible=complete, count=count, first=1, own=own)
+    found = block_selection.tree_blocks(
+        queries[:, :, None], key, count, key_block=key_block, candidates=complete.sum(-1)
+    )
+    besides = block_selection.lists_of(own)
+    return np.concatenate([found, np.broadcast_to(besides, (*found.shape[:-1], besides.shape[-1]))], -1)
+
+
+@pytest.mark.parametrize("cuts", slow_but([CUTS[0]], CUTS), ids=str)
+@pytest.mark.parametrize("number", slow_but([8], range(len(SIZES))))
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.long
+def test_decoding_is_the_parallel_form_however_it_is_cut(rule, number, cuts):
+    sizes = SIZES[number]
+    blocks = {"query_block": sizes["query_block"], "key_block": sizes["key_block"]}
+    key, value = KEY[:, :QUERIES], VALUE[:, :QUERIES]
+    options, kept = deciding(rule, QUERY, key)
+    with jax.enable_x64(True):
+        lists = strict_lists(rule, QUERY, key, **sizes)
+        want = A.block_sparse_attention(QUERY, key, value, lists, **blocks, is_causal=True)
+        cache = A.init_block_sparse_cache(
+            BATCH,
+            QUERIES,
+            KEY_HEADS,
+            8,
+            key_block=sizes["key_block"],
+            count=sizes["count"],
+            **kept,
+            value_dim=5,
+            dtype="float64",
+        )
+        step = functools.partial(A.block_sparse_step, query_block=sizes["query_block"], **options)
         outs = []
         for start, end in itertools.pairwise((0, *cuts)):
-            out, cache = A.block_sparse_step(
-                cache,
-                *(x[:, start:end] for x in (QUERY, key, value)),
-                query_block=rule["query_block"],
-                first=rule["first"],
-            )
+            out, cache = step(cache, *(x[:, start:end] for x in (QUERY, key, value)))
             outs.append(out)
         np.testing.assert_allclose(np.concatenate(outs, 1), want, atol=1e-12)
         slots = cache.key.shape[1]
-        past = [x[:, : slots - QUERIES + 1] for x in (QUERY, key, value)]
-        out, _ = A.block_sparse_step(cache, *past, query_block=rule["query_block"], first=rule["first"])
+        out, _ = step(cache, *(x[:, : slots - QUERIES + 1] for x in (QUERY, key, value)))
         assert np.isnan(out[:, -1]).all()
         assert np.isfinite(out[:, :-1]).all()
 
 
-@pytest.mark.parametrize("number", slow_but([17], range(len(RULES))))
+@pytest.mark.parametrize("number", slow_but([8], range(len(SIZES))))
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.long
-def test_a_prompt_leaves_what_steps_leave(number):
-    rule = RULES[number]
-    options = {"query_block": rule["query_block"], "first": rule["first"]}
+def test_a_prompt_leaves_what_steps_leave(rule, number):
+    sizes, arrays = SIZES[number], prompts.ARRAYS
+    options, kept = deciding(rule, arrays["query"], arrays["key"])
+    options["query_block"] = sizes["query_block"]
     with jax.enable_x64(True):
         cache = A.init_block_sparse_cache(
             prompts.BATCH,
             13,
             prompts.KEY_HEADS,
             prompts.HEAD_DIM,
+            **kept,
             value_dim=prompts.VALUE_DIM,
             dtype="float64",
-            key_block=rule["key_block"],
-            count=rule["count"],
+            key_block=sizes["key_block"],
+            count=sizes["count"],
         )
         prompts.assert_leaves_what_steps_leave(
             cache,
             functools.partial(A.prefill_block_sparse_cache, **options),
             functools.partial(A.block_sparse_step, **options),
-            prompts.ARRAYS,
+            arrays,
+            tolerance_of_copies=1e-12 if rule == "gate" else 0,
         )
+
+
+def test_a_step_is_for_the_cache_that_was_made_for_its_rule():
+    now = (QUERY[:, :1], KEY[:, :1], VALUE[:, :1])
+    sizes = {"key_block": 2, "count": 2, "value_dim": 5}
+    made = {
+        name: A.init_block_sparse_cache(BATCH, 8, KEY_HEADS, 8, **sizes, **deciding(name, QUERY, KEY)[1])
+        for name in ("means", "tree", "gate")
+    }
+    for (cache_of, cache), rule in itertools.product(made.items(), made):
+        step = functools.partial(A.block_sparse_step, query_block=1, **deciding(rule, QUERY, KEY)[0])
+        if cache_of == rule:
+            jax.eval_shape(step, cache, *now)
+            continue
+        with pytest.raises(ValueError, match=r"cache: got one of list_heads=.*; the rule needs list_heads="):
+            jax.eval_shape(step, cache, *now)
+    weights = gate(HEADS, KEY_HEADS, 8)
+    for options, message in [
+        ({"rule": "tree", "first": 1}, "first: got 1; a tree has none"),
+        ({"rule": "median"}, "rule: got 'median'; need one of mean, tree"),
+        ({"rule": weights[:1]}, 'rule: got .*; need "mean", "tree", or the two weights of a gate'),
+        ({"rule": (weights[0], weights[1][:, :8])}, r"rule\[1\]: got .*3 head_dim"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=message):
+            A.block_sparse_step(made["tree"], *now, query_block=1, **options)
+    with pytest.raises(ValueError, match="list_heads: got 3; need a multiple of num_key_heads, 2"):
+        A.init_block_sparse_cache(BATCH, 8, KEY_HEADS, 8, **sizes, list_heads=3)
 
 
 @pytest.mark.parametrize("name", ["statistics"])

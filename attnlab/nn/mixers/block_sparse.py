@@ -74,7 +74,42 @@ class ChosenBlocks(Attention):
         return self.pair_flops(int(pairs.sum())) + self.choosing_flops(len(starts), key_blocks)
 
 
-class BlockSparseAttention(ChosenBlocks):
+class StrictBlocks(ChosenBlocks):
+    """ChosenBlocks that decode, by attention.block_sparse_step."""
+
+    @abstractmethod
+    def rule(self) -> dict[str, Any]:
+        """How a query block's first query chooses: the options of attention.block_sparse_step."""
+
+    def cache_sizes(self) -> dict[str, int]:
+        """What attention.init_block_sparse_cache has to know of the rule."""
+        return {}
+
+    def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
+        return attention.init_block_sparse_cache(
+            batch,
+            max_length,
+            self.num_key_heads,
+            self.head_dim,
+            key_block=self.key_block,
+            count=self.count,
+            **self.cache_sizes(),
+            value_dim=self.value_dim,
+            dtype=self.dtype,
+        )
+
+    def mechanism_prefill(
+        self, cache: Any, query: Array, key: Array, value: Array, x: Array, lengths: Array | None
+    ) -> tuple[Array, Any]:
+        options = {"query_block": self.query_block, **self.rule()}
+        cache = attention.prefill_block_sparse_cache(cache, query, key, value, **options, lengths=lengths)
+        return self.mix(query, key, value, x, None), cache
+
+    def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
+        return attention.block_sparse_step(cache, query, key, value, query_block=self.query_block, **self.rule())
+
+
+class BlockSparseAttention(StrictBlocks):
     """Blocks of queries attend to the blocks of keys with the best mean keys, chosen for every key head:
     attention.block_sparse_attention with the lists of attention.block_selection.pooled_blocks.
 
@@ -108,27 +143,8 @@ class BlockSparseAttention(ChosenBlocks):
     def choosing_flops(self, query_blocks: int, key_blocks: int) -> int:
         return 2 * query_blocks * key_blocks * self.num_key_heads * self.head_dim
 
-    def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
-        return attention.init_block_sparse_cache(
-            batch,
-            max_length,
-            self.num_key_heads,
-            self.head_dim,
-            key_block=self.key_block,
-            count=self.count,
-            value_dim=self.value_dim,
-            dtype=self.dtype,
-        )
-
-    def mechanism_prefill(
-        self, cache: Any, query: Array, key: Array, value: Array, x: Array, lengths: Array | None
-    ) -> tuple[Array, Any]:
-        options = {"query_block": self.query_block, "first": self.first}
-        cache = attention.prefill_block_sparse_cache(cache, query, key, value, **options, lengths=lengths)
-        return self.mix(query, key, value, x, None), cache
-
-    def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
-        return attention.block_sparse_step(cache, query, key, value, query_block=self.query_block, first=self.first)
+    def rule(self) -> dict[str, Any]:
+        return {"rule": "mean", "first": self.first}
 
 
 class RegionAttention(Attention):

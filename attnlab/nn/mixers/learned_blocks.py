@@ -11,7 +11,7 @@ import attnlab.attention as attention
 from attnlab.attention import block_selection
 from attnlab.attention._shared.checks import check_float, check_int, require
 from attnlab.nn.mixers.base import flat
-from attnlab.nn.mixers.block_sparse import ChosenBlocks
+from attnlab.nn.mixers.block_sparse import ChosenBlocks, StrictBlocks
 from attnlab.nn.parameters import auxiliary_loss, normal, parameter
 
 Array = jax.Array
@@ -26,7 +26,7 @@ def _weights_of(query: Array, key: Array, query_block: int, key_block: int, is_c
     )
 
 
-class GateBlockAttention(ChosenBlocks):
+class GateBlockAttention(StrictBlocks):
     """Blocks of queries attend to the blocks of keys that a gate scores highest, which learns beside the model where
     softmax attention puts its weights: SeerAttention (Gao et al. 2024), with strict lists.
 
@@ -65,9 +65,7 @@ class GateBlockAttention(ChosenBlocks):
 
     def _gate(self, query: Array, key: Array) -> tuple[Array, Array, Array, Array]:
         """Queries and keys of blocks, and the weights of both."""
-        queries = self.queries_of_blocks(query)
-        kinds: tuple[block_selection.Pooling, ...] = ("mean", "max", "min")
-        keys = jnp.concatenate([block_selection.pool_blocks(key, self.key_block, kind) for kind in kinds], axis=-1)
+        queries, keys = self.queries_of_blocks(query), block_selection.gate_keys(key, self.key_block)
         return queries, keys, self.query_gate[...], self.key_gate[...]
 
     def _eligible(self, query_blocks: int, key_blocks: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -93,8 +91,14 @@ class GateBlockAttention(ChosenBlocks):
         queries = self.num_heads * query_blocks * (self.head_dim + key_blocks)
         return 2 * self.gate_dim * (queries + 3 * self.num_key_heads * key_blocks * self.head_dim)
 
+    def rule(self) -> dict[str, Any]:
+        return {"rule": (self.query_gate[...], self.key_gate[...]), "first": self.first}
 
-class TreeBlockAttention(ChosenBlocks):
+    def cache_sizes(self) -> dict[str, int]:
+        return {"list_heads": self.num_heads, "representative_dim": self.gate_dim}
+
+
+class TreeBlockAttention(StrictBlocks):
     """Blocks of queries attend to the blocks of keys that a search down a tree finds by their centre keys, in a number
     of products that grows with the logarithm of the length: HiP attention (Lee et al. 2024), with strict lists.
 
@@ -125,6 +129,12 @@ class TreeBlockAttention(ChosenBlocks):
     def choosing_flops(self, query_blocks: int, key_blocks: int) -> int:
         halvings = math.ceil(math.log2(max(key_blocks / self.count, 1)))
         return 2 * query_blocks * self.num_heads * self.head_dim * self.count * (1 + halvings)
+
+    def rule(self) -> dict[str, Any]:
+        return {"rule": "tree"}
+
+    def cache_sizes(self) -> dict[str, int]:
+        return {"list_heads": self.num_heads, "representative_dim": 0}
 
 
 class ConnectivityAttention(ChosenBlocks):
