@@ -362,7 +362,7 @@ def test_nothing_is_rectified_where_all_is_chosen_or_gains_nothing():
             lambda: selection.tree_blocks(
                 np.ones((3, 1, 1, 1, 2)), np.ones((3, 4, 1, 2)), 1, key_block=2, candidates=jnp.ones((2, 1), int)
             ),
-            "candidates: got int32",
+            r"candidates: got int.*need batch 1 or queries",
         ),
         (lambda: jax.jit(selection.lists_of)(np.ones((2, 2), bool)), "width: got None; need an int"),
     ],
