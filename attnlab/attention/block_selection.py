@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnlab.attention._dispatch.deferred import vary_alike
 from attnlab.attention._dispatch.primitive import primitive
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
@@ -598,7 +599,7 @@ def tree_blocks(
         products = jnp.einsum("BTRKGH,BKGTCMH->BKGTRCM", grouped, rows.astype(dtype))
         return jnp.where(there[:, :, :, :, None], products, -jnp.inf).max((4, 6))
 
-    ends = (np.arange(count + 1) * by_row[..., None] // count)[:, None, None]
+    ends = (np.arange(count + 1)[None, None] * by_row[..., None] // count)[:, None, None]
     shape = (batch, key_heads, heads // key_heads, query_blocks, count)
     start, end = (jnp.broadcast_to(x, shape).astype(jnp.int32) for x in (ends[..., :-1], ends[..., 1:]))
 
@@ -618,7 +619,7 @@ def tree_blocks(
         return tuple(lax.sort((past, starts, ends, both), num_keys=1)[1:])  # type: ignore[return-value]
 
     rounds = int(np.ceil(np.log2(max(most / count, 1))))
-    cells = (start, end, scores(jnp.minimum(start, key_blocks - 1)))
+    cells = tuple(vary_alike((start, end, scores(jnp.minimum(start, key_blocks - 1)))))
     start, end, _ = lax.fori_loop(0, rounds, halve, cells)
     found = jnp.sort(jnp.where(start < end, start, key_blocks), -1).reshape(batch, heads, query_blocks, count)
     return jnp.where(found < key_blocks, found, -1)
