@@ -32,6 +32,7 @@ from kernels_pallas.tpu.chunk import CHUNK
 from kernels_pallas.tpu.chunk_call import plan_of
 
 _ITERATIONS = 8  # of conjugate gradients
+_SOFTCAP = 50.0  # Gemma 2's
 
 
 def _grid(shape: Shape, blocks: tuple[int, int], heads: int, *, by_key: bool = False, quarters: bool = True) -> Grid:
@@ -54,11 +55,12 @@ def _vmem(module: Any, shape: Shape, blocks: tuple[int, int], heads: int) -> int
     return int(module.vmem_bytes(*blocks, *widths, shape.dtype, heads=heads, key_heads=key_heads))
 
 
-def _banded_flash(shape: Shape) -> Row:
+def _banded_flash(shape: Shape, softcap: float | None = None) -> Row:
     arrays, pattern = shape.arrays(), shape.pattern()
 
-    def attend(query: Any, key: Any, value: Any) -> Any:
-        return banded_flash.banded_flash_attention(query, key, value, pattern=pattern, scale=shape.head_dim**-0.5)
+    def attend(*arrays: Any) -> Any:
+        options: Any = {"pattern": pattern, "scale": shape.head_dim**-0.5, "softcap": softcap}
+        return banded_flash.banded_flash_attention(*arrays, **options)
 
     blocks = banded_flash.default_blocks(*arrays)
     heads = banded_flash.heads_of_a_step(*arrays, pattern=pattern)
@@ -66,12 +68,13 @@ def _banded_flash(shape: Shape) -> Row:
     return Row(attend, arrays, vmem, {"banded_flash_attention": _grid(shape, blocks, heads)})
 
 
-def _banded_flash_gradients(shape: Shape) -> Row:
+def _banded_flash_gradients(shape: Shape, softcap: float | None = None) -> Row:
     arrays, pattern = shape.arrays(), shape.pattern()
     lse = shape.array(shape.heads, dtype=jnp.float32)
 
     def gradients(*arrays: Any) -> Any:
-        found = banded_flash_backward.banded_flash_gradients(*arrays, pattern=pattern, scale=shape.head_dim**-0.5)
+        options: Any = {"pattern": pattern, "scale": shape.head_dim**-0.5, "softcap": softcap}
+        found = banded_flash_backward.banded_flash_gradients(*arrays, **options)
         return found[:-1]  # a scale that is a number has none
 
     blocks = banded_flash_backward.default_blocks(*arrays)
@@ -248,6 +251,8 @@ _LINEAR: dict[str, dict[str, Any]] = {
 KERNELS: dict[str, Callable[[Shape], Row]] = {
     "banded flash": _banded_flash,
     "banded flash gradients": _banded_flash_gradients,
+    "banded flash, softcap": functools.partial(_banded_flash, softcap=_SOFTCAP),
+    "banded flash, softcap gradients": functools.partial(_banded_flash_gradients, softcap=_SOFTCAP),
     **{name: functools.partial(_chunked_linear, **options, backward=False) for name, options in _LINEAR.items()},
     **{
         f"{name} gradients": functools.partial(_chunked_linear, **options, backward=True)

@@ -154,6 +154,11 @@ def in_base_2(query: Array, scale: float | Array) -> tuple[Array, Array]:
     return query, jnp.maximum(jnp.abs(scale), _LEAST_SCALE) / _LOG_2
 
 
+def capped_in_base_2(softcap: float) -> np.float32:
+    """The factor of tanh(scale / softcap q.k), for exponents of 2."""
+    return np.float32(max(softcap, float(_LEAST_SCALE))) / _LOG_2
+
+
 class Tokens(NamedTuple):
     """An array as the kernels read it, heads first, of whole tiles and padded in head dim: of queries, [B, N, T', H'],
     or of keys, [B, K, S', H']."""
@@ -662,8 +667,9 @@ def spread(row: Array) -> Array:
     return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))
 
 
-def lse_of(scale: Array, maxima: Array, totals: Array) -> Array:
-    """Of a softmax with in_base_2's scale: the maxima of the products, and the sums of the weights beside them."""
+def lse_of(scale: Array | np.float32, maxima: Array, totals: Array) -> Array:
+    """Of a softmax with in_base_2's scale, or capped_in_base_2's factor: the maxima of what it multiplies, and the sums
+    of the weights beside them."""
     lse = scale * _LOG_2 * maxima + jnp.log(totals)
     return jnp.where(maxima <= MASKED, np.float32(-np.inf), lse)
 

@@ -3,6 +3,8 @@
     out_t = sum_{s visible to t} softmax_s(scale q_t . k_s) v_s        visible: starts[t] <= s < ends[t], or
     lse_t = log sum_{s visible to t} exp(scale q_t . k_s)                       s < min(sinks, ends[t])
 
+With a softcap c the logits are c tanh(scale / c q_t . k_s): a tanh of the products, whose factor is then c.
+
 Queries and keys are cut into tiles. A list, made before the kernel runs, has the pairs of a query tile and a key tile
 in which some query sees some key, and no other key tile is read from memory. The grid is (batch, heads, pairs): one
 step adds one key tile to the running softmax of one query tile (FlashAttention, Dao et al. 2022; the running maximum:
@@ -49,6 +51,7 @@ from kernels_pallas.tpu.band import (
     Step,
     add_by_lane,
     blocks_of,
+    capped_in_base_2,
     hide,
     in_base_2,
     is_first,
@@ -106,7 +109,7 @@ def vmem_bytes(
     # The tables of queries and of keys, and lse.
     rows = 4 * SUBLANES * ((1 + heads) * block_q + (block_k if tables > 1 else 0))
     state = 4 * heads * block_q * (2 * LANES + value_lanes)
-    # Logits, those of the next head with them, weights, weights in the values' dtype.
+    # Logits (a tanh takes their place), those of the next head with them, weights, weights in the values' dtype.
     logits = (4 * min(heads, 2) + 4 + size) * block_q * block_k
     columns = 4 * block_q * LANES * 8  # which keys a query sees, one query per sublane
     product = 4 * block_q * value_lanes  # of weights and values, before it is added to the output
@@ -135,6 +138,7 @@ def banded_flash_attention(
     pattern: Pattern,
     segment_ids: tuple[Array, Array] | None = None,
     scale: float | Array,
+    softcap: float | None = None,
 ) -> tuple[Array, Array]:
     """Attention of every query to the keys that the pattern gives it.
 
@@ -145,6 +149,7 @@ def banded_flash_attention(
       pattern: of T queries and S keys.
       segment_ids: integers ([B, T], [B, S]); a query sees keys of its own segment only.
       scale: factor on the logits, may be traced.
+      softcap: what their tanh is multiplied by, a number above 0; None: no tanh.
 
     Returns:
       out [B, T, N, V] in query's dtype, lse [B, T, N] float32. A query that sees no key: 0 and -inf.
@@ -161,9 +166,9 @@ def banded_flash_attention(
     heads = heads_of_a_step(query, key, value, pattern=pattern, segment_ids=segment_ids)
     tiling = pattern.tiled(*pattern.blocks(default_blocks(query, key, value)))
     band = Band(query, key, value, tiling, segment_ids)
-    query, scale = in_base_2(query, scale)
+    query, scale = in_base_2(query, scale) if softcap is None else (query, scale / softcap)
     out, lse = Call(band, by_key=False, heads=heads).run(
-        functools.partial(_kernel, band=band),
+        functools.partial(_kernel, band=band, softcap=softcap),
         "banded_flash_attention",
         scale=scale,
         tokens=[band.queries(query), band.keys(key), band.keys(value)],
@@ -179,12 +184,15 @@ def banded_flash_attention(
     return tokens_first(out, query.shape[1], value.shape[-1]), jnp.swapaxes(lse[:, :, : query.shape[1]], 1, 2)
 
 
-def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
+def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float | None) -> None:
     """One visit of a query tile to a key tile, of several heads. The maximum of a query is repeated over the lanes;
     each lane has a sum of its own, over the keys at its place."""
     query_ref, key_ref, value_ref, out_ref, lse_ref, maximum_ref, sum_ref, acc_ref, *bounds = refs
     heads = query_ref.shape[0]
     per_key = heads // key_ref.shape[0]
+
+    def factor() -> Any:
+        return scale_ref[0, 0] if softcap is None else capped_in_base_2(softcap)
 
     @pl.when(is_first(step))
     def _() -> None:
@@ -196,6 +204,7 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
     def accumulate(body: Body) -> None:
         def product(head: int, piece: Piece) -> Array:
             products = dot(query_ref[head, piece.queries], key_ref[head // per_key, piece.keys], contract=(1, 1))
+            products = products if softcap is None else jnp.tanh(scale_ref[0, 0] * products)
             return hide(band, step, piece, products, bounds)
 
         def use(head: int, piece: Piece, products: Array) -> None:
@@ -204,8 +213,8 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
             maximum = jnp.maximum(old_maximum, jnp.max(products, axis=1, keepdims=True))
             # Where a query has seen no key yet the maximum is MASKED and the weights are 1, not 0; the first key that
             # it does see multiplies what they gave by `decay` = 0.
-            weights = jnp.exp2(scale_ref[0, 0] * (products - over_lanes(maximum, num_keys)))
-            decay = jnp.exp2(scale_ref[0, 0] * (old_maximum - maximum))
+            weights = jnp.exp2(factor() * (products - over_lanes(maximum, num_keys)))
+            decay = jnp.exp2(factor() * (old_maximum - maximum))
             maximum_ref[queries] = maximum
             sum_ref[queries] = decay * sum_ref[queries] + add_by_lane(weights)
             values = value_ref[head // per_key, piece.keys]
@@ -229,4 +238,4 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
             columns = jnp.where(lanes == head, maximum, jnp.where(lanes == heads + head, total, columns))
         rows = jnp.transpose(columns)
         maxima, totals = rows[:heads], rows[heads : 2 * heads]
-        lse_ref[...] = lse_of(scale_ref[0, 0], maxima, totals)
+        lse_ref[...] = lse_of(factor(), maxima, totals)

@@ -7,6 +7,8 @@ and d the gradient of a loss with respect to out and lse:
     dl_ts = p_ts (dout_t . v_s - D_t)                                  the logits'
     dq_t  = scale sum_s dl_ts k_s        dk_s = scale sum_t dl_ts q_t        dv_s = sum_t p_ts dout_t
 
+With a softcap c the logits are c z_ts, z_ts = tanh(scale / c q_t . k_s), and dl_ts, there, times 1 - z_ts^2.
+
 The first kernel goes through the key tiles that a query tile sees, as the forward kernel does, and adds up dq. The
 second goes through the query tiles that see a key tile, over all query heads of a key head, and adds up dk and dv; its
 tiles of logits are [keys, queries], so that what belongs to a query lies along the lanes. Sums are float32. Heads go
@@ -14,6 +16,7 @@ side by side and tiles by quarters, as in the forward kernel.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +34,7 @@ from kernels_pallas.tpu.band import (
     Piece,
     Step,
     blocks_of,
+    capped_in_base_2,
     hide,
     is_first,
     is_last,
@@ -57,6 +61,7 @@ _BLOCKS = {
 _DEFAULT_BLOCKS = (128, 256)  # at other widths
 # Exponents are of 2, which spares a product.
 _LOG_2 = np.float32(np.log(2))
+_ONE = np.float32(1)
 
 
 def default_blocks(query: Any, key: Any, value: Any) -> tuple[int, int]:
@@ -83,7 +88,8 @@ def vmem_bytes(
     written = size * max(all_queries * key_lanes, all_keys * both)
     rows = 4 * common.SUBLANES * ((1 + heads) * block_q + (block_k if tables > 1 else 0))
     state = 4 * max(all_queries * (key_lanes + 2 * common.LANES), all_keys * both)
-    # Logits and dp, those of the next head with them, p and dl, and these in the operands' dtype.
+    # Logits (a tanh takes their place) and dp, those of the next head with them, p and dl, and these in the operands'
+    # dtype.
     logits = (4 * (2 * min(heads, 2) + 1) + 2 * size) * block_q * block_k
     columns = 4 * common.LANES * (block_q * 8 + (block_k if tables > 1 else 0))
     products = 4 * max(block_q * key_lanes, block_k * both)  # before they are added to the sums
@@ -115,11 +121,12 @@ def banded_flash_gradients(
     pattern: Pattern,
     segment_ids: tuple[Array, Array] | None = None,
     scale: float | Array,
+    softcap: float | None = None,
 ) -> tuple[Array, Array, Array, Array]:
     """Gradients with respect to query, key, value and scale of banded_flash_attention.
 
     Args:
-      query, key, value, pattern, segment_ids, scale: as in banded_flash_attention.
+      query, key, value, pattern, segment_ids, scale, softcap: as in banded_flash_attention.
       out, lse: what it gave. out_gradient [B, T, N, V], lse_gradient [B, T, N]: of the loss, with respect to these.
 
     Returns:
@@ -140,7 +147,7 @@ def banded_flash_gradients(
     # A query that sees no key has no visible pair, whose weight would be exp(-inf + inf).
     finite_lse = jnp.where(lse == -jnp.inf, 0, lse)
     operands: Any = {
-        "scale": scale / _LOG_2,
+        "scale": scale / _unit(softcap),
         "numbers": band.numbers([finite_lse / _LOG_2, delta], heads),
         "tokens": [
             band.queries(query),
@@ -150,7 +157,7 @@ def banded_flash_gradients(
         ],
     }
     (to_query,) = Call(band, by_key=False, heads=heads).run(
-        functools.partial(_query_kernel, band=band),
+        functools.partial(_query_kernel, band=band, softcap=softcap),
         "banded_flash_query_gradient",
         **operands,
         out=[(band.key_width, query.dtype)],
@@ -161,7 +168,7 @@ def banded_flash_gradients(
         products=(band.key_width, band.key_width, band.value_width),
     )
     to_key, to_value = Call(band, by_key=True, heads=heads).run(
-        functools.partial(_key_value_kernel, band=band),
+        functools.partial(_key_value_kernel, band=band, softcap=softcap),
         "banded_flash_key_value_gradients",
         **operands,
         out=[(width, query.dtype) for width in (band.key_width, band.value_width)],
@@ -182,7 +189,20 @@ def banded_flash_gradients(
     )
 
 
-def _query_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
+def _unit(softcap: float | None) -> np.float32:
+    """What the scale is divided by on its way into the kernels."""
+    return _LOG_2 if softcap is None else np.float32(softcap)
+
+
+def _logits(scaled: Array, softcap: float | None) -> tuple[Array, Callable[[Array], Array]]:
+    """Logits for exponents of 2, and what makes slopes of them those of `scaled`, but for a factor."""
+    if softcap is None:
+        return scaled, lambda slopes: slopes
+    capped = jnp.tanh(scaled)
+    return capped_in_base_2(softcap) * capped, lambda slopes: slopes * (_ONE - capped * capped)
+
+
+def _query_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float | None) -> None:
     """One visit of a query tile to a key tile, of several heads."""
     numbers_ref, query_ref, gradient_ref, key_ref, value_ref, out_ref, acc_ref, lse_ref, delta_ref, *bounds = refs
     heads = query_ref.shape[0]
@@ -206,9 +226,9 @@ def _query_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
 
         def use(head: int, piece: Piece, products: tuple[Array, Array]) -> None:
             queries, num_keys = (head, piece.queries), products[0].shape[1]
-            logits = hide(band, step, piece, scale_ref[0, 0] * products[0], bounds)
-            weights = jnp.exp2(logits - over_lanes(lse_ref[queries], num_keys))
-            slopes = weights * (products[1] - over_lanes(delta_ref[queries], num_keys))
+            logits, slope = _logits(scale_ref[0, 0] * products[0], softcap)
+            weights = jnp.exp2(hide(band, step, piece, logits, bounds) - over_lanes(lse_ref[queries], num_keys))
+            slopes = slope(weights * (products[1] - over_lanes(delta_ref[queries], num_keys)))
             key = key_ref[head // per_key, piece.keys]
             acc_ref[queries] += common.dot(slopes.astype(key.dtype), key, contract=(1, 0))
 
@@ -218,10 +238,10 @@ def _query_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
 
     @pl.when(is_last(step))
     def _() -> None:
-        out_ref[...] = (_LOG_2 * scale_ref[0, 0] * acc_ref[...]).astype(out_ref.dtype)
+        out_ref[...] = (_unit(softcap) * scale_ref[0, 0] * acc_ref[...]).astype(out_ref.dtype)
 
 
-def _key_value_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
+def _key_value_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float | None) -> None:
     """One visit of a key tile to a query tile, of several query heads."""
     numbers_ref, query_ref, gradient_ref, key_ref, value_ref, key_out_ref, value_out_ref, *sums = refs
     key_acc_ref, value_acc_ref = sums
@@ -245,8 +265,9 @@ def _key_value_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> Non
             of_query, of_key = (head, piece.queries), (head // per_key, piece.keys)
             lse, delta = (numbers_ref[row : row + 1, piece.queries] for row in (head, heads + head))
             query, gradient = query_ref[of_query], gradient_ref[of_query]
-            weights = jnp.exp2(hide(band, step, piece, scale_ref[0, 0] * products[0]) - lse)
-            slopes = weights * (products[1] - delta)
+            logits, slope = _logits(scale_ref[0, 0] * products[0], softcap)
+            weights = jnp.exp2(hide(band, step, piece, logits) - lse)
+            slopes = slope(weights * (products[1] - delta))
             value_acc_ref[of_key] += common.dot(weights.astype(gradient.dtype), gradient, contract=(1, 0))
             key_acc_ref[of_key] += common.dot(slopes.astype(query.dtype), query, contract=(1, 0))
 
@@ -256,5 +277,5 @@ def _key_value_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> Non
 
     @pl.when(is_last(step))
     def _() -> None:
-        key_out_ref[...] = (_LOG_2 * scale_ref[0, 0] * key_acc_ref[...]).astype(key_out_ref.dtype)
+        key_out_ref[...] = (_unit(softcap) * scale_ref[0, 0] * key_acc_ref[...]).astype(key_out_ref.dtype)
         value_out_ref[...] = value_acc_ref[...].astype(value_out_ref.dtype)

@@ -2,6 +2,9 @@
 
     out = sum_{s visible} softmax_s(scale q . k_s) v_s
 
+With a softcap c the logits are c tanh(scale / c q . k_s). With sinks a head has one key more, of a logit of its own and
+no value: the running maximum and sum begin with it.
+
 The cache stays as it lies, [slots, heads, head dim]: its first two axes are read as one, rows of (slot, head). A block
 of rows is multiplied with all tokens' query heads, and of the products those of a query head with another's key head
 count as not visible. That wastes products, of which a step has few, and spares transposing the cache, which takes
@@ -50,7 +53,7 @@ def vmem_bytes(slots: int, heads: int, key_heads: int, head_dim: int, value_dim:
     rows, queries = round_up(_block_rows(slots, key_heads), LANES), round_up(heads, 16)
     key_lanes, value_lanes = (round_up(width, LANES) for width in (head_dim, value_dim))
     blocks = size * (rows * (key_lanes + value_lanes) + queries * (key_lanes + value_lanes)) + 4 * 8 * rows
-    state = 4 * queries * (2 * LANES + value_lanes)
+    state = 4 * queries * (2 * LANES + value_lanes + 2 * LANES)  # with two buffers of sink logits, which few have
     logits = (4 + 4 + size) * queries * rows
     splits = 3 * size * rows * (key_lanes + value_lanes) if size == 4 else 0  # of operands, into bfloat16 parts
     return 2 * blocks + state + logits + size * rows * value_lanes + splits
@@ -72,7 +75,15 @@ def refusal(query: Any, key: Any, value: Any) -> str | None:
 
 
 def cached_flash_attention(
-    query: Array, key: Array, value: Array, visible: Array, used: Array, *, scale: float | Array
+    query: Array,
+    key: Array,
+    value: Array,
+    visible: Array,
+    used: Array,
+    *,
+    scale: float | Array,
+    softcap: float | None = None,
+    sink_logits: Array | None = None,
 ) -> Array:
     """Attention of a few tokens to the slots of a cache that each of them sees.
 
@@ -83,6 +94,7 @@ def cached_flash_attention(
       visible: bool [B, T, S].
       used: int [B]; no slot of the sequence from this one on is visible.
       scale: factor on the logits, may be traced.
+      softcap: a number above 0, or None. sink_logits: [N], or None.
 
     Returns:
       [B, T, N, V] in query's dtype; 0 where no slot is visible.
@@ -115,8 +127,10 @@ def cached_flash_attention(
     def whole(b: Any, s: Any, live: Any) -> tuple[Any, ...]:
         return b, zero(), zero()
 
+    sizes: Any = {"heads": heads, "key_heads": key_heads, "rows": rows}
+    sinks = [] if sink_logits is None else [jnp.tile(sink_logits.astype(jnp.float32), tokens)[:, None]]
     out = pl.pallas_call(
-        functools.partial(_kernel, heads=heads, key_heads=key_heads, rows=rows),
+        functools.partial(_kernel, **sizes, softcap=softcap, has_sink_logits=bool(sinks)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, blocks),
@@ -126,6 +140,7 @@ def cached_flash_attention(
                 pl.BlockSpec((None, block, head_dim), row_block),
                 pl.BlockSpec((None, block, value_dim), row_block),
                 pl.BlockSpec((None, 1, block), lane_block),
+                *[pl.BlockSpec((queries, 1), lambda *_: (zero(), zero()))] * len(sinks),
             ],
             out_specs=pl.BlockSpec((None, queries, value_dim), whole),
             scratch_shapes=[
@@ -137,7 +152,7 @@ def cached_flash_attention(
         out_shape=jax.ShapeDtypeStruct(
             (batch, queries, value_dim),
             query.dtype,
-            manual_axis_type=varying(query, key, value, visible, used, jnp.asarray(scale)),
+            manual_axis_type=varying(query, key, value, visible, used, jnp.asarray(scale), *sinks),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BUDGET
@@ -155,24 +170,41 @@ def cached_flash_attention(
         key.reshape(batch, rows, head_dim),
         value.reshape(batch, rows, value_dim),
         seen_by,
+        *sinks,
     )
     return out.reshape(batch, tokens, heads, value_dim)
 
 
-def _kernel(live_ref: Any, scale_ref: Any, *refs: Any, heads: int, key_heads: int, rows: int) -> None:
+def _kernel(
+    live_ref: Any,
+    scale_ref: Any,
+    *refs: Any,
+    heads: int,
+    key_heads: int,
+    rows: int,
+    softcap: float | None,
+    has_sink_logits: bool,
+) -> None:
     """One block of rows."""
-    query_ref, key_ref, value_ref, seen_by_ref, out_ref, maximum_ref, sum_ref, acc_ref = refs
+    query_ref, key_ref, value_ref, seen_by_ref, *sinks, out_ref, maximum_ref, sum_ref, acc_ref = refs
     step = pl.program_id(1)
 
     @pl.when(step == 0)
     def _() -> None:
-        maximum_ref[...] = jnp.full_like(maximum_ref, MASKED)
-        sum_ref[...] = jnp.zeros_like(sum_ref)
+        if has_sink_logits:
+            maximum_ref[...] = jnp.broadcast_to(jnp.maximum(sinks[0][...], MASKED), maximum_ref.shape)
+            sum_ref[...] = jnp.ones_like(sum_ref)
+        else:
+            maximum_ref[...] = jnp.full_like(maximum_ref, MASKED)
+            sum_ref[...] = jnp.zeros_like(sum_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
     @pl.when(step < live_ref[pl.program_id(0)])
     def _() -> None:
         logits = scale_ref[0, 0] * dot(query_ref[...], key_ref[...], contract=(1, 1))
+        if softcap is not None:  # of infinity the tanh is 1
+            capped = np.float32(softcap) * jnp.tanh(logits / np.float32(softcap))
+            logits = jnp.where(jnp.abs(logits) < np.float32(np.inf), capped, np.float32(np.nan))
         query = lax.broadcasted_iota(jnp.int32, (logits.shape[0], 1), 0)
         key_head = lax.div(lax.rem(query, np.int32(heads)), np.int32(heads // key_heads))
         wanted = key_head | lax.shift_left(np.int32(1), np.int32(_HEAD_BITS) + lax.div(query, np.int32(heads)))
