@@ -99,6 +99,10 @@ def _agents_and_biases(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]
     }
 
 
+def _sink_logits(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
+    return {"sink_logits": rng.normal(size=sizes.heads)}
+
+
 def _decay(rng: np.random.Generator, sizes: Sizes) -> dict[str, Any]:
     return {"log_decay": -rng.exponential(size=(sizes.batch, *sizes.space, sizes.heads))}
 
@@ -212,10 +216,20 @@ WINDOW = 256  # of large inputs on one axis
 MECHANISMS: dict[str, Mechanism] = {
     "dot_product": Mechanism(attnlab.dot_product_attention),
     "dot_product, causal": Mechanism(attnlab.dot_product_attention, {"is_causal": True}, is_causal=True),
+    "dot_product, softcap and learned sinks": Mechanism(
+        attnlab.dot_product_attention, {"is_causal": True, "softcap": 2.0}, arrays=_sink_logits, is_causal=True
+    ),
     "local, causal": Mechanism(
         attnlab.local_attention,
         {"window": 5, "is_causal": True},
         large=lambda length: {"window": WINDOW},
+        is_causal=True,
+    ),
+    "local, softcap and learned sinks": Mechanism(
+        attnlab.local_attention,
+        {"window": 5, "is_causal": True, "softcap": 2.0},
+        large=lambda length: {"window": WINDOW},
+        arrays=_sink_logits,
         is_causal=True,
     ),
     "local, grid": Mechanism(

@@ -11,7 +11,7 @@ from jax import lax
 
 from attnlab.attention._dispatch.choice import Implementations, dispatch
 from attnlab.attention._kernels import cache
-from attnlab.attention._shared.checks import accumulator_dtype
+from attnlab.attention._shared.checks import accumulator_dtype, check_sink_logits, check_softcap
 from attnlab.attention._shared.finite import are_finite
 from attnlab.attention._shared.softmax import dense_attention, reference_attention
 
@@ -27,22 +27,38 @@ def attend_to_cache(
     visible: Array,
     used: Array,
     scale: Any,
+    softcap: float | None,
+    sink_logits: Array | None,
     implementation: str | None,
 ) -> Array:
     """[B, T, N, V]: the attention of T tokens to a cache [B, S, K, H], [B, S, K, V].
 
-    visible: bool [B or 1, T, S]. used: int [] or [B], no slot from this one on is visible.
+    visible: bool [B or 1, T, S]. used: int [] or [B], no slot from this one on is visible. Checks the two options.
     """
+    softcap = check_softcap(softcap)
+    check_sink_logits(sink_logits, query.shape[2])
     # One row per sequence of the batch, so that devices share it as they share the batch.
     batch = query.shape[0]
     visible, used = jnp.broadcast_to(visible, (batch, *visible.shape[1:])), jnp.broadcast_to(used, (batch,))
-    arrays = (query, key, value, visible, used, jnp.asarray(scale, accumulator_dtype(query, key, value)))
-    return dispatch(primitive, STEP_IMPLEMENTATIONS, implementation, *arrays)
+    arrays = (query, key, value, visible, used, jnp.asarray(scale, accumulator_dtype(query, key, value)), sink_logits)
+    return dispatch(primitive, STEP_IMPLEMENTATIONS, implementation, *arrays, softcap=softcap)
 
 
-def _xla(query: Array, key: Array, value: Array, visible: Array, used: Array, scale: Array) -> Array:
+def _xla(
+    query: Array,
+    key: Array,
+    value: Array,
+    visible: Array,
+    used: Array,
+    scale: Array,
+    sink_logits: Array | None,
+    *,
+    softcap: float | None,
+) -> Array:
+    options: Any = {"visible": visible[:, None], "scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+
     def form(attend: Any) -> Any:
-        return lambda *arrays: attend(*arrays, visible=visible[:, None], scale=scale)[0]
+        return lambda *arrays: attend(*arrays, **options)[0]
 
     # A slot that is not visible may hold a NaN: of a window's earlier tokens, or of what a caller did not clear.
     return jax.lax.cond(are_finite(key, value), form(dense_attention), form(reference_attention), query, key, value)

@@ -3,6 +3,9 @@
     out_t = sum_s softmax_s(scale q_t . k_s + bias_ts) v_s        over the keys s that t may see
     lse_t = log sum_s exp(scale q_t . k_s + bias_ts)
 
+With a softcap c, c tanh(scale q_t . k_s / c) stands for scale q_t . k_s (Gemma 2, Gemma Team 2024). With sink logits
+each head has one key more, of a learned logit and no value, which is in the softmax and in lse (gpt-oss, OpenAI 2025).
+
 The blocked form is _shared/tiled_softmax.py's: tiles of queries and keys with the online softmax, recomputed in the
 gradient, so that no buffer of T x S is held in either direction.
 """
@@ -37,13 +40,16 @@ from attnlab.attention._shared.checks import (
     check_prompt,
     check_query_key_value,
     check_segment_pair,
+    check_sink_logits,
     check_sizes,
+    check_softcap,
     check_type,
     default_scale,
     require,
     shape_text,
 )
-from attnlab.attention._shared.softmax import reference_attention, scaled_for_logits
+from attnlab.attention._shared.finite import infinite_as_nan
+from attnlab.attention._shared.softmax import reference_attention, scaled_for_logits, with_sink_logits
 from attnlab.attention._shared.tiled_softmax import Inputs, Predicate, Sees, tiled_attention
 
 Array = jax.Array
@@ -59,6 +65,8 @@ def dot_product_attention(
     mask: Array | masks.Mask | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Array | None = None,
     segment_ids: Array | tuple[Array, Array] | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
@@ -74,10 +82,14 @@ def dot_product_attention(
         whose T x S pairs are held nowhere but in "reference" (and of a part, where devices share positions).
       is_causal: query t sees keys s <= t. Aligned at the first token (top left) when T != S, as in jax.nn.
       scale: factor on the logits; None means H ** -0.5.
+      softcap: a number above 0; logits l become softcap tanh(l / softcap), before the bias and the mask. None: they
+        stay.
+      sink_logits: floating [N], learned: each head has one key more, of this logit and no value. A query that sees no
+        other key then gives 0 and lse = the logit.
       segment_ids: integers [B, T] when T = S, or a pair ([B, T], [B, S]). Queries see keys of their own segment.
       return_lse: return (out, lse).
       implementation: None, "reference", "xla", "pallas_tpu" (bfloat16 or float32) or "pallas_gpu" (bfloat16 or
-        float16); both take a mask that is a masks.Mask, and no bias.
+        float16, no softcap); both take a mask that is a masks.Mask, and no bias.
 
     Returns:
       out [B, T, N, V] in query's dtype; with return_lse also lse [B, T, N], float32 (float64 for float64 inputs),
@@ -95,13 +107,14 @@ def dot_product_attention(
     # All keys, also where devices share positions.
     check_over_logits(bias, mask, (batch, heads, queries, *whole_space((keys,))))
     segments = check_segment_pair(segment_ids, batch, queries, keys)
+    check_sink_logits(sink_logits, heads)
     is_causal, return_lse = check_bool("is_causal", is_causal), check_bool("return_lse", return_lse)
     factor = default_scale(scale, query.shape[-1])
     # A name of its own: what a card checks, and what becomes a default by it, are calls without.
     name = "dot_product_attention" if predicate is None else "dot_product_attention with a Mask"
-    attend = functools.partial(dispatch, name, IMPLEMENTATIONS, implementation)
+    attend = functools.partial(dispatch, name, IMPLEMENTATIONS, implementation, softcap=check_softcap(softcap))
     whole = functools.partial(attend, is_causal=is_causal, scale=factor, predicate=predicate)
-    arrays = query, key, value, bias, mask, segments
+    arrays = query, key, value, bias, mask, segments, sink_logits
     if is_causal and queries != keys:  # parts of queries and of keys begin at other positions
         out, lse = whole(*arrays)
     else:
@@ -112,11 +125,13 @@ def dot_product_attention(
                 if predicate is None:
                     return whole(*arrays)
                 mask = _pairs(predicate, parts.number() * arrays[0].shape[1], arrays[0].shape[1], 0, keys)
-                return attend(*arrays[:4], mask, arrays[5], is_causal=is_causal, scale=factor)
-            return functools.partial(in_ring, predicate=predicate)(attend, is_causal, factor, parts, *arrays)
+                return attend(*arrays[:4], mask, *arrays[5:], is_causal=is_causal, scale=factor)
+            *others, sink_logits = arrays  # which count once, not in each turn
+            ring = functools.partial(in_ring, predicate=predicate)
+            return with_sink_logits(*ring(attend, is_causal, factor, parts, *others), sink_logits)
 
         over_logits = (layout_over_logits(x, (batch, heads, queries)) for x in (bias, mask))
-        layouts = ("B*N.", "B+K.", "B+K.", *over_logits, None if segments is None else ("B*", "B+"))
+        layouts = ("B*N.", "B+K.", "B+K.", *over_logits, None if segments is None else ("B*", "B+"), "N")
         out, lse = over_positions(whole, parted, layouts, ("B*N.", "B*N"), *arrays)
     return (out, lse) if return_lse else out
 
@@ -190,9 +205,11 @@ def _reference(
     bias: Array | None,
     mask: Array | None,
     segments: tuple[Array, Array] | None,
+    sink_logits: Array | None = None,
     *,
     is_causal: bool,
     scale: Any,
+    softcap: float | None = None,
     predicate: masks.Mask | None = None,
 ) -> tuple[Array, Array]:
     visible = jnp.ones((), bool) if mask is None else mask
@@ -202,7 +219,8 @@ def _reference(
         visible = visible & masks.dense_mask(masks.causal(), (query.shape[1],), (key.shape[1],))
     if segments is not None:
         visible = visible & (segments[0][:, None, :, None] == segments[1][:, None, None, :])
-    return reference_attention(query, key, value, visible=visible, bias=bias, scale=scale)
+    options: Any = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+    return reference_attention(query, key, value, visible=visible, bias=bias, **options)
 
 
 def _xla(
@@ -212,9 +230,11 @@ def _xla(
     bias: Array | None,
     mask: Array | None,
     segments: tuple[Array, Array] | None,
+    sink_logits: Array | None = None,
     *,
     is_causal: bool,
     scale: Any,
+    softcap: float | None = None,
     predicate: masks.Mask | None = None,
 ) -> tuple[Array, Array]:
     batch, queries, heads, _ = query.shape
@@ -230,6 +250,8 @@ def _xla(
         x = x.reshape(b, 1, 1, *rest) if n == 1 else x.reshape(b, key_heads, group, *rest)
         return x.astype(dtype)
 
+    if softcap is not None:
+        query, key = infinite_as_nan(query), infinite_as_nan(key)
     scaled, key = scaled_for_logits(query, key, scale, dtype)
     inputs = Inputs(
         jnp.moveaxis(scaled.reshape(batch, queries, key_heads, group, -1), 1, 3),
@@ -240,9 +262,9 @@ def _xla(
     by_numbers = None if predicate is None else Predicate(lambda query, key: predicate.sees((query,), (key,)))
     query_ids, key_ids = (None, None) if segments is None else segments
     sees = Sees(by_key_head(mask, bool), query_ids, key_ids, by_numbers)
-    out, lse = tiled_attention(inputs, sees, is_causal=is_causal)
+    out, lse = tiled_attention(inputs, sees, is_causal=is_causal, softcap=softcap)
     out, lse = (jnp.moveaxis(x, 3, 1).reshape(batch, queries, heads, *x.shape[4:]) for x in (out, lse))
-    return out.astype(query.dtype), lse
+    return with_sink_logits(out.astype(query.dtype), lse, sink_logits)
 
 
 IMPLEMENTATIONS: Implementations = {"reference": _reference, "xla": _xla, **kernels.KERNELS}
@@ -307,6 +329,8 @@ def dot_product_step(
     value: Array,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Array | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, DotProductCache]:
     """The next tokens of causal attention: their rows of dot_product_attention(..., is_causal=True).
@@ -315,7 +339,8 @@ def dot_product_step(
       cache: of the tokens before.
       query, key, value: the tokens', [B, T, N, H], [B, T, K, H], [B, T, K, V]; T is 1, or more where they are known
         at once, as parts of a prompt are, or a draft to be verified.
-      implementation: "xla", "pallas_tpu" (T up to 16), "pallas_gpu" (T = 1) or None.
+      softcap, sink_logits: as in dot_product_attention.
+      implementation: "xla", "pallas_tpu" (T up to 16), "pallas_gpu" (T = 1, neither of these two) or None.
 
     Returns:
       (out [B, T, N, V], the cache with the tokens added). Where these do not all fit into max_length, which a compiled
@@ -338,6 +363,8 @@ def dot_product_step(
         visible=visible,
         used=after,
         scale=default_scale(scale, query.shape[-1]),
+        softcap=softcap,
+        sink_logits=sink_logits,
         implementation=implementation,
     )
     out = jnp.where(by_row(after)[..., None, None] <= keys.shape[1], out, jnp.nan)

@@ -2,6 +2,8 @@
 
     out_t = sum_{s in window(t)} softmax_s(scale q_t . k_s) v_s
 
+`softcap` and `sink_logits` are dot_product.py's; the latter, learned, are not the `sinks`, which are the first keys.
+
 The window is NATTEN's, per axis (masks.window_bounds): at a border it moves inward, so that every query sees exactly
 prod(window) keys; `stride` neighbouring queries share their leader's window (stride 1: sliding window; stride =
 window: attention in blocks; between them: the strided window of Generalized Neighborhood Attention). Causal axes see
@@ -51,14 +53,22 @@ from attnlab.attention._shared.checks import (
     check_prompt,
     check_query_key_value,
     check_segment_ids,
+    check_sink_logits,
     check_sizes,
+    check_softcap,
     check_type,
     default_scale,
     per_axis,
     require,
 )
 from attnlab.attention._shared.finite import spoiling
-from attnlab.attention._shared.softmax import dense_attention, scaled_for_logits, softmax_parts
+from attnlab.attention._shared.softmax import (
+    reference_attention,
+    scaled_for_logits,
+    softcapped,
+    softmax_parts,
+    with_sink_logits,
+)
 from attnlab.attention._shared.tiles import Tiles, cut_tiles, group_residues, join_tiles
 
 Array = jax.Array
@@ -81,6 +91,8 @@ def local_attention(
     edge: masks.Edge = "shift",
     sinks: int = 0,
     scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Array | None = None,
     segment_ids: Array | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
@@ -103,10 +115,13 @@ def local_attention(
       sinks: keys whose index on the first causal axis is below this stay visible, whatever the window, to every query
         that is not before them on a causal axis: the first tokens of a text, the first frames of a video.
       scale: factor on the logits; None means H ** -0.5.
+      softcap: a number above 0; logits l become softcap tanh(l / softcap). None: they stay.
+      sink_logits: floating [N], learned: each head has one key more, of this logit and no value, in the softmax of
+        every query and in lse. Unlike `sinks`, which are keys of the input.
       segment_ids: integers [B, *space]; a query sees keys of its own segment. Windows do not move for segments.
       return_lse: return (out, lse).
       implementation: None, "reference", "xla", "pallas_tpu" (bfloat16 or float32) or "pallas_gpu" (bfloat16 or
-        float16).
+        float16, no softcap).
 
     Returns:
       out [B, *space, N, V] in query's dtype; with return_lse also lse [B, *space, N], float32 (float64 for float64
@@ -132,6 +147,8 @@ def local_attention(
         edge=edge,
         sinks=sinks,
         scale=scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
         implementation=implementation,
     )
     return (out, lse) if return_lse else out
@@ -151,6 +168,8 @@ def windowed_attention(
     edge: masks.Edge,
     sinks: int,
     scale: float | None,
+    softcap: float | None = None,
+    sink_logits: Array | None = None,
     implementation: str | None,
 ) -> tuple[Array, Array]:
     """Checks the arguments of local and dilated attention and dispatches: (out, lse)."""
@@ -180,6 +199,7 @@ def windowed_attention(
     assert sinks == 0 or dilation == 1, "no primitive offers sinks with dilation, and the blocked form has none"
     if segment_ids is not None:
         check_segment_ids("segment_ids", segment_ids, query.shape[:-2], "[batch, *space]")
+    check_sink_logits(sink_logits, query.shape[-2])
     settings: dict[str, Any] = {
         "window": windows,
         "stride": strides,
@@ -194,17 +214,21 @@ def windowed_attention(
         implementation,
         sinks=sinks,
         scale=default_scale(scale, query.shape[-1]),
+        softcap=check_softcap(softcap),
         **settings,
     )
 
-    def parted(parts: Parts, query: Array, key: Array, value: Array, segment_ids: Array | None) -> Any:
+    def parted(
+        parts: Parts, query: Array, key: Array, value: Array, segment_ids: Array | None, sink_logits: Array | None
+    ) -> Any:
         axis = masks.axis_windows(whole_space(query.shape[1:-2], parts), **settings)[parts.axis]
         fits = sinks == 0 or parts.axis == causal.index(True)
         require(fits, "sinks", sinks, f"must be 0 where devices share axis {parts.axis}, not the first causal one")
-        return in_stretches(attend, axis, parts, (query,), (key, value, segment_ids), sinks=sinks)
+        out, lse = in_stretches(attend, axis, parts, (query,), (key, value, segment_ids), sinks=sinks)
+        return with_sink_logits(out, lse, sink_logits)
 
-    layouts = ("B*N.", "B*K.", "B*K.", "B*")
-    return over_positions(attend, parted, layouts, ("B*N.", "B*N"), query, key, value, segment_ids)
+    layouts = ("B*N.", "B*K.", "B*K.", "B*", "N")
+    return over_positions(attend, parted, layouts, ("B*N.", "B*N"), query, key, value, segment_ids, sink_logits)
 
 
 def _sides(window: Any) -> tuple[int, int] | None:
@@ -278,7 +302,16 @@ def _stretch(axis: masks.AxisWindow, size: int, number: int, sinks: int) -> _Str
 
 
 def _reference(
-    query: Array, key: Array, value: Array, segment_ids: Array | None, *, sinks: int, scale: Any, **settings: Any
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array | None,
+    sink_logits: Array | None = None,
+    *,
+    sinks: int,
+    scale: Any,
+    softcap: float | None,
+    **settings: Any,
 ) -> tuple[Array, Array]:
     batch, *space, _, _ = query.shape
     mask = masks.neighborhood(space, **settings)
@@ -287,13 +320,24 @@ def _reference(
         mask = mask | functools.reduce(
             operator.and_, map(masks.causal, causal), masks.first_keys(sinks, axis=causal[0])
         )
-    visible = masks.dense_mask(mask, space)
+    visible = masks.dense_mask(mask, space)[None, None]
     if segment_ids is not None:
         ids = segment_ids.reshape(batch, -1)
         visible = visible & (ids[:, None, :, None] == ids[:, None, None, :])
     flat = (x.reshape(batch, -1, *x.shape[-2:]) for x in (query, key, value))
-    out, lse = dense_attention(*flat, visible=visible, scale=scale)
+    out, lse = reference_attention(*flat, visible=visible, scale=scale, softcap=softcap, sink_logits=sink_logits)
     return out.reshape(batch, *space, *out.shape[-2:]), lse.reshape(batch, *space, -1)
+
+
+def _xla(
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array | None,
+    sink_logits: Array | None = None,
+    **settings: Any,
+) -> tuple[Array, Array]:
+    return with_sink_logits(*_in_tiles(query, key, value, segment_ids, **settings), sink_logits)
 
 
 def _tile_axis(axis: masks.AxisWindow, rank: int) -> Tiles:
@@ -336,7 +380,8 @@ class _Keys(NamedTuple):
     ids: Array | None
 
 
-def _xla(
+@spoiling
+def _in_tiles(
     query: Array,
     key: Array,
     value: Array,
@@ -344,6 +389,7 @@ def _xla(
     *,
     sinks: int,
     scale: Any,
+    softcap: float | None,
     **settings: Any,
 ) -> tuple[Array, Array]:
     batch, *space, heads, _ = query.shape
@@ -370,7 +416,7 @@ def _xla(
     parts = _parts(query, segment_ids, key.shape[-2], tiles)
 
     def attend(part: _Part) -> tuple[Array, Array]:
-        out, lse = _attend(part, reordered, first, sinks, axes, tiles, scale, dtype)
+        out, lse = _attend(part, reordered, first, sinks, axes, tiles, scale, softcap, dtype)
         return out.astype(query.dtype), lse
 
     # Logits are recomputed in the backward: what is kept for it is linear in the number of positions.
@@ -410,6 +456,7 @@ def _attend(
     axes: tuple[masks.AxisWindow, ...],
     tiles: list[Tiles],
     scale: Any,
+    softcap: float | None,
     dtype: Any,
 ) -> tuple[Array, Array]:
     """One tile to its box of keys and to the sinks: out [B, K, G, tile, V] and lse [B, K, G, tile]."""
@@ -433,7 +480,7 @@ def _attend(
     if part.ids is not None and ids is not None:
         visible = visible[None, None, None] & (part.ids[:, :, None] == ids[:, None, :])[:, None, None]
     query, key = scaled_for_logits(part.query, key, scale, dtype)
-    logits = jnp.einsum("BKGTH,BKSH->BKGTS", query, key)
+    logits = softcapped(jnp.einsum("BKGTH,BKSH->BKGTS", query, key), softcap)
     numerators, denominator, lse = softmax_parts(logits, visible)
     out = jnp.einsum("BKGTS,BKSV->BKGTV", numerators, value.astype(dtype), preferred_element_type=dtype)
     return out / denominator, lse
@@ -475,8 +522,9 @@ def _on_all_axes(per_axis: Iterable[Array]) -> Array:
     return whole
 
 
-# All take (query, key, value, segment_ids) and the options of _xla, settings per axis as tuples; all give (out, lse).
-IMPLEMENTATIONS: Implementations = {"reference": spoiling(_reference), "xla": spoiling(_xla), **kernels.KERNELS}
+# All take (query, key, value, segment_ids, sink_logits) and the options of _in_tiles, settings per axis as tuples; all
+# give (out, lse).
+IMPLEMENTATIONS: Implementations = {"reference": _reference, "xla": _xla, **kernels.KERNELS}
 
 
 class LocalCache(NamedTuple):
@@ -553,6 +601,8 @@ def local_step(
     sinks: int = 0,
     stride: int = 1,
     scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Array | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, LocalCache]:
     """The next tokens of causal local attention: their rows of local_attention(..., is_causal=True).
@@ -564,7 +614,8 @@ def local_step(
       cache: from init_local_cache with the same window and sinks.
       query, key, value: the tokens', [B, T, N, H], [B, T, K, H], [B, T, K, V]; T is 1, or more where they are known
         at once, as parts of a prompt are, or a draft to be verified.
-      implementation: "xla", "pallas_tpu" (T up to 16), "pallas_gpu" (T = 1) or None.
+      softcap, sink_logits: as in local_attention.
+      implementation: "xla", "pallas_tpu" (T up to 16), "pallas_gpu" (T = 1, neither of these two) or None.
 
     Returns:
       (out [B, T, N, V], the cache with the tokens added).
@@ -588,6 +639,8 @@ def local_step(
         visible=visible,
         used=used,
         scale=default_scale(scale, query.shape[-1]),
+        softcap=softcap,
+        sink_logits=sink_logits,
         implementation=implementation,
     )
     return out, after

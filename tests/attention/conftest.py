@@ -28,7 +28,7 @@ def _assert_close(got, want, tolerance):
     )
 
 
-def _attention_oracle(query, key, value, sees, *, scale=None, bias=None):
+def _attention_oracle(query, key, value, sees, *, scale=None, bias=None, softcap=None, sink_logits=None):
     """query [B,T,N,H], key [B,S,K,H], value [B,S,K,V], sees bool [B,N,T,S] (broadcast) -> (out, lse) in float64."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     batch, queries, heads, head_dim = query.shape
@@ -40,11 +40,13 @@ def _attention_oracle(query, key, value, sees, *, scale=None, bias=None):
     lse = np.full((batch, queries, heads), -np.inf)
     for b, n, t in np.ndindex(batch, heads, queries):
         seen = np.flatnonzero(sees[b, n, t])
-        if seen.size == 0:
+        if seen.size == 0 and sink_logits is None:
             continue
         k = n // (heads // key_heads)
-        logits = scale * key[b, seen, k] @ query[b, t, n] + bias[b, n, t, seen]
-        lse[b, t, n] = np.logaddexp.reduce(logits)
+        logits = scale * key[b, seen, k] @ query[b, t, n]
+        logits = (logits if softcap is None else softcap * np.tanh(logits / softcap)) + bias[b, n, t, seen]
+        sinks = [] if sink_logits is None else [np.float64(sink_logits[n])]
+        lse[b, t, n] = np.logaddexp.reduce([*logits, *sinks])
         out[b, t, n] = np.exp(logits - lse[b, t, n]) @ value[b, seen, k]
     return out, lse
 

@@ -67,6 +67,8 @@ _BY_NAME = {
     "reduce": "sum",
     "lengths": np.array([6, 0, 1, 4, 6, 3], np.int32),
     "scale": 0.5,
+    "softcap": 3.0,
+    "sink_logits": _normal(HEADS),
     "ratio": 0.5,
     "feature_map": "elu",
     "implementation": "xla",

@@ -17,6 +17,8 @@ every_form = pytest.mark.parametrize("form", slow_but(["xla"], ["reference", "xl
 # Forms of a mechanism that share most of their code with another one in the table.
 _VARIANTS = {
     "dot_product",
+    "dot_product, softcap and learned sinks",
+    "local, softcap and learned sinks",
     "pointwise",
     "path",
     "path, forget gates",

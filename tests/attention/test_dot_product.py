@@ -37,9 +37,9 @@ def draw_arrays(seed, batch, queries, keys, heads, key_heads, head_dim=4, value_
 
 
 def draw_options(seed, names, batch, queries, keys, heads):
-    """Options by name, with the visibility [B,N,T,S] and bias that they stand for."""
+    """Options by name, with the visibility [B,N,T,S] that they stand for, and what changes the logits."""
     rng = np.random.default_rng(seed)
-    options, sees, bias = {}, np.ones((1, 1, queries, keys), bool), None
+    options, sees = {}, np.ones((1, 1, queries, keys), bool)
     if "is_causal" in names:
         options["is_causal"] = True
         sees = sees & np.tri(queries, keys, dtype=bool)
@@ -50,16 +50,19 @@ def draw_options(seed, names, batch, queries, keys, heads):
         mask = rng.random((batch, 1, 1, keys)) < 0.6
         options["mask"], sees = jnp.asarray(mask), sees & mask
     if "bias" in names:
-        bias = rng.normal(size=(1, heads, queries, keys)).astype(np.float32)
-        options["bias"] = jnp.asarray(bias)
+        options["bias"] = jnp.asarray(rng.normal(size=(1, heads, queries, keys)), jnp.float32)
     if "key_bias" in names:
-        bias = rng.normal(size=(batch, 1, 1, keys)).astype(np.float32)
-        options["bias"] = jnp.asarray(bias)
+        options["bias"] = jnp.asarray(rng.normal(size=(batch, 1, 1, keys)), jnp.float32)
     if "segment_ids" in names:
         ids = rng.integers(0, 3, (batch, queries)), rng.integers(0, 3, (batch, keys))
         options["segment_ids"] = tuple(map(jnp.asarray, ids))
         sees = sees & (ids[0][:, None, :, None] == ids[1][:, None, None, :])
-    return options, sees, bias
+    if "softcap" in names:
+        options["softcap"] = 0.8
+    if "sink_logits" in names:
+        options["sink_logits"] = jnp.asarray(rng.normal(size=heads), jnp.float32)
+    on_logits = {name: x for name, x in options.items() if name in ("bias", "softcap", "sink_logits")}
+    return options, sees, on_logits
 
 
 OPTIONS = [
@@ -70,6 +73,9 @@ OPTIONS = [
     ("segment_ids",),
     ("is_causal", "key_mask", "key_bias"),
     ("is_causal", "mask", "bias", "segment_ids"),
+    ("is_causal", "softcap"),
+    ("mask", "sink_logits"),
+    ("is_causal", "key_bias", "segment_ids", "softcap", "sink_logits"),
 ]
 
 
@@ -78,8 +84,8 @@ OPTIONS = [
 def test_equals_the_float64_oracle(implementation, names, attention_oracle):
     batch, queries, keys, heads = 2, 13, 37, 4
     arrays = draw_arrays(0, batch, queries, keys, heads, 2)
-    options, sees, bias = draw_options(1, names, batch, queries, keys, heads)
-    expected = attention_oracle(*arrays, sees, bias=bias)
+    options, sees, on_logits = draw_options(1, names, batch, queries, keys, heads)
+    expected = attention_oracle(*arrays, sees, **on_logits)
     got = jax.jit(lambda *a: dot_product_attention(*a, **options, return_lse=True, implementation=implementation))(
         *arrays
     )
@@ -88,6 +94,7 @@ def test_equals_the_float64_oracle(implementation, names, attention_oracle):
 
 
 @settings(max_examples=2, deadline=None)
+@example(lengths=(21, 40), heads=(4, 2), dtype=jnp.float32, names=OPTIONS[6], seed=0)
 @example(lengths=(21, 40), heads=(4, 2), dtype=jnp.float32, names=OPTIONS[-1], seed=0)
 @given(
     lengths=st.sampled_from([(1, 1), (1, 20), (8, 16), (17, 17), (21, 40), (30, 5)]),
@@ -224,7 +231,7 @@ def test_memory_is_linear_in_length(differentiate):
 # --- Tiles under what JAX does to functions: the short sequences of the catalog are attended to at once --------------
 
 
-TILED = ((), ("is_causal",), ("is_causal", "mask", "bias", "segment_ids"))
+TILED = ((), ("is_causal",), ("is_causal", "mask", "bias", "segment_ids"), ("is_causal", "softcap", "sink_logits"))
 every_tiling = pytest.mark.parametrize("names", slow_but(TILED[1:2], TILED), ids="-".join)
 
 
@@ -370,6 +377,79 @@ def test_a_mask_of_numbers_equals_its_pairs(implementation, is_causal):
         np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4)
 
 
+# --- Softcap and learned sinks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_gradients_of_the_scale_and_of_sinks_beside_a_softcap_equal_the_reference():
+    arrays = (*draw_arrays(0, 2, 21, 21, 4, 2), jnp.float32(1.5), jnp.array([-1.0, 0.0, 2.0, -jnp.inf]))
+    bias = jnp.asarray(np.random.default_rng(1).normal(size=(1, 4, 21, 21)), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(form):
+        def loss(query, key, value, scale, sinks, bias):
+            options = {"scale": scale, "sink_logits": sinks, "bias": bias, "softcap": 0.8, "is_causal": True}
+            out, lse = dot_product_attention(query, key, value, **options, return_lse=True, implementation=form)
+            return jnp.sum(jnp.sin(out)) + jnp.sum(lse**2)
+
+        return jax.grad(loss, argnums=range(6))(*arrays, bias)
+
+    got, want = gradients("xla"), gradients("reference")
+    assert_close(got, want, 1e-4)
+    assert (got[4] != 0).tolist() == [True, True, True, False]
+
+
+@every_implementation
+def test_a_query_without_visible_key_has_its_sinks(implementation):
+    """It gives 0 and the sink's logit, whose gradient is that of lse; -inf is no sink."""
+    arrays = draw_arrays(0, 1, 5, 21, 2, 2)
+    mask = jnp.ones((1, 1, 5, 21), bool).at[:, :, 2].set(False)
+
+    def attend(sinks, *arrays):
+        return dot_product_attention(
+            *arrays, mask=mask, sink_logits=sinks, return_lse=True, implementation=implementation
+        )
+
+    (out, lse), pullback = jax.vjp(jax.jit(attend), jnp.array([0.5, -jnp.inf]), *arrays)
+    assert (out[:, 2] == 0).all()
+    assert lse[0, 2].tolist() == [0.5, -np.inf]
+    ones = jnp.zeros_like(out).at[:, 2].set(1), jnp.zeros_like(lse).at[:, 2].set(1)
+    of_sinks, *others = pullback(ones)
+    assert of_sinks.tolist() == [1, 0]
+    assert all((g == 0).all() for g in others)
+
+
+@every_implementation
+def test_a_huge_softcap_and_sinks_of_minus_infinity_are_none(implementation):
+    arrays = draw_arrays(0, 2, 21, 21, 4, 2)
+    attend = jax.jit(functools.partial(dot_product_attention, return_lse=True, implementation=implementation))
+    unlimited = functools.partial(attend, sink_logits=jnp.full(4, -jnp.inf))
+    assert_close(unlimited(*arrays), attend(*arrays))
+    capped = functools.partial(dot_product_attention, softcap=1e6, return_lse=True, implementation=implementation)
+    assert_close(jax.jit(capped)(*arrays), attend(*arrays))
+
+
+def test_a_softcap_hides_no_infinity():
+    """The tanh of an infinite product is 1."""
+    query, key, value = draw_arrays(0, 1, 21, 21, 1, 1)
+    out = dot_product_attention(
+        query, key.at[0, 9, 0, 1].set(np.inf), value, is_causal=True, softcap=2.0, implementation="xla"
+    )
+    assert np.isnan(out).any((0, 2, 3)).tolist() == [False] * 9 + [True] * 12
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_decoding_with_softcap_and_sinks_equals_the_causal_form(tokens):
+    arrays = draw_arrays(0, 2, 9, 9, 4, 2)
+    options = {"softcap": 0.8, "sink_logits": jnp.array([-1.0, 0.0, 2.0, -jnp.inf])}
+    expected = jax.jit(functools.partial(dot_product_attention, is_causal=True, **options))(*arrays)
+    cache = init_dot_product_cache(2, 9, 2, 4, value_dim=3)
+    step = jax.jit(functools.partial(dot_product_step, **options))
+    for t in range(0, 9, tokens):
+        out, cache = step(cache, *(x[:, t : t + tokens] for x in arrays))
+        np.testing.assert_allclose(out, expected[:, t : t + tokens], rtol=1e-5, atol=1e-6)
+
+
 GOOD = dict(zip(("query", "key", "value"), draw_arrays(0, 2, 6, 8, 4, 2)))
 
 
@@ -388,6 +468,10 @@ GOOD = dict(zip(("query", "key", "value"), draw_arrays(0, 2, 6, 8, 4, 2)))
         ({"segment_ids": jnp.zeros((2, 6), int)}, ValueError, "segment_ids: .*batch, S"),
         ({"segment_ids": jnp.zeros((2, 6))}, TypeError, "segment_ids: got dtype float32"),
         ({"is_causal": 1}, TypeError, "is_causal: got 1"),
+        ({"softcap": 0}, ValueError, "softcap: got 0; need a finite number, above 0"),
+        ({"softcap": jnp.ones(())}, TypeError, "softcap: got .*; need a number"),
+        ({"sink_logits": jnp.zeros(2)}, ValueError, "sink_logits: .*heads. = .4."),
+        ({"sink_logits": jnp.zeros(4, int)}, TypeError, "sink_logits: got dtype int32"),
         (
             {"implementation": "pallas_gpu"},
             ValueError,

@@ -117,12 +117,30 @@ def sees_by_definition(window_by_definition, space, *, sinks=0, segment_ids=None
 @pytest.mark.parametrize(("space", "options"), SPACES, ids=case_id)
 @every_implementation
 def test_equals_the_float64_oracle(implementation, space, options, attention_oracle, window_by_definition):
+    assert_is_the_oracle_s(implementation, space, options, attention_oracle, window_by_definition)
+
+
+@pytest.mark.parametrize(("space", "options"), [SPACES[6], SPACES[9]], ids=case_id)
+@every_implementation
+def test_with_softcap_and_sink_logits_too(implementation, space, options, attention_oracle, window_by_definition):
+    on_logits = {"softcap": 0.8, "sink_logits": jnp.array([1.0, -0.5])}
+    assert_is_the_oracle_s(implementation, space, options, attention_oracle, window_by_definition, on_logits)
+
+
+def assert_is_the_oracle_s(
+    implementation,
+    space,
+    options,
+    attention_oracle,
+    window_by_definition,
+    on_logits={},  # noqa: B006
+):
     arrays = draw_arrays(0, space)
     ids = jnp.asarray(np.random.default_rng(1).integers(0, 2, (2, *space)))
     sees = sees_by_definition(window_by_definition, space, **options, segment_ids=ids)
     flat = [np.asarray(x).reshape(2, -1, *x.shape[-2:]) for x in arrays]
-    out, lse = attention_oracle(*flat, sees)
-    options = dict(segment_ids=ids, return_lse=True, implementation=implementation, **options)
+    out, lse = attention_oracle(*flat, sees, **on_logits)
+    options = dict(segment_ids=ids, return_lse=True, implementation=implementation, **options, **on_logits)
     got = run(local_attention, *arrays, **options)
     np.testing.assert_allclose(got[0], out.reshape(got[0].shape), rtol=2e-5, atol=2e-6)
     np.testing.assert_allclose(got[1], lse.reshape(got[1].shape), rtol=2e-5, atol=2e-6)

@@ -25,7 +25,7 @@ HIDDEN = {
     **{
         f"{name}, own segment": (name, "own", {"segment_ids": IDS})
         for name in MECHANISMS
-        if name.startswith(("linear", "dot_product", "local, causal", "dilated"))
+        if name.startswith(("linear", "dot_product", "local, causal", "local, softcap", "dilated"))
     },
     "dot_product, mask": ("dot_product", "masked", {"mask": REAL[:, None, None]}),
     "dot_product, bias": (

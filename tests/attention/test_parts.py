@@ -111,6 +111,13 @@ CASES = {
     "local, cut off": Case(local(window=8, edge="clip"), qkv(64), BOTH_SIDES),
     "local, strides": Case(local(window=7, stride=3), qkv(64), BOTH_SIDES),
     "local, reference": Case(local(window=7, implementation="reference"), qkv(64), BOTH_SIDES),
+    "local, softcap and learned sinks": Case(
+        local(window=8, is_causal=True, softcap=2.0, return_lse=True),
+        qkv(64) | {"sink_logits": normal(4)},
+        HALO,
+        {"sink_logits": WHOLE},
+        both,
+    ),
     "local, segments": Case(local(window=8, is_causal=True), qkv(64) | ids, BOTH_SIDES),
     "local, sinks": Case(local(window=6, is_causal=True, sinks=3), qkv(64), HALO | GATHERED),
     "local, many sinks": Case(local(window=6, is_causal=True, sinks=12, stride=2), qkv(64), BOTH_SIDES | GATHERED),
@@ -162,6 +169,13 @@ CASES = {
     ),
     "dot product": Case(
         functools.partial(dot_product_attention, is_causal=True, return_lse=True), qkv(64), RING, results=both
+    ),
+    "dot product, softcap and learned sinks": Case(
+        functools.partial(dot_product_attention, is_causal=True, softcap=2.0, return_lse=True),
+        qkv(64) | {"sink_logits": normal(4)},
+        RING,
+        {"sink_logits": WHOLE},
+        both,
     ),
     "dot product, reference": Case(functools.partial(dot_product_attention, implementation="reference"), qkv(64), RING),
     "dot product, segments": Case(

@@ -64,6 +64,7 @@ CASES = {  # length, options of local_attention, options of draw_arrays; tiles o
     "grid": ((20, 33), {"window": (5, 8), "is_causal": (True, False)}, {"heads": 2, "key_heads": 2}),
     "grid, dilated": ((40, 18), {"window": 3, "dilation": (2, 3)}, {"segments": True, "dtype": jnp.bfloat16}),
     "volume": ((9, 5, 6), {"window": (3, 5, 4), "stride": (1, 2, 1)}, {}),
+    "softcap": (300, {"window": 140, "is_causal": True, "softcap": 0.7}, {"heads": 4, "key_heads": 2}),
     "segments, sinks": (290, {"window": 40, "is_causal": True, "sinks": 5}, {"segments": True, "dtype": jnp.bfloat16}),
 }
 
@@ -74,6 +75,7 @@ IN_QUARTERS = {  # the same at tiles of 256, whose quarters are empty, full or i
     "causal in quarters": (513, {"window": 256, "is_causal": True}, {"heads": 8, "key_heads": 2} | NARROW),
     "quarters of many kinds": (700, {"window": 280, "is_causal": True, "sinks": 3}, {"key_heads": 2} | NARROW),
     "bidirectional in quarters": (600, {"window": 401}, {"heads": 8, "dtype": jnp.bfloat16}),
+    "softcap in quarters": (513, {"window": 256, "is_causal": True, "softcap": 1.5}, {"heads": 4} | HALF),
     "segments in quarters": (520, {"window": 300}, {"heads": 4, "key_heads": 2, "segments": True} | HALF),
 }
 CASES |= IN_QUARTERS

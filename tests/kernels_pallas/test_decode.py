@@ -39,6 +39,13 @@ def local(
     )
 
 
+def capped(case, heads):
+    """A step with a softcap and learned sinks."""
+    step, *rest = case
+    sinks = jnp.linspace(-1, 2, heads).at[0].set(-jnp.inf)
+    return functools.partial(step, softcap=0.7, sink_logits=sinks), *rest
+
+
 def softmax(fill, *, length, heads=4, key_heads=1, dims=(16, 16), dtype=jnp.float32, batch=1, tokens=1):
     cache = attnlab.init_dot_product_cache(batch, length, key_heads, dims[0], value_dim=dims[1], dtype=dtype)
     key, value = (draw(*x.shape, dtype=dtype, seed=7) for x in cache[:2])
@@ -87,6 +94,8 @@ CACHES = {
     "as many tokens as one step takes": lambda: local(7, window=33, sinks=2, batch=1, tokens=16),
     "tokens, bfloat16": lambda: softmax(30, length=130, key_heads=4, dims=(64, 64), dtype=jnp.bfloat16, tokens=8),
     "tokens of rows of their own": lambda: at_rows(softmax(0, length=3000, batch=2, tokens=4), [2990, 5]),
+    "softcap and learned sinks": lambda: capped(local(45, window=33, sinks=4, tokens=3), 4),
+    "softcap and learned sinks, bfloat16": lambda: capped(softmax(30, length=3000, dtype=jnp.bfloat16), 4),
     "dilated": lambda: dilated(50, window=6, dilation=3),
     "routing": lambda: routing([3, 0, 40], window=9),
     "routing, shared": lambda: routing([0, 1, 7], window=7, share_qk=True, scale=3.0),
@@ -99,7 +108,7 @@ CACHES = {
     "local linear, bfloat16": lambda: local_linear(200, slots=300, dims=(64, 64), dtype=jnp.bfloat16, batch=1),
     "local linear, rows of their own": lambda: at_rows(local_linear(2000, slots=2000, key_heads=1), [3, 1700]),
 }
-QUICK = ("sinks", "three key heads", "tokens", "routing", "local linear")
+QUICK = ("sinks", "softcap and learned sinks", "three key heads", "tokens", "routing", "local linear")
 
 
 @pytest.mark.parametrize("case", slow_but(QUICK, CACHES))
@@ -241,6 +250,10 @@ def test_what_a_step_cannot_serve_it_names():
         step(cache, *tokens, implementation="pallas_tpu")
     with pytest.raises(ValueError, match=r"needs query and cache all bfloat16|serves one token a step, got 17"):
         step(cache, *tokens, implementation="pallas_gpu")
+    step, cache, tokens = local(3, window=4)
+    for option, reason in (({"softcap": 2.0}, "softcap"), ({"sink_logits": jnp.zeros(4)}, "sink_logits in a step")):
+        with pytest.raises(ValueError, match=f"has no {reason}"):
+            step(cache, *tokens, **option, implementation="pallas_gpu")
     assert "MiB of VMEM" in cached_flash.refusal(jax.ShapeDtypeStruct((1, 1, 64, 4096), jnp.float32), wide, wide)
     step, state, tokens = linear(head_dim=2048, value_dim=2048, heads=1, key_heads=1, batch=1)
     with pytest.raises(ValueError, match="MiB of VMEM"):

@@ -29,6 +29,7 @@ REFUSED = dict(line.strip("| ").split(" | ") for line in _TABLE.splitlines())
 # Rows whose kernels are another row's too: more of the same.
 SLOW = {
     *("dot_product", "dot_product, causal", "local, causal", "local, grid", "dilated", "axial"),
+    *("dot_product, softcap and learned sinks",),
     *("agent, causal", "linear", "linear, decay", "linear, decay per channel", "linear, delta rule"),
     *("linear, gated delta rule", "routing, strict", "routing, global", "local-linear", "local-linear, window"),
 }

@@ -10,6 +10,7 @@ import numpy as np
 from attnlab.attention import masks
 from attnlab.attention._dispatch.kernel_call import kernel_call, like
 from attnlab.attention._kernels.backends import first_refusal, kernel_module
+from attnlab.attention._shared.finite import infinite_as_nan
 
 Array = jax.Array
 # The kernels' tables of so many tokens are made where a call is lowered, and no more.
@@ -25,6 +26,7 @@ def banded_attention(
     segment_ids: Any,
     *,
     scale: Any,
+    softcap: float | None = None,
     pattern: Any,
     lists: Array | None = None,
     backend: str = "tpu",
@@ -35,10 +37,13 @@ def banded_attention(
     of lists [B|1, K|1, ...] a function of these, which then are what blocked takes last.
     """
     banded_flash, banded_flash_backward = (kernel_module(backend, name) for name in _MODULES)
+    of_softcap = {} if softcap is None else {"softcap": softcap}
+    if softcap is not None:
+        query, key = infinite_as_nan(query), infinite_as_nan(key)
 
     def options_of(fixed: Any) -> dict[str, Any]:
         segment_ids, *lists = fixed
-        return {"pattern": pattern(*lists) if lists else pattern, "segment_ids": segment_ids}
+        return {"pattern": pattern(*lists) if lists else pattern, "segment_ids": segment_ids, **of_softcap}
 
     def kernel(arrays: Any, fixed: Any, keep: bool) -> tuple[Any, Any]:
         *tokens, scale = arrays
@@ -69,9 +74,17 @@ def banded_attention(
 
 
 def banded_refusal(
-    query: Any, key: Any, value: Any, segment_ids: Any, pattern: Any, backend: str = "tpu"
+    query: Any,
+    key: Any,
+    value: Any,
+    segment_ids: Any,
+    pattern: Any,
+    backend: str = "tpu",
+    softcap: float | None = None,
 ) -> str | None:
     """Why banded_attention cannot serve arrays of these shapes, or None if it can."""
+    if backend == "gpu" and softcap is not None:
+        return "has no softcap"
     if 0 in query.shape or 0 in key.shape:
         return f"needs arrays that are not empty, got query {query.shape} and key {key.shape}"
     tokens = max(query.shape[1], key.shape[1])

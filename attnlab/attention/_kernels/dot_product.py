@@ -10,6 +10,7 @@ import jax
 from attnlab.attention import masks
 from attnlab.attention._kernels.backends import on_backends
 from attnlab.attention._kernels.banded import banded_attention, banded_refusal, window_pattern
+from attnlab.attention._shared.softmax import with_sink_logits
 
 Array = jax.Array
 _MOST_PAIRS = 2**32  # of a query and a key, which a mask is asked for where a call is lowered
@@ -24,20 +25,24 @@ def _call(
     bias: None,
     mask: None,
     segments: Any,
+    sink_logits: Array | None = None,
     *,
     is_causal: bool,
     scale: Any,
+    softcap: float | None = None,
     predicate: masks.Mask | None = None,
 ) -> tuple[Array, Array]:
     def blocked(query: Array, key: Array, value: Array, segments: Any, scale: Any) -> Any:
-        return xla(query, key, value, None, None, segments, is_causal=is_causal, scale=scale, predicate=predicate)
+        options: Any = {"is_causal": is_causal, "scale": scale, "softcap": softcap, "predicate": predicate}
+        return xla(query, key, value, None, None, segments, **options)
 
     queries, keys = query.shape[1], key.shape[1]
     if predicate is None:
         pattern = window_pattern(queries, keys, is_causal=is_causal)
     else:
         pattern = mask_lists(queries, keys, is_causal, predicate, _tile(backend))
-    return banded_attention(blocked, query, key, value, segments, scale=scale, pattern=pattern, backend=backend)
+    of_call: Any = {"scale": scale, "softcap": softcap, "pattern": pattern, "backend": backend}
+    return with_sink_logits(*banded_attention(blocked, query, key, value, segments, **of_call), sink_logits)
 
 
 def _refusal(
@@ -48,16 +53,19 @@ def _refusal(
     bias: Array | None,
     mask: Array | None,
     segments: Any,
+    sink_logits: Array | None = None,
     *,
     is_causal: bool,
     scale: Any,
+    softcap: float | None = None,
     predicate: masks.Mask | None = None,
 ) -> str | None:
     for name, given in (("bias", bias), ("mask", mask)):
         if given is not None:
             return f"has no {name}" + " that is an array" * (name == "mask")
     queries, keys = query.shape[1], key.shape[1]
-    reason = banded_refusal(query, key, value, segments, window_pattern(queries, keys, is_causal=is_causal), backend)
+    pattern = window_pattern(queries, keys, is_causal=is_causal)
+    reason = banded_refusal(query, key, value, segments, pattern, backend, softcap)
     if predicate is None or reason is not None:
         return reason
     of_mask = queries, keys, is_causal, predicate, _tile(backend)

@@ -13,6 +13,7 @@ import numpy as np
 from attnlab.attention import masks
 from attnlab.attention._kernels.backends import on_backends
 from attnlab.attention._kernels.banded import MOST_TOKENS, banded_attention, banded_refusal
+from attnlab.attention._shared.softmax import with_sink_logits
 from attnlab.attention._shared.tiles import Tiles, cut_tiles, join_tiles
 
 Array = jax.Array
@@ -83,23 +84,27 @@ def _call(
     key: Array,
     value: Array,
     segment_ids: Array | None,
+    sink_logits: Array | None = None,
     *,
     scale: Any,
+    softcap: float | None,
     sinks: int,
     **settings: Any,
 ) -> tuple[Array, Array]:
     layout = _layout(backend, query.shape[1:-2], **settings)
 
+    options: Any = {"softcap": softcap, "sinks": sinks, **settings}
+
     def blocked(query: Array, key: Array, value: Array, pair: Any, scale: Any) -> Any:
         query, key, value = map(layout.join, (query, key, value))
         ids = None if pair is None else layout.join(pair[0])
-        return tuple(map(layout.cut, xla(query, key, value, ids, scale=scale, sinks=sinks, **settings)))
+        return tuple(map(layout.cut, xla(query, key, value, ids, scale=scale, **options)))
 
     ids = None if segment_ids is None else (layout.cut(segment_ids),) * 2
     query, key, value = map(layout.cut, (query, key, value))
-    of_call: Any = {"scale": scale, "pattern": layout.pattern(sinks), "backend": backend}
+    of_call: Any = {"scale": scale, "softcap": softcap, "pattern": layout.pattern(sinks), "backend": backend}
     out, lse = banded_attention(blocked, query, key, value, ids, **of_call)
-    return layout.join(out), layout.join(lse)
+    return with_sink_logits(layout.join(out), layout.join(lse), sink_logits)
 
 
 def _refusal(
@@ -108,8 +113,10 @@ def _refusal(
     key: Array,
     value: Array,
     segment_ids: Array | None,
+    sink_logits: Array | None = None,
     *,
     scale: Any,
+    softcap: float | None,
     sinks: int,
     **settings: Any,
 ) -> str | None:
@@ -121,7 +128,7 @@ def _refusal(
     layout = _layout(backend, query.shape[1:-2], **settings)
     query, key, value = jax.eval_shape(lambda *x: tuple(map(layout.cut, x)), query, key, value)
     ids = None if segment_ids is None else (jax.eval_shape(layout.cut, segment_ids),) * 2
-    return banded_refusal(query, key, value, ids, layout.pattern(sinks), backend)
+    return banded_refusal(query, key, value, ids, layout.pattern(sinks), backend, softcap)
 
 
 KERNELS = on_backends(_call, _refusal)

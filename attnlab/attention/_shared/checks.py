@@ -381,6 +381,16 @@ def default_scale(scale: float | Array | None, head_dim: int) -> float | Array:
     return scale
 
 
+def check_softcap(softcap: Any) -> float | None:
+    return None if softcap is None else check_float("softcap", softcap, above=0)
+
+
+def check_sink_logits(sink_logits: Any, heads: int) -> None:
+    if sink_logits is not None:
+        check_array("sink_logits", sink_logits, (heads,), "[heads]")
+        check_floating("sink_logits", sink_logits)
+
+
 def accumulator_dtype(*arrays: Array) -> jnp.dtype:
     """float32 for inputs of 32 bits and fewer, float64 for float64 (under jax_enable_x64)."""
     return jnp.promote_types(jnp.float32, jnp.result_type(*arrays))

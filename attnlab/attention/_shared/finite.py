@@ -39,6 +39,11 @@ def finite_or_zero(x: Array) -> Array:
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
+def infinite_as_nan(x: Array) -> Array:
+    """x with NaN for infinities, which a tanh of products would take for 1."""
+    return jnp.where(jnp.isfinite(x), x, jnp.nan)
+
+
 def spoil(x: Array, where: Array) -> Array:
     """x [*S, ...] made NaN where bool [*S] says so. Gradients are those of x."""
     return x + jnp.where(where, jnp.nan, 0).astype(x.dtype).reshape(where.shape + (1,) * (x.ndim - where.ndim))

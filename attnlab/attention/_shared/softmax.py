@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._shared.checks import accumulator_dtype
-from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoilt_tokens
+from attnlab.attention._shared.finite import finite_or_zero, is_spoilt, spoil, spoilt_tokens
 from attnlab.attention._shared.heads import repeat_key_heads
 
 Array = jax.Array
@@ -29,6 +29,35 @@ def softmax_parts(logits: Array, visible: Any = True) -> tuple[Array, Array, Arr
     return numerators, denominator, lse[..., 0]
 
 
+def softcapped(logits: Array, softcap: float | None) -> Array:
+    """softcap tanh(logits / softcap), or the logits where there is none."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def softcap_slope(capped: Array, softcap: float) -> Array:
+    """The derivative of softcapped logits, from these."""
+    return 1 - (capped / softcap) ** 2
+
+
+def with_sink_logits(out: Array, lse: Array, sink_logits: Array | None) -> tuple[Array, Array]:
+    """(out [B, *T, N, V], lse [B, *T, N]) with one key more for each head, of this logit [N] and no value.
+
+        out' = out exp(lse - lse')        lse' = log(exp(lse) + exp(sink))
+
+    A query that sees no key has 0 and lse' = sink; a sink of -inf changes nothing.
+    """
+    if sink_logits is None:
+        return out, lse
+    # Queries that see what is not finite count as 0, and are NaN afterwards: the sinks' gradient is a sum over all, in
+    # which 0 times NaN is NaN.
+    spoilt = is_spoilt(out) | ~(lse < jnp.inf)
+    out, lse = jnp.where(spoilt[..., None], 0, out), jnp.where(spoilt, 0, lse)
+    logits = jnp.stack([lse, jnp.broadcast_to(sink_logits.astype(lse.dtype), lse.shape)], axis=-1)
+    numerators, denominator, lse = softmax_parts(logits)
+    out = (numerators[..., :1] / denominator * out).astype(out.dtype)
+    return spoil(out, spoilt), spoil(lse, spoilt)
+
+
 def scaled_for_logits(query: Array, key: Array, scale: Any, dtype: Any) -> tuple[Array, Array]:
     """(scale query, key) in dtype, for logits q . k from which a maximum is subtracted.
 
@@ -43,26 +72,44 @@ def scaled_for_logits(query: Array, key: Array, scale: Any, dtype: Any) -> tuple
 
 
 def dense_attention(
-    query: Array, key: Array, value: Array, *, visible: Any = True, bias: Array | None = None, scale: Any
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    visible: Any = True,
+    bias: Array | None = None,
+    scale: Any,
+    softcap: float | None = None,
+    sink_logits: Array | None = None,
 ) -> tuple[Array, Array]:
     """Attention with all logits in one array: (out [B,T,N,V], lse [B,T,N]). visible, bias: broadcast to [B,N,T,S]."""
     dtype = accumulator_dtype(query, key, value)
     query_dtype = query.dtype
     query, key = scaled_for_logits(query, key, scale, dtype)
     key, value = (repeat_key_heads(x, query.shape[2]) for x in (key, value.astype(dtype)))
-    logits = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=dtype)
+    logits = softcapped(jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=dtype), softcap)
     if bias is not None:
         logits = logits + bias.astype(dtype)
+    if sink_logits is not None:  # a column more, of which no value is summed
+        column = jnp.broadcast_to(sink_logits.astype(dtype)[None, :, None, None], (*logits.shape[:3], 1))
+        logits, visible = jnp.concatenate([jnp.where(visible, logits, -jnp.inf), column], axis=3), True
     numerators, denominator, lse = softmax_parts(logits, visible)
-    out = jnp.einsum("BNTS,BSNV->BTNV", numerators / denominator, value, preferred_element_type=dtype)
+    weights = numerators[..., : key.shape[1]] / denominator
+    out = jnp.einsum("BNTS,BSNV->BTNV", weights, value, preferred_element_type=dtype)
     return out.astype(query_dtype), jnp.swapaxes(lse, 1, 2)
 
 
 def reference_attention(
-    query: Array, key: Array, value: Array, *, visible: Any = True, bias: Array | None = None, scale: Any
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    visible: Any = True,
+    bias: Array | None = None,
+    **options: Any,
 ) -> tuple[Array, Array]:
     """dense_attention in which NaN and infinities reach the queries that see them, or hold them, and nothing else."""
-    out, lse = dense_attention(*map(finite_or_zero, (query, key, value)), visible=visible, bias=bias, scale=scale)
+    out, lse = dense_attention(*map(finite_or_zero, (query, key, value)), visible=visible, bias=bias, **options)
     of_keys = jnp.swapaxes(spoilt_tokens(key, value, query.shape[2]), 1, 2)[:, :, None]
     sees = visible if bias is None else visible & (bias != -jnp.inf)
     spoilt = (sees & of_keys).any(-1)

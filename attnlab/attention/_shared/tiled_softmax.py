@@ -11,7 +11,8 @@ A tile's logits are computed where they are needed, so that no buffer of T x S i
 
 Most tiles of a long sequence are full: each of their queries sees each of their keys, so nothing is masked. Tiles at an
 edge, on the diagonal or in the padding, have a loop of their own, as have all tiles under a mask, a bias or segments.
-Derivatives of the tangent and of the transpose are those of `_by_rows`, in plain JAX.
+With a softcap the logits before the bias are its softcap tanh(q k / softcap), of which the slopes are multiplied by
+1 - tanh^2. Derivatives of the tangent and of the transpose are those of `_by_rows`, in plain JAX.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from attnlab.attention._dispatch.deferred import tangent_call
 from attnlab.attention._shared.finite import finite_or_zero, is_spoilt
-from attnlab.attention._shared.softmax import softmax_parts
+from attnlab.attention._shared.softmax import softcap_slope, softcapped, softmax_parts
 
 Array = jax.Array
 
@@ -62,7 +63,9 @@ class Sees(NamedTuple):
     predicate: Predicate | None = None
 
 
-def tiled_attention(inputs: Inputs, sees: Sees, *, is_causal: bool) -> tuple[Array, Array]:
+def tiled_attention(
+    inputs: Inputs, sees: Sees, *, is_causal: bool, softcap: float | None = None
+) -> tuple[Array, Array]:
     """(out [B, K, G, T, V], lse [B, K, G, T]), differentiable in both modes and to any order.
 
     A query that sees no key gives 0 and lse = -inf, with zero gradients. Inside shard_map all arrays vary alike.
@@ -72,7 +75,7 @@ def tiled_attention(inputs: Inputs, sees: Sees, *, is_causal: bool) -> tuple[Arr
 
     @jax.custom_jvp
     def attend(inputs: Inputs, sees: Sees) -> tuple[Array, Array]:
-        return _forward(inputs, sees, is_causal)
+        return _forward(inputs, sees, is_causal, softcap)
 
     @functools.partial(attend.defjvp, symbolic_zeros=True)
     def _(primals: Any, tangents: Any) -> Any:
@@ -84,7 +87,7 @@ def tiled_attention(inputs: Inputs, sees: Sees, *, is_causal: bool) -> tuple[Arr
             """The form in plain JAX as a function of what has a tangent, and that."""
 
             def plain(*arrays: Array) -> tuple[Array, Array]:
-                return _by_rows(inputs._replace(**dict(zip(names, arrays))), sees, is_causal)
+                return _by_rows(inputs._replace(**dict(zip(names, arrays))), sees, is_causal, softcap)
 
             return plain, [getattr(inputs, name) for name in names]
 
@@ -98,11 +101,11 @@ def tiled_attention(inputs: Inputs, sees: Sees, *, is_causal: bool) -> tuple[Arr
 
         def tangent(residuals: Any, tangents: Any) -> Any:
             inputs, sees, results = residuals
-            return _tangent(inputs, sees, results, Inputs(*map(tangents.get, Inputs._fields)), is_causal)
+            return _tangent(inputs, sees, results, Inputs(*map(tangents.get, Inputs._fields)), is_causal, softcap)
 
         def transpose(residuals: Any, cotangents: Any) -> Any:
             inputs, sees, results = residuals
-            gradients = _transpose(inputs, sees, results, cotangents, is_causal, "bias" in names)
+            gradients = _transpose(inputs, sees, results, cotangents, is_causal, softcap, "bias" in names)
             return {name: getattr(gradients, name) for name in names}
 
         return results, tangent_call(
@@ -325,7 +328,7 @@ class _Running(NamedTuple):
     out: Array
 
 
-def _forward(inputs: Inputs, sees: Sees, is_causal: bool) -> tuple[Array, Array]:
+def _forward(inputs: Inputs, sees: Sees, is_causal: bool, softcap: float | None) -> tuple[Array, Array]:
     grid = _grid(inputs, sees, is_causal)
     inputs, sees = _padded(grid, inputs, sees)
 
@@ -340,7 +343,7 @@ def _forward(inputs: Inputs, sees: Sees, is_causal: bool) -> tuple[Array, Array]
         def tile(is_edge: bool, j: Any, running: _Running | None) -> _Running:
             key, value = (_take(x, 2, grid.columns, j) for x in (inputs.key, inputs.value))
             bias, visible = _bias_and_visible(grid, inputs, sees, i, j, is_edge)
-            logits = jnp.einsum("BKRH,BKSH->BKRS", query, key)
+            logits = softcapped(jnp.einsum("BKRH,BKSH->BKRS", query, key), softcap)
             logits = _where(visible, logits if bias is None else logits + bias, -jnp.inf)
             largest = logits.max(-1, keepdims=True)
             if running is not None:
@@ -369,7 +372,12 @@ def _forward(inputs: Inputs, sees: Sees, is_causal: bool) -> tuple[Array, Array]
 
 
 def _tangent(
-    inputs: Inputs, sees: Sees, results: tuple[Array, Array], tangents: Inputs, is_causal: bool
+    inputs: Inputs,
+    sees: Sees,
+    results: tuple[Array, Array],
+    tangents: Inputs,
+    is_causal: bool,
+    softcap: float | None,
 ) -> tuple[Array, Array]:
     grid = _grid(inputs, sees, is_causal)
     out, lse = results
@@ -387,13 +395,15 @@ def _tangent(
         def tile(is_edge: bool, j: Any, sums: Any) -> Any:
             key, value = (_take(x, 2, grid.columns, j) for x in (inputs.key, inputs.value))
             bias, visible = _bias_and_visible(grid, inputs, sees, i, j, is_edge)
-            logits = jnp.einsum("BKRH,BKSH->BKRS", query, key)
+            logits = softcapped(jnp.einsum("BKRH,BKSH->BKRS", query, key), softcap)
             weights = jnp.exp((logits if bias is None else logits + bias) - lse[..., None])
             changes = jnp.zeros_like(weights)  # of the logits
             if tangents.query is not None:
                 changes += jnp.einsum("BKRH,BKSH->BKRS", _rows(tangents.query, grid, i), key)
             if tangents.key is not None:
                 changes += jnp.einsum("BKRH,BKSH->BKRS", query, _take(tangents.key, 2, grid.columns, j))
+            if softcap is not None:
+                changes *= softcap_slope(logits, softcap)
             if tangents.bias is not None:
                 changes += _of_tile(tangents.bias, grid, inputs.query.shape[2], i, j)
             weights, shifts = _where(visible, weights, 0), _where(visible, weights * changes, 0)
@@ -429,6 +439,7 @@ def _transpose(
     results: tuple[Array, Array],
     cotangents: tuple[Array, Array],
     is_causal: bool,
+    softcap: float | None,
     of_bias: bool,
 ) -> Inputs:
     grid = _grid(inputs, sees, is_causal)
@@ -458,13 +469,14 @@ def _transpose(
             bias, visible = _bias_and_visible(grid, inputs, sees, i, j, is_edge)
             bias, visible = (None if x is None else jnp.swapaxes(x, 2, 3) for x in (bias, visible))
             # Keys by queries, as the products for the keys' gradients read them.
-            logits = jnp.einsum("BKSH,BKRH->BKSR", key, query)
+            logits = softcapped(jnp.einsum("BKSH,BKRH->BKSR", key, query), softcap)
             weights = jnp.exp((logits if bias is None else logits + bias) - lse[:, :, None])
             changes = weights * (jnp.einsum("BKSV,BKRV->BKSR", value, dout) - shift[:, :, None])
             weights, changes = _where(visible, weights, 0), _where(visible, changes, 0)
-            of_key = jnp.einsum("BKSR,BKRH->BKSH", changes, query)
+            slopes = changes if softcap is None else changes * softcap_slope(logits, softcap)
+            of_key = jnp.einsum("BKSR,BKRH->BKSH", slopes, query)
             of_value = _product("BKSR,BKRV->BKSV", weights, dout, is_edge)
-            of_query = _by_head(jnp.einsum("BKSR,BKSH->BKRH", changes, key), grid)
+            of_query = _by_head(jnp.einsum("BKSR,BKSH->BKRH", slopes, key), grid)
             if sums.query is not None:
                 of_query = _put(sums.query, _take(sums.query, 3, rows, i) + of_query, 3, rows, i)
             if sums.key is not None:
@@ -499,7 +511,7 @@ def _transpose(
     )
 
 
-def _by_rows(inputs: Inputs, sees: Sees, is_causal: bool) -> tuple[Array, Array]:
+def _by_rows(inputs: Inputs, sees: Sees, is_causal: bool, softcap: float | None) -> tuple[Array, Array]:
     """The same in plain JAX, a block of queries at a time: what is differentiated twice.
 
     Of finite numbers: NaN came with the first results, and times a zero cotangent would reach the keys of others.
@@ -517,7 +529,7 @@ def _by_rows(inputs: Inputs, sees: Sees, is_causal: bool) -> tuple[Array, Array]
         part = Inputs(query[:, :, :, start:end], key[:, :, :seen], value[:, :, :seen], _part(bias, start, end, seen))
         ids = [x if x is None else x[:, first:last] for x, first, last in ((query_ids, start, end), (key_ids, 0, seen))]
         hides = Sees(_part(mask, start, end, seen), ids[0], ids[1], predicate)
-        out, lse = _some_rows(part, hides, start if is_causal else None)
+        out, lse = _some_rows(part, hides, start if is_causal else None, softcap)
         outs.append(out)
         lses.append(lse)
     return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
@@ -531,7 +543,7 @@ def _part(x: Array | None, start: int, end: int, keys: int) -> Array | None:
     return x if x.shape[4] == 1 else x[..., :keys]
 
 
-def _some_rows(inputs: Inputs, sees: Sees, start: int | None) -> tuple[Array, Array]:
+def _some_rows(inputs: Inputs, sees: Sees, start: int | None, softcap: float | None) -> tuple[Array, Array]:
     """start: the number of the first query, if they see earlier keys alone."""
     query, key, value, bias = inputs
     rows = _cut(query.shape[3], _ROWS)
@@ -541,7 +553,7 @@ def _some_rows(inputs: Inputs, sees: Sees, start: int | None) -> tuple[Array, Ar
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def row(i: Any) -> tuple[Array, Array]:
-        logits = jnp.einsum("BKGTH,BKSH->BKGTS", _take(query, 3, rows, i), key)
+        logits = softcapped(jnp.einsum("BKGTH,BKSH->BKGTS", _take(query, 3, rows, i), key), softcap)
         visible = jnp.ones_like(logits, bool)
         if bias is not None:
             logits = logits + _take(bias, 3, rows, i)

@@ -10,12 +10,14 @@ import pytest
 
 from attnlab.catalog import MECHANISMS
 
-# Rows of mechanisms that have kernels which do not serve them: the TPU's refuse them too, for the same reason, or there
-# are none. Of block-sparse attention see test_gpu_block_sparse.py.
+# Rows of mechanisms that have kernels which do not serve them: but for the softcap the TPU's refuse them too, for the
+# same reason, or there are none. Of block-sparse attention see test_gpu_block_sparse.py.
 REFUSED = {
     "block-sparse": "serves blocks of multiples of 128 tokens",
     "block-sparse, causal": "serves blocks of multiples of 128 tokens",
     "agent": "has no gather_bias",
+    "dot_product, softcap and learned sinks": "has no softcap",
+    "local, softcap and learned sinks": "has no softcap",
     "linear, not causal": "serves causal calls",
     "linear, taylor2": "serves up to 256 features and value channels, got 2145 and 65",
 }
