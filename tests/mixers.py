@@ -41,11 +41,22 @@ class Mixer:
 MIXERS = {
     "softmax": Mixer(nn.SoftmaxAttention, state_sizes=(96, 416, 2048), kernels=FLASH),
     "grouped": Mixer(nn.SoftmaxAttention, {"num_key_heads": 2, "normalize_qk": True}, state_sizes=(48, 208, 1024)),
+    "softmax_sinks": Mixer(
+        nn.SoftmaxAttention,
+        {"softcap": 2.0, "learned_sinks": True, "num_key_heads": 2},
+        state_sizes=(48, 208, 1024),
+        kernels=FLASH,
+    ),
     "affine_scaled": Mixer(
         nn.AffineScaledAttention, {"num_key_heads": 2, "value_dim": 3, "decay": 0.5}, state_sizes=(52, 192, 906)
     ),
     "local": Mixer(nn.LocalAttention, {"window": 5}, state_sizes=(96, 160, 160), kernels=FLASH),
     "local_sinks": Mixer(nn.LocalAttention, {"window": 4, "sinks": 2, "value_dim": 3}, state_sizes=(84, 168, 168)),
+    "local_learned_sinks": Mixer(
+        nn.LocalAttention,
+        {"window": 4, "sinks": 2, "softcap": 2.0, "learned_sinks": True},
+        state_sizes=(96, 192, 192),
+    ),
     "local_stride": Mixer(nn.LocalAttention, {"window": 6, "stride": 3, "edge": "clip"}, state_sizes=(96, 192, 192)),
     "local_stride_shift": Mixer(nn.LocalAttention, {"window": 6, "stride": 3}),
     "dilated": Mixer(nn.DilatedAttention, {"window": 3, "dilation": 4}, state_sizes=(96, 384, 384), kernels=FLASH),

@@ -19,7 +19,7 @@ FEATURES, LENGTH, BATCH = 16, 13, 2
 VARIANTS = {
     *("grouped", "local_stride", "dilated_stride", "taylor", "retention", "gated", "delta", "kda", "delta_product"),
     *("agent_grouped", "routing_layer", "local_linear_window", "parallax_window", "memory_linear", "path", "pointwise"),
-    *("sum", "checkpoints", "block_hybrid", "affine_scaled", "regions"),
+    *("softmax_sinks", "sum", "checkpoints", "block_hybrid", "affine_scaled", "regions"),
 }
 # Rows whose projections and mechanism are in other ones, with more to them.
 PARTS = {"softmax", "local", "linear", "gla"}

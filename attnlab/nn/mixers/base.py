@@ -39,6 +39,7 @@ from attnlab.nn.layers import (
     grid_positions,
     rotary_embedding,
 )
+from attnlab.nn.parameters import Parameter, parameter, zeros
 from attnlab.nn.sharding import spec_of, specs_of, under_auto_axes
 from attnlab.nn.signatures import show_shared_options
 
@@ -83,6 +84,17 @@ class Pattern(NamedTuple):
 def given(**options: Any) -> dict[str, Any]:
     """Those that are not None: a mixer of one's own need not know the others."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def sink_logits(learned: Any, heads: int) -> Parameter | None:
+    """A learned logit of each head's sink, zeros at first, if the option learned_sinks says so."""
+    return parameter((heads,), zeros) if check_bool("learned_sinks", learned) else None
+
+
+def on_logits(mixer: Any) -> dict[str, Any]:
+    """The options of its mechanism that a mixer has as softcap and sink_logits."""
+    sinks = mixer.sink_logits
+    return {"softcap": mixer.softcap, "sink_logits": None if sinks is None else sinks[...]}
 
 
 # By which share of the largest output the values times the weights may miss it: rounding misses by far less.

@@ -10,10 +10,10 @@ from einops import rearrange
 
 import attnlab.attention as attention
 from attnlab.attention import masks
-from attnlab.attention._shared.checks import check_choice, check_int, check_ints, per_axis
-from attnlab.attention._shared.softmax import softmax_parts
+from attnlab.attention._shared.checks import check_choice, check_int, check_ints, check_softcap, per_axis, require
+from attnlab.attention._shared.softmax import softcapped, softmax_parts
 from attnlab.nn.layers import document_positions
-from attnlab.nn.mixers.base import Attention
+from attnlab.nn.mixers.base import Attention, on_logits, sink_logits
 
 Array = jax.Array
 
@@ -23,7 +23,8 @@ class LocalAttention(Attention):
     attention.local_attention.
 
     A window longer than an axis sees all of it, so that one config serves short inputs too. Of packed documents every
-    one has its own sinks.
+    one has its own sinks, the first of its keys. Learned sinks are none of the input's keys: each head has one, of a
+    learned logit and no value.
     """
 
     def __init__(
@@ -34,12 +35,16 @@ class LocalAttention(Attention):
         stride: int | tuple[int, ...] = 1,
         edge: masks.Edge = "shift",
         sinks: int = 0,
+        softcap: float | None = None,
+        learned_sinks: bool = False,
         **shared: Any,
     ):
         super().__init__(features, **shared)
         self.window, self.stride = check_ints("window", window), check_ints("stride", stride)
         self.edge: Any = check_choice("edge", edge, get_args(masks.Edge))
         self.sinks = check_int("sinks", sinks, least=0)
+        self.softcap = check_softcap(softcap)
+        self.sink_logits = sink_logits(learned_sinks, self.num_heads)
 
     @property
     def segments_refusal(self) -> str:  # type: ignore[override]
@@ -71,7 +76,7 @@ class LocalAttention(Attention):
         return fitted
 
     def _windows(self, query: Array, key: Array, value: Array, *, dilation: tuple[int, ...], **options: Any) -> Any:
-        return attention.local_attention(query, key, value, **options)
+        return attention.local_attention(query, key, value, **options, **on_logits(self))
 
     def _attend(self, query: Array, key: Array, value: Array, segment_ids: Array | None, **sinks: int) -> Any:
         """Out and lse of the windows."""
@@ -106,7 +111,8 @@ class LocalAttention(Attention):
             return self._attend(query, key, value, None, sinks=self.sinks)[0]
         near = self._attend(query, key, value, segment_ids)
         (window,) = per_axis("window", self.window, 1)
-        far = jax.checkpoint(_first_keys, static_argnums=(4, 5))(query, key, value, segment_ids, self.sinks, window)
+        first_keys = jax.checkpoint(_first_keys, static_argnums=(4, 5, 6))
+        far = first_keys(query, key, value, segment_ids, self.sinks, window, self.softcap)
         return attention.merge_attention(*zip(near, far))[0]
 
     def init_mechanism_cache(self, batch: int, max_length: int) -> Any:
@@ -152,7 +158,8 @@ class LocalAttention(Attention):
 
     def mechanism_step(self, cache: Any, query: Array, key: Array, value: Array, x: Array) -> tuple[Array, Any]:
         (window, sinks), (stride,) = self._cached(cache), per_axis("stride", self.stride, 1)
-        return attention.local_step(cache, query, key, value, window=window, sinks=sinks, stride=stride)
+        settings: Any = {"window": window, "sinks": sinks, "stride": stride}
+        return attention.local_step(cache, query, key, value, **settings, **on_logits(self))
 
     def mechanism_flops(self, space: tuple[int, ...]) -> int:
         window, stride, dilation = zip(*self._fit(space))
@@ -177,7 +184,7 @@ class LocalAttention(Attention):
 
 
 def _first_keys(
-    query: Array, key: Array, value: Array, segment_ids: Array, sinks: int, window: int
+    query: Array, key: Array, value: Array, segment_ids: Array, sinks: int, window: int, softcap: float | None
 ) -> tuple[Array, Array]:
     """Every query's attention to the first `sinks` keys of its document that its window has left: out and lse."""
     position = document_positions(segment_ids)
@@ -188,6 +195,7 @@ def _first_keys(
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     grouped = rearrange(query, "B T (K G) H -> B T K G H", K=key.shape[2])
     logits = query.shape[-1] ** -0.5 * jnp.einsum("BTKGH,BTSKH->BTKGS", grouped, keys, preferred_element_type=dtype)
+    logits = softcapped(logits, softcap)
     visible = (number <= position[..., None] - window)[:, :, None, None]
     numerators, denominator, lse = softmax_parts(logits, visible)
     out = jnp.einsum("BTKGS,BTSKV->BTKGV", numerators / denominator, values.astype(dtype))
@@ -203,8 +211,9 @@ class DilatedAttention(LocalAttention):
 
     def __init__(self, features: int, *, dilation: int | tuple[int, ...], **local: Any):
         super().__init__(features, **local)
-        if self.sinks:
-            raise ValueError(f"sinks: got {self.sinks}; dilated attention has none")
+        options = {"sinks": self.sinks, "softcap": self.softcap, "learned_sinks": self.sink_logits is not None}
+        for name, given in options.items():
+            require(not given, name, given, "dilated attention has none")
         self.dilation = check_ints("dilation", dilation)
 
     def _dilation(self, space: tuple[int, ...]) -> tuple[int, ...]:
