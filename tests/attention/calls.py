@@ -119,6 +119,10 @@ _WITH_OPTIONS = {
         (*_LINE, _IDS),
     ),
     "axial, causal": (functools.partial(A.axial_attention, axis=-1, is_causal=True, return_lse=True), _IMAGE),
+    "axial, bias": (
+        lambda q, k, v, bias: A.axial_attention(q, k, v, axis=0, bias=bias),
+        (*_IMAGE, _normal(HEADS, 4, 4)),
+    ),
     "agent, key mask": (
         lambda q, k, v, agents, real: A.agent_attention(q, k, v, agents, key_mask=real),
         (*_LINE, _AGENTS, _REAL),

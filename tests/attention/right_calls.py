@@ -108,7 +108,7 @@ _OWN = {
     "pyramid_attention": {"levels": np.array([[[[1, 0], [2, 1], [2, 1]]]], np.int32), "places": (2, 1)},
     "block_statistics": {"lse": _normal(BATCH, 6, HEADS)},
     "dilated_attention": {"window": 2},
-    "axial_attention": {**_IMAGE, "axis": 1},
+    "axial_attention": {**_IMAGE, "axis": 1, "bias": _normal(HEADS, 5, 5)},
     "agent_attention": {"gather_bias": _normal(HEADS, 3, 6), "broadcast_bias": _normal(HEADS, 6, 3)},
     "causal_agent_attention": {"initial_state": A.init_agent_cache(BATCH, HEADS, 3, VALUE_DIM)},
     "pool_agents": {**_IMAGE, "grid": (2, 2)},

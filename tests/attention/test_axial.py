@@ -69,6 +69,24 @@ def test_equals_full_attention_of_every_line(axis, is_causal):
     np.testing.assert_allclose(jnp.moveaxis(lse, axis, 3).reshape(want_lse.shape), want_lse, atol=1e-5)
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((4, 3, 3), 0), ((1, 5, 5), 1), ((4, 1, 5), -1), ((1, 3, 1), 0)])
+@every_form
+def test_a_bias_is_added_to_the_logits_of_every_line(shape, axis, form):
+    inputs, bias = arrays((3, 5)), np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    out, lse = attend(*inputs, axis=axis, bias=bias, return_lse=True, implementation=form)
+    lines = [x if axis else jnp.swapaxes(x, 1, 2) for x in inputs]
+    query, key, value = (np.asarray(x, np.float64) for x in lines)
+    key, value = (x.repeat(2, axis=3) for x in (key, value))
+    logits = np.einsum("BYtNH,BYsNH->BYNts", query, key) * 8**-0.5 + bias
+    want_lse = np.log(np.exp(logits).sum(-1))
+    want = np.einsum("BYNts,BYsNV->BYtNV", np.exp(logits - want_lse[..., None]), value)
+    want_lse = np.swapaxes(want_lse, 2, 3)
+    if not axis:
+        want, want_lse = np.swapaxes(want, 1, 2), np.swapaxes(want_lse, 1, 2)
+    np.testing.assert_allclose(out, want, atol=1e-5)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-5)
+
+
 def test_swapping_axes_swaps_the_output():
     inputs = arrays((3, 5))
     swapped = attend(*(jnp.swapaxes(x, 1, 2) for x in inputs), axis=1)
@@ -137,6 +155,9 @@ def test_forms_agree_under(transform):
         ({"axis": True}, TypeError, "axis: got True; need an int"),
         ({"axis": 1.0}, TypeError, "axis: got 1.0; need an int"),
         ({"axis": 1, "implementation": "xlaa"}, ValueError, "implementation: got 'xlaa'"),
+        ({"axis": 1, "bias": np.zeros((4, 3, 4))}, ValueError, r"bias: .*need \[heads\|1, L\|1, L\|1\] of \[4, 4, 4\]"),
+        ({"axis": 1, "bias": np.zeros((1, 4, 4, 4))}, ValueError, "bias: "),
+        ({"axis": 1, "bias": np.zeros((4, 4, 4), int)}, TypeError, "bias: "),
     ],
 )
 def test_wrong_options_are_named(options, error, message):

@@ -243,6 +243,19 @@ CASES = {
     "axial, reference": Case(
         functools.partial(axial_attention, axis=0, implementation="reference"), qkv(16, 8), SWAPPED
     ),
+    "axial, bias": Case(
+        functools.partial(axial_attention, axis=0, return_lse=True),
+        qkv(16, 3) | {"bias": normal(4, 16, 16)},
+        SWAPPED,
+        {"bias": WHOLE},
+        both,
+    ),
+    "axial, bias of keys": Case(
+        functools.partial(axial_attention, axis=0), qkv(16, 3) | {"bias": normal(1, 1, 16)}, SWAPPED, {"bias": WHOLE}
+    ),
+    "axial, bias along another axis": Case(
+        functools.partial(axial_attention, axis=1), qkv(16, 3) | {"bias": normal(4, 3, 3)}, {}, {"bias": WHOLE}
+    ),
     "axial, sequence": Case(functools.partial(axial_attention, axis=0), qkv(64), SWAPPED),
     "axial, 3 axes": Case(functools.partial(axial_attention, axis=-3), qkv(8, 3, 2, batch=1), SWAPPED),
     "axial, another axis": Case(functools.partial(axial_attention, axis=1, return_lse=True), qkv(16, 3), {}, {}, both),
