@@ -67,7 +67,7 @@ def agent_attention(
       key_mask: bool [B, *space] of key, True = attend. An agent that sees no key is seen by no query.
       scale: factor on the logits of both steps; None means H ** -0.5.
       implementation: None, "reference", "xla", "pallas_tpu" (bfloat16 or float32) or "pallas_gpu" (bfloat16 or
-        float16), both without biases.
+        float16; no biases).
 
     Returns:
       [B, *space, N, V] in query's dtype. Agents gather in float32 (float64 for float64 inputs; "pallas_tpu" rounds what

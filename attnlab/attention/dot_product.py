@@ -88,8 +88,8 @@ def dot_product_attention(
         other key then gives 0 and lse = the logit.
       segment_ids: integers [B, T] when T = S, or a pair ([B, T], [B, S]). Queries see keys of their own segment.
       return_lse: return (out, lse).
-      implementation: None, "reference", "xla", "pallas_tpu" (bfloat16 or float32) or "pallas_gpu" (bfloat16 or
-        float16, no softcap); both take a mask that is a masks.Mask, and no bias.
+      implementation: None, "reference", "xla", "pallas_tpu" (bfloat16 or float32; a finite bias below -1e38 counts as
+        -1e38) or "pallas_gpu" (bfloat16 or float16; no softcap, no bias); both take a mask that is a masks.Mask.
 
     Returns:
       out [B, T, N, V] in query's dtype; with return_lse also lse [B, T, N], float32 (float64 for float64 inputs),

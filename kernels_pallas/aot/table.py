@@ -27,7 +27,7 @@ from kernels_pallas.tpu import (
     local_linear_step,
     routing_step,
 )
-from kernels_pallas.tpu.band import bodies_of, body_of
+from kernels_pallas.tpu.band import bias_block, bodies_of, body_of
 from kernels_pallas.tpu.chunk import CHUNK
 from kernels_pallas.tpu.chunk_call import plan_of
 
@@ -48,43 +48,54 @@ def _grid(shape: Shape, blocks: tuple[int, int], heads: int, *, by_key: bool = F
     return Grid(steps * parts * visits.flags.size, tuple(steps * int(n) for n in runs), tiles)
 
 
-def _vmem(module: Any, shape: Shape, blocks: tuple[int, int], heads: int) -> int:
+def _vmem(module: Any, shape: Shape, blocks: tuple[int, int], heads: int, bias: Any = None) -> int:
     """By the model of a kernel with this many query heads in a step."""
     key_heads = max(1, heads * shape.key_heads // shape.heads)
     widths = shape.head_dim, shape.head_dim
-    return int(module.vmem_bytes(*blocks, *widths, shape.dtype, heads=heads, key_heads=key_heads))
+    of_bias = {} if bias is None else {"bias": bias_block(bias, *blocks, heads)}
+    return int(module.vmem_bytes(*blocks, *widths, shape.dtype, heads=heads, key_heads=key_heads, **of_bias))
 
 
-def _banded_flash(shape: Shape, softcap: float | None = None) -> Row:
+def _bias(shape: Shape) -> jax.ShapeDtypeStruct:
+    """A number of each head's for every query and key."""
+    return jax.ShapeDtypeStruct((1, shape.heads, shape.length, shape.length), shape.dtype)
+
+
+def _banded_flash(shape: Shape, *, softcap: float | None = None, has_bias: bool = False) -> Row:
     arrays, pattern = shape.arrays(), shape.pattern()
+    bias = _bias(shape) if has_bias else None
 
-    def attend(*arrays: Any) -> Any:
-        options: Any = {"pattern": pattern, "scale": shape.head_dim**-0.5, "softcap": softcap}
-        return banded_flash.banded_flash_attention(*arrays, **options)
+    def attend(query: Any, key: Any, value: Any, bias: Any = None) -> Any:
+        options: Any = {"pattern": pattern, "bias": bias, "scale": shape.head_dim**-0.5, "softcap": softcap}
+        return banded_flash.banded_flash_attention(query, key, value, **options)
 
     blocks = banded_flash.default_blocks(*arrays)
-    heads = banded_flash.heads_of_a_step(*arrays, pattern=pattern)
-    vmem = _vmem(banded_flash, shape, blocks, heads)
-    return Row(attend, arrays, vmem, {"banded_flash_attention": _grid(shape, blocks, heads)})
+    heads = banded_flash.heads_of_a_step(*arrays, pattern=pattern, bias=bias)
+    vmem = _vmem(banded_flash, shape, blocks, heads, bias)
+    return Row(attend, [*arrays, *[bias] * has_bias], vmem, {"banded_flash_attention": _grid(shape, blocks, heads)})
 
 
-def _banded_flash_gradients(shape: Shape, softcap: float | None = None) -> Row:
+def _banded_flash_gradients(shape: Shape, *, softcap: float | None = None, has_bias: bool = False) -> Row:
     arrays, pattern = shape.arrays(), shape.pattern()
     lse = shape.array(shape.heads, dtype=jnp.float32)
+    bias = _bias(shape) if has_bias else None
 
     def gradients(*arrays: Any) -> Any:
-        options: Any = {"pattern": pattern, "scale": shape.head_dim**-0.5, "softcap": softcap}
-        found = banded_flash_backward.banded_flash_gradients(*arrays, **options)
-        return found[:-1]  # a scale that is a number has none
+        bias = arrays[7] if has_bias else None
+        options: Any = {"pattern": pattern, "bias": bias, "scale": shape.head_dim**-0.5, "softcap": softcap}
+        found = banded_flash_backward.banded_flash_gradients(*arrays[:7], **options)
+        return found[:3] + found[4:]  # a scale that is a number has none
 
     blocks = banded_flash_backward.default_blocks(*arrays)
-    heads = banded_flash_backward.heads_of_a_step(*arrays, pattern=pattern)
+    heads = banded_flash_backward.heads_of_a_step(*arrays, pattern=pattern, bias=bias)
     grids = {
         "banded_flash_query_gradient": _grid(shape, blocks, heads),
         "banded_flash_key_value_gradients": _grid(shape, blocks, heads, by_key=True),
     }
-    vmem = _vmem(banded_flash_backward, shape, blocks, heads)
-    return Row(gradients, [*arrays, arrays[0], lse, arrays[0], lse], vmem, grids)
+    if has_bias:
+        grids["banded_flash_bias_gradient"] = _grid(shape, blocks, heads, by_key=True)
+    vmem = _vmem(banded_flash_backward, shape, blocks, heads, bias)
+    return Row(gradients, [*arrays, arrays[0], lse, arrays[0], lse, *[bias] * has_bias], vmem, grids)
 
 
 def _banded_covariance(shape: Shape) -> Row:
@@ -253,6 +264,8 @@ KERNELS: dict[str, Callable[[Shape], Row]] = {
     "banded flash gradients": _banded_flash_gradients,
     "banded flash, softcap": functools.partial(_banded_flash, softcap=_SOFTCAP),
     "banded flash, softcap gradients": functools.partial(_banded_flash_gradients, softcap=_SOFTCAP),
+    "banded flash, bias": functools.partial(_banded_flash, has_bias=True),
+    "banded flash, bias gradients": functools.partial(_banded_flash_gradients, has_bias=True),
     **{name: functools.partial(_chunked_linear, **options, backward=False) for name, options in _LINEAR.items()},
     **{
         f"{name} gradients": functools.partial(_chunked_linear, **options, backward=True)

@@ -20,6 +20,8 @@ from kernels_pallas.patterns import (
     FULL,
     LAST,
     BlockLists,
+    Boxes,
+    Intervals,
     Pattern,
     Tiling,
     Visits,
@@ -42,7 +44,8 @@ Array = jax.Array
 MASKED = np.float32(-0.7 * np.finfo(np.float32).max)
 # Scales nearer to 0 are taken for this, so that MASKED times a scale stays far below all other logits.
 _LEAST_SCALE = np.float32(1e-30)
-_LOG_2 = np.float32(np.log(2))
+_LEAST_BIAS = np.float32(-1e38)  # of those that are finite
+_LOG_2, _LOG_2_E = np.float32(np.log(2)), np.float32(1 / np.log(2))
 # Query heads of a step at most, by bytes of an element: one head's softmax is a chain in which the matrix unit waits,
 # and beside independent ones the compiler fills it. In float32 six passes fill it anyway, and code is long.
 _MOST_HEADS = {2: 4, 4: 2}
@@ -71,6 +74,7 @@ def refusal(
     *,
     pattern: Pattern,
     segment_ids: tuple[Any, Any] | None = None,
+    bias: Any = None,
     default_blocks: Callable[..., tuple[int, int]],
     footprint: Callable[..., int],
 ) -> str | None:
@@ -85,6 +89,8 @@ def refusal(
         return f"needs segment ids of at most 32 bits, got {segment_ids[0].dtype} and {segment_ids[1].dtype}"
     if 0 in query.shape or 0 in key.shape:
         return f"needs arrays that are not empty, got query {query.shape} and key {key.shape}"
+    if bias is not None and not _has_one_list(pattern):
+        return "has no bias with lists of tiles that are computed, or differ between rows of the batch or heads"
     block_q, block_k = pattern.blocks(default_blocks(query, key, value))
     for name, block in (("block_q", block_q), ("block_k", block_k)):
         if block < 1 or block % LANES:
@@ -95,7 +101,8 @@ def refusal(
             return reason
     widths = padded_width(query.shape[-1]), padded_width(value.shape[-1])
     tables = 1 + (pattern.has_coordinates or segment_ids is not None)
-    needed = footprint(block_q, block_k, *widths, dtype, tables=tables) + _bank_bytes(pattern)
+    of_bias = {} if bias is None else {"bias": bias_block(bias, block_q, block_k, heads=1)}
+    needed = footprint(block_q, block_k, *widths, dtype, tables=tables, **of_bias) + _bank_bytes(pattern)
     if needed > VMEM_BUDGET:
         return (
             f"a tile of {block_q} queries x {block_k} keys at head dims {query.shape[-1]} and {value.shape[-1]} takes "
@@ -112,6 +119,27 @@ def refusal(
     return None
 
 
+def _has_one_list(pattern: Pattern) -> bool:
+    """Whether all rows of the batch and heads visit the same pairs of tiles, which are known as the call is traced."""
+    if isinstance(pattern, BlockLists):
+        return isinstance(pattern.columns, np.ndarray) and pattern.columns.shape[:2] == (1, 1)
+    return isinstance(pattern, Intervals | Boxes)
+
+
+def bias_block(bias: Any, block_q: int, block_k: int, heads: int) -> jax.ShapeDtypeStruct:
+    """Of a bias [B|1, N|1, T|1, S], what a step with this many query heads reads: [heads|1, block_q|1, block_k]."""
+    rows, dtype = (1, jnp.float32) if bias.shape[2] == 1 else (block_q, bias.dtype)
+    return jax.ShapeDtypeStruct((1 if bias.shape[1] == 1 else heads, rows, block_k), dtype)
+
+
+def block_bytes(block: Any, dtype: Any = None) -> int:
+    """VMEM for a bias_block, or one of another dtype; for None nothing."""
+    if block is None:
+        return 0
+    heads, rows, keys = block.shape
+    return int(heads * round_up(rows, SUBLANES) * keys * jnp.dtype(dtype or block.dtype).itemsize)
+
+
 def _bank_bytes(pattern: Pattern) -> int:
     """VMEM for a tile of a pattern's bank: two buffers, and what is read of them."""
     return (2 + 4) * math.prod(pattern.blocks((0, 0))) if isinstance(pattern, BlockLists) else 0
@@ -124,6 +152,7 @@ def heads_of_a_step(
     *,
     pattern: Pattern,
     segment_ids: tuple[Any, Any] | None = None,
+    bias: Any = None,
     default_blocks: Callable[..., tuple[int, int]],
     footprint: Callable[..., int],
 ) -> int:
@@ -138,7 +167,9 @@ def heads_of_a_step(
     has_own_lists = isinstance(pattern, BlockLists) and pattern.columns.shape[1] > 1  # those of a step share a list
     for some in range(_MOST_HEADS[jnp.dtype(query.dtype).itemsize], 1, -1):
         divides = heads % some == 0 and (some % group == 0 or group % some == 0)
-        of_step = {"heads": some, "key_heads": max(1, some // group)}
+        of_step: dict[str, Any] = {"heads": some, "key_heads": max(1, some // group)}
+        if bias is not None:
+            of_step["bias"] = bias_block(bias, *blocks, some)
         if not divides or (has_own_lists and some > group):
             continue
         if footprint(*blocks, *widths, query.dtype, tables=tables, **of_step) + _bank_bytes(pattern) <= VMEM_BUDGET:
@@ -180,6 +211,7 @@ class Band:
         value: Array,
         tiling: Tiling,
         segment_ids: tuple[Array, Array] | None = None,
+        bias: Array | None = None,
         *,
         quarters: bool = True,
     ):
@@ -192,6 +224,7 @@ class Band:
         self.padded_queries = round_up(self.num_queries, self.block_q)
         self.padded_keys = round_up(self.num_keys, self.block_k)
         self.bank = tiling.bank
+        self.bias = None if bias is None else self._padded(bias.astype(jnp.float32) if bias.shape[2] == 1 else bias)
         self.axes = 0 if self.bank is not None else tiling.starts.shape[1]
         self.bodies, self.by_query, self.by_key = bodies_of(tiling, segments=self.segments, quarters=quarters)
         # The table's rows that the kernels read.
@@ -221,12 +254,19 @@ class Band:
         """Of x [B, S, K, H]."""
         return Tokens(heads_first(x, self.padded_keys, padded_width(x.shape[-1])), of_keys=True)
 
-    def numbers(self, rows: Sequence[Array], heads: int = 1) -> Array:
-        """[B, T, N] each -> float32 [B, N / heads, rows x heads, T']: of every row, the heads of a step."""
+    def _padded(self, bias: Array) -> Array:
+        """[B|1, N|1, T|1, S] -> [B|1, N|1, T'|1, S']."""
+        past_queries = 0 if bias.shape[2] == 1 else self.padded_queries - self.num_queries
+        return jnp.pad(bias, ((0, 0), (0, 0), (0, past_queries), (0, self.padded_keys - self.num_keys)))
+
+    def numbers(self, rows: Sequence[Array], heads: int = 1, *, past: Any = 0) -> Array:
+        """[B, T, N] each -> float32 [B, N / heads, rows x heads, T']: of every row, the heads of a step. past: what
+        queries in the padding have."""
         table = jnp.stack([x.astype(jnp.float32) for x in rows], axis=1)
         table = table.reshape(self.batch, len(rows), self.num_queries, self.heads // heads, heads)
         table = jnp.transpose(table, (0, 3, 1, 4, 2)).reshape(self.batch, self.heads // heads, -1, self.num_queries)
-        return jnp.pad(table, ((0, 0),) * 3 + ((0, self.padded_queries - self.num_queries),))
+        padding = ((0, 0),) * 3 + ((0, self.padded_queries - self.num_queries),)
+        return jnp.pad(table, padding, constant_values=past)
 
     def bounds_scratch(self) -> list[Any]:
         """Scratch for the rows of the table of queries: one number per query and row, repeated over the lanes."""
@@ -323,7 +363,7 @@ def _body(tiling: Tiling, seen: np.ndarray, full: np.ndarray) -> Body:
 class Step(NamedTuple):
     """Inside a kernel: the pair of tiles of a grid step, what to do with it, and the tables' blocks.
 
-    by_key: as in Call. Tiles of logits are [queries, keys], by key [keys, queries].
+    by_key: as in Call. Tiles of logits are [queries, keys], by key [keys, queries]. bias: as bias_block.
     """
 
     query_tile: Array
@@ -332,6 +372,7 @@ class Step(NamedTuple):
     query_table: Any
     key_table: Any
     bank: Any
+    bias: Any
     by_key: bool
 
 
@@ -347,6 +388,9 @@ class Call:
 
     Lists that scalar memory does not hold at once are read by one call after the other.
     """
+
+    # Whether every pair has results of its own, which are 0 for those that no list has.
+    _starts_at_0 = False
 
     def __init__(self, band: Band, *, by_key: bool, heads: int | None = None):
         self.band, self.by_key = band, by_key
@@ -407,6 +451,18 @@ class Call:
         sides = (self.band.block_k, self.band.block_q) if self.by_key else (self.band.block_q, self.band.block_k)
         return pl.BlockSpec((None, *sides), index)
 
+    def _of_bias(self) -> Any:
+        """Block of the band's bias, or of what is like it."""
+        bias: Any = self.band.bias
+        block = bias_block(bias, self.band.block_q, self.band.block_k, self.heads or 1).shape
+
+        def index(*step: Any) -> tuple[Any, ...]:
+            *_, key_tile = self._key(*step)
+            places = self._query(*step)
+            return *(zero() if size == 1 else place for size, place in zip(bias.shape, places)), key_tile
+
+        return pl.BlockSpec((None, *block), index)
+
     def _of_tokens(self, width: int, *, of_keys: bool) -> Any:
         """Block of an array [B, N, T', width] or [B, K, S', width]."""
         tile_of, heads, block = (
@@ -421,6 +477,15 @@ class Call:
             return int(array.nbytes)
         of_step = (self.key_heads or 1) * self.band.block_k if of_keys else (self.heads or 1) * self.band.block_q
         return math.prod(self.grid) * of_step * array.shape[-1] * array.dtype.itemsize
+
+    def _of_all_steps(self, dtype: Any) -> int:
+        """Bytes of the blocks that all steps have of the band's bias, in this dtype."""
+        block = bias_block(self.band.bias, self.band.block_q, self.band.block_k, self.heads or 1)
+        return int(math.prod(self.grid) * block.size * jnp.dtype(dtype).itemsize)
+
+    def _written(self, shapes: Sequence[Any]) -> int:
+        """Bytes that a call writes of its results."""
+        return sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in shapes)
 
     def _of_numbers(self, rows: int) -> Any:
         """Block of an array [B, N / heads, rows, T']."""
@@ -439,6 +504,15 @@ class Call:
             return zero() if table.shape[0] == 1 else batch, zero(), tile
 
         return pl.BlockSpec((None, SUBLANES, block), index)
+
+    def _results(self, out: Sequence[tuple[int, Any]], rows: int) -> tuple[list[Any], list[Any]]:
+        """(shape, dtype) and block of each of run's results."""
+        band, of_step = self.band, self.heads or 1
+        heads, length = (band.key_heads, band.padded_keys) if self.by_key else (band.heads, band.padded_queries)
+        shapes: list[Any] = [((band.batch, heads, length, width), dtype) for width, dtype in out]
+        blocks = [self._of_tokens(width, of_keys=self.by_key) for width, _ in out]
+        shapes += [((band.batch, heads // of_step, of_step, length), jnp.float32)] * rows
+        return shapes, blocks + [self._of_numbers(of_step)] * rows
 
     def run(
         self,
@@ -472,22 +546,18 @@ class Call:
         if band.bank is not None:
             bank = jnp.asarray(band.bank.swapaxes(1, 2) if self.by_key else band.bank)
             given.append((bank, self._of_bank()))
+        if band.bias is not None:
+            given.append((band.bias, self._of_bias()))
         if numbers is not None:
             given.append((numbers, self._of_numbers(numbers.shape[2])))
         given += [(x, self._of_tokens(x.shape[-1], of_keys=of_keys)) for x, of_keys in tokens]
         arrays, in_specs = zip(*given)
 
-        heads, length = (band.key_heads, band.padded_keys) if self.by_key else (band.heads, band.padded_queries)
-        shapes: list[Any] = [((band.batch, heads, length, width), dtype) for width, dtype in out]
-        out_specs = [self._of_tokens(width, of_keys=self.by_key) for width, _ in out]
-        of_step = self.heads or 1
-        for _ in range(rows):
-            shapes.append(((band.batch, heads // of_step, of_step, length), jnp.float32))
-            out_specs.append(self._of_numbers(of_step))
+        shapes, out_specs = self._results(out, rows)
         visits = [jnp.asarray(x, jnp.int32) for x in self.visits]
         over = varying(*visits, *arrays)
-        # Of several calls each writes its rows of the results of the one before.
-        so_far = [pl.BlockSpec(memory_space=pl.ANY)] * (len(shapes) if self._is_cut else 0)
+        # Of several calls each writes its rows of the results of the one before; and some pairs no call may write.
+        so_far = [pl.BlockSpec(memory_space=pl.ANY)] * (len(shapes) if self._is_cut or self._starts_at_0 else 0)
 
         def body(*refs: Any) -> None:
             lists, (scale, *refs) = refs[: 3 + self._is_cut], refs[3 + self._is_cut :]  # type: ignore[assignment]
@@ -497,16 +567,20 @@ class Call:
             query_tile, key_tile, marks = rows_of[index], columns[index], flags[index]
             if self.by_key:
                 query_tile, key_tile = key_tile, query_tile
+            if self._starts_at_0:  # every pair has a result of its own
+                marks |= FIRST | LAST
             if self.turns > 1:
                 marks = jnp.where(part == 0, marks, marks & ~FIRST)
                 marks = jnp.where(part == self.turns - 1, marks, marks & ~LAST)
             given, rest = list(refs[: len(arrays) - 1]), refs[len(arrays) - 1 + len(so_far) :]
-            tables = (band.query_table, band.key_table, band.bank)
-            query_table, key_table, bank = (None if table is None else given.pop(0) for table in tables)
-            kernel(Step(query_tile, key_tile, marks, query_table, key_table, bank, self.by_key), scale, *given, *rest)
+            tables = (band.query_table, band.key_table, band.bank, band.bias)
+            query_table, key_table, bank, bias = (None if table is None else given.pop(0) for table in tables)
+            step = Step(query_tile, key_tile, marks, query_table, key_table, bank, bias, self.by_key)
+            kernel(step, scale, *given, *rest)
 
         pairs = math.prod(self.grid) * (self.heads or 1) * band.block_q * band.block_k
-        written = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in shapes)
+        written = self._written(shapes)
+        of_bias = 0 if band.bias is None else self._of_all_steps(band.bias.dtype)
         calls = self.rows // self.lists if self._is_cut else 1
         prefetched = 3 + self._is_cut
         call = pl.pallas_call(
@@ -526,12 +600,17 @@ class Call:
             cost_estimate=pl.CostEstimate(
                 flops=2 * pairs * sum(products) // calls,
                 transcendentals=pairs // calls,
-                bytes_accessed=(sum(map(self._read, tokens)) + written) // calls,
+                bytes_accessed=(sum(map(self._read, tokens)) + of_bias + written) // calls,
             ),
             name=name,
         )
+        results: list[Array] = []
+        if so_far:
+            # Inside shard_map what a scan carries must vary over the mesh axes that its inputs vary over.
+            nothing: Any = sum(jnp.zeros_like(x, shape=(), dtype=jnp.float32) for x in (*visits, *arrays))
+            results = [jnp.broadcast_to(nothing.astype(dtype), shape) for shape, dtype in shapes]
         if not self._is_cut:
-            return call(*(x.ravel() for x in visits), *arrays)
+            return call(*(x.ravel() for x in visits), *arrays, *results)
         if len(visits[0]) < self.rows:  # the same for all rows of the batch
             visits = [jnp.tile(x, (band.batch, 1)) for x in visits]
 
@@ -539,12 +618,56 @@ class Call:
             first, *lists = now
             return list(call(*lists, first, *arrays, *results)), None
 
-        # Inside shard_map what a scan carries must vary over the mesh axes that its inputs vary over.
-        nothing: Any = sum(jnp.zeros_like(x, shape=(), dtype=jnp.float32) for x in (*visits, *arrays))
-        results = [jnp.broadcast_to(nothing.astype(dtype), shape) for shape, dtype in shapes]
         first = self.lists * jnp.arange(calls, dtype=jnp.int32)[:, None]
         results, _ = lax.scan(rows_of_a_call, results, (first, *(x.reshape(calls, -1) for x in visits)))
         return results
+
+
+class BiasCall(Call):
+    """A call by key with one result, like the band's bias: of T' queries and S' keys a block for each pair of tiles;
+    of one row of S', a block for each key tile. Sums are float32.
+
+    What the bias has not, rows of the batch or heads, is gone through for each pair before the next one, so that its
+    block holds their sum.
+    """
+
+    def __init__(self, band: Band, *, heads: int):
+        super().__init__(band, by_key=True, heads=heads)
+        rows, bias_heads, queries, _ = band.bias.shape  # type: ignore[union-attr]
+        blocks = band.heads // heads
+        outer = rows, 1 if bias_heads == 1 else blocks
+        self._summed_heads = blocks // outer[1]
+        self.turns = band.batch // rows * self._summed_heads
+        self._starts_at_0 = queries > 1
+        if self._starts_at_0:  # pairs that are not looked at stay 0; of none at all one writes it
+            is_listed = self.visits.flags[0] & ACTIVE != 0
+            is_listed[0] |= not is_listed.any()
+            self.visits = Visits(*(x[:, is_listed] for x in self.visits))
+        self._is_sum = queries == 1 or self.turns > 1 or bias_heads < heads
+        self.grid = (*outer, self.visits.rows.size * self.turns)
+
+    def _place(self, r: Any, n: Any, s: Any, lists: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+        if self.turns == 1:
+            return r, n, s, zero()
+        index, part = (each(s, np.int32(self.turns)) for each in (lax.div, lax.rem))
+        row, block = (each(part, np.int32(self._summed_heads)) for each in (lax.div, lax.rem))
+        return r + row, n + block, index, part
+
+    def _query(self, r: Any, n: Any, s: Any, *lists: Any) -> tuple[Any, Any, Any]:
+        b, n, index, _ = self._place(r, n, s, lists)
+        return b, n, lists[1][index]
+
+    def _key(self, r: Any, n: Any, s: Any, *lists: Any) -> tuple[Any, Any, Any]:
+        b, n, index, _ = self._place(r, n, s, lists)
+        return b, lax.div(n, np.int32(self.parts)), lists[0][index]
+
+    def _results(self, out: Sequence[tuple[int, Any]], rows: int) -> tuple[list[Any], list[Any]]:
+        bias: Any = self.band.bias
+        return [(bias.shape, jnp.float32 if self._is_sum else bias.dtype)], [self._of_bias()]
+
+    def _written(self, shapes: Sequence[Any]) -> int:
+        ((_, dtype),) = shapes
+        return self._of_all_steps(dtype) // self.turns if self._starts_at_0 else super()._written(shapes)
 
 
 # --- Inside a kernel --------------------------------------------------------------------------------------------------
@@ -591,6 +714,20 @@ def one_ahead(
     for number, (head, piece) in enumerate(parts):
         now, ahead = ahead, product(*parts[number + 1]) if number + 1 < len(parts) else None
         use(head, piece, now)
+
+
+def biased(step: Step, head: int, piece: Piece, logits: Array) -> Array:
+    """A head's logits of a piece, for exponents of 2, with the bias if there is one: [queries, keys], by key [keys,
+    queries]."""
+    if step.bias is None:
+        return logits
+    of_heads, rows, _ = step.bias.shape
+    tile = step.bias[0 if of_heads == 1 else head, slice(0, 1) if rows == 1 else piece.queries, piece.keys]
+    if step.by_key:
+        tile = over_lanes(spread(tile), logits.shape[1]) if rows == 1 else jnp.transpose(tile)
+    tile = tile.astype(jnp.float32)
+    # Above MASKED, so that a row of the least finite numbers is an average, and -inf is not.
+    return logits + _LOG_2_E * jnp.where(tile == -np.inf, tile, jnp.maximum(tile, _LEAST_BIAS))
 
 
 def hide(band: Band, step: Step, piece: Piece, logits: Array, bounds: Sequence[Any] = ()) -> Array:

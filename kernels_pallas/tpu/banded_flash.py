@@ -3,7 +3,8 @@
     out_t = sum_{s visible to t} softmax_s(scale q_t . k_s) v_s        visible: starts[t] <= s < ends[t], or
     lse_t = log sum_{s visible to t} exp(scale q_t . k_s)                       s < min(sinks, ends[t])
 
-With a softcap c the logits are c tanh(scale / c q_t . k_s): a tanh of the products, whose factor is then c.
+With a softcap c the logits are c tanh(scale / c q_t . k_s): a tanh of the products, whose factor is then c. A bias
+b_ts, if there is one, is added to the logits: a step reads the tile of its pair, or of one row of keys a row.
 
 Queries and keys are cut into tiles. A list, made before the kernel runs, has the pairs of a query tile and a key tile
 in which some query sees some key, and no other key tile is read from memory. The grid is (batch, heads, pairs): one
@@ -50,6 +51,8 @@ from kernels_pallas.tpu.band import (
     Piece,
     Step,
     add_by_lane,
+    biased,
+    block_bytes,
     blocks_of,
     capped_in_base_2,
     hide,
@@ -80,7 +83,7 @@ _BLOCKS = {
 }
 _DEFAULT_BLOCKS = (256, 256)  # at other widths
 # Constants in the kernel have dtypes: a Python float would be a float64 under jax_enable_x64.
-_ONE = np.float32(1)
+_ONE, _LOG_2 = np.float32(1), np.float32(np.log(2))
 
 
 def default_blocks(query: Any, key: Any, value: Any) -> tuple[int, int]:
@@ -98,10 +101,11 @@ def vmem_bytes(
     tables: int = 1,
     heads: int = 1,
     key_heads: int = 1,
+    bias: Any = None,
 ) -> int:
     """VMEM that the kernel takes at most: two buffers for every block, the running state, and a step's temporaries.
 
-    tables: 2 with a table of keys beside that of queries. heads, key_heads: of a step.
+    tables: 2 with a table of keys beside that of queries. heads, key_heads: of a step. bias: as bias_block gives it.
     """
     size = jnp.dtype(dtype).itemsize
     key_lanes, value_lanes = (round_up(width, LANES) for width in (head_dim, value_dim))
@@ -115,18 +119,23 @@ def vmem_bytes(
     product = 4 * block_q * value_lanes  # of weights and values, before it is added to the output
     # At full precision the operands of the logits are split into bfloat16 parts and remainders.
     splits = 2 * size * (block_q + block_k) * key_lanes if size == 4 else 0
-    return 2 * (blocks + rows) + state + logits + columns + product + splits
+    of_bias = 2 * block_bytes(bias) + (0 if bias is None else 4 * bias.shape[1] * block_k)  # a head's, in float32
+    return 2 * (blocks + rows) + state + logits + columns + product + splits + of_bias
 
 
-def refusal(query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None) -> str | None:
+def refusal(
+    query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None, bias: Any = None
+) -> str | None:
     """Why banded_flash_attention cannot serve these arguments (arrays may be shape structs), or None if it can."""
-    settings: Any = {"pattern": pattern, "segment_ids": segment_ids}
+    settings: Any = {"pattern": pattern, "segment_ids": segment_ids, "bias": bias}
     return band_refusal(query, key, value, **settings, default_blocks=default_blocks, footprint=vmem_bytes)
 
 
-def heads_of_a_step(query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None) -> int:
+def heads_of_a_step(
+    query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None, bias: Any = None
+) -> int:
     """How many query heads a step takes (arrays may be shape structs)."""
-    settings: Any = {"pattern": pattern, "segment_ids": segment_ids}
+    settings: Any = {"pattern": pattern, "segment_ids": segment_ids, "bias": bias}
     return band_heads(query, key, value, **settings, default_blocks=default_blocks, footprint=vmem_bytes)
 
 
@@ -137,6 +146,7 @@ def banded_flash_attention(
     *,
     pattern: Pattern,
     segment_ids: tuple[Array, Array] | None = None,
+    bias: Array | None = None,
     scale: float | Array,
     softcap: float | None = None,
 ) -> tuple[Array, Array]:
@@ -148,6 +158,8 @@ def banded_flash_attention(
       value: [B, S, K, V] of the same dtype.
       pattern: of T queries and S keys.
       segment_ids: integers ([B, T], [B, S]); a query sees keys of its own segment only.
+      bias: [B|1, N|1, T|1, S], bfloat16 or float32, added to the logits. One of -inf hides the key; a finite one
+        below -1e38 counts as -1e38.
       scale: factor on the logits, may be traced.
       softcap: what their tanh is multiplied by, a number above 0; None: no tanh.
 
@@ -160,13 +172,18 @@ def banded_flash_attention(
     Complexity: O(B N H x pairs x block_q x block_k) time. Memory beside the arguments: copies of them with heads
     first, padded to whole tiles, and to 64 or a multiple of 128 in head dim.
     """
-    reason = refusal(query, key, value, pattern=pattern, segment_ids=segment_ids)
+    reason = refusal(query, key, value, pattern=pattern, segment_ids=segment_ids, bias=bias)
     if reason is not None:
         raise ValueError(f"banded_flash_attention: {reason}")
-    heads = heads_of_a_step(query, key, value, pattern=pattern, segment_ids=segment_ids)
+    heads = heads_of_a_step(query, key, value, pattern=pattern, segment_ids=segment_ids, bias=bias)
     tiling = pattern.tiled(*pattern.blocks(default_blocks(query, key, value)))
-    band = Band(query, key, value, tiling, segment_ids)
-    query, scale = in_base_2(query, scale) if softcap is None else (query, scale / softcap)
+    band = Band(query, key, value, tiling, segment_ids, bias)
+    if softcap is not None:
+        scale = scale / softcap
+    elif bias is not None:
+        scale = jnp.asarray(scale, jnp.float32) / _LOG_2
+    else:
+        query, scale = in_base_2(query, scale)
     out, lse = Call(band, by_key=False, heads=heads).run(
         functools.partial(_kernel, band=band, softcap=softcap),
         "banded_flash_attention",
@@ -190,9 +207,9 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float |
     query_ref, key_ref, value_ref, out_ref, lse_ref, maximum_ref, sum_ref, acc_ref, *bounds = refs
     heads = query_ref.shape[0]
     per_key = heads // key_ref.shape[0]
-
-    def factor() -> Any:
-        return scale_ref[0, 0] if softcap is None else capped_in_base_2(softcap)
+    # Of products, or their tanh, for exponents of 2; a bias is added to what they are then, of which the maxima are.
+    of_products: Any = scale_ref[0, 0] if softcap is None else capped_in_base_2(softcap)
+    factor: Any = of_products if step.bias is None else _ONE
 
     @pl.when(is_first(step))
     def _() -> None:
@@ -204,7 +221,10 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float |
     def accumulate(body: Body) -> None:
         def product(head: int, piece: Piece) -> Array:
             products = dot(query_ref[head, piece.queries], key_ref[head // per_key, piece.keys], contract=(1, 1))
-            products = products if softcap is None else jnp.tanh(scale_ref[0, 0] * products)
+            if softcap is not None:
+                products = jnp.tanh(scale_ref[0, 0] * products)
+            if step.bias is not None:
+                products = biased(step, head, piece, of_products * products)
             return hide(band, step, piece, products, bounds)
 
         def use(head: int, piece: Piece, products: Array) -> None:
@@ -213,8 +233,8 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float |
             maximum = jnp.maximum(old_maximum, jnp.max(products, axis=1, keepdims=True))
             # Where a query has seen no key yet the maximum is MASKED and the weights are 1, not 0; the first key that
             # it does see multiplies what they gave by `decay` = 0.
-            weights = jnp.exp2(factor() * (products - over_lanes(maximum, num_keys)))
-            decay = jnp.exp2(factor() * (old_maximum - maximum))
+            weights = jnp.exp2(factor * (products - over_lanes(maximum, num_keys)))
+            decay = jnp.exp2(factor * (old_maximum - maximum))
             maximum_ref[queries] = maximum
             sum_ref[queries] = decay * sum_ref[queries] + add_by_lane(weights)
             values = value_ref[head // per_key, piece.keys]
@@ -238,4 +258,4 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float |
             columns = jnp.where(lanes == head, maximum, jnp.where(lanes == heads + head, total, columns))
         rows = jnp.transpose(columns)
         maxima, totals = rows[:heads], rows[heads : 2 * heads]
-        lse_ref[...] = lse_of(factor(), maxima, totals)
+        lse_ref[...] = lse_of(factor, maxima, totals)

@@ -1,4 +1,4 @@
-"""Gradients of banded flash attention for TPU, in two kernels (FlashAttention-2, Dao 2023).
+"""Gradients of banded flash attention for TPU, in two kernels (FlashAttention-2, Dao 2023), and one of a bias.
 
 With the weights p_ts = exp(scale q_t . k_s - lse_t) of visible pairs, computed again tile by tile from the saved lse,
 and d the gradient of a loss with respect to out and lse:
@@ -13,6 +13,10 @@ The first kernel goes through the key tiles that a query tile sees, as the forwa
 second goes through the query tiles that see a key tile, over all query heads of a key head, and adds up dk and dv; its
 tiles of logits are [keys, queries], so that what belongs to a query lies along the lanes. Sums are float32. Heads go
 side by side and tiles by quarters, as in the forward kernel.
+
+A bias' gradient is dl, summed over the axes that it has not. A third kernel computes dl again, pair by pair of tiles,
+and where rows of the batch or heads share the bias adds theirs up before the next pair. If nobody asks for this
+gradient, XLA leaves the kernel out.
 """
 
 import functools
@@ -28,11 +32,16 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.patterns import Pattern
 from kernels_pallas.tpu import common
 from kernels_pallas.tpu.band import (
+    MASKED,
     Band,
+    BiasCall,
     Body,
     Call,
     Piece,
     Step,
+    add_by_lane,
+    biased,
+    block_bytes,
     blocks_of,
     capped_in_base_2,
     hide,
@@ -79,8 +88,9 @@ def vmem_bytes(
     tables: int = 1,
     heads: int = 1,
     key_heads: int = 1,
+    bias: Any = None,
 ) -> int:
-    """VMEM that the larger of the two kernels takes at most, as in banded_flash.vmem_bytes."""
+    """VMEM that the largest of the kernels takes at most, as in banded_flash.vmem_bytes."""
     size = jnp.dtype(dtype).itemsize
     key_lanes, value_lanes = (common.round_up(width, common.LANES) for width in (head_dim, value_dim))
     both, all_queries, all_keys = key_lanes + value_lanes, heads * block_q, key_heads * block_k
@@ -94,18 +104,30 @@ def vmem_bytes(
     columns = 4 * common.LANES * (block_q * 8 + (block_k if tables > 1 else 0))
     products = 4 * max(block_q * key_lanes, block_k * both)  # before they are added to the sums
     splits = 2 * size * (block_q + block_k) * both if size == 4 else 0
-    return 2 * (read + written + rows) + state + logits + columns + products + splits
+    every = 2 * (read + rows) + logits + columns + splits
+    largest = 2 * written + state + products
+    if bias is not None:  # its gradient, or the sums by lane of one of keys alone
+        has_one_row = bias.shape[1] == 1
+        sums = 4 * bias.shape[0] * block_k * common.LANES if has_one_row else 0
+        largest = max(largest, 2 * block_bytes(bias, jnp.float32) + sums)
+        # A head's in float32, and turned around.
+        every += 2 * block_bytes(bias) + 8 * block_k * (common.LANES if has_one_row else block_q)
+    return every + largest
 
 
-def refusal(query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None) -> str | None:
+def refusal(
+    query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None, bias: Any = None
+) -> str | None:
     """Why banded_flash_gradients cannot serve these arguments (arrays may be shape structs), or None if it can."""
-    settings: Any = {"pattern": pattern, "segment_ids": segment_ids}
+    settings: Any = {"pattern": pattern, "segment_ids": segment_ids, "bias": bias}
     return band_refusal(query, key, value, **settings, default_blocks=default_blocks, footprint=vmem_bytes)
 
 
-def heads_of_a_step(query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None) -> int:
+def heads_of_a_step(
+    query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None, bias: Any = None
+) -> int:
     """How many query heads a step takes (arrays may be shape structs)."""
-    settings: Any = {"pattern": pattern, "segment_ids": segment_ids}
+    settings: Any = {"pattern": pattern, "segment_ids": segment_ids, "bias": bias}
     return band_heads(query, key, value, **settings, default_blocks=default_blocks, footprint=vmem_bytes)
 
 
@@ -120,13 +142,14 @@ def banded_flash_gradients(
     *,
     pattern: Pattern,
     segment_ids: tuple[Array, Array] | None = None,
+    bias: Array | None = None,
     scale: float | Array,
     softcap: float | None = None,
-) -> tuple[Array, Array, Array, Array]:
-    """Gradients with respect to query, key, value and scale of banded_flash_attention.
+) -> tuple[Array, ...]:
+    """Gradients with respect to query, key, value, scale and, if there is one, bias of banded_flash_attention.
 
     Args:
-      query, key, value, pattern, segment_ids, scale, softcap: as in banded_flash_attention.
+      query, key, value, pattern, segment_ids, bias, scale, softcap: as in banded_flash_attention.
       out, lse: what it gave. out_gradient [B, T, N, V], lse_gradient [B, T, N]: of the loss, with respect to these.
 
     Returns:
@@ -135,20 +158,22 @@ def banded_flash_gradients(
     Raises:
       ValueError: with refusal()'s reason.
 
-    Complexity: O(B N H x pairs x block_q x block_k) time, of which two kernels recompute the logits.
+    Complexity: O(B N H x pairs x block_q x block_k) time, of which all kernels recompute the logits.
     """
-    reason = refusal(query, key, value, pattern=pattern, segment_ids=segment_ids)
+    reason = refusal(query, key, value, pattern=pattern, segment_ids=segment_ids, bias=bias)
     if reason is not None:
         raise ValueError(f"banded_flash_gradients: {reason}")
-    heads = heads_of_a_step(query, key, value, pattern=pattern, segment_ids=segment_ids)
+    heads = heads_of_a_step(query, key, value, pattern=pattern, segment_ids=segment_ids, bias=bias)
     tiling = pattern.tiled(*pattern.blocks(default_blocks(query, key, value)))
-    band = Band(query, key, value, tiling, segment_ids)
+    band = Band(query, key, value, tiling, segment_ids, bias)
     delta = jnp.sum(out_gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - lse_gradient
     # A query that sees no key has no visible pair, whose weight would be exp(-inf + inf).
     finite_lse = jnp.where(lse == -jnp.inf, 0, lse)
+    # Queries in the padding have weights of 0, whatever the bias of the keys.
+    past = 0 if bias is None else -MASKED
     operands: Any = {
         "scale": scale / _unit(softcap),
-        "numbers": band.numbers([finite_lse / _LOG_2, delta], heads),
+        "numbers": band.numbers([finite_lse / _LOG_2, delta], heads, past=past),
         "tokens": [
             band.queries(query),
             band.queries(out_gradient.astype(query.dtype)),
@@ -181,12 +206,19 @@ def banded_flash_gradients(
     to_query = common.tokens_first(to_query, *query.shape[1::2])
     # dq = scale sum dl k, and dscale = sum dl (q . k).
     to_scale = jnp.sum(query.astype(jnp.float32) * to_query.astype(jnp.float32)) / scale
-    return (
-        to_query,
-        common.tokens_first(to_key, *key.shape[1::2]),
-        common.tokens_first(to_value, *value.shape[1::2]),
-        to_scale,
+    to_key, to_value = (common.tokens_first(x, *of.shape[1::2]) for x, of in ((to_key, key), (to_value, value)))
+    if bias is None:
+        return to_query, to_key, to_value, to_scale
+    of_heads, queries = 1 if bias.shape[1] == 1 else heads, bias.shape[2]
+    (to_bias,) = BiasCall(band, heads=heads).run(
+        functools.partial(_bias_kernel, band=band, softcap=softcap),
+        "banded_flash_bias_gradient",
+        **operands,
+        out=(),
+        scratch=[pltpu.VMEM((of_heads, band.block_k, common.LANES), jnp.float32)] if queries == 1 else [],
+        products=(band.key_width, band.value_width),
     )
+    return to_query, to_key, to_value, to_scale, to_bias[:, :, :queries, : bias.shape[3]].astype(bias.dtype)
 
 
 def _unit(softcap: float | None) -> np.float32:
@@ -227,7 +259,8 @@ def _query_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: f
         def use(head: int, piece: Piece, products: tuple[Array, Array]) -> None:
             queries, num_keys = (head, piece.queries), products[0].shape[1]
             logits, slope = _logits(scale_ref[0, 0] * products[0], softcap)
-            weights = jnp.exp2(hide(band, step, piece, logits, bounds) - over_lanes(lse_ref[queries], num_keys))
+            logits = hide(band, step, piece, biased(step, head, piece, logits), bounds)
+            weights = jnp.exp2(logits - over_lanes(lse_ref[queries], num_keys))
             slopes = slope(weights * (products[1] - over_lanes(delta_ref[queries], num_keys)))
             key = key_ref[head // per_key, piece.keys]
             acc_ref[queries] += common.dot(slopes.astype(key.dtype), key, contract=(1, 0))
@@ -243,7 +276,7 @@ def _query_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: f
 
 def _key_value_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float | None) -> None:
     """One visit of a key tile to a query tile, of several query heads."""
-    numbers_ref, query_ref, gradient_ref, key_ref, value_ref, key_out_ref, value_out_ref, *sums = refs
+    (query_ref, gradient_ref, key_ref), (key_out_ref, value_out_ref, *sums) = refs[1:4], refs[5:]
     key_acc_ref, value_acc_ref = sums
     heads = query_ref.shape[0]
     per_key = heads // key_ref.shape[0]
@@ -253,8 +286,68 @@ def _key_value_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softca
         key_acc_ref[...] = jnp.zeros_like(key_acc_ref)
         value_acc_ref[...] = jnp.zeros_like(value_acc_ref)
 
+    def add(head: int, piece: Piece, weights: Array, slopes: Array) -> None:
+        of_query, of_key = (head, piece.queries), (head // per_key, piece.keys)
+        query, gradient = query_ref[of_query], gradient_ref[of_query]
+        value_acc_ref[of_key] += common.dot(weights.astype(gradient.dtype), gradient, contract=(1, 0))
+        key_acc_ref[of_key] += common.dot(slopes.astype(query.dtype), query, contract=(1, 0))
+
+    _visit_by_key(band, step, scale_ref, refs[:5], add, softcap)
+
+    @pl.when(is_last(step))
+    def _() -> None:
+        key_out_ref[...] = (_unit(softcap) * scale_ref[0, 0] * key_acc_ref[...]).astype(key_out_ref.dtype)
+        value_out_ref[...] = value_acc_ref[...].astype(value_out_ref.dtype)
+
+
+def _bias_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float | None) -> None:
+    """One visit of a key tile to a query tile, of several query heads. sum_ref: of a bias of one row, which is read as
+    a row for each key tile; a sum has a lane for the queries at its place."""
+    out_ref, *sum_ref = refs[5:]
+
+    @pl.when(is_first(step))
+    def _() -> None:
+        of_sum = (sum_ref or [out_ref])[0]
+        of_sum[...] = jnp.zeros_like(of_sum)
+
+    def add(head: int, piece: Piece, weights: Array, slopes: Array) -> None:
+        at = head if out_ref.shape[0] > 1 else 0
+        if sum_ref:
+            sum_ref[0][at, piece.keys] += add_by_lane(slopes)
+        else:
+            of_pair = at, piece.queries, piece.keys
+            out_ref[of_pair] = (out_ref[of_pair] + jnp.transpose(slopes)).astype(out_ref.dtype)
+
+    _visit_by_key(band, step, scale_ref, refs[:5], add, softcap, of_logits=True)
+
+    if sum_ref:
+
+        @pl.when(is_last(step))
+        def _() -> None:
+            for head in range(out_ref.shape[0]):
+                out_ref[head] = jnp.sum(jnp.transpose(sum_ref[0][head]), axis=0, keepdims=True)
+
+
+def _visit_by_key(
+    band: Band,
+    step: Step,
+    scale_ref: Any,
+    refs: Any,
+    add: Callable[[int, Piece, Array, Array], None],
+    softcap: float | None,
+    of_logits: bool = False,
+) -> None:
+    """add(head, piece, weights, slopes) of all heads and pieces of a step by key: p and dl, [keys, queries].
+
+    refs: numbers, query, gradient, key, value. of_logits: slopes of the logits that a bias is added to, where they
+      differ by a softcap from those of the products.
+    """
+    numbers_ref, query_ref, gradient_ref, key_ref, value_ref = refs
+    heads = query_ref.shape[0]
+    per_key = heads // key_ref.shape[0]
+
     def accumulate(body: Body) -> None:
-        def products(head: int, piece: Piece) -> tuple[Array, Array]:  # [keys, queries]
+        def products(head: int, piece: Piece) -> tuple[Array, Array]:
             of_query, of_key = (head, piece.queries), (head // per_key, piece.keys)
             return (
                 common.dot(key_ref[of_key], query_ref[of_query], contract=(1, 1)),
@@ -262,20 +355,12 @@ def _key_value_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softca
             )
 
         def use(head: int, piece: Piece, products: tuple[Array, Array]) -> None:
-            of_query, of_key = (head, piece.queries), (head // per_key, piece.keys)
             lse, delta = (numbers_ref[row : row + 1, piece.queries] for row in (head, heads + head))
-            query, gradient = query_ref[of_query], gradient_ref[of_query]
             logits, slope = _logits(scale_ref[0, 0] * products[0], softcap)
-            weights = jnp.exp2(hide(band, step, piece, logits) - lse)
-            slopes = slope(weights * (products[1] - delta))
-            value_acc_ref[of_key] += common.dot(weights.astype(gradient.dtype), gradient, contract=(1, 0))
-            key_acc_ref[of_key] += common.dot(slopes.astype(query.dtype), query, contract=(1, 0))
+            weights = jnp.exp2(hide(band, step, piece, biased(step, head, piece, logits)) - lse)
+            slopes = weights * (products[1] - delta)
+            add(head, piece, weights, slopes if of_logits else slope(slopes))
 
         one_ahead(heads, body, products, use)
 
     visit(band, step, accumulate)
-
-    @pl.when(is_last(step))
-    def _() -> None:
-        key_out_ref[...] = (_unit(softcap) * scale_ref[0, 0] * key_acc_ref[...]).astype(key_out_ref.dtype)
-        value_out_ref[...] = value_acc_ref[...].astype(value_out_ref.dtype)

@@ -32,9 +32,9 @@ def test_explain_gives_the_choice_by_platform():
         "local_attention: pallas_tpu on tpu, xla elsewhere",
         f"  pallas_gpu is not a default: bench --device gpu has not checked it on a card with jax {jax.__version__}",
     ]
-    (chosen,) = explain(dot_product_attention, LINE, LINE, LINE, bias=jax.ShapeDtypeStruct((1, 1, 1, 40), jnp.float32))
+    (chosen,) = explain(dot_product_attention, LINE, LINE, LINE, mask=jax.ShapeDtypeStruct((1, 1, 1, 40), jnp.bool))
     assert dict(chosen.by_platform) == {"every platform": "xla"}
-    assert "has no bias" in chosen.refused["pallas_tpu"]
+    assert "has no mask that is an array" in chosen.refused["pallas_tpu"]
     assert "pallas_tpu cannot serve" in str(chosen)
     (chosen,) = explain(local_attention, LINE, LINE, LINE, window=4, implementation="reference")
     assert str(chosen) == "local_attention: reference on every platform"

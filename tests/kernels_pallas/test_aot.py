@@ -45,6 +45,21 @@ def test_none_takes_the_kernel_on_a_tpu(tpu):
         assert any(name in line for line in calls), name
 
 
+@pytest.mark.parametrize("shape", slow_but([(1, 4, 1, 300)], [(1, 4, 1, 300), (2, 1, 300, 300)]))
+@pytest.mark.parametrize("of_bias", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.long
+def test_a_bias_takes_the_kernels_and_that_of_its_gradient_where_it_is_asked_for(of_bias, shape):
+    def loss(query, key, value, bias):
+        out = attnlab.dot_product_attention(query, key, value, bias=bias, is_causal=True)
+        return (out.astype(jnp.float32) ** 2).sum()
+
+    bias = jax.ShapeDtypeStruct(shape, jnp.float32)
+    gradient = jax.grad(loss, argnums=(0, 1, 2, 3) if of_bias else (0, 1, 2))
+    compiled = compile_for_tpu(gradient, QUERY, KEY, KEY, bias, tpu="v6e").as_text()
+    assert compiled.count('custom_call_target="tpu_custom_call"') == 3 + of_bias
+    assert ("banded_flash_bias_gradient" in compiled) == of_bias
+
+
 @pytest.mark.parametrize("tpu", slow_but(["v5p", "v6e"], ["v5e", "v5p", "v6e", "tpu7x"]))
 @pytest.mark.long
 def test_decoding_in_a_scan_takes_the_kernels(tpu):

@@ -158,10 +158,8 @@ def test_rows_that_kernels_refuse_say_so(name):
 @pytest.mark.parametrize(
     ("attend", "options", "reason"),
     [
-        (dot_product_attention, {"bias": jnp.zeros((1, 1, 9, 9))}, "has no bias"),
         (dot_product_attention, {"mask": jnp.ones((1, 1, 9, 9), bool)}, "has no mask that is an array"),
         (routed(4, share_qk=True), {}, "serves share_qk where it is causal"),
-        (agent_attention, {"agents": jnp.ones((3, 2, 64)), "gather_bias": jnp.zeros((1, 3, 9))}, "has no gather_bias"),
     ],
 )
 def test_refuses_with_the_reason(attend, options, reason):

@@ -27,8 +27,8 @@ def kernels(blocked: Callable[..., Any]) -> dict[str, Kernel]:
         key: Array,
         value: Array,
         agents: Array,
-        gather_bias: None,
-        broadcast_bias: None,
+        gather_bias: Array | None,
+        broadcast_bias: Array | None,
         key_mask: Array | None,
         *,
         scale: Any,
@@ -39,13 +39,13 @@ def kernels(blocked: Callable[..., Any]) -> dict[str, Kernel]:
         gathers, reads = None, None
         if key_mask is not None:
             gathers = (jnp.zeros(agents.shape[:2], jnp.int32), (~key_mask[:, 0, 0]).astype(jnp.int32))
-        gathered, lse = attend(agents, key, value, None, None, gathers, is_causal=False, scale=scale)
+        gathered, lse = attend(agents, key, value, gather_bias, None, gathers, is_causal=False, scale=scale)
         if merge is not None:
             gathered, lse = merge(gathered, lse)
         if key_mask is not None:
             is_empty = lse[..., 0] == -jnp.inf  # of an agent, in every head alike
             reads = (jnp.zeros(query.shape[:2], jnp.int32), is_empty.astype(jnp.int32))
-        out, _ = attend(query, agents, gathered, None, None, reads, is_causal=False, scale=scale)
+        out, _ = attend(query, agents, gathered, broadcast_bias, None, reads, is_causal=False, scale=scale)
         return out
 
     return on_backends(call, _refusal)
@@ -65,11 +65,11 @@ def _refusal(
     merge: Merge | None,
 ) -> str | None:
     for name, given in (("gather_bias", gather_bias), ("broadcast_bias", broadcast_bias)):
-        if given is not None:
+        if given is not None and backend == "gpu":
             return f"has no {name}"
     rounded = jax.ShapeDtypeStruct(agents.shape, query.dtype)
     gathered = jax.ShapeDtypeStruct((*agents.shape[:-1], value.shape[-1]), query.dtype)
-    steps = ((rounded, key, value), (query, rounded, gathered))
+    steps = ((rounded, key, value, gather_bias), (query, rounded, gathered, broadcast_bias))
     refusal = dot_product.KERNELS[f"pallas_{backend}"].refusal
-    reasons = (refusal(*step, None, None, None, is_causal=False, scale=scale) for step in steps)
+    reasons = (refusal(*step, None, None, is_causal=False, scale=scale) for step in steps)
     return next(filter(None, reasons), None)

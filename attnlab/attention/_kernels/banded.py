@@ -29,12 +29,14 @@ def banded_attention(
     softcap: float | None = None,
     pattern: Any,
     lists: Array | None = None,
+    bias: Array | None = None,
     backend: str = "tpu",
 ) -> tuple[Array, Array]:
     """(out, lse) of query [B, T, N, H], key, value and a pair of segment ids, or None, on a "tpu" or "gpu".
 
     blocked: (query, key, value, segment_ids, scale) -> the same in plain JAX. pattern: one of kernels_pallas.patterns;
-    of lists [B|1, K|1, ...] a function of these, which then are what blocked takes last.
+    of lists [B|1, K|1, ...] a function of these, which then are what blocked takes last. bias: [B|1, N|1, T|1, S],
+    which, if given, blocked takes last.
     """
     banded_flash, banded_flash_backward = (kernel_module(backend, name) for name in _MODULES)
     of_softcap = {} if softcap is None else {"softcap": softcap}
@@ -45,23 +47,29 @@ def banded_attention(
         segment_ids, *lists = fixed
         return {"pattern": pattern(*lists) if lists else pattern, "segment_ids": segment_ids, **of_softcap}
 
+    def of_bias(bias: Array | None) -> dict[str, Any]:
+        return {} if bias is None else {"bias": bias}
+
     def kernel(arrays: Any, fixed: Any, keep: bool) -> tuple[Any, Any]:
-        *tokens, scale = arrays
-        results = banded_flash.banded_flash_attention(*tokens, **options_of(fixed), scale=scale)
+        *tokens, scale, bias = arrays
+        results = banded_flash.banded_flash_attention(*tokens, **options_of(fixed), **of_bias(bias), scale=scale)
         return results, results
 
     def gradients(arrays: Any, fixed: Any, kept: Any, cotangents: Any) -> Any:
-        *tokens, scale = arrays
-        return banded_flash_backward.banded_flash_gradients(
-            *tokens, *kept, *cotangents, **options_of(fixed), scale=scale
+        *tokens, scale, bias = arrays
+        found = banded_flash_backward.banded_flash_gradients(
+            *tokens, *kept, *cotangents, **options_of(fixed), **of_bias(bias), scale=scale
         )
+        return found if bias is not None else (*found, None)
 
     def in_plain_jax(arrays: Any, fixed: Any) -> Any:
-        *tokens, scale = arrays
+        *tokens, scale, bias = arrays
         segment_ids, *lists = fixed
-        return blocked(*tokens, segment_ids, scale, *lists)
+        return blocked(*tokens, segment_ids, scale, *lists, *of_bias(bias).values())
 
-    arrays = (query, key, value, jnp.asarray(scale, jnp.float32))
+    if bias is not None and bias.dtype not in (jnp.bfloat16, jnp.float32):
+        bias = bias.astype(jnp.float32)
+    arrays = (query, key, value, jnp.asarray(scale, jnp.float32), bias)
     results = (like(query, width=value.shape[-1]), jax.ShapeDtypeStruct(query.shape[:3], jnp.float32))
     ids = None if segment_ids is None else ("B.", "B.")
     fixed: tuple[Any, ...] = (segment_ids,)
@@ -69,7 +77,8 @@ def banded_attention(
     if lists is not None:
         rows = "".join("." if size == 1 else letter for size, letter in zip(lists.shape, "BK"))
         fixed, of_fixed = (*fixed, lists), (*of_fixed, rows + "." * (lists.ndim - 2))
-    layouts = (("B.N.", "B.K.", "B.K.", ""), of_fixed, ("B.N.", "B.N"), ("B.N.", "B.N"))
+    of_bias_axes = None if bias is None else "".join("." if n == 1 else x for n, x in zip(bias.shape, "BN")) + ".."
+    layouts = (("B.N.", "B.K.", "B.K.", "", of_bias_axes), of_fixed, ("B.N.", "B.N"), ("B.N.", "B.N"))
     return kernel_call(kernel, gradients, in_plain_jax, arrays, fixed, results=results, kept=results, layouts=layouts)
 
 
@@ -80,7 +89,9 @@ def banded_refusal(
     segment_ids: Any,
     pattern: Any,
     backend: str = "tpu",
+    *,
     softcap: float | None = None,
+    bias: Any = None,
 ) -> str | None:
     """Why banded_attention cannot serve arrays of these shapes, or None if it can."""
     if backend == "gpu" and softcap is not None:
@@ -90,7 +101,11 @@ def banded_refusal(
     tokens = max(query.shape[1], key.shape[1])
     if tokens > MOST_TOKENS:
         return f"serves up to {MOST_TOKENS} tokens, got {tokens}"
-    return first_refusal(backend, _MODULES, query, key, value, pattern=pattern, segment_ids=segment_ids)
+    options: Any = {"pattern": pattern, "segment_ids": segment_ids}
+    if bias is not None:
+        kept = bias.dtype if bias.dtype in (jnp.bfloat16, jnp.float32) else jnp.float32
+        options["bias"] = jax.ShapeDtypeStruct(bias.shape, kept)
+    return first_refusal(backend, _MODULES, query, key, value, **options)
 
 
 def window_pattern(queries: int, keys: int, *, is_causal: bool, window: int | None = None) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from attnlab.attention import masks
 from attnlab.attention._kernels.backends import on_backends
@@ -22,7 +23,7 @@ def _call(
     query: Array,
     key: Array,
     value: Array,
-    bias: None,
+    bias: Array | None,
     mask: None,
     segments: Any,
     sink_logits: Array | None = None,
@@ -32,17 +33,35 @@ def _call(
     softcap: float | None = None,
     predicate: masks.Mask | None = None,
 ) -> tuple[Array, Array]:
-    def blocked(query: Array, key: Array, value: Array, segments: Any, scale: Any) -> Any:
+    def blocked(query: Array, key: Array, value: Array, segments: Any, scale: Any, bias: Array | None = None) -> Any:
         options: Any = {"is_causal": is_causal, "scale": scale, "softcap": softcap, "predicate": predicate}
-        return xla(query, key, value, None, None, segments, **options)
+        return xla(query, key, value, bias, None, segments, **options)
 
     queries, keys = query.shape[1], key.shape[1]
     if predicate is None:
         pattern = window_pattern(queries, keys, is_causal=is_causal)
     else:
         pattern = mask_lists(queries, keys, is_causal, predicate, _tile(backend))
-    of_call: Any = {"scale": scale, "softcap": softcap, "pattern": pattern, "backend": backend}
-    return with_sink_logits(*banded_attention(blocked, query, key, value, segments, **of_call), sink_logits)
+    of_queries, of_keys = (bias, None) if _has_no_keys(bias) else (None, bias)
+    of_call: Any = {"scale": scale, "softcap": softcap, "pattern": pattern, "bias": of_keys, "backend": backend}
+    out, lse = banded_attention(blocked, query, key, value, segments, **of_call)
+    if of_queries is not None:
+        out, lse = _with_bias_of_queries(out, lse, of_queries)
+    return with_sink_logits(out, lse, sink_logits)
+
+
+def _has_no_keys(bias: Any) -> bool:
+    return bias is not None and bias.shape[3] == 1
+
+
+def _with_bias_of_queries(out: Array, lse: Array, bias: Array) -> tuple[Array, Array]:
+    """The results with a bias [B|1, N|1, T|1, 1], which moves no weight: it is in lse alone, but for what is not
+    finite."""
+    bias = jnp.swapaxes(bias[..., 0], 1, 2).astype(lse.dtype)
+    is_empty = (lse == -jnp.inf) | (bias == -jnp.inf)
+    spoilt = jnp.where(is_empty | jnp.isfinite(bias), 0, jnp.nan)
+    out = jnp.where(is_empty[..., None], 0, out + spoilt[..., None].astype(out.dtype))
+    return out, jnp.where(is_empty, -jnp.inf, lse + bias + spoilt)
 
 
 def _refusal(
@@ -60,18 +79,21 @@ def _refusal(
     softcap: float | None = None,
     predicate: masks.Mask | None = None,
 ) -> str | None:
-    for name, given in (("bias", bias), ("mask", mask)):
-        if given is not None:
-            return f"has no {name}" + " that is an array" * (name == "mask")
+    if bias is not None and backend == "gpu":
+        return "has no bias"
+    if mask is not None:
+        return "has no mask that is an array"
+    bias = None if _has_no_keys(bias) else bias
     queries, keys = query.shape[1], key.shape[1]
     pattern = window_pattern(queries, keys, is_causal=is_causal)
-    reason = banded_refusal(query, key, value, segments, pattern, backend, softcap)
+    on_logits: Any = {"softcap": softcap, "bias": bias}
+    reason = banded_refusal(query, key, value, segments, pattern, backend, **on_logits)
     if predicate is None or reason is not None:
         return reason
     of_mask = queries, keys, is_causal, predicate, _tile(backend)
     if (reason := mask_refusal(*of_mask)) is not None:
         return reason
-    return banded_refusal(query, key, value, segments, mask_lists(*of_mask), backend)
+    return banded_refusal(query, key, value, segments, mask_lists(*of_mask), backend, **on_logits)
 
 
 def mask_refusal(queries: int, keys: int, is_causal: bool, predicate: masks.Mask, tile: tuple[int, int]) -> str | None:

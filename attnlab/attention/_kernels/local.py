@@ -128,7 +128,7 @@ def _refusal(
     layout = _layout(backend, query.shape[1:-2], **settings)
     query, key, value = jax.eval_shape(lambda *x: tuple(map(layout.cut, x)), query, key, value)
     ids = None if segment_ids is None else (jax.eval_shape(layout.cut, segment_ids),) * 2
-    return banded_refusal(query, key, value, ids, layout.pattern(sinks), backend, softcap)
+    return banded_refusal(query, key, value, ids, layout.pattern(sinks), backend, softcap=softcap)
 
 
 KERNELS = on_backends(_call, _refusal)
