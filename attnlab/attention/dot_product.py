@@ -3,7 +3,7 @@
     out_t = sum_s softmax_s(scale q_t . k_s + bias_ts) v_s        over the keys s that t may see
     lse_t = log sum_s exp(scale q_t . k_s + bias_ts)
 
-With a softcap c, c tanh(scale q_t . k_s / c) stands for scale q_t . k_s (Gemma 2, Gemma Team 2024). With sink logits
+With a softcap c, c tanh(scale q_t . k_s / c) stands for scale q_t . k_s (Gemma 2). With sink logits
 each head has one key more, of a learned logit and no value, which is in the softmax and in lse (gpt-oss, OpenAI 2025).
 
 The blocked form is _shared/tiled_softmax.py's: tiles of queries and keys with the online softmax, recomputed in the
