@@ -310,7 +310,7 @@ def _reference(
     *,
     sinks: int,
     scale: Any,
-    softcap: float | None,
+    softcap: float | None = None,
     **settings: Any,
 ) -> tuple[Array, Array]:
     batch, *space, _, _ = query.shape
@@ -389,7 +389,7 @@ def _in_tiles(
     *,
     sinks: int,
     scale: Any,
-    softcap: float | None,
+    softcap: float | None = None,
     **settings: Any,
 ) -> tuple[Array, Array]:
     batch, *space, heads, _ = query.shape

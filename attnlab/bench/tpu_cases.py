@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 import attnlab
+from attnlab.attention import masks
 from attnlab.bench.device import Case, Prepared
 from attnlab.bench.problems import (
     MOST_ERROR,
@@ -59,6 +60,18 @@ def problems(shape: Shape) -> list[Problem]:
     return [
         softmax("banded flash", partial(attnlab.local_attention, **window), seen, **heads, **size),
         softmax(
+            "banded flash, softcap", partial(attnlab.local_attention, softcap=50.0, **window), seen, **heads, **size
+        ),
+        _biased(
+            softmax(
+                "banded flash, bias",
+                partial(attnlab.dot_product_attention, mask=masks.window(shape.window - 1, 0)),
+                seen,
+                **heads,
+                **size,
+            )
+        ),
+        softmax(
             "all earlier",
             partial(attnlab.dot_product_attention, is_causal=True),
             window_pairs(shape.length),
@@ -94,6 +107,16 @@ def problems(shape: Shape) -> list[Problem]:
             head_dim=shape.head_dim,
         ),
     ]
+
+
+def _biased(problem: Problem) -> Problem:
+    """With a number for every head, query and key."""
+
+    def make(key: jax.Array, batch: int, tokens: int, heads: int) -> dict[str, jax.Array]:
+        bias = normal(jax.random.fold_in(key, 0), 1, heads, tokens, tokens)
+        return {**problem.make(key, batch, tokens, heads), "bias": bias}
+
+    return dataclasses.replace(problem, make=make)
 
 
 def _of_jax(problem: Problem, shape: Shape, passes: str) -> Prepared:
