@@ -99,9 +99,10 @@ def start(model, mesh, *, batch_size=8, learning_rate=1e-3, accumulation=1):
 # Recurrences without a norm, in which the rounding of one step grows: at 0.001, 20 of them move the losses by 1e-5 to
 # 1e-2, and by a thirtieth of that where they compute in float64.
 _GROWING = {"retention", "gated", "gla", "delta", "gated_delta", "memory", "memory_per_chunk"}
-# Of an MLP that learns at every token it grows so fast that on one device, too, parameters which differ by 1e-7 move the
-# losses of 20 such steps by 6e-3: its first steps are compared, which have the first gradients' in them.
-_STEPS = {"memory": 2}
+# The first steps alone are compared, in which the first gradients are: rounding of an MLP that learns at every token
+# grows so fast that on one device, too, parameters which differ by 1e-7 move the losses of 20 such steps by 6e-3; and
+# it decides between blocks that a gate scores alike.
+_STEPS = {"memory": 2, "gate_block": 6}
 _SEQUENCES = [name for name, row in MIXERS.items() if not row.is_grid]
 
 
