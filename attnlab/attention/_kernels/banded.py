@@ -67,8 +67,7 @@ def banded_attention(
         segment_ids, *lists = fixed
         return blocked(*tokens, segment_ids, scale, *lists, *of_bias(bias).values())
 
-    if bias is not None and bias.dtype not in (jnp.bfloat16, jnp.float32):
-        bias = bias.astype(jnp.float32)
+    bias = None if bias is None else bias.astype(_bias_dtype(bias))
     arrays = (query, key, value, jnp.asarray(scale, jnp.float32), bias)
     results = (like(query, width=value.shape[-1]), jax.ShapeDtypeStruct(query.shape[:3], jnp.float32))
     ids = None if segment_ids is None else ("B.", "B.")
@@ -80,6 +79,11 @@ def banded_attention(
     of_bias_axes = None if bias is None else "".join("." if n == 1 else x for n, x in zip(bias.shape, "BN")) + ".."
     layouts = (("B.N.", "B.K.", "B.K.", "", of_bias_axes), of_fixed, ("B.N.", "B.N"), ("B.N.", "B.N"))
     return kernel_call(kernel, gradients, in_plain_jax, arrays, fixed, results=results, kept=results, layouts=layouts)
+
+
+def _bias_dtype(bias: Any) -> Any:
+    """In which the kernels read a bias."""
+    return bias.dtype if bias.dtype in (jnp.bfloat16, jnp.float32) else jnp.float32
 
 
 def banded_refusal(
@@ -103,8 +107,7 @@ def banded_refusal(
         return f"serves up to {MOST_TOKENS} tokens, got {tokens}"
     options: Any = {"pattern": pattern, "segment_ids": segment_ids}
     if bias is not None:
-        kept = bias.dtype if bias.dtype in (jnp.bfloat16, jnp.float32) else jnp.float32
-        options["bias"] = jax.ShapeDtypeStruct(bias.shape, kept)
+        options["bias"] = jax.ShapeDtypeStruct(bias.shape, _bias_dtype(bias))
     return first_refusal(backend, _MODULES, query, key, value, **options)
 
 
