@@ -42,9 +42,11 @@ _TEMPORARIES = {
     ("token", False): ((2, 4), (4, 7)),
     (None, True): ((4, 8), (6, 15)),
     ("token", True): ((4, 8), (6, 15)),
-    ("channel", False): ((2, 14), (2, 28)),
+    ("channel", False): ((2, 14), (1, 19)),
     ("channel", True): ((4, 20), (6, 42)),
 }
+# Of float32, which is multiplied in several passes, where it differs.
+_TEMPORARIES_FLOAT32 = _TEMPORARIES | {("channel", False): ((2, 14), (2, 28))}
 
 
 def vmem_bytes(
@@ -73,7 +75,7 @@ def vmem_bytes(
     of_step = size * state + 4 * CHUNK * (BLOCK + 2 * SUBLANES)  # kept, and rows of gates
     of_keys = 4 * CHUNK * (keys + values) if backwards else 0  # gradients
     blocks = plan.block * 2 * 4 * state + plan.heads * of_step + plan.key_heads * of_keys
-    squares, wide = _TEMPORARIES[decay, delta][backwards]
+    squares, wide = (_TEMPORARIES_FLOAT32 if size == 4 else _TEMPORARIES)[decay, delta][backwards]
     temporaries = 2 * size * CHUNK * plan.heads * (squares * CHUNK + wide * max(keys, values))
     return (3 if plan.in_place else 2) * tokens + 2 * blocks + plan.block * 4 * state + temporaries
 

@@ -225,6 +225,8 @@ PLANS = [
     ((32, 32, 128, False, None, False), (16, 4, 4, True)),
     ((6, 3, 128, False, "token", False), (2, 2, 1, False)),
     ((5, 5, 128, False, "token", False), (1, 1, 1, False)),
+    ((32, 8, 128, False, "channel", False), (8, 4, 1, True)),
+    ((32, 8, 128, True, "channel", False), (2, 2, 1, False)),
     ((32, 8, 128, False, "channel", True), (8, 2, 1, True)),  # four do not fit
     ((32, 8, 256, True, "channel", True), (1, 1, 1, False)),
 ]
