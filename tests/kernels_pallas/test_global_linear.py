@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from marks import slow_but
 
 from attnlab import LinearState, inline_attention, linear_attention
-from kernels_pallas.aot.compile import compile_for_tpu
+from kernels_pallas.aot.compile import compile_for_tpu, topology_devices
 from kernels_pallas.tpu import global_linear
 from kernels_pallas.tpu.common import VMEM_BUDGET
 
@@ -131,6 +133,26 @@ def test_none_takes_the_kernels_on_a_tpu(name, tpu, mapped):
     compiled = compile_for_tpu(gradients, *tokens, tpu=tpu).as_text()
     # Two of values; the sums of queries, and three of tokens and a state.
     assert compiled.count('custom_call_target="tpu_custom_call"') == 6
+
+
+@pytest.mark.parametrize(
+    ("axes", "spec"), [(("data", "tensor"), P("data", None, "tensor")), (("data", "context"), P("data", "context"))]
+)
+@pytest.mark.slow
+def test_devices_share_batch_heads_and_positions(axes, spec):
+    """Each computes its own part, of positions with sums over all: no array of tokens is gathered."""
+
+    def gradients(*tokens):
+        out, pull = jax.vjp(inline_attention, *tokens)
+        return out, pull(out)
+
+    mesh = Mesh(np.array(topology_devices("v5e:2x2")).reshape(2, 2), axes)
+    tokens = jax.ShapeDtypeStruct((2, 1024, 16, 128), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(gradients).lower(tokens, tokens, tokens).compile().as_text()
+    assert compiled.count('custom_call_target="tpu_custom_call"') == 6
+    assert "all-gather" not in compiled
+    assert ("all-reduce" in compiled) == ("context" in axes)
 
 
 # query heads, widths, tokens, dtype: tokens of a tile, heads of a block, as it lies
