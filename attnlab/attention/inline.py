@@ -19,6 +19,7 @@ from jax import lax
 from attnlab.attention._dispatch.choice import Implementations, dispatch
 from attnlab.attention._dispatch.exchange import Parts, as_one, over_positions
 from attnlab.attention._dispatch.primitive import primitive
+from attnlab.attention._kernels import global_linear
 from attnlab.attention._shared.checks import (
     accumulator_dtype,
     check_query_key_value,
@@ -42,7 +43,8 @@ def inline_attention(
       query: [B, *space, N, H], floating, with 1 to 3 space axes of T positions together. key: [B, *space, K, H] and
         value: [B, *space, K, V], of S >= 1 positions, which may differ from the query's; K divides N.
       scale: factor on q.k; None means H ** -0.5.
-      implementation: None, "reference" (all weights, O(T S)) or "xla" (sums over keys, O(T + S)).
+      implementation: "reference" (all weights, O(T S)), "xla" (sums over keys, O(T + S)), "pallas_tpu" (the same by
+        kernels; bfloat16 or float32) or None to choose by platform.
 
     Returns:
       [B, *space, N, V] in query's dtype; sums are float32 (float64 for float64 inputs).
@@ -56,71 +58,76 @@ def inline_attention(
     require(0 not in key.shape[1:-2], "key", shape_text(key), "need at least one key")
     factor = default_scale(scale, query.shape[-1])
 
-    def attend(forms: Implementations, query: Array, key: Array, value: Array) -> Array:
+    def attend(parts: Parts | None, query: Array, key: Array, value: Array) -> Array:
         flat = (einops.rearrange(x, "B ... N H -> B (...) N H") for x in (query, key, value))
-        out = dispatch("inline_attention", forms, implementation, *flat, scale=factor)
+        out = dispatch("inline_attention", IMPLEMENTATIONS, implementation, *flat, scale=factor, parts=parts)
         return out.reshape(*query.shape[:-1], value.shape[-1])
 
-    def parted(parts: Parts, *arrays: Array) -> Array:
-        return attend(dict.fromkeys(IMPLEMENTATIONS, functools.partial(_over_parts, parts)), *arrays)
-
-    whole = functools.partial(attend, IMPLEMENTATIONS)
-    return over_positions(whole, parted, ("B*N.", "B+K.", "B+K."), "B*N.", query, key, value)
+    whole = functools.partial(attend, None)
+    return over_positions(whole, attend, ("B*N.", "B+K.", "B+K."), "B*N.", query, key, value)
 
 
-def _reference(query: Array, key: Array, value: Array, *, scale: Any) -> Array:
+def _reference(query: Array, key: Array, value: Array, *, scale: Any, parts: Parts | None) -> Array:
+    if parts is not None:
+        return _xla(query, key, value, scale=scale, parts=parts)
     dtype = accumulator_dtype(query, key, value)
-    q, k, v = query.astype(dtype), *(repeat_key_heads(x.astype(dtype), query.shape[2]) for x in (key, value))
+    q, k, v = (finite_or_zero(x).astype(dtype) for x in (query, key, value))
+    k, v = (repeat_key_heads(x, query.shape[2]) for x in (k, v))
     centred = k - jnp.mean(k, axis=1, keepdims=True)
     weights = (scale * jnp.einsum("BTNH,BSNH->BNTS", q, centred) + 1) / k.shape[1]
-    return jnp.einsum("BNTS,BSNV->BTNV", weights, v).astype(query.dtype)
+    out = jnp.einsum("BNTS,BSNV->BTNV", weights, v).astype(query.dtype)
+    return _spoil(out, query, (is_spoilt(key) | is_spoilt(value)).any(1))
 
 
-def _xla(query: Array, key: Array, value: Array, *, scale: Any) -> Array:
+def _by_sums(
+    token_sums: Callable[[Array, Array], tuple[Array, Array]],
+    times_state: Callable[[Array, Array, Array], Array],
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    scale: Any,
+    parts: Parts | None,
+) -> Array:
+    """Of all keys, or of parts of the queries from sums over the keys of all: the same where all devices have all keys.
+
+    token_sums: (keys [B, S, K, H], values [B, S, K, V]) -> the sums over S of k v^T and of v. times_state: (query,
+      state [B, K, H, V], offset [B, K, V]) -> [B, T, N, V].
+    """
     dtype = accumulator_dtype(query, key, value)
-    k, v = key.astype(dtype), value.astype(dtype)
-    # Centred before the product: k^T v of keys with a large common part would lose their differences.
-    product = jnp.einsum("BSKH,BSKV->BKHV", k - jnp.mean(k, axis=1, keepdims=True), v) / k.shape[1]
-    return _read(query, product, jnp.mean(v, axis=1), scale)
 
+    def total(x: Array) -> Array:
+        return x if parts is None else lax.psum(x, parts.names)
 
-def _read(query: Array, product: Array, mean_value: Array, scale: Any) -> Array:
-    """The output from the keys' means: of centred k^T v, [B, K, H, V], and of v, [B, K, V]."""
-    batch, length, heads, head_dim = query.shape
-    # Query heads that share a key head are a group, G.
-    q = scale * query.astype(product.dtype).reshape(batch, length, product.shape[1], -1, head_dim)
-    out = jnp.einsum("BTKGH,BKHV->BTKGV", q, product) + mean_value[:, None, :, None]
-    return out.reshape(batch, length, heads, -1).astype(query.dtype)
-
-
-def _over_parts(parts: Parts, query: Array, key: Array, value: Array, *, scale: Any) -> Array:
-    """Each device's part of the queries, from sums over the keys of all. The same where all devices have all keys."""
-    dtype, count = accumulator_dtype(query, key, value), parts.many * key.shape[1]
-    total = functools.partial(lax.psum, axis_name=parts.names)
+    count = key.shape[1] * (1 if parts is None else parts.many)
     spoilt = (is_spoilt(key) | is_spoilt(value)).any(1)
-    finite, k, v = (finite_or_zero(query), *(finite_or_zero(x).astype(dtype) for x in (key, value)))
-    centred = k - total(jnp.sum(k, axis=1, keepdims=True)) / count
-    sums = jnp.einsum("BSKH,BSKV->BKHV", centred, v), jnp.sum(v, axis=1), spoilt.astype(dtype)
-    product, values, spoilt_parts = as_one(total, sums)
-    out = _read(finite, product / count, values / count, scale)
+    finite, k, v = (finite_or_zero(x) for x in (query, key, value))
+    k = k.astype(dtype)
+    # Centred before the product: k^T v of keys with a large common part would lose their differences.
+    sums = token_sums(k - total(jnp.sum(k, axis=1, keepdims=True)) / count, v)
+    product, values, spoilt_parts = as_one(total, (*sums, spoilt.astype(dtype)))
+    out = times_state(finite, scale * product / count, values / count)
     return _spoil(out, query, spoilt_parts > 0)
 
 
-def _spoiling(form: Callable[..., Array]) -> Callable[..., Array]:
-    """The form in which a head whose keys or values are not finite gives NaN, and no NaN to another one's gradient."""
+def _token_sums(key: Array, value: Array) -> tuple[Array, Array]:
+    value = value.astype(key.dtype)
+    return jnp.einsum("BSKH,BSKV->BKHV", key, value), jnp.sum(value, axis=1)
 
-    @functools.wraps(form)
-    def call(query: Array, key: Array, value: Array, *, scale: Any) -> Array:
-        out = form(*map(finite_or_zero, (query, key, value)), scale=scale)
-        return _spoil(out, query, (is_spoilt(key) | is_spoilt(value)).any(1))
 
-    return call
+def _times_state(query: Array, state: Array, offset: Array) -> Array:
+    batch, length, heads, head_dim = query.shape
+    # Query heads that share a key head are a group, G.
+    q = query.astype(state.dtype).reshape(batch, length, state.shape[1], -1, head_dim)
+    out = jnp.einsum("BTKGH,BKHV->BTKGV", q, state) + offset[:, None, :, None]
+    return out.reshape(batch, length, heads, -1).astype(query.dtype)
 
 
 def _spoil(out: Array, query: Array, key_heads: Array) -> Array:
-    """out, NaN where the query is not finite or its key head, bool [B, K], is not."""
+    """out, NaN where the query is not finite or its key head, bool [B, K], is not: no NaN to another one's gradient."""
     heads = repeat_key_heads(key_heads[:, None, :, None], query.shape[2])[..., 0]
     return spoil(out, heads | is_spoilt(query))
 
 
-IMPLEMENTATIONS: Implementations = {"reference": _spoiling(_reference), "xla": _spoiling(_xla)}
+_xla = functools.partial(_by_sums, _token_sums, _times_state)
+IMPLEMENTATIONS: Implementations = {"reference": _reference, "xla": _xla, **global_linear.kernels(_by_sums)}

@@ -145,8 +145,9 @@ def linear_attention(
         the id changes. The initial state goes into the row's first segment, the returned state is the last segment's.
       chunk_size: tokens taken at once by "xla".
       implementation: "reference" (a scan over tokens; where not causal, dense weights), "xla" (a scan over chunks),
-        "pallas_tpu" (causal; bfloat16 or float32; chunks of 128), "pallas_gpu" (Hopper; causal; bfloat16 or float16; up
-        to 256 features and value channels; chunks of 64) or None to choose by platform. Kernels serve no erase.
+        "pallas_tpu" (bfloat16 or float32; chunks of 128; not causal without segment_ids), "pallas_gpu" (Hopper; causal;
+        bfloat16 or float16; up to 256 features and value channels; chunks of 64) or None to choose by platform. Kernels
+        serve no erase.
 
     Returns:
       [B, T, N, V] in query's dtype; with return_lse then [B, T, N] in float32 (float64 for float64), -inf where a query

@@ -100,6 +100,7 @@ def linear(
     *,
     decay: str | None = None,
     delta: bool = False,
+    is_causal: bool = True,
     heads: int = 16,
     group: int = 1,
     head_dim: int = 128,
@@ -121,7 +122,7 @@ def linear(
 
     def attend(arrays: Arrays, implementation: str | None) -> jax.Array:
         given: Any = arrays
-        return attnlab.linear_attention(**given, implementation=implementation)
+        return attnlab.linear_attention(**given, is_causal=is_causal, implementation=implementation)
 
     each = (6 if delta else 4) * head_dim**2 * heads * options.get("batch", 1)
     of_heads: Any = {"heads": heads, "small_heads": max(2, group)}

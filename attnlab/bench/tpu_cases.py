@@ -79,6 +79,14 @@ def problems(shape: Shape) -> list[Problem]:
             tokens=shape.length,
         ),
         *(linear(row, **options, **of_linear, tokens=shape.length) for row, options in _LINEAR.items()),
+        linear("linear, not causal", is_causal=False, **heads, tokens=shape.length),
+        softmax(
+            "inline",
+            attnlab.inline_attention,
+            lambda tokens: shape.head_dim * tokens,  # products of tokens and a state
+            **heads,
+            tokens=shape.length,
+        ),
         softmax(
             "local linear",
             partial(attnlab.local_linear_attention, ridge=10.0, window=shape.window),

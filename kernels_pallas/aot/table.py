@@ -23,6 +23,7 @@ from kernels_pallas.tpu import (
     cached_flash,
     chunked_linear,
     covariance_solve,
+    global_linear,
     linear_step,
     local_linear_step,
     routing_step,
@@ -199,6 +200,47 @@ def _chunked_linear(shape: Shape, *, decay: str | None, delta: bool, backward: b
     return Row(chunked_linear.chunked_linear_attention, arrays, vmem, {"chunked_linear_attention": grid})
 
 
+def _global_linear(shape: Shape, *, has_offset: bool, backward: bool) -> Row:
+    """Both products; has_offset: with the values' mean, as InLine has it."""
+    query, key, value = shape.arrays()
+    group, head_dim = shape.heads // shape.key_heads, shape.head_dim
+    state = jax.ShapeDtypeStruct((1, shape.heads, head_dim, head_dim), jnp.float32)
+    of_keys, of_queries = (global_linear.plan_of(x, head_dim) for x in (key, query))
+    tiles = shape.heads * math.ceil(shape.length / of_queries[0].tile)
+
+    def attend(query: Any, key: Any, value: Any) -> Any:
+        sums = jax.tree.map(
+            lambda x: jnp.repeat(x, group, axis=1), global_linear.token_sums(key, value, sums=has_offset)
+        )
+        return global_linear.times_state(query, *sums)
+
+    def gradients(query: Any, key: Any, value: Any, state: Any, cotangent: Any) -> Any:
+        of_state = jax.tree.map(
+            lambda x: x.reshape(1, shape.key_heads, group, *x.shape[2:]).sum(2),
+            global_linear.token_sums(query, cotangent, sums=has_offset),
+        )
+        to_query = global_linear.times_state(cotangent, state.mT)
+        return to_query, global_linear.times_state(value, of_state[0].mT), global_linear.times_state(key, *of_state)
+
+    def steps(heads: int, plan: Any) -> tuple[int, int]:
+        blocks = heads // plan.heads
+        return blocks, blocks * math.ceil(shape.length / plan.tile)
+
+    keys, queries = steps(shape.key_heads, of_keys[0]), steps(shape.heads, of_queries[0])
+    (blocks, of_sums), tile = (queries, of_queries[0].tile) if backward else (keys, of_keys[0].tile)
+    runs = (blocks, of_sums - blocks, blocks) if shape.length % tile else (blocks,)
+    grids = {"token_sums_and_sum" if has_offset else "token_sums": Grid(of_sums, runs, tiles)}
+    plain, plus_offset = (queries[1] + keys[1], keys[1]) if backward else (0, queries[1])
+    if not has_offset:
+        plain, plus_offset = plain + plus_offset, 0
+    products = {"times_state": plain, "times_state_plus_offset": plus_offset}
+    grids |= {name: Grid(count, (), tiles) for name, count in products.items() if count}
+    vmem = max(of_keys[1], of_queries[1])
+    if backward:
+        return Row(gradients, [query, key, value, state, query], vmem, grids)
+    return Row(attend, [query, key, value], vmem, grids)
+
+
 def _cached_flash(shape: Shape) -> Row:
     """A step with a full cache of the window."""
     cache = [jax.ShapeDtypeStruct((1, shape.window, shape.key_heads, shape.head_dim), shape.dtype)] * 2
@@ -271,6 +313,10 @@ KERNELS: dict[str, Callable[[Shape], Row]] = {
         f"{name} gradients": functools.partial(_chunked_linear, **options, backward=True)
         for name, options in _LINEAR.items()
     },
+    "linear, not causal": functools.partial(_global_linear, has_offset=False, backward=False),
+    "linear, not causal gradients": functools.partial(_global_linear, has_offset=False, backward=True),
+    "inline": functools.partial(_global_linear, has_offset=True, backward=False),
+    "inline gradients": functools.partial(_global_linear, has_offset=True, backward=True),
     "covariance": _banded_covariance,
     "covariance gradients": _banded_covariance_gradients,
     "covariance solve": _covariance_solve,

@@ -24,13 +24,15 @@ def _tpu_modules() -> dict[str, Any]:
         cached_flash,
         chunked_linear,
         covariance_solve,
+        global_linear,
         linear_step,
         local_linear_step,
         routing_step,
     )
 
     banded = banded_covariance, banded_flash, banded_flash_backward, banded_parallax, covariance_solve
-    return _by_name(*banded, cached_flash, chunked_linear, linear_step, local_linear_step, routing_step)
+    of_linear = chunked_linear, global_linear, linear_step
+    return _by_name(*banded, *of_linear, cached_flash, local_linear_step, routing_step)
 
 
 def _gpu_modules() -> dict[str, Any]:

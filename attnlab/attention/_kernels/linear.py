@@ -1,4 +1,5 @@
-"""Linear attention by the chunked kernels, and its step by the kernel that changes a state in place."""
+"""Linear attention by the chunked kernels, or over all tokens by those of sums, and its step by the kernel that changes
+a state in place."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.attention._dispatch.kernel_call import kernel_call, like
+from attnlab.attention._kernels import global_linear
 from attnlab.attention._kernels.backends import first_refusal, kernel_module, on_backends
 from attnlab.attention._shared.chunks import RESET, drop_at_starts
 from attnlab.attention._shared.feature_maps import apply_feature_map, normalizer_epsilon
@@ -48,6 +50,8 @@ _MODULES = {"tpu": ("chunked_linear", "chunked_linear"), "gpu": ("chunked_linear
 
 
 def _chunked(backend: str, xla: Xla, inputs: LinearInputs, options: LinearOptions) -> tuple[Array, LinearState]:
+    if not options.is_causal:
+        return global_linear.linear_attention(inputs, options)
     forward, backward = (kernel_module(backend, name) for name in _MODULES[backend])
     out_dtype = inputs.query.dtype
     sums = jnp.float32 if options.normalize else out_dtype
@@ -89,7 +93,9 @@ def chunked_refusal(
 
 def _refusal(backend: str, inputs: LinearInputs, options: LinearOptions) -> str | None:
     if not options.is_causal:
-        return "serves causal calls; the others are two products of XLA"
+        if backend == "gpu":
+            return "serves causal calls; the others are two products of XLA"
+        return global_linear.linear_refusal(inputs, options)
     if inputs.erase is not None:
         return _NO_ERASE
     # The scale may be traced with the call, and no shape depends on it.
