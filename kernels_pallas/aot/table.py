@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.aot import schedule
-from kernels_pallas.aot.compile import CHIPS, GPUS, TOPOLOGIES, Grid, Row, compile_for_tpu
+from kernels_pallas.aot.compile import CHIPS, GPUS, TOPOLOGIES, Grid, Row, as_on, compile_for_tpu
 from kernels_pallas.aot.peers import OTHERS
 from kernels_pallas.patterns import ACTIVE, FIRST, LAST
 from kernels_pallas.shapes import SHAPES, Shape
@@ -341,14 +341,17 @@ _MEASURED += ["matmul", "computing", "memory", "bound"]
 def _measure(build: Callable[[Shape], Row], shape: Shape, tpu: str, collect: Callable[..., Any]) -> list[str]:
     empty = [""] * len(_MEASURED)
     try:
-        row = build(shape)
-        compiled = compile_for_tpu(row.function, *row.arrays, tpu=tpu)
+        with as_on(tpu):
+            row = build(shape)
+            compiled = compile_for_tpu(row.function, *row.arrays, tpu=tpu)
+    except ModuleNotFoundError as error:
+        return [f"missing: {error.name}", *empty]
     except Exception as error:  # the table's purpose is to show what fails, whatever it is
         collect(())
         return [f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}", *empty]
     cost: Any = compiled.cost_analysis()
     moved = cost.get("bytes accessed", math.nan)
-    sizes = ["" if row.vmem is None else f"{row.vmem / 2**20:.1f}", f"{moved / 2**20:.0f}"]
+    sizes = ["" if row.vmem is None else f"{row.vmem / 2**20:.1f}", "" if math.isnan(moved) else f"{moved / 2**20:.0f}"]
     found = collect(row.grids)
     try:
         (cycles, matmuls), (delayed, _) = (
@@ -356,7 +359,7 @@ def _measure(build: Callable[[Shape], Row], shape: Shape, tpu: str, collect: Cal
                 sum,
                 zip(
                     *(
-                        found[name][which].cycles(grid.steps, grid.runs, grid.products, grid.loops)
+                        found[name][which].cycles(grid.steps, grid.runs, grid.products, grid.loops, grid.holders)
                         for name, grid in row.grids.items()
                     )
                 ),
