@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask
 
 from kernels_pallas.aot.compile import Grid, Row
-from kernels_pallas.patterns import ACTIVE
+from kernels_pallas.patterns import ACTIVE, FULL
 from kernels_pallas.shapes import Shape
 from kernels_pallas.tpu import banded_flash, banded_flash_backward
 from kernels_pallas.tpu.chunk import CHUNK
@@ -69,6 +69,24 @@ def _splash(shape: Shape, *, backward: bool = False) -> Row:
     return Row(gradients, arrays, None, grids)
 
 
+def _tokamax_splash(shape: Shape) -> Row:
+    """tokamax's forward, grown out of JAX's, with the same mask and tiles. Its grid is the list of tiles."""
+    library: Any = importlib.import_module("tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_kernel")
+    masks: Any = importlib.import_module("tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_mask")
+    block_q, block_k = _tiles(shape, backward=False)
+    sizes = {"block_q": block_q, "block_kv": block_k, "block_kv_compute": block_k}
+    causal_window = masks.LocalMask((shape.length, shape.length), window_size=(shape.window - 1, 0), offset=0)
+    config = library.SplashConfig(**sizes, use_experimental_scheduler=True)  # as tokamax sets it by itself
+    attend = library.make_splash_mha_single_device(causal_window, config=config)
+    _, arrays = splash_call(shape, backward=False)
+    flags = shape.pattern().tiled(block_q, block_k).by_query.flags
+    active = shape.heads * int(np.count_nonzero(flags & ACTIVE))
+    full = shape.heads * int(np.count_nonzero((flags & ACTIVE != 0) & (flags & FULL != 0)))
+    query_tiles = shape.heads * math.ceil(shape.length / block_q)
+    grid = Grid(active, (query_tiles, full, active - full, query_tiles), active)
+    return Row(attend, arrays, None, {"splash_mha_fwd_no_residuals": grid})
+
+
 def flash_call(shape: Shape) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
     """JAX's flash attention, causal, and its arrays, [1, N, T, H]. It knows no window and no groups:
     it sees all earlier tokens, and gets the keys of every head."""
@@ -101,19 +119,20 @@ def _flash(shape: Shape, *, backward: bool = False) -> Row:
     return Row(gradients, arrays, None, dict.fromkeys((of_queries, of_keys), grid))
 
 
-def _kernel_steps(function: Callable[..., Any], arrays: list[Any]) -> dict[str, int]:
-    """Of the Pallas kernels in it, by name, else by that of the jit around them: how many steps their grids have."""
+def _kernel_steps(function: Callable[..., Any], arrays: list[Any], named: str) -> dict[str, int]:
+    """How many steps the grids of the Pallas kernels in it have, by what they are compiled as: a kernel with a name by
+    that, as `named` has it, another by that of the jit around it."""
     found: dict[str, int] = {}
 
     def visit(jaxpr: Any, around: str) -> None:
         for equation in jaxpr.eqns:
-            name = equation.params.get("name") or around
+            name = equation.params.get("name")
             if equation.primitive.name == "pallas_call":
-                found[name] = math.prod(equation.params["grid_mapping"].grid)
+                found[named.format(name) if name else around] = math.prod(equation.params["grid_mapping"].grid)
                 continue
             for inner in (getattr(value, "jaxpr", value) for value in equation.params.values()):
                 if hasattr(inner, "eqns"):
-                    visit(inner, name)
+                    visit(inner, name or around)
 
     visit(jax.make_jaxpr(function)(*arrays).jaxpr, "")
     return found
@@ -131,10 +150,10 @@ def _library_row(
     if backward:
         results, back = jax.eval_shape(functools.partial(jax.vjp, attend), *arrays)
         function, arrays = (lambda back, results: back(results)), [back, results]
-    compiled_as = "transpose_jvp_{}__" if backward else "{}"
+    kernels = _kernel_steps(function, arrays, "transpose_jvp_{}__" if backward else "{}")
     grids = {
-        compiled_as.format(name): Grid(steps, (steps // lines[name],) * 2 if name in lines else (), tiles)
-        for name, steps in _kernel_steps(function, arrays).items()
+        name: Grid(steps, (steps // lines[name],) * 2 if name in lines else (), tiles)
+        for name, steps in kernels.items()
     }
     return Row(function, arrays, None, grids)
 
@@ -204,6 +223,7 @@ OTHERS: dict[str, Callable[[Shape], Row]] = {
     "jax splash gradients": functools.partial(_splash, backward=True),
     "jax flash, all earlier": _flash,
     "jax flash gradients, all earlier": functools.partial(_flash, backward=True),
+    "tokamax splash": _tokamax_splash,
     "flywheel-tpu": _flywheel,
     "tokamax, by channel": _tokamax_kda,
     "tokamax, by channel gradients": functools.partial(_tokamax_kda, backward=True),

@@ -126,7 +126,8 @@ def parse(bundles: str, units: str) -> Schedule:
     if start is None:
         return Schedule(0, len(lines), sum(matmul), (), ())
     ends = {int(n): i for i, line in enumerate(lines) for n in re.findall(r"(?<!Start )(?:empty )region (\d+)", line)}
-    end = max(i for i, line in enumerate(lines) if re.search(r"loop exit test", line))
+    branches = [i for i, line in enumerate(lines) if "sbr.rel" in line]
+    end = max((i for i, line in enumerate(lines) if re.search(r"loop exit test", line)), default=branches[-1])
     owner = [-1] * len(lines)
     regions = []
     for i in range(start, end):

@@ -351,7 +351,8 @@ def _measure(build: Callable[[Shape], Row], shape: Shape, tpu: str, collect: Cal
         return [f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}", *empty]
     cost: Any = compiled.cost_analysis()
     moved = cost.get("bytes accessed", math.nan)
-    sizes = ["" if row.vmem is None else f"{row.vmem / 2**20:.1f}", "" if math.isnan(moved) else f"{moved / 2**20:.0f}"]
+    moves = not math.isnan(moved)  # unknown of kernels that copy all by themselves and do not say how much
+    sizes = ["" if row.vmem is None else f"{row.vmem / 2**20:.1f}", f"{moved / 2**20:.0f}" if moves else ""]
     found = collect(row.grids)
     try:
         (cycles, matmuls), (delayed, _) = (
@@ -372,4 +373,4 @@ def _measure(build: Callable[[Shape], Row], shape: Shape, tpu: str, collect: Cal
     computing, memory = CHIPS[tpu].times(cycles, moved)
     counts = [f"{cycles / tiles:.0f}", f"{cycles:,}", f"{delayed:,}", f"{matmuls / cycles:.0%}"]
     times = [f"{1e6 * computing:.0f} us", f"{1e6 * memory:.0f} us", "computing" if computing > memory else "memory"]
-    return ["yes", *sizes, *counts, *times]
+    return ["yes", *sizes, *counts, *(times if moves else [times[0], "", ""])]
