@@ -4,12 +4,15 @@
 `compile_for_gpu(function, *shapes, gpu="h100")` with JAX's CUDA plugin.
 """
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 
 # The smallest topology of each TPU generation that libtpu describes.
@@ -65,6 +68,15 @@ def compile_for_tpu(function: Callable[..., Any], *args: Any, tpu: str) -> jax.s
     return jax.jit(function).lower(*placed).compile()
 
 
+@contextlib.contextmanager
+def as_on(tpu: str) -> Iterator[None]:
+    """Libraries that ask which device they run on are answered this TPU, by Mosaic too; jax itself keeps to the CPU."""
+    chip = jax.sharding.Mesh(np.array(topology_devices(tpu)[:1]), ("chip",)).abstract_mesh.abstract_device
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=chip)
+    with jax.sharding.use_abstract_mesh(mesh), mock.patch.object(jax, "default_backend", return_value="tpu"):
+        yield
+
+
 # Memory in bytes per second and in bytes.
 GPUS = {"h100": (3352 * 10**9, 85 * 10**9), "h200": (4800 * 10**9, 150_754_820_096)}
 # What XLA's CUDA compiler asks of a device; of the two, all but the memory is alike.
@@ -105,8 +117,8 @@ def compile_for_gpu(function: Callable[..., Any], *args: Any, gpu: str) -> jax.s
 class Grid(NamedTuple):
     """How often the parts of a kernel run: its steps, each region of its schedule, and the tiles that it computes.
 
-    products: which regions multiply matrices, where the sizes of others may mislead. loops: how often its own
-    loops run beside once in each run of what is around them.
+    products: which regions multiply matrices, where the sizes of others may mislead. loops, holders: how often its own
+    loops, and regions that have regions in them, run beside once in each run of what is around them.
     """
 
     steps: int
@@ -114,6 +126,7 @@ class Grid(NamedTuple):
     tiles: int
     products: tuple[int, ...] = ()
     loops: tuple[int, ...] = ()
+    holders: tuple[int, ...] = ()
 
 
 class Row(NamedTuple):

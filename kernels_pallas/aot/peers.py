@@ -1,8 +1,9 @@
-"""Rows of JAX's own kernels, for comparison."""
+"""Rows of others' kernels, for comparison: JAX's own, and those of libraries that may be installed."""
 
 import functools
+import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,11 +14,14 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask
 
 from kernels_pallas.aot.compile import Grid, Row
-from kernels_pallas.patterns import ACTIVE
+from kernels_pallas.patterns import ACTIVE, FULL
 from kernels_pallas.shapes import Shape
 from kernels_pallas.tpu import banded_flash, banded_flash_backward
+from kernels_pallas.tpu.chunk import CHUNK
 
 _FLASH_TILE = 512
+_FLYWHEEL_BLOCK = 2048
+_TOKAMAX_CHUNK = 64
 
 
 def splash_call(shape: Shape, *, backward: bool) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
@@ -65,6 +69,24 @@ def _splash(shape: Shape, *, backward: bool = False) -> Row:
     return Row(gradients, arrays, None, grids)
 
 
+def _tokamax_splash(shape: Shape) -> Row:
+    """tokamax's forward, grown out of JAX's, with the same mask and tiles. Its grid is the list of tiles."""
+    library: Any = importlib.import_module("tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_kernel")
+    masks: Any = importlib.import_module("tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_mask")
+    block_q, block_k = _tiles(shape, backward=False)
+    sizes = {"block_q": block_q, "block_kv": block_k, "block_kv_compute": block_k}
+    causal_window = masks.LocalMask((shape.length, shape.length), window_size=(shape.window - 1, 0), offset=0)
+    config = library.SplashConfig(**sizes, use_experimental_scheduler=True)  # as tokamax sets it by itself
+    attend = library.make_splash_mha_single_device(causal_window, config=config)
+    _, arrays = splash_call(shape, backward=False)
+    flags = shape.pattern().tiled(block_q, block_k).by_query.flags
+    active = shape.heads * int(np.count_nonzero(flags & ACTIVE))
+    full = shape.heads * int(np.count_nonzero((flags & ACTIVE != 0) & (flags & FULL != 0)))
+    query_tiles = shape.heads * math.ceil(shape.length / block_q)
+    grid = Grid(active, (query_tiles, full, active - full, query_tiles), active)
+    return Row(attend, arrays, None, {"splash_mha_fwd_no_residuals": grid})
+
+
 def flash_call(shape: Shape) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
     """JAX's flash attention, causal, and its arrays, [1, N, T, H]. It knows no window and no groups:
     it sees all earlier tokens, and gets the keys of every head."""
@@ -97,9 +119,116 @@ def _flash(shape: Shape, *, backward: bool = False) -> Row:
     return Row(gradients, arrays, None, dict.fromkeys((of_queries, of_keys), grid))
 
 
+def _kernel_steps(function: Callable[..., Any], arrays: list[Any], named: str) -> dict[str, int]:
+    """How many steps the grids of the Pallas kernels in it have, by what they are compiled as: a kernel with a name by
+    that, as `named` has it, another by that of the jit around it."""
+    found: dict[str, int] = {}
+
+    def visit(jaxpr: Any, around: str) -> None:
+        for equation in jaxpr.eqns:
+            name = equation.params.get("name")
+            if equation.primitive.name == "pallas_call":
+                found[named.format(name) if name else around] = math.prod(equation.params["grid_mapping"].grid)
+                continue
+            for inner in (getattr(value, "jaxpr", value) for value in equation.params.values()):
+                if hasattr(inner, "eqns"):
+                    visit(inner, name or around)
+
+    visit(jax.make_jaxpr(function)(*arrays).jaxpr, "")
+    return found
+
+
+def _library_row(
+    attend: Callable[..., Any], arrays: list[Any], tiles: int, lines: Mapping[str, int], *, backward: bool
+) -> Row:
+    """Of a library's call, by the steps of its own grids. Its gradients are those alone, from what the forward keeps.
+
+    lines: of kernels that do more at the first and at the last step of a line, how many steps a line has. All that is
+    in others counts in every step.
+    """
+    function = attend
+    if backward:
+        results, back = jax.eval_shape(functools.partial(jax.vjp, attend), *arrays)
+        function, arrays = (lambda back, results: back(results)), [back, results]
+    kernels = _kernel_steps(function, arrays, "transpose_jvp_{}__" if backward else "{}")
+    grids = {
+        name: Grid(steps, (steps // lines[name],) * 2 if name in lines else (), tiles)
+        for name, steps in kernels.items()
+    }
+    return Row(function, arrays, None, grids)
+
+
+def _deltanet(shape: Shape, *, by_channel: bool, backward: bool = False) -> Row:
+    """deltanet-tpu's. Its queries have as many heads as its keys: it gets the keys and values of every head."""
+    library: Any = importlib.import_module("deltanet_tpu")
+    rule = library.chunk_kda if by_channel else library.chunk_gdn
+
+    def attend(*arrays: Any) -> Any:
+        return rule(*arrays[:-1], initial_state=arrays[-1], output_final_state=True)
+
+    wide, gate = shape.array(shape.heads, shape.head_dim), shape.array(shape.heads, dtype=jnp.float32)
+    decay = shape.array(shape.heads, shape.head_dim, dtype=jnp.float32) if by_channel else gate
+    state = jax.ShapeDtypeStruct((1, shape.heads, shape.head_dim, shape.head_dim), jnp.float32)
+    chunks = shape.heads * math.ceil(shape.length / CHUNK)
+    return _library_row(attend, [wide, wide, wide, decay, gate, state], chunks, {}, backward=backward)
+
+
+def _flywheel(shape: Shape) -> Row:
+    """flywheel-tpu's forward, heads first; of a window it has no gradients. It has no grid: loops over heads, blocks of
+    queries and of keys, all of _FLYWHEEL_BLOCK. A block of keys has a body for where it stands, of the fragments of 256
+    x 256 that the window meets there, and in each a second one for an overflow, which does not run."""
+    library: Any = importlib.import_module("flywheel_tpu")
+
+    def attend(query: Any, key: Any, value: Any) -> Any:
+        return library.flash_attn_func(query, key, value, causal=True, window_size=(shape.window - 1, 0))
+
+    arrays = [jax.ShapeDtypeStruct((1, x.shape[2], x.shape[1], x.shape[3]), x.dtype) for x in shape.arrays()]
+    lines = shape.heads * math.ceil(shape.length / _FLYWHEEL_BLOCK)
+    earlier = lines - shape.heads  # blocks of keys before those of the queries
+    steps, blocks = shape.heads, lines + earlier
+    # Scaling of queries; all seen, earlier and own keys on an overflow; the output.
+    regions, bodies = (lines, 0, 0, 0, lines), (0, earlier, lines)
+    beside = blocks - steps  # these runs of all of the innermost loop are counted with it
+    grid = Grid(
+        steps,
+        tuple(n - beside for n in regions),
+        shape.heads * int(np.count_nonzero(shape.pattern().tiled(512, 512).by_query.flags & ACTIVE)),
+        loops=(lines - steps, beside),
+        holders=tuple(n - blocks for n in bodies),
+    )
+    return Row(attend, arrays, None, {"flash_attn_mha_static_t1_guarded_fwd": grid})
+
+
+def _tokamax_kda(shape: Shape, *, backward: bool = False) -> Row:
+    """tokamax's, heads first; it gets the keys and values of every head."""
+    library: Any = importlib.import_module("tokamax._src.ops.kda.pallas_mosaic_tpu")
+    rule = library.PallasMosaicTpuKimiDeltaAttention(bypass_device_check=True)  # it takes v5p for too old
+
+    def attend(*arrays: Any) -> Any:
+        scale = shape.head_dim**-0.5
+        return rule(*arrays[:-1], scale=scale, initial_state=arrays[-1], output_final_state=True)
+
+    wide = jax.ShapeDtypeStruct((shape.heads, 1, shape.length, shape.head_dim), shape.dtype)
+    gate = wide.update(dtype=jnp.float32)
+    state = jax.ShapeDtypeStruct((1, 1, shape.heads, shape.head_dim, shape.head_dim), jnp.float32)
+    arrays = [wide, wide, wide, gate, gate.update(shape=gate.shape[:3]), state]
+    kernels = "chunk_kda_fwd_h_o_varlen", "_fused_dhu_wy_intra_cumsum_pallas_jit"
+    lines = dict.fromkeys(kernels, shape.length // _TOKAMAX_CHUNK)
+    chunks = shape.heads * math.ceil(shape.length / CHUNK)
+    return _library_row(attend, arrays, chunks, lines, backward=backward)
+
+
 OTHERS: dict[str, Callable[[Shape], Row]] = {
     "jax splash": _splash,
     "jax splash gradients": functools.partial(_splash, backward=True),
     "jax flash, all earlier": _flash,
     "jax flash gradients, all earlier": functools.partial(_flash, backward=True),
+    "tokamax splash": _tokamax_splash,
+    "flywheel-tpu": _flywheel,
+    "tokamax, by channel": _tokamax_kda,
+    "tokamax, by channel gradients": functools.partial(_tokamax_kda, backward=True),
+    "deltanet-tpu, gated delta": functools.partial(_deltanet, by_channel=False),
+    "deltanet-tpu, gated delta gradients": functools.partial(_deltanet, by_channel=False, backward=True),
+    "deltanet-tpu, by channel": functools.partial(_deltanet, by_channel=True),
+    "deltanet-tpu, by channel gradients": functools.partial(_deltanet, by_channel=True, backward=True),
 }

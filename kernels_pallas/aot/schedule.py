@@ -7,13 +7,14 @@ they are cut into the parts of a Pallas kernel:
     every step      inside it: indices, copies to start and to wait for
     regions         inside it, skipped by a branch: the bodies of pl.when, in the order of the source; how often each
                     runs is known from the grid
-    loops           inside it, without those within them; in every step once, unless it is known how often they run
+    holders         regions that have regions in them, without those; in every step once, unless it is known how often
+    loops           inside it, without those within them; likewise
 
-so that cycles = before + steps x every step + sum of region or loop x its runs. Not in it: waiting for memory, and
-stalls of units that take longer than the schedule assumes. It is a bound from below for kernels that wait for memory,
-and close for those that compute. The compiler's scheduler itself expects more: where it knows of a wait it leaves
-bundles empty, which a last pass takes out, as the core waits by itself. What it had before that pass is counted as
-well: with delays.
+so that cycles = before + steps x every step + sum of region, holder or loop x its runs. Not in it: waiting for memory,
+and stalls of units that take longer than the schedule assumes. It is a bound from below for kernels that wait for
+memory, and close for those that compute. The compiler's scheduler itself expects more: where it knows of a wait it
+leaves bundles empty, which a last pass takes out, as the core waits by itself. What it had before that pass is counted
+as well: with delays.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ _FILES = {
 
 class Schedule(NamedTuple):
     """Bundles of a kernel's parts, and of those the ones that issue a matrix product's instruction; in the order of the
-    source. What is in the loops is part of the steps or regions around them as well."""
+    source. What is in the loops and holders is part of the steps, regions or loops around them as well."""
 
     before: int
     step: int
@@ -47,16 +48,22 @@ class Schedule(NamedTuple):
     regions: tuple[int, ...]
     matmuls: tuple[int, ...]
     loops: tuple[tuple[int, int], ...] = ()
+    holders: tuple[tuple[int, int], ...] = ()
 
     def cycles(
-        self, steps: int, runs: Sequence[int], products: Collection[int] = (), loops: Sequence[int] = ()
+        self,
+        steps: int,
+        runs: Sequence[int],
+        products: Collection[int] = (),
+        loops: Sequence[int] = (),
+        holders: Sequence[int] = (),
     ) -> tuple[int, int]:
         """Cycles of a call of this many grid steps, whose pl.when bodies have these numbers of runs; and how many of
         those cycles issue a matrix product's instruction.
 
         products: which of the bodies multiply matrices, in order. Those are the regions that do, if there are as many.
         loops: how often the last loops run beside once in each run of what is around them; those before are the
-        pipeline's own.
+        pipeline's own. holders: likewise.
 
         Short bodies may be predicated rather than skipped: they are in every step, and there are fewer regions than
         bodies. Which ones is not known; what is returned is the most that it can be. Of more regions than bodies the
@@ -77,8 +84,9 @@ class Schedule(NamedTuple):
 
         choices = itertools.combinations(others, len(bodies))
         bundles, matmuls = max((total(self.regions, some), total(self.matmuls, some)) for some in choices)
-        for more, (of_loop, products_of_loop) in zip(loops, self.loops[len(self.loops) - len(loops) :], strict=True):
-            bundles, matmuls = bundles + more * of_loop, matmuls + more * products_of_loop
+        last = self.loops[len(self.loops) - len(loops) :] + self.holders[len(self.holders) - len(holders) :]
+        for more, (inside, products_inside) in zip((*loops, *holders), last, strict=True):
+            bundles, matmuls = bundles + more * inside, matmuls + more * products_inside
         return self.before + steps * self.step + bundles, steps * self.step_matmuls + matmuls
 
 
@@ -118,7 +126,8 @@ def parse(bundles: str, units: str) -> Schedule:
     if start is None:
         return Schedule(0, len(lines), sum(matmul), (), ())
     ends = {int(n): i for i, line in enumerate(lines) for n in re.findall(r"(?<!Start )(?:empty )region (\d+)", line)}
-    end = max(i for i, line in enumerate(lines) if re.search(r"loop exit test", line))
+    branches = [i for i, line in enumerate(lines) if "sbr.rel" in line]
+    end = max((i for i, line in enumerate(lines) if re.search(r"loop exit test", line)), default=branches[-1])
     owner = [-1] * len(lines)
     regions = []
     for i in range(start, end):
@@ -140,15 +149,20 @@ def parse(bundles: str, units: str) -> Schedule:
     last = next((i for i in range(end, len(lines)) if "sbr.rel" in lines[i]), end)
     every = [i for i in range(start, last + 1) if owner[i] == -1]
     loops = tuple((len(loop), sum(matmul[i] for i in loop)) for loop in _loops(lines[: last + 1]))
-    return Schedule(start + len(lines) - last - 1, len(every), sum(matmul[i] for i in every), size, products, loops)
+    held = [[i for i in range(a, b) if owner[i] == -1] for a, b in holding if body[0] < a and b < body[1]]
+    holders = tuple((len(own), sum(matmul[i] for i in own)) for own in held)
+    before, matmuls = start + len(lines) - last - 1, sum(matmul[i] for i in every)
+    return Schedule(before, len(every), matmuls, size, products, loops, holders)
 
 
 def _loops(lines: Sequence[str]) -> list[list[int]]:
     """The lines of each loop inside the loop over the grid, without those of loops within it."""
     loops: list[list[int]] = []
     newest: dict[int, list[int]] = {}  # by depth: a loop's last lines may stand among those around it
+    nested = ""
     for number, line in enumerate(lines):
-        mark, nested = re.findall(r"(LB)?\s*: (>*)", line)[0]
+        mark, own = re.findall(r"(LB)?\s*: (>*)", line)[0]
+        nested = nested if line.rstrip().endswith(" {}") else own  # delays do not say their depth
         if mark and len(nested) > 1:
             newest[len(nested)] = []
             loops.append(newest[len(nested)])

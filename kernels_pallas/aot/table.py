@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.aot import schedule
-from kernels_pallas.aot.compile import CHIPS, GPUS, TOPOLOGIES, Grid, Row, compile_for_tpu
+from kernels_pallas.aot.compile import CHIPS, GPUS, TOPOLOGIES, Grid, Row, as_on, compile_for_tpu
 from kernels_pallas.aot.peers import OTHERS
 from kernels_pallas.patterns import ACTIVE, FIRST, LAST
 from kernels_pallas.shapes import SHAPES, Shape
@@ -387,14 +387,18 @@ _MEASURED += ["matmul", "computing", "memory", "bound"]
 def _measure(build: Callable[[Shape], Row], shape: Shape, tpu: str, collect: Callable[..., Any]) -> list[str]:
     empty = [""] * len(_MEASURED)
     try:
-        row = build(shape)
-        compiled = compile_for_tpu(row.function, *row.arrays, tpu=tpu)
+        with as_on(tpu):
+            row = build(shape)
+            compiled = compile_for_tpu(row.function, *row.arrays, tpu=tpu)
+    except ModuleNotFoundError as error:
+        return [f"missing: {error.name}", *empty]
     except Exception as error:  # the table's purpose is to show what fails, whatever it is
         collect(())
         return [f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}", *empty]
     cost: Any = compiled.cost_analysis()
     moved = cost.get("bytes accessed", math.nan)
-    sizes = ["" if row.vmem is None else f"{row.vmem / 2**20:.1f}", f"{moved / 2**20:.0f}"]
+    moves = not math.isnan(moved)  # unknown of kernels that copy all by themselves and do not say how much
+    sizes = ["" if row.vmem is None else f"{row.vmem / 2**20:.1f}", f"{moved / 2**20:.0f}" if moves else ""]
     found = collect(row.grids)
     try:
         (cycles, matmuls), (delayed, _) = (
@@ -402,7 +406,7 @@ def _measure(build: Callable[[Shape], Row], shape: Shape, tpu: str, collect: Cal
                 sum,
                 zip(
                     *(
-                        found[name][which].cycles(grid.steps, grid.runs, grid.products, grid.loops)
+                        found[name][which].cycles(grid.steps, grid.runs, grid.products, grid.loops, grid.holders)
                         for name, grid in row.grids.items()
                     )
                 ),
@@ -415,4 +419,4 @@ def _measure(build: Callable[[Shape], Row], shape: Shape, tpu: str, collect: Cal
     computing, memory = CHIPS[tpu].times(cycles, moved)
     counts = [f"{cycles / tiles:.0f}", f"{cycles:,}", f"{delayed:,}", f"{matmuls / cycles:.0%}"]
     times = [f"{1e6 * computing:.0f} us", f"{1e6 * memory:.0f} us", "computing" if computing > memory else "memory"]
-    return ["yes", *sizes, *counts, *times]
+    return ["yes", *sizes, *counts, *(times if moves else [times[0], "", ""])]

@@ -15,8 +15,9 @@ import attnlab
 import kernels_pallas
 from attnlab import local_attention
 from kernels_pallas.aot.compile import TOPOLOGIES, compile_for_tpu
+from kernels_pallas.aot.peers import OTHERS
 from kernels_pallas.aot.schedule import Schedule, parse
-from kernels_pallas.aot.table import KERNELS
+from kernels_pallas.aot.table import KERNELS, _measure
 from kernels_pallas.shapes import SHAPES
 
 pytestmark = pytest.mark.skipif(
@@ -199,6 +200,33 @@ def test_a_kernel_s_own_loops_count_as_often_as_they_run():
     assert schedule.cycles(10, (), loops=(10, 40)) == (2 + 10 * 14 + 10 * 3 + 40 * 3, 150)
 
 
+def test_a_region_with_a_region_in_it_counts_as_often_as_it_runs_and_delays_are_of_their_loop():
+    """A kernel's loop, whose body has a region of 9 bundles around one of 30; a delay says not how deep it is."""
+    holder = ["sbr.rel (%p1) target = $region2"] + ["vadd"] * 7 + ["sbr.rel (%p2) target = $region3"]
+    inside = ["sbr.rel (%p0) target = $region1", *holder, *["vmatmul"] * 30, "/* End empty region 3 */"]
+    inside += ["/* End empty region 2 */"]
+    lines = ["0x0 : {", "0x1 LB: > {", *(f"0x2 {'LB' * (not i)}: >> {{ {what}" for i, what in enumerate(inside))]
+    lines += ["0x3 :  {}", "0x4 : > { /* End empty region 1 */", "0x5 : > { /* loop exit test */ sbr.rel region = 9"]
+    units = "UTILIZATION:\n" + "\n".join("1" if "vmatmul" in line else "0" for line in lines)
+    schedule = parse("\n".join(lines), units)
+    assert (schedule.regions, schedule.matmuls) == ((30,), (30,))
+    assert schedule.holders == ((9, 0),)
+    (loop,) = schedule.loops
+    assert loop == (len(inside) + 1, 30)
+    # 5 steps; the loop runs 20 times, the region around 12 times and the one in it 3 times.
+    bundles, matmuls = schedule.cycles(5, (3 - 15,), loops=(15,), holders=(12 - 20,))
+    assert bundles == schedule.before + 5 * (schedule.step - loop[0] + 30) + 20 * (loop[0] - 9 - 30) + 12 * 9 + 3 * 30
+    assert matmuls == 3 * 30
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deltanet_tpu", None)
+    row = OTHERS["deltanet-tpu, gated delta"]
+    compiled, *rest = _measure(row, SHAPES["small model 2k"], "v6e", lambda names: {})
+    assert compiled == "missing: deltanet_tpu"
+    assert not any(rest)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("tpu", "gradients"), [("v5p", False), ("v5p", True), ("v6e", True)])
 def test_banded_flash_takes_no_more_cycles_than_splash_attention(tpu, gradients):
@@ -236,4 +264,4 @@ def test_no_kernel_takes_more_cycles_than_its_table_says(kernel, tpu):
 
 
 def test_every_kernel_is_in_the_table():
-    assert {kernel for kernel, _ in FIGURES} >= set(KERNELS)
+    assert {kernel for kernel, _ in FIGURES} == {*KERNELS, *OTHERS}

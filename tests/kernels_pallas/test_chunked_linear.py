@@ -1,6 +1,8 @@
 """Chunked linear attention: values, states and gradients in TPU interpret mode, and what the kernel refuses."""
 
 import functools
+import importlib
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from marks import slow_but
 
 from attnlab import LinearState, linear_attention
+from kernels_pallas.aot.compile import as_on
 from kernels_pallas.tpu import chunk, chunk_call, chunked_linear
 from kernels_pallas.tpu.common import VMEM_BUDGET
 
@@ -172,14 +175,8 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("dtype", slow_but([jnp.float32], [jnp.bfloat16, jnp.float32]))
-@pytest.mark.parametrize("regime", slow_but(["repeated keys"], REGIMES))
-@pytest.mark.parametrize("form", slow_but(["gated delta"], FORMS))
-@pytest.mark.long
-def test_errors_against_float64_are_those_of_rounded_inputs(form, regime, dtype, interpreted):
-    """Outputs, states and gradients, in shares of the largest number of each: bfloat16 within 2^-6, or four times what
-    comes of rounding query, key and value once more; float32 within 1e-5. With -s it prints them: the table of
-    kernels_pallas/README.md."""
+def in_regime(form, regime, dtype):
+    """(arrays by name, weights of the outputs in a loss, the generator that drew them)."""
     arrays, _ = draw(300, heads=2, dtype=dtype, **FORMS[form])
     rng = np.random.default_rng(3)
     decays, (least, most) = REGIMES[regime]
@@ -190,20 +187,38 @@ def test_errors_against_float64_are_those_of_rounded_inputs(form, regime, dtype,
     if regime == "repeated keys":
         noise = 0.02 / 8 * rng.normal(size=arrays["key"].shape)
         arrays["key"] = (arrays["key"][:, :1].astype(jnp.float32) + noise).astype(dtype)
-    weights = rng.normal(size=(1, 300, 2, 64))
+    return arrays, rng.normal(size=(1, 300, 2, 64)), rng
 
-    def run(arrays, implementation):
-        def loss(arrays):
-            out, state = linear_attention(**arrays, return_state=True, implementation=implementation)
-            return jnp.sum(out * weights.astype(arrays["initial_state"].kv.dtype)), (out, state)
 
-        return jax.grad(loss, has_aux=True)(arrays)
+def gradients_and_results(attend, weights, arrays, **options):
+    """(gradients of the weighted outputs, (outputs, state))"""
 
-    got = interpreted(run, arrays, "pallas_tpu")
+    def loss(arrays):
+        out, state = attend(**arrays, return_state=True, **options)
+        return jnp.sum(out * weights.astype(arrays["initial_state"].kv.dtype)), (out, state)
+
+    return jax.grad(loss, has_aux=True)(arrays)
+
+
+def in_float64(arrays):
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), arrays)
+
+
+@pytest.mark.parametrize("dtype", slow_but([jnp.float32], [jnp.bfloat16, jnp.float32]))
+@pytest.mark.parametrize("regime", slow_but(["repeated keys"], REGIMES))
+@pytest.mark.parametrize("form", slow_but(["gated delta"], FORMS))
+@pytest.mark.long
+def test_errors_against_float64_are_those_of_rounded_inputs(form, regime, dtype, interpreted):
+    """Outputs, states and gradients, in shares of the largest number of each: bfloat16 within 2^-6, or four times what
+    comes of rounding query, key and value once more; float32 within 1e-5. With -s it prints them: the table of
+    kernels_pallas/README.md."""
+    arrays, weights, rng = in_regime(form, regime, dtype)
+    run = functools.partial(gradients_and_results, linear_attention, weights)
+    got = interpreted(run, arrays, implementation="pallas_tpu")
     with jax.enable_x64(True):
-        exact = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), arrays)
+        exact = in_float64(arrays)
         tokens = {name: exact[name] * (1 + 2**-9 * rng.uniform(-1, 1, exact[name].shape)) for name in TOKENS}
-        want, rounded = (jax.tree.leaves(run(given, "reference")) for given in (exact, exact | tokens))
+        want, rounded = (jax.tree.leaves(run(given, implementation="reference")) for given in (exact, exact | tokens))
     errors, allowed = (shares_of_largest(found, want) for found in (jax.tree.leaves(got), rounded))
     *of_gradients, of_out, of_state = errors
     print(f"\n| {form} | {regime} | {jnp.dtype(dtype)} | {of_out:.0e} | {of_state:.0e} | {max(of_gradients):.0e} |")
@@ -217,6 +232,75 @@ TOKENS = ("query", "key", "value")
 def shares_of_largest(found, want):
     pairs = [[np.asarray(x, np.float64) for x in pair] for pair in zip(found, want, strict=True)]
     return np.array([np.abs(a - b).max() / np.abs(b).max() for a, b in pairs])
+
+
+def deltanet(query, key, value, log_decay, beta, initial_state, *, return_state):
+    """deltanet-tpu's kernels, which take heads of 128 and as many of queries as of keys."""
+    library = pytest.importorskip("deltanet_tpu", reason="deltanet_tpu is not installed")
+    width = query.shape[-1]
+    rule = library.chunk_kda if log_decay.ndim == 4 else library.chunk_gdn
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that there is no TPU
+        out, state = rule(
+            *(widened(x) for x in of_every_head(query, key, value)),
+            widened(log_decay) if log_decay.ndim == 4 else log_decay,
+            beta,
+            initial_state=jnp.swapaxes(widened(jnp.swapaxes(widened(initial_state.kv), 2, 3)), 2, 3),
+            output_final_state=return_state,
+            precision="bf16" if query.dtype == jnp.bfloat16 else "fp32",
+            scale=width**-0.5,
+        )
+    return out[..., :width], state[..., :width, :width]
+
+
+def widened(x):
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 128 - x.shape[-1])])
+
+
+def of_every_head(query, *keys_and_values):
+    return query, *(jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in keys_and_values)
+
+
+def tokamax(query, key, value, log_decay, beta, initial_state, *, return_state):
+    """tokamax's kernels, of whole chunks of 64 tokens, heads first."""
+    pytest.importorskip("tokamax", reason="tokamax is not installed")
+    kda = importlib.import_module("tokamax._src.ops.kda.pallas_mosaic_tpu")
+    rule = kda.PallasMosaicTpuKimiDeltaAttention(bypass_device_check=True)
+    length, scale = query.shape[1], query.shape[-1] ** -0.5
+    arrays = [
+        jnp.pad(jnp.moveaxis(x, 2, 0), [(0, 0), (0, 0), (0, -length % 64)] + [(0, 0)] * (x.ndim - 3))
+        for x in (*of_every_head(query, key, value), log_decay, beta)
+    ]
+    with as_on("v6e"):
+        state = initial_state.kv[:, None]
+        out, state = rule(*arrays, scale=scale, initial_state=state, output_final_state=return_state)
+    return jnp.moveaxis(out, 0, 2)[:, :length], state[:, 0]
+
+
+PEERS = {"deltanet-tpu": deltanet, "tokamax": tokamax}
+PEERS_FORMS = [
+    ("deltanet-tpu", "gated delta"),
+    ("deltanet-tpu", "gated delta by channel"),
+    ("tokamax", "gated delta by channel"),
+]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize(("peer", "form"), PEERS_FORMS)
+@pytest.mark.slow
+def test_errors_of_others_kernels(peer, form, regime, dtype, interpreted):
+    """As those of ours above; with -s it prints them."""
+    arrays, weights, _ = in_regime(form, regime, dtype)
+    got = interpreted(gradients_and_results, PEERS[peer], weights, arrays)
+    with jax.enable_x64(True):
+        want = gradients_and_results(linear_attention, weights, in_float64(arrays), implementation="reference")
+    errors = shares_of_largest(*map(jax.tree.leaves, (got, want)))
+    *of_gradients, of_out, of_state = errors
+    shares = f"{of_out:.0e} | {of_state:.0e} | {max(of_gradients):.0e}"
+    print(f"\n| {peer}: {form} | {regime} | {jnp.dtype(dtype)} | {shares} |")
+    if regime == "usual gates":  # what is compared is the same
+        assert errors.max() < 0.05
 
 
 # query and key heads, width, float32, decay, delta: heads of a block, heads and key heads of a step, in place
