@@ -49,6 +49,20 @@ _TEMPORARIES = {
 _TEMPORARIES_FLOAT32 = _TEMPORARIES | {("channel", False): ((2, 14), (2, 28))}
 
 
+# VMEM that a kernel may take, by the decay and the delta rule, of values and of gradients. Two heads of the gradients
+# with both leave the units idle, and four take more than libtpu's own limit.
+_BUDGETS: dict[tuple[str | None, bool], tuple[int, int]] = {("channel", True): (VMEM_BUDGET, 22 * 2**20)}
+
+
+def budget_of(log_decay: Any, beta: Any, *, backwards: bool) -> int:
+    """VMEM that the kernel for these arguments may take."""
+    return _BUDGETS.get((_kind(log_decay), beta is not None), (VMEM_BUDGET,) * 2)[backwards]
+
+
+def _kind(log_decay: Any) -> str | None:
+    return None if log_decay is None else "token" if log_decay.ndim == 3 else "channel"
+
+
 def vmem_bytes(
     plan: Plan,
     features: int,
@@ -90,7 +104,6 @@ def plan_of(
     batch, _, heads, _ = query.shape
     key_heads = key.shape[2]
     group = heads // key_heads
-    decay = None if log_decay is None else "token" if log_decay.ndim == 3 else "channel"
     in_place, copied = [], []
     for most in (4, 2, 1):
         of_group = max(n for n in range(1, most + 1) if group % n == 0)
@@ -103,12 +116,13 @@ def plan_of(
                 # All key heads for each block: read more than twice, a copy of them is cheaper.
                 key_block = key_block if key_block * group <= 2 * block else keys
                 in_place.append(Plan(block, key_block, step, keys, True))
+    of_call: Any = {"decay": _kind(log_decay), "delta": beta is not None, "backwards": backwards}
+    budget = budget_of(log_decay, beta, backwards=backwards)
     found = None
     for plan in (*in_place, *copied):
-        widths = query.shape[-1], value.shape[-1]
-        size = vmem_bytes(plan, *widths, query.dtype, decay=decay, delta=beta is not None, backwards=backwards)
+        size = vmem_bytes(plan, query.shape[-1], value.shape[-1], query.dtype, **of_call)
         found = plan, size
-        if size <= VMEM_BUDGET:
+        if size <= budget:
             break
     assert found is not None
     return found
@@ -144,6 +158,7 @@ class Call:
         self.key_heads, self.value_width = value.shape[2:]
         self.group = self.heads // self.key_heads
         self.plan, _ = plan_of(query, key, value, log_decay, beta, backwards=backwards)
+        self.budget = budget_of(log_decay, beta, backwards=backwards)
         self.steps = self.plan.block // self.plan.heads
         self.features, self.value_dim = (common.padded_width(x.shape[-1]) for x in (query, value))
         self.padded = round_up(self.length, CHUNK)
@@ -396,7 +411,7 @@ class Call:
             out_shape=shapes,
             scratch_shapes=[running, *rows],
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BUDGET
+                dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=self.budget
             ),
             cost_estimate=pl.CostEstimate(
                 flops=2 * chunks * products * (3 if self.backwards else 1),

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from kernels_pallas.tpu import common
 from kernels_pallas.tpu.chunk import BLOCK, CHUNK, chunk
-from kernels_pallas.tpu.chunk_call import Call, plan_of
-from kernels_pallas.tpu.common import VMEM_BUDGET, round_up
+from kernels_pallas.tpu.chunk_call import Call, budget_of, plan_of
+from kernels_pallas.tpu.common import round_up
 
 Array = jax.Array
 
@@ -32,10 +32,11 @@ def refusal(query: Any, key: Any, value: Any, log_decay: Any = None, beta: Any =
     if 0 in query.shape or 0 in value.shape:
         return f"needs arrays that are not empty, got query {query.shape} and value {value.shape}"
     _, needed = plan_of(query, key, value, log_decay, beta, backwards=True)  # which take more
-    if needed > VMEM_BUDGET:
+    budget = budget_of(log_decay, beta, backwards=True)
+    if needed > budget:
         return (
             f"{query.shape[-1]} features and {value.shape[-1]} value channels take {needed / 2**20:.1f} MiB of VMEM, "
-            f"more than {VMEM_BUDGET / 2**20:.0f} MiB"
+            f"more than {budget / 2**20:.0f} MiB"
         )
     return None
 
