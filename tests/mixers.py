@@ -6,7 +6,9 @@ from typing import Any
 
 from attnlab import nn
 
-FLASH = {"banded_flash_attention", "banded_flash_query_gradient", "banded_flash_key_value_gradients"}
+FLASH = {"banded_flash_attention", "banded_flash_gradients"}
+# Where sums of every query do not fit into VMEM, or lists of tiles depend on the arrays.
+FLASH_IN_TWO = {"banded_flash_attention", "banded_flash_query_gradient", "banded_flash_key_value_gradients"}
 LINEAR = {"chunked_linear_attention", "chunked_linear_gradients"}
 COVARIANCE = {"banded_covariance", "banded_covariance_query_gradients", "banded_covariance_key_value_gradients"}
 
@@ -159,7 +161,9 @@ MIXERS = {
         },
         state_sizes=(176, 240, 240),
     ),
-    "routing": Mixer(nn.RoutingAttention, {"clusters": 3, "window": 4}, state_sizes=(288, 384, 384), kernels=FLASH),
+    "routing": Mixer(
+        nn.RoutingAttention, {"clusters": 3, "window": 4}, state_sizes=(288, 384, 384), kernels=FLASH_IN_TWO
+    ),
     "routing_layer": Mixer(
         nn.RoutingAttention,
         {"clusters": 2, "window": 3, "normalize": "layer", "local_heads": 2, "local_window": 5, "value_dim": 3},
@@ -179,7 +183,7 @@ MIXERS = {
         nn.ParallaxAttention,
         {"value_dim": 3, "num_key_heads": 2},
         state_sizes=(42, 182, 896),
-        kernels=FLASH | COVARIANCE,
+        kernels={"banded_parallax"} | (COVARIANCE - {"banded_covariance"}),
     ),
     "parallax_window": Mixer(nn.ParallaxAttention, {"window": 5, "normalize_qk": False}, state_sizes=(96, 160, 160)),
     "path": Mixer(nn.PathAttention, state_sizes=(108, 468, 2304)),

@@ -36,25 +36,35 @@ _ITERATIONS = 8  # of conjugate gradients
 _SOFTCAP = 50.0  # Gemma 2's
 
 
-def _grid(shape: Shape, blocks: tuple[int, int], heads: int, *, by_key: bool = False, quarters: bool = True) -> Grid:
-    """Of a kernel that goes through the pairs of tiles with this many query heads in a step: first, bodies, last."""
+def _grid(
+    shape: Shape,
+    blocks: tuple[int, int],
+    heads: int,
+    *,
+    by_key: bool = False,
+    quarters: bool = True,
+    sums: bool = False,
+) -> Grid:
+    """Of a kernel that goes through the pairs of tiles with this many query heads in a step: first, bodies, last. sums:
+    by key, with the first and the last pair of a query tile as well."""
     bodies, of_queries, of_keys = bodies_of(shape.pattern().tiled(*blocks), quarters=quarters)
     group = shape.heads // shape.key_heads
     visits, parts = (of_keys, max(1, group // heads)) if by_key else (of_queries, 1)
     steps = shape.key_heads // max(1, heads // group) if by_key else shape.heads // heads
     first, last, active = (visits.flags & flag != 0 for flag in (FIRST, LAST, ACTIVE))
     of_bodies = np.bincount(body_of(visits.flags[active]), minlength=len(bodies))
-    runs = (np.count_nonzero(first), *(parts * of_bodies), np.count_nonzero(last))
+    edges = [-(-shape.length // blocks[0])] * sums
+    runs = (np.count_nonzero(first), *edges, *(parts * of_bodies), np.count_nonzero(last), *edges)
     tiles = shape.heads * int(np.count_nonzero(of_queries.flags & ACTIVE))
     return Grid(steps * parts * visits.flags.size, tuple(steps * int(n) for n in runs), tiles)
 
 
-def _vmem(module: Any, shape: Shape, blocks: tuple[int, int], heads: int, bias: Any = None) -> int:
+def _vmem(module: Any, shape: Shape, blocks: tuple[int, int], heads: int, bias: Any = None, **options: int) -> int:
     """By the model of a kernel with this many query heads in a step."""
     key_heads = max(1, heads * shape.key_heads // shape.heads)
     widths = shape.head_dim, shape.head_dim
     of_bias = {} if bias is None else {"bias": bias_block(bias, *blocks, heads)}
-    return int(module.vmem_bytes(*blocks, *widths, shape.dtype, heads=heads, key_heads=key_heads, **of_bias))
+    return int(module.vmem_bytes(*blocks, *widths, shape.dtype, heads=heads, key_heads=key_heads, **of_bias, **options))
 
 
 def _bias(shape: Shape) -> jax.ShapeDtypeStruct:
@@ -89,13 +99,17 @@ def _banded_flash_gradients(shape: Shape, *, softcap: float | None = None, has_b
 
     blocks = banded_flash_backward.default_blocks(*arrays)
     heads = banded_flash_backward.heads_of_a_step(*arrays, pattern=pattern, bias=bias)
-    grids = {
-        "banded_flash_query_gradient": _grid(shape, blocks, heads),
-        "banded_flash_key_value_gradients": _grid(shape, blocks, heads, by_key=True),
-    }
+    slots = banded_flash_backward.slots_of(*arrays, pattern=pattern, bias=bias)
+    if slots:
+        grids = {"banded_flash_gradients": _grid(shape, blocks, heads, by_key=True, sums=True)}
+    else:
+        grids = {
+            "banded_flash_query_gradient": _grid(shape, blocks, heads),
+            "banded_flash_key_value_gradients": _grid(shape, blocks, heads, by_key=True),
+        }
     if has_bias:
         grids["banded_flash_bias_gradient"] = _grid(shape, blocks, heads, by_key=True)
-    vmem = _vmem(banded_flash_backward, shape, blocks, heads, bias)
+    vmem = _vmem(banded_flash_backward, shape, blocks, heads, bias, slots=slots)
     return Row(gradients, [*arrays, arrays[0], lse, arrays[0], lse, *[bias] * has_bias], vmem, grids)
 
 

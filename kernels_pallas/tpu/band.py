@@ -55,6 +55,8 @@ _MOST_HEADS = {2: 4, 4: 2}
 _SEGMENT = SUBLANES - 1
 # Where a step's flags have the number of its pair's body, and how many there are at most.
 _BODY_BIT, _MOST_BODIES = np.int32(4), 4
+# Of SumsVisits: the first and the last step of a query tile, and where its sums are.
+_FIRST_OF_QUERIES, _LAST_OF_QUERIES, _SLOT_BIT = np.int32(2**6), np.int32(2**7), np.int32(8)
 _SIGN = np.int32(-(2**31))
 
 
@@ -555,12 +557,13 @@ class Call:
 
         shapes, out_specs = self._results(out, rows)
         visits = [jnp.asarray(x, jnp.int32) for x in self.visits]
+        prefetched = len(visits) + self._is_cut
         over = varying(*visits, *arrays)
         # Of several calls each writes its rows of the results of the one before; and some pairs no call may write.
         so_far = [pl.BlockSpec(memory_space=pl.ANY)] * (len(shapes) if self._is_cut or self._starts_at_0 else 0)
 
         def body(*refs: Any) -> None:
-            lists, (scale, *refs) = refs[: 3 + self._is_cut], refs[3 + self._is_cut :]  # type: ignore[assignment]
+            lists, (scale, *refs) = refs[:prefetched], refs[prefetched:]  # type: ignore[assignment]
             rows_of, columns, flags, *_ = lists
             r, n, s = map(pl.program_id, range(3))
             _, _, index, part = self._place(r, n, s, lists)
@@ -582,7 +585,6 @@ class Call:
         written = self._written(shapes)
         of_bias = 0 if band.bias is None else self._of_all_steps(band.bias.dtype)
         calls = self.rows // self.lists if self._is_cut else 1
-        prefetched = 3 + self._is_cut
         call = pl.pallas_call(
             body,
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -670,6 +672,74 @@ class BiasCall(Call):
         return self._of_all_steps(dtype) // self.turns if self._starts_at_0 else super()._written(shapes)
 
 
+class SumsVisits(NamedTuple):
+    """Visits by key, and for each step the query tile whose sums are whole next, int32 [1, steps] each. flags have the
+    first and the last step of a query tile, too, and where its sums are (slot_of)."""
+
+    rows: Any
+    columns: Any
+    flags: Any
+    written: Any
+
+
+def query_slots(tiling: Tiling, query_tiles: int) -> int:
+    """Of how many query tiles sums are not yet whole, at most, where each step by key adds to them; 0 where some are
+    never looked at, or lists are not known as the call is traced, or scalar memory does not hold one more."""
+    lists = tiling.by_key
+    if not isinstance(lists.flags, np.ndarray) or len(lists.flags) > 1 or 4 * 4 * lists.flags.size > SMEM_BUDGET:
+        return 0
+    steps = np.flatnonzero(lists.flags[0] & ACTIVE)
+    if len(np.unique(lists.columns[0, steps])) < query_tiles:
+        return 0
+    return max(slot for slot, *_ in _query_steps(lists)) + 1
+
+
+def _query_steps(lists: Visits) -> list[tuple[int, bool, bool]]:
+    """Of each step that looks at its pair of tiles: where the sums of its query tile are, and whether it is the first
+    one of them, or the last."""
+    tiles = lists.columns[0, np.flatnonzero(lists.flags[0] & ACTIVE)]
+    last = dict(zip(tiles, range(len(tiles))))
+    free = list(range(len(last)))[::-1]
+    slots: dict[int, int] = {}
+    found = []
+    for step, tile in enumerate(tiles):
+        is_new = tile not in slots
+        if is_new:
+            slots[tile] = free.pop()
+        if last[tile] == step:
+            free.append(slots[tile])
+        found.append((slots[tile], is_new, last[tile] == step))
+    return found
+
+
+class SumsCall(Call):
+    """A call by key with a result for the queries before those for the keys: its kernel holds sums of query tiles, in
+    query_slots() places, and writes a tile's in the last step that looks at it."""
+
+    def __init__(self, band: Band, *, heads: int):
+        super().__init__(band, by_key=True, heads=heads)
+        lists = self.visits
+        steps = np.flatnonzero(lists.flags[0] & ACTIVE)
+        slot, is_first, is_last = np.array(_query_steps(lists), np.int32).T
+        flags = lists.flags.copy()
+        flags[0, steps] |= _FIRST_OF_QUERIES * is_first + _LAST_OF_QUERIES * is_last + (slot << _SLOT_BIT)
+        ends = steps[is_last != 0]
+        following = np.searchsorted(ends, np.arange(flags.size)).clip(max=len(ends) - 1)
+        self.visits: Any = SumsVisits(lists.rows, lists.columns, flags, lists.columns[:, ends[following]])
+
+    def _results(self, out: Sequence[tuple[int, Any]], rows: int) -> tuple[list[Any], list[Any]]:
+        (width, dtype), *of_keys = out
+        shapes, blocks = super()._results(of_keys, rows)
+
+        def index(r: Any, n: Any, s: Any, *lists: Any) -> tuple[Any, ...]:
+            batch, head, _ = self._query(r, n, s, *lists)
+            return batch, head, lists[3][s], zero()
+
+        shape = self.band.batch, self.band.heads, self.band.padded_queries, width
+        block = pl.BlockSpec((None, self.heads, self.band.block_q, width), index)
+        return [(shape, dtype), *shapes], [block, *blocks]
+
+
 # --- Inside a kernel --------------------------------------------------------------------------------------------------
 
 
@@ -695,6 +765,18 @@ def is_first(step: Step) -> Array:
 
 def is_last(step: Step) -> Array:
     return has(step.flags, LAST)
+
+
+def is_first_of_queries(step: Step) -> Array:
+    return has(step.flags, _FIRST_OF_QUERIES)
+
+
+def is_last_of_queries(step: Step) -> Array:
+    return has(step.flags, _LAST_OF_QUERIES)
+
+
+def slot_of(step: Step) -> Array:
+    return lax.shift_right_logical(step.flags, _SLOT_BIT)
 
 
 def visit(band: Band, step: Step, accumulate: Callable[[Body], None]) -> None:

@@ -1,4 +1,4 @@
-"""Gradients of banded flash attention for TPU, in two kernels (FlashAttention-2, Dao 2023), and one of a bias.
+"""Gradients of banded flash attention for TPU, in one kernel or two (FlashAttention-2, Dao 2023), and one of a bias.
 
 With the weights p_ts = exp(scale q_t . k_s - lse_t) of visible pairs, computed again tile by tile from the saved lse,
 and d the gradient of a loss with respect to out and lse:
@@ -9,12 +9,14 @@ and d the gradient of a loss with respect to out and lse:
 
 With a softcap c the logits are c z_ts, z_ts = tanh(scale / c q_t . k_s), and dl_ts, there, times 1 - z_ts^2.
 
-The first kernel goes through the key tiles that a query tile sees, as the forward kernel does, and adds up dq. The
-second goes through the query tiles that see a key tile, over all query heads of a key head, and adds up dk and dv; its
-tiles of logits are [keys, queries], so that what belongs to a query lies along the lanes. Sums are float32. Heads go
-side by side and tiles by quarters, as in the forward kernel.
+A kernel goes through the query tiles that see a key tile, over all query heads of a key head, and adds up dk and dv;
+its tiles of logits are [keys, queries], so that what belongs to a query lies along the lanes. It adds up dq as well
+where VMEM holds the sums of all query tiles that it has begun with and not yet left (slots_of: windows, short
+sequences), which spares two of seven products. Elsewhere another kernel goes through the key tiles that a query tile
+sees, as the forward kernel does, and adds up dq. Sums are float32. Heads go side by side and tiles by quarters, as in
+the forward kernel.
 
-A bias' gradient is dl, summed over the axes that it has not. A third kernel computes dl again, pair by pair of tiles,
+A bias' gradient is dl, summed over the axes that it has not. Its own kernel computes dl again, pair by pair of tiles,
 and where rows of the batch or heads share the bias adds theirs up before the next pair. If nobody asks for this
 gradient, XLA leaves the kernel out.
 """
@@ -39,17 +41,23 @@ from kernels_pallas.tpu.band import (
     Call,
     Piece,
     Step,
+    SumsCall,
     add_by_lane,
+    bias_block,
     biased,
     block_bytes,
     blocks_of,
     capped_in_base_2,
     hide,
     is_first,
+    is_first_of_queries,
     is_last,
+    is_last_of_queries,
     one_ahead,
     over_lanes,
+    query_slots,
     save_bounds,
+    slot_of,
     spread,
     visit,
 )
@@ -89,19 +97,24 @@ def vmem_bytes(
     heads: int = 1,
     key_heads: int = 1,
     bias: Any = None,
+    slots: int = 0,
 ) -> int:
-    """VMEM that the largest of the kernels takes at most, as in banded_flash.vmem_bytes."""
+    """VMEM that the largest of the kernels takes at most, as in banded_flash.vmem_bytes; with slots the one for all of
+    query, key and value."""
     size = jnp.dtype(dtype).itemsize
     key_lanes, value_lanes = (common.round_up(width, common.LANES) for width in (head_dim, value_dim))
     both, all_queries, all_keys = key_lanes + value_lanes, heads * block_q, key_heads * block_k
     read = size * (all_queries + all_keys) * both  # query, dout; key, value
-    written = size * max(all_queries * key_lanes, all_keys * both)
+    of_results = all_queries * key_lanes, all_keys * both
+    written = size * (sum if slots else max)(of_results)
     rows = 4 * common.SUBLANES * ((1 + heads) * block_q + (block_k if tables > 1 else 0))
     state = 4 * max(all_queries * (key_lanes + 2 * common.LANES), all_keys * both)
+    if slots:
+        state = 4 * (slots * of_results[0] + of_results[1])
     # Logits (a tanh takes their place) and dp, those of the next head with them, p and dl, and these in the operands'
     # dtype.
     logits = (4 * (2 * min(heads, 2) + 1) + 2 * size) * block_q * block_k
-    columns = 4 * common.LANES * (block_q * 8 + (block_k if tables > 1 else 0))
+    columns = 4 * common.LANES * ((0 if slots else block_q * 8) + (block_k if tables > 1 else 0))
     products = 4 * max(block_q * key_lanes, block_k * both)  # before they are added to the sums
     splits = 2 * size * (block_q + block_k) * both if size == 4 else 0
     every = 2 * (read + rows) + logits + columns + splits
@@ -129,6 +142,23 @@ def heads_of_a_step(
     """How many query heads a step takes (arrays may be shape structs)."""
     settings: Any = {"pattern": pattern, "segment_ids": segment_ids, "bias": bias}
     return band_heads(query, key, value, **settings, default_blocks=default_blocks, footprint=vmem_bytes)
+
+
+def slots_of(query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None, bias: Any = None) -> int:
+    """Of how many query tiles the kernel for all of query, key and value holds the sums (arrays may be shape structs);
+    0 where there are two kernels."""
+    heads = heads_of_a_step(query, key, value, pattern=pattern, segment_ids=segment_ids, bias=bias)
+    group = query.shape[2] // key.shape[2]
+    block_q, block_k = blocks = pattern.blocks(default_blocks(query, key, value))
+    slots = query_slots(pattern.tiled(*blocks), -(-query.shape[1] // block_q)) if heads % group == 0 else 0
+    widths = common.padded_width(query.shape[-1]), common.padded_width(value.shape[-1])
+    sizes: Any = {
+        "tables": 1 + (pattern.has_coordinates or segment_ids is not None),
+        "heads": heads,
+        "key_heads": heads // group,
+        "bias": None if bias is None else bias_block(bias, block_q, block_k, heads),
+    }
+    return slots if vmem_bytes(*blocks, *widths, query.dtype, **sizes, slots=slots) <= common.VMEM_BUDGET else 0
 
 
 def banded_flash_gradients(
@@ -181,28 +211,48 @@ def banded_flash_gradients(
             band.keys(value),
         ],
     }
-    (to_query,) = Call(band, by_key=False, heads=heads).run(
-        functools.partial(_query_kernel, band=band, softcap=softcap),
-        "banded_flash_query_gradient",
-        **operands,
-        out=[(band.key_width, query.dtype)],
-        scratch=[
-            *[pltpu.VMEM((heads, band.block_q, width), jnp.float32) for width in (band.key_width, *[common.LANES] * 2)],
-            *band.bounds_scratch(),
-        ],
-        products=(band.key_width, band.key_width, band.value_width),
-    )
-    to_key, to_value = Call(band, by_key=True, heads=heads).run(
-        functools.partial(_key_value_kernel, band=band, softcap=softcap),
-        "banded_flash_key_value_gradients",
-        **operands,
-        out=[(width, query.dtype) for width in (band.key_width, band.value_width)],
-        scratch=[
+    of_keys: Any = {
+        "out": [(width, query.dtype) for width in (band.key_width, band.value_width)],
+        "scratch": [
             pltpu.VMEM((max(1, heads // band.group), band.block_k, width), jnp.float32)
             for width in (band.key_width, band.value_width)
         ],
-        products=(band.key_width,) * 2 + (band.value_width,) * 2,
-    )
+    }
+    slots = slots_of(query, key, value, pattern=pattern, segment_ids=segment_ids, bias=bias)
+    if slots:
+        to_query, to_key, to_value = SumsCall(band, heads=heads).run(
+            functools.partial(_kernel, band=band, softcap=softcap),
+            "banded_flash_gradients",
+            **operands,
+            out=[(band.key_width, query.dtype), *of_keys["out"]],
+            scratch=[
+                pltpu.VMEM((slots, heads, band.block_q, band.key_width), jnp.float32),
+                *of_keys["scratch"],
+            ],
+            products=(band.key_width,) * 3 + (band.value_width,) * 2,
+        )
+    else:
+        (to_query,) = Call(band, by_key=False, heads=heads).run(
+            functools.partial(_query_kernel, band=band, softcap=softcap),
+            "banded_flash_query_gradient",
+            **operands,
+            out=[(band.key_width, query.dtype)],
+            scratch=[
+                *[
+                    pltpu.VMEM((heads, band.block_q, width), jnp.float32)
+                    for width in (band.key_width, *[common.LANES] * 2)
+                ],
+                *band.bounds_scratch(),
+            ],
+            products=(band.key_width, band.key_width, band.value_width),
+        )
+        to_key, to_value = Call(band, by_key=True, heads=heads).run(
+            functools.partial(_kernel, band=band, softcap=softcap),
+            "banded_flash_key_value_gradients",
+            **operands,
+            **of_keys,
+            products=(band.key_width,) * 2 + (band.value_width,) * 2,
+        )
     to_query = common.tokens_first(to_query, *query.shape[1::2])
     # dq = scale sum dl k, and dscale = sum dl (q . k).
     to_scale = jnp.sum(query.astype(jnp.float32) * to_query.astype(jnp.float32)) / scale
@@ -274,10 +324,11 @@ def _query_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: f
         out_ref[...] = (_unit(softcap) * scale_ref[0, 0] * acc_ref[...]).astype(out_ref.dtype)
 
 
-def _key_value_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float | None) -> None:
-    """One visit of a key tile to a query tile, of several query heads."""
-    (query_ref, gradient_ref, key_ref), (key_out_ref, value_out_ref, *sums) = refs[1:4], refs[5:]
-    key_acc_ref, value_acc_ref = sums
+def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float | None) -> None:
+    """One visit of a key tile to a query tile, of several query heads; of a SumsCall with their gradient too."""
+    (query_ref, gradient_ref, key_ref), results = refs[1:4], refs[5:]
+    of_queries, of_keys = (results[::3], [*results[1:3], *results[4:]]) if len(results) == 6 else ((), results)
+    key_out_ref, value_out_ref, key_acc_ref, value_acc_ref = of_keys
     heads = query_ref.shape[0]
     per_key = heads // key_ref.shape[0]
 
@@ -286,11 +337,22 @@ def _key_value_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softca
         key_acc_ref[...] = jnp.zeros_like(key_acc_ref)
         value_acc_ref[...] = jnp.zeros_like(value_acc_ref)
 
+    if of_queries:
+        query_out_ref, query_acc_ref = of_queries
+        slot = slot_of(step)
+
+        @pl.when(is_first_of_queries(step))
+        def _() -> None:
+            query_acc_ref[slot] = jnp.zeros(query_acc_ref.shape[1:], jnp.float32)
+
     def add(head: int, piece: Piece, weights: Array, slopes: Array) -> None:
         of_query, of_key = (head, piece.queries), (head // per_key, piece.keys)
         query, gradient = query_ref[of_query], gradient_ref[of_query]
+        slopes = slopes.astype(query.dtype)
         value_acc_ref[of_key] += common.dot(weights.astype(gradient.dtype), gradient, contract=(1, 0))
-        key_acc_ref[of_key] += common.dot(slopes.astype(query.dtype), query, contract=(1, 0))
+        key_acc_ref[of_key] += common.dot(slopes, query, contract=(1, 0))
+        if of_queries:
+            query_acc_ref[(slot, *of_query)] += common.dot(slopes, key_ref[of_key], contract=(0, 0))
 
     _visit_by_key(band, step, scale_ref, refs[:5], add, softcap)
 
@@ -298,6 +360,13 @@ def _key_value_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softca
     def _() -> None:
         key_out_ref[...] = (_unit(softcap) * scale_ref[0, 0] * key_acc_ref[...]).astype(key_out_ref.dtype)
         value_out_ref[...] = value_acc_ref[...].astype(value_out_ref.dtype)
+
+    if of_queries:
+
+        @pl.when(is_last_of_queries(step))
+        def _() -> None:
+            found = _unit(softcap) * scale_ref[0, 0] * query_acc_ref[slot]
+            query_out_ref[...] = found.astype(query_out_ref.dtype)
 
 
 def _bias_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float | None) -> None:

@@ -1,5 +1,7 @@
 """What the TPU's banded kernels share: which parts of a pair of tiles are computed, by brute force."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from kernels_pallas.patterns import ACTIVE, FULL, AllPairs, Boxes, Intervals
 from kernels_pallas.tpu import banded_flash, banded_flash_backward
-from kernels_pallas.tpu.band import bodies_of, body_of
+from kernels_pallas.tpu.band import Band, SumsCall, bodies_of, body_of, query_slots
 
 BLOCK = 256
 
@@ -102,3 +104,36 @@ def test_a_step_has_fewer_heads_where_vmem_does_not_hold_more():
         more = {"heads": 2 * heads, "key_heads": 2 * heads}
         fits = [module.vmem_bytes(*sizes[0], *sizes[1], jnp.float32, **n) <= 2**24 for n in ({}, more)]
         assert fits == [True, False]
+
+
+@pytest.mark.parametrize(
+    "pattern", [window(1024, 255), window(1100, 299, 77), window(900, 900), window(1300, 400, sinks=5)]
+)
+def test_sums_of_queries_have_a_place_of_their_own_until_they_are_written(pattern):
+    tiling = pattern.tiled(BLOCK, BLOCK)
+    tiles = -(-pattern.queries // BLOCK)
+    arrays = [jax.ShapeDtypeStruct((1, pattern.queries, 2, 8), jnp.float32)] * 3
+    visits = SumsCall(Band(*arrays, tiling), heads=2).visits
+    held, done = {}, []
+    for column, flags, written in zip(*(x[0].tolist() for x in visits[1:]), strict=True):
+        if not flags & ACTIVE:
+            continue
+        slot = flags >> 8
+        if flags & 64:
+            assert slot not in held
+            held[slot] = column
+        assert held[slot] == column
+        assert slot < query_slots(tiling, tiles)
+        if flags & 128:
+            assert written == held.pop(slot)
+            done.append(column)
+    assert sorted(done) == list(range(tiles))
+    assert not held
+    # A block of the result is in VMEM once, until its tile is whole.
+    assert [tile for tile, _ in itertools.groupby(visits.written[0])] == done
+
+
+def test_without_a_key_for_some_queries_there_is_no_place():
+    nobody = Intervals(lambda query: (query, query + (query < 500)), 1024, 1024)
+    assert query_slots(nobody.tiled(BLOCK, BLOCK), 4) == 0
+    assert [query_slots(window(1024, before).tiled(BLOCK, BLOCK), 4) for before in (0, 255, 511, 1023)] == [1, 1, 2, 3]
