@@ -341,7 +341,6 @@ def structs(dtype=jnp.bfloat16, head_dim=64, value_dim=64, length=256):
     [
         ({"dtype": jnp.float16}, {}, "all bfloat16 or all float32, got float16"),
         ({"head_dim": 128}, {"feature_map": "taylor2"}, "8385 features and 64 value channels take .* of VMEM"),
-        ({}, {"is_causal": False}, "serves causal calls"),
     ],
 )
 def test_refuses_with_the_reason(arguments, options, reason):
