@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,8 @@ def _by_group(rows: Sequence[Row], looks: dict[str, figures.Style]) -> list[str]
     for name in finals[0] if finals else ():
         if ", " in name:
             families.setdefault(name.partition(", ")[0], []).append(name)
+    for names in families.values():  # a line goes from number to number
+        names.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
 
     def is_fixed(names: list[str]) -> bool:
         first = finals[0]

@@ -198,6 +198,26 @@ def test_an_accuracy_is_better_when_higher_and_is_drawn_by_group(tmp_path):
     assert "4 pairs" not in page
 
 
+def test_groups_are_drawn_in_the_order_of_their_numbers(tmp_path, monkeypatch):
+    drawn = []
+    draw = figures.by_group
+
+    def by_group(rows, looks, names, references):
+        drawn.append((names, references))
+        return draw(rows, looks, names, references)
+
+    monkeypatch.setattr(figures, "by_group", by_group)
+    final = {f"{family}, distance {n}": 1.0 for family in ("accuracy", "loss") for n in (128, 16, 255, 64)} | {
+        "loss": 1.0
+    }
+    rows = [
+        row(arm, 0, 1.0, final=final | {"accuracy, distance 16": value}) for arm, value in (("base", 1.0), ("low", 0.5))
+    ]
+    report(rows, tmp_path)
+    in_order = [[f"{family}, distance {n}" for n in (16, 64, 128, 255)] for family in ("accuracy", "loss")]
+    assert drawn == [(in_order[0], in_order[1:])]
+
+
 def test_a_metric_that_is_the_same_for_all_arms_is_a_reference_in_the_others_figure(tmp_path):
     """As what ridge regression leaves, beside the models' own error."""
     rows = [
