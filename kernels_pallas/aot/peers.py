@@ -1,7 +1,6 @@
 """Rows of others' kernels, for comparison: JAX's own, and those of libraries that may be installed."""
 
 import functools
-import importlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -71,8 +70,9 @@ def _splash(shape: Shape, *, backward: bool = False) -> Row:
 
 def _tokamax_splash(shape: Shape) -> Row:
     """tokamax's forward, grown out of JAX's, with the same mask and tiles. Its grid is the list of tiles."""
-    library: Any = importlib.import_module("tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_kernel")
-    masks: Any = importlib.import_module("tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_mask")
+    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as library
+    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
+
     block_q, block_k = _tiles(shape, backward=False)
     sizes = {"block_q": block_q, "block_kv": block_k, "block_kv_compute": block_k}
     causal_window = masks.LocalMask((shape.length, shape.length), window_size=(shape.window - 1, 0), offset=0)
@@ -160,7 +160,8 @@ def _library_row(
 
 def _deltanet(shape: Shape, *, by_channel: bool, backward: bool = False) -> Row:
     """deltanet-tpu's. Its queries have as many heads as its keys: it gets the keys and values of every head."""
-    library: Any = importlib.import_module("deltanet_tpu")
+    import deltanet_tpu as library
+
     rule = library.chunk_kda if by_channel else library.chunk_gdn
 
     def attend(*arrays: Any) -> Any:
@@ -177,7 +178,7 @@ def _flywheel(shape: Shape) -> Row:
     """flywheel-tpu's forward, heads first; of a window it has no gradients. It has no grid: loops over heads, blocks of
     queries and of keys, all of _FLYWHEEL_BLOCK. A block of keys has a body for where it stands, of the fragments of 256
     x 256 that the window meets there, and in each a second one for an overflow, which does not run."""
-    library: Any = importlib.import_module("flywheel_tpu")
+    import flywheel_tpu as library
 
     def attend(query: Any, key: Any, value: Any) -> Any:
         return library.flash_attn_func(query, key, value, causal=True, window_size=(shape.window - 1, 0))
@@ -201,7 +202,8 @@ def _flywheel(shape: Shape) -> Row:
 
 def _tokamax_kda(shape: Shape, *, backward: bool = False) -> Row:
     """tokamax's, heads first; it gets the keys and values of every head."""
-    library: Any = importlib.import_module("tokamax._src.ops.kda.pallas_mosaic_tpu")
+    from tokamax._src.ops.kda import pallas_mosaic_tpu as library
+
     rule = library.PallasMosaicTpuKimiDeltaAttention(bypass_device_check=True)  # it takes v5p for too old
 
     def attend(*arrays: Any) -> Any:
