@@ -241,7 +241,7 @@ class Call:
 
         is_cut = self.plan.in_place and (in_block == many or in_block % SUBLANES == 0)
         in_row = 4 // jnp.dtype(dtype).itemsize
-        if not is_cut or width % LANES or in_block % in_row or (is_written and of_step % in_row):
+        if not is_cut or width != LANES or in_block % in_row or (is_written and of_step % in_row):
             return Part(self._whole(dtype, many, self.padded, width), _block((of_step, CHUNK, width), by_head))
         return Part(
             self._whole(dtype, self.padded, many, width),
