@@ -177,7 +177,7 @@ def _pyramid(query: Any, key: Any, value: Any, levels: Any = None, **options: An
     at 2 and 3, and so on, up to the last one."""
     counts = [options[name] for name in ("query_block", "key_block")]
     sizes = options.get("sizes", (1, 2, 4, 8))
-    are_known = isinstance(sizes, (tuple, list)) and all(isinstance(size, int) for size in sizes)
+    are_known = isinstance(sizes, (tuple, list)) and all(isinstance(size, (int, np.integer)) for size in sizes)
     if levels is None and are_known and all(isinstance(size, (int, np.integer)) and size > 0 for size in counts):
         query_block, key_block = counts
         (queries,), (keys,) = (np.shape(x)[1:2] or (1,) for x in (query, key))
