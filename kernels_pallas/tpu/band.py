@@ -684,7 +684,7 @@ class SumsVisits(NamedTuple):
 
 def query_slots(tiling: Tiling, query_tiles: int) -> int:
     """Of how many query tiles sums are not yet whole, at most, where each step by key adds to them; 0 where some are
-    never looked at, lists have a bank or are not known as the call is traced, or scalar memory does not hold one more."""
+    never looked at, lists have a bank or depend on traced arrays, or scalar memory does not hold one more."""
     lists = tiling.by_key
     if tiling.bank is not None or not isinstance(lists.flags, np.ndarray) or len(lists.flags) > 1:
         return 0  # where there is a bank, flags have its tiles
