@@ -715,7 +715,7 @@ def _query_steps(lists: Visits) -> list[tuple[int, bool, bool]]:
 
 
 class SumsCall(Call):
-    """A call by key with a result for the queries before those for the keys: its kernel holds sums of query tiles, in
+    """A call by key with a result for the queries after those for the keys: its kernel holds sums of query tiles, in
     query_slots() places, and writes a tile's in the last step that looks at it."""
 
     def __init__(self, band: Band, *, heads: int):
@@ -730,7 +730,7 @@ class SumsCall(Call):
         self.visits: Any = SumsVisits(lists.rows, lists.columns, flags, lists.columns[:, ends[following]])
 
     def _results(self, out: Sequence[tuple[int, Any]], rows: int) -> tuple[list[Any], list[Any]]:
-        (width, dtype), *of_keys = out
+        *of_keys, (width, dtype) = out
         shapes, blocks = super()._results(of_keys, rows)
 
         def index(r: Any, n: Any, s: Any, *lists: Any) -> tuple[Any, ...]:
@@ -739,7 +739,7 @@ class SumsCall(Call):
 
         shape = self.band.batch, self.band.heads, self.band.padded_queries, width
         block = pl.BlockSpec((None, self.heads, self.band.block_q, width), index)
-        return [(shape, dtype), *shapes], [block, *blocks]
+        return [*shapes, (shape, dtype)], [*blocks, block]
 
 
 # --- Inside a kernel --------------------------------------------------------------------------------------------------

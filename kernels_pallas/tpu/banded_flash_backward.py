@@ -220,15 +220,12 @@ def banded_flash_gradients(
     }
     slots = slots_of(query, key, value, pattern=pattern, segment_ids=segment_ids, bias=bias)
     if slots:
-        to_query, to_key, to_value = SumsCall(band, heads=heads).run(
+        to_key, to_value, to_query = SumsCall(band, heads=heads).run(
             functools.partial(_kernel, band=band, softcap=softcap),
             "banded_flash_gradients",
             **operands,
-            out=[(band.key_width, query.dtype), *of_keys["out"]],
-            scratch=[
-                pltpu.VMEM((slots, heads, band.block_q, band.key_width), jnp.float32),
-                *of_keys["scratch"],
-            ],
+            out=[*of_keys["out"], (band.key_width, query.dtype)],
+            scratch=[*of_keys["scratch"], pltpu.VMEM((slots, heads, band.block_q, band.key_width), jnp.float32)],
             products=(band.key_width,) * 3 + (band.value_width,) * 2,
         )
     else:
@@ -327,8 +324,8 @@ def _query_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: f
 def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float | None) -> None:
     """One visit of a key tile to a query tile, of several query heads; of a SumsCall with their gradient too."""
     (query_ref, gradient_ref, key_ref), results = refs[1:4], refs[5:]
-    of_queries, of_keys = (results[::3], [*results[1:3], *results[4:]]) if len(results) == 6 else ((), results)
-    key_out_ref, value_out_ref, key_acc_ref, value_acc_ref = of_keys
+    out_refs, acc_refs = results[: len(results) // 2], results[len(results) // 2 :]
+    (key_out_ref, value_out_ref, *query_out_ref), (key_acc_ref, value_acc_ref, *query_acc_ref) = out_refs, acc_refs
     heads = query_ref.shape[0]
     per_key = heads // key_ref.shape[0]
 
@@ -337,13 +334,12 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float |
         key_acc_ref[...] = jnp.zeros_like(key_acc_ref)
         value_acc_ref[...] = jnp.zeros_like(value_acc_ref)
 
-    if of_queries:
-        query_out_ref, query_acc_ref = of_queries
-        slot = slot_of(step)
+    slot = slot_of(step)
+    for acc_ref in query_acc_ref:
 
         @pl.when(is_first_of_queries(step))
-        def _() -> None:
-            query_acc_ref[slot] = jnp.zeros(query_acc_ref.shape[1:], jnp.float32)
+        def _(acc_ref: Any = acc_ref) -> None:
+            acc_ref[slot] = jnp.zeros(acc_ref.shape[1:], jnp.float32)
 
     def add(head: int, piece: Piece, weights: Array, slopes: Array) -> None:
         of_query, of_key = (head, piece.queries), (head // per_key, piece.keys)
@@ -351,8 +347,8 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float |
         slopes = slopes.astype(query.dtype)
         value_acc_ref[of_key] += common.dot(weights.astype(gradient.dtype), gradient, contract=(1, 0))
         key_acc_ref[of_key] += common.dot(slopes, query, contract=(1, 0))
-        if of_queries:
-            query_acc_ref[(slot, *of_query)] += common.dot(slopes, key_ref[of_key], contract=(0, 0))
+        for acc_ref in query_acc_ref:
+            acc_ref[(slot, *of_query)] += common.dot(slopes, key_ref[of_key], contract=(0, 0))
 
     _visit_by_key(band, step, scale_ref, refs[:5], add, softcap)
 
@@ -361,12 +357,11 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float |
         key_out_ref[...] = (_unit(softcap) * scale_ref[0, 0] * key_acc_ref[...]).astype(key_out_ref.dtype)
         value_out_ref[...] = value_acc_ref[...].astype(value_out_ref.dtype)
 
-    if of_queries:
+    for out_ref, acc_ref in zip(query_out_ref, query_acc_ref):
 
         @pl.when(is_last_of_queries(step))
-        def _() -> None:
-            found = _unit(softcap) * scale_ref[0, 0] * query_acc_ref[slot]
-            query_out_ref[...] = found.astype(query_out_ref.dtype)
+        def _(out_ref: Any = out_ref, acc_ref: Any = acc_ref) -> None:
+            out_ref[...] = (_unit(softcap) * scale_ref[0, 0] * acc_ref[slot]).astype(out_ref.dtype)
 
 
 def _bias_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float | None) -> None:
