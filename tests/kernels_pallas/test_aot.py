@@ -17,8 +17,8 @@ from attnlab import local_attention
 from kernels_pallas.aot.compile import TOPOLOGIES, compile_for_tpu
 from kernels_pallas.aot.peers import OTHERS
 from kernels_pallas.aot.schedule import Schedule, parse
-from kernels_pallas.aot.table import KERNELS, _measure
-from kernels_pallas.shapes import SHAPES
+from kernels_pallas.aot.table import KERNELS, _chunked_linear, _measure
+from kernels_pallas.shapes import SHAPES, Shape
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu (the extra tpu-aot)"
@@ -154,6 +154,17 @@ def table(tpu, shape, names):
     assert list(rows) == names
     assert {row["compiled"] for row in rows.values()} == {"yes"}
     return rows
+
+
+LINEAR = list(itertools.product((None, "token", "channel"), (False, True), TOPOLOGIES))  # decay, delta, TPU
+
+
+@pytest.mark.parametrize("call", slow_but([("channel", False, "v5p")], LINEAR), ids=str)
+@pytest.mark.long
+def test_vmem_holds_gradients_of_linear_attention_with_a_key_head_for_every_head(call):
+    decay, delta, tpu = call
+    row = _chunked_linear(Shape(1024, 1024, 16, 16, 128), decay=decay, delta=delta, backward=True)
+    assert "chunked_linear_gradients" in compile_for_tpu(row.function, *row.arrays, tpu=tpu).as_text()
 
 
 @pytest.mark.long
