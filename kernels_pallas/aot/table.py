@@ -13,7 +13,7 @@ import numpy as np
 from kernels_pallas.aot import schedule
 from kernels_pallas.aot.compile import CHIPS, GPUS, TOPOLOGIES, Grid, Row, as_on, compile_for_tpu
 from kernels_pallas.aot.peers import OTHERS
-from kernels_pallas.patterns import ACTIVE, FIRST, LAST
+from kernels_pallas.patterns import ACTIVE, FIRST
 from kernels_pallas.shapes import SHAPES, Shape
 from kernels_pallas.tpu import (
     banded_covariance,
@@ -43,18 +43,22 @@ def _grid(
     *,
     by_key: bool = False,
     quarters: bool = True,
+    first: bool = False,
     sums: bool = False,
+    anew: bool = False,
 ) -> Grid:
-    """Of a kernel that goes through the pairs of tiles with this many query heads in a step: first, bodies, last. sums:
-    by key, with the first and the last pair of a query tile as well."""
-    bodies, of_queries, of_keys = bodies_of(shape.pattern().tiled(*blocks), quarters=quarters)
+    """Of a kernel that goes through the pairs of tiles with this many query heads in a step: start, bodies, last.
+    first: with something for a row's first pair. sums: by key, with something for a query tile's last one. anew:
+    bodies of rows' first pairs and of the others, without a start."""
+    _, of_queries, of_keys = bodies_of(shape.pattern().tiled(*blocks), quarters=quarters)
     group = shape.heads // shape.key_heads
     visits, parts = (of_keys, max(1, group // heads)) if by_key else (of_queries, 1)
     steps = shape.key_heads // max(1, heads // group) if by_key else shape.heads // heads
-    first, last, active = (visits.flags & flag != 0 for flag in (FIRST, LAST, ACTIVE))
-    of_bodies = np.bincount(body_of(visits.flags[active]), minlength=len(bodies))
-    edges = [-(-shape.length // blocks[0])] * sums
-    runs = (np.count_nonzero(first), *edges, *(parts * of_bodies), np.count_nonzero(last), *edges)
+    rows, active = np.count_nonzero(visits.flags & FIRST), visits.flags[visits.flags & ACTIVE != 0]
+    cases = [active[active & FIRST != 0], active[active & FIRST == 0]] if anew else [active]
+    of_bodies = np.concatenate([np.unique(body_of(case), return_counts=True)[1] for case in cases])
+    of_queries_last = [-(-shape.length // blocks[0])] * sums
+    runs = (*[1] * (not anew), *[rows] * first, *(parts * of_bodies), rows, *of_queries_last)
     tiles = shape.heads * int(np.count_nonzero(of_queries.flags & ACTIVE))
     return Grid(steps * parts * visits.flags.size, tuple(steps * int(n) for n in runs), tiles)
 
@@ -83,7 +87,9 @@ def _banded_flash(shape: Shape, *, softcap: float | None = None, has_bias: bool 
     blocks = banded_flash.default_blocks(*arrays)
     heads = banded_flash.heads_of_a_step(*arrays, pattern=pattern, bias=bias)
     vmem = _vmem(banded_flash, shape, blocks, heads, bias)
-    return Row(attend, [*arrays, *[bias] * has_bias], vmem, {"banded_flash_attention": _grid(shape, blocks, heads)})
+    return Row(
+        attend, [*arrays, *[bias] * has_bias], vmem, {"banded_flash_attention": _grid(shape, blocks, heads, anew=True)}
+    )
 
 
 def _banded_flash_gradients(shape: Shape, *, softcap: float | None = None, has_bias: bool = False) -> Row:
@@ -104,11 +110,12 @@ def _banded_flash_gradients(shape: Shape, *, softcap: float | None = None, has_b
         grids = {"banded_flash_gradients": _grid(shape, blocks, heads, by_key=True, sums=True)}
     else:
         grids = {
-            "banded_flash_query_gradient": _grid(shape, blocks, heads),
+            "banded_flash_query_gradient": _grid(shape, blocks, heads, first=True),
             "banded_flash_key_value_gradients": _grid(shape, blocks, heads, by_key=True),
         }
     if has_bias:
-        grids["banded_flash_bias_gradient"] = _grid(shape, blocks, heads, by_key=True)
+        grid = _grid(shape, blocks, heads, by_key=True)  # every pair is the first of its result
+        grids["banded_flash_bias_gradient"] = grid._replace(runs=(grid.steps, *grid.runs[1:-1]))
     vmem = _vmem(banded_flash_backward, shape, blocks, heads, bias, slots=slots)
     return Row(gradients, [*arrays, arrays[0], lse, arrays[0], lse, *[bias] * has_bias], vmem, grids)
 
@@ -178,7 +185,9 @@ def _banded_parallax(shape: Shape) -> Row:
     blocks = banded_parallax.default_blocks(*arrays)
     heads = banded_parallax.heads_of_a_step(*arrays, pattern=pattern)
     vmem = _vmem(banded_parallax, shape, blocks, heads)
-    return Row(attend, [*arrays, arrays[0]], vmem, {"banded_parallax": _grid(shape, blocks, heads)})
+    return Row(
+        attend, [*arrays, arrays[0]], vmem, {"banded_parallax": _grid(shape, blocks, heads, first=True, anew=True)}
+    )
 
 
 def _banded_parallax_gradients(shape: Shape) -> Row:

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -53,10 +53,12 @@ _MOST_HEADS = {2: 4, 4: 2}
 # START and WIDTH have their sign bit flipped: as int32, coordinate - START < WIDTH then is true iff the key is in the
 # interval, because below the interval the unsigned difference wraps to a large number.
 _SEGMENT = SUBLANES - 1
+# Of a cell of a piece: no query sees a key, some may, all see all.
+_HIDDEN, _PARTLY, _FULL = range(3)
 # Where a step's flags have the number of its pair's body, and how many there are at most.
 _BODY_BIT, _MOST_BODIES = np.int32(4), 4
-# Of SumsVisits: the first and the last step of a query tile, and where its sums are.
-_FIRST_OF_QUERIES, _LAST_OF_QUERIES, _SLOT_BIT = np.int32(2**6), np.int32(2**7), np.int32(8)
+# Of SumsVisits: the last step of a query tile, and where its sums are.
+_LAST_OF_QUERIES, _SLOT_BIT = np.int32(2**6), np.int32(7)
 _SIGN = np.int32(-(2**31))
 
 
@@ -288,11 +290,14 @@ class Band:
 
 
 class Piece(NamedTuple):
-    """A part of a pair of tiles that is computed at once. masked: the keys that some of its queries do not see."""
+    """A part of a pair of tiles that is computed at once.
+
+    cells: of each LANES of its queries and LANES of its keys, what is seen: _HIDDEN, _PARTLY or _FULL.
+    """
 
     queries: slice
     keys: slice
-    masked: slice | None
+    cells: tuple[tuple[int, ...], ...]
 
 
 # What is computed of a pair of tiles.
@@ -300,24 +305,30 @@ Body = tuple[Piece, ...]
 
 
 def bodies_of(tiling: Tiling, *, segments: bool = False, quarters: bool = True) -> tuple[list[Body], Visits, Visits]:
-    """The bodies that a tiling's pairs have, and its lists with the number of each pair's body at _BODY_BIT.
+    """The bodies that a tiling's pairs have, and its lists, in the order of the steps, with the number of each pair's
+    body at _BODY_BIT.
 
     segments: whether a query sees keys of its own segment only. quarters: whether to leave out those that nobody sees.
     """
-    bodies = [_whole(tiling, is_masked=segments), _whole(tiling, is_masked=True)]
-    lists = tiling.by_query, tiling.by_key
+    bodies = [_whole(tiling, _PARTLY if segments else _FULL), _whole(tiling, _PARTLY)]
     if tiling.bank is not None:  # whose tiles the flags have
-        return bodies, *lists
+        return bodies, tiling.by_query, tiling.by_key
+    lists = one_after_other(tiling.by_query), one_after_other(tiling.by_key)
     numbers: list[Any] = [(x.flags & FULL == 0).astype(np.int32) for x in lists]
     has_halves = tiling.block_q // 2 % LANES == tiling.block_k // 2 % LANES == 0
     is_known = isinstance(tiling.by_query.flags, np.ndarray) and tiling.coordinates is None
-    if quarters and has_halves and is_known and (is_listed := tiling.by_query.flags[0] & ACTIVE != 0).any():
-        pairs = (tiling.by_query[:2], tiling.by_key[1::-1])  # query tiles, key tiles
-        kind_of = [_quarters(tiling, *(tiles[0] for tiles in pair), segments=segments) for pair in pairs]
+    if quarters and has_halves and is_known and (is_listed := lists[0].flags[0] & ACTIVE != 0).any():
+        pairs = [(lists[0].rows[0], lists[0].columns[0]), (lists[1].columns[0], lists[1].rows[0])]
+        kind_of = [_parts(tiling, *pair, (2, 2), segments=segments).reshape(-1, 4) for pair in pairs]
         kinds, counts = np.unique(kind_of[0][is_listed], axis=0, return_counts=True)
         frequent = kinds[np.argsort(-counts, kind="stable")[: _MOST_BODIES - (len(kinds) > _MOST_BODIES)]]
         others = bodies[1:] if len(kinds) > _MOST_BODIES else []
-        bodies = [_body(tiling, *np.split(kind, 2)) for kind in frequent] + others
+        bodies = []
+        for kind in frequent:
+            of_kind = is_listed & (kind_of[0] == kind).all(axis=1)
+            of_queries, of_keys = (tiles[of_kind] for tiles in pairs[0])
+            bodies.append(_body(tiling, kind, of_queries, of_keys, segments=segments))
+        bodies += others
         for index, kind in enumerate(kind_of):
             is_kind = (kind[:, None] == frequent).all(axis=2)
             number = np.where(is_kind.any(axis=1), is_kind.argmax(axis=1), len(frequent))
@@ -326,51 +337,74 @@ def bodies_of(tiling: Tiling, *, segments: bool = False, quarters: bool = True) 
     return bodies, by_query, by_key
 
 
-def _quarters(tiling: Tiling, query_tiles: np.ndarray, key_tiles: np.ndarray, *, segments: bool) -> np.ndarray:
-    """bool [pairs, 8]: of the quarters of each pair, two of the first half of the queries and two of the last, in which
-    some query sees some key, and then in which all see all."""
-    half_q, half_k = tiling.block_q // 2, tiling.block_k // 2
+def one_after_other(lists: Visits) -> Visits:
+    """The same pairs, of which those of a row begin with the column that the row before ended with, if it has it: whose
+    block is not read again. Lists that are computed with the arrays stay as they are."""
+    if not isinstance(lists.flags, np.ndarray) or len(lists.flags) > 1:
+        return lists
+    columns, flags = lists.columns[0], lists.flags[0]
+    order = np.arange(len(flags))
+    last = -1
+    for start, end in zip(np.flatnonzero(flags & FIRST), np.flatnonzero(flags & LAST) + 1):
+        again = start + np.flatnonzero(columns[start:end] == last)
+        order[start:end] = np.concatenate([again, np.setdiff1d(order[start:end], again)])
+        last = columns[order[end - 1]]
+    edges = np.int32(FIRST | LAST)
+    return Visits(lists.rows, columns[order][None], (flags[order] & ~edges | flags & edges)[None])
+
+
+def _parts(
+    tiling: Tiling, query_tiles: np.ndarray, key_tiles: np.ndarray, parts: tuple[int, int], *, segments: bool
+) -> np.ndarray:
+    """int8 [pairs, *parts]: of each pair of tiles, cut into so many parts along the queries and along the keys, what is
+    seen: _HIDDEN, _PARTLY or _FULL."""
+    side_q, side_k = tiling.block_q // parts[0], tiling.block_k // parts[1]
     past = -tiling.starts.shape[2] % tiling.block_q
     bounds = (np.pad(x[0, 0], (0, past), mode="edge") for x in (tiling.starts, tiling.ends))
-    start, end = (x.reshape(-1, 2, 1, half_q)[query_tiles] for x in bounds)
-    first = (key_tiles[:, None] * tiling.block_k + [0, half_k])[:, None, :, None]
-    last = first + half_k
+    start, end = (x.reshape(-1, parts[0], 1, side_q)[query_tiles] for x in bounds)
+    first = (key_tiles[:, None] * tiling.block_k + np.arange(parts[1]) * side_k)[:, None, :, None]
+    last = first + side_k
     seen = (np.maximum(start, first) < np.minimum(end, last)) | (first < np.minimum(tiling.sinks, end))
     full = ((start <= first) | (last <= tiling.sinks)) & (last <= end) & (not segments)
-    return np.concatenate([x.reshape(-1, 4) for x in (seen.any(axis=3), full.all(axis=3))], axis=1)
+    return np.where(full.all(axis=3), _FULL, np.where(seen.any(axis=3), _PARTLY, _HIDDEN)).astype(np.int8)
 
 
-def _whole(tiling: Tiling, *, is_masked: bool) -> Body:
-    keys = slice(0, tiling.block_k)
-    return (Piece(slice(0, tiling.block_q), keys, keys if is_masked else None),)
+def _whole(tiling: Tiling, seen: int) -> Body:
+    queries, keys = slice(0, tiling.block_q), slice(0, tiling.block_k)
+    return (Piece(queries, keys, ((seen,) * (tiling.block_k // LANES),) * (tiling.block_q // LANES)),)
 
 
-def _body(tiling: Tiling, seen: np.ndarray, full: np.ndarray) -> Body:
-    """Of quarters of a pair of tiles, two of the first half of its queries and two of the last, bool [4]."""
-    if full.all():
-        return _whole(tiling, is_masked=False)
+def _body(tiling: Tiling, kind: np.ndarray, query_tiles: np.ndarray, key_tiles: np.ndarray, *, segments: bool) -> Body:
+    """Of pairs of tiles whose quarters are of this kind, int [4]: two of the first half of the queries and two of the
+    last."""
+    if (kind == _FULL).all():
+        return _whole(tiling, _FULL)
+    parts = tiling.block_q // LANES, tiling.block_k // LANES
+    cells = _parts(tiling, query_tiles, key_tiles, parts, segments=segments)
+    lowest, highest = cells.min(axis=0), cells.max(axis=0)
+    cell = np.where(lowest == highest, lowest, _PARTLY)  # where the pairs differ
     half_q, half_k = tiling.block_q // 2, tiling.block_k // 2
     pieces = []
-    for half in range(2):
-        of_half = slice(2 * half, 2 * half + 2)
-        keys, masked = (
-            slice(half_k * int(x.min()), half_k * (int(x.max()) + 1)) if x.size else None
-            for x in (np.flatnonzero(seen[of_half]), np.flatnonzero((seen & ~full)[of_half]))
-        )
-        if keys is not None:
-            pieces.append(Piece(slice(half_q * half, half_q * (half + 1)), keys, masked))
+    for half, quarters in enumerate(kind.reshape(2, 2)):
+        if (seen := np.flatnonzero(quarters != _HIDDEN)).size:
+            queries = slice(half_q * half, half_q * (half + 1))
+            keys = slice(half_k * int(seen[0]), half_k * (int(seen[-1]) + 1))
+            of_piece = cell[tuple(slice(x.start // LANES, x.stop // LANES) for x in (queries, keys))]
+            pieces.append(Piece(queries, keys, tuple(map(tuple, of_piece.tolist()))))
     return tuple(pieces)
 
 
 class Step(NamedTuple):
     """Inside a kernel: the pair of tiles of a grid step, what to do with it, and the tables' blocks.
 
-    by_key: as in Call. Tiles of logits are [queries, keys], by key [keys, queries]. bias: as bias_block.
+    is_start: whether no step of these heads came before it. by_key: as in Call. Tiles of logits are [queries, keys], by
+    key [keys, queries]. bias: as bias_block.
     """
 
     query_tile: Array
     key_tile: Array
     flags: Array
+    is_start: Array
     query_table: Any
     key_table: Any
     bank: Any
@@ -473,12 +507,16 @@ class Call:
         return pl.BlockSpec((None, heads, block, width), lambda *step: (*tile_of(*step), zero()))
 
     def _read(self, tokens: Tokens) -> int:
-        """Bytes that a call reads of an array: what belongs to rows once, else a block in every step."""
+        """Bytes that a call reads of an array: what belongs to rows once, else a block in every step, but for those
+        that are the last step's."""
         array, of_keys = tokens
         if of_keys == self.by_key:
             return int(array.nbytes)
         of_step = (self.key_heads or 1) * self.band.block_k if of_keys else (self.heads or 1) * self.band.block_q
-        return math.prod(self.grid) * of_step * array.shape[-1] * array.dtype.itemsize
+        blocks, columns = self.grid[2], self.visits.columns
+        if self.turns == 1 and isinstance(columns, np.ndarray) and len(columns) == 1:
+            blocks = 1 + np.count_nonzero(np.diff(columns[0]))
+        return int(math.prod(self.grid[:2]) * blocks * of_step * array.shape[-1] * array.dtype.itemsize)
 
     def _of_all_steps(self, dtype: Any) -> int:
         """Bytes of the blocks that all steps have of the band's bias, in this dtype."""
@@ -578,7 +616,7 @@ class Call:
             given, rest = list(refs[: len(arrays) - 1]), refs[len(arrays) - 1 + len(so_far) :]
             tables = (band.query_table, band.key_table, band.bank, band.bias)
             query_table, key_table, bank, bias = (None if table is None else given.pop(0) for table in tables)
-            step = Step(query_tile, key_tile, marks, query_table, key_table, bank, bias, self.by_key)
+            step = Step(query_tile, key_tile, marks, s == 0, query_table, key_table, bank, bias, self.by_key)
             kernel(step, scale, *given, *rest)
 
         pairs = math.prod(self.grid) * (self.heads or 1) * band.block_q * band.block_k
@@ -674,7 +712,7 @@ class BiasCall(Call):
 
 class SumsVisits(NamedTuple):
     """Visits by key, and for each step the query tile whose sums are whole next, int32 [1, steps] each. flags have the
-    first and the last step of a query tile, too, and where its sums are (slot_of)."""
+    last step of a query tile, too, and where its sums are (slot_of)."""
 
     rows: Any
     columns: Any
@@ -685,9 +723,9 @@ class SumsVisits(NamedTuple):
 def query_slots(tiling: Tiling, query_tiles: int) -> int:
     """Of how many query tiles sums are not yet whole, at most, where each step by key adds to them; 0 where some are
     never looked at, lists have a bank or depend on traced arrays, or scalar memory does not hold one more."""
-    lists = tiling.by_key
-    if tiling.bank is not None or not isinstance(lists.flags, np.ndarray) or len(lists.flags) > 1:
+    if tiling.bank is not None or not isinstance(tiling.by_key.flags, np.ndarray) or len(tiling.by_key.flags) > 1:
         return 0  # where there is a bank, flags have its tiles
+    lists = one_after_other(tiling.by_key)
     if len(SumsVisits._fields) * 4 * lists.flags.size > SMEM_BUDGET:
         return 0
     steps = np.flatnonzero(lists.flags[0] & ACTIVE)
@@ -696,21 +734,20 @@ def query_slots(tiling: Tiling, query_tiles: int) -> int:
     return max(slot for slot, *_ in _query_steps(lists)) + 1
 
 
-def _query_steps(lists: Visits) -> list[tuple[int, bool, bool]]:
-    """Of each step that looks at its pair of tiles: where the sums of its query tile are, and whether it is the first
-    one of them, or the last."""
+def _query_steps(lists: Visits) -> list[tuple[int, bool]]:
+    """Of each step that looks at its pair of tiles: where the sums of its query tile are, and whether it is the last
+    one of them."""
     tiles = lists.columns[0, np.flatnonzero(lists.flags[0] & ACTIVE)]
     last = dict(zip(tiles, range(len(tiles))))
     free = list(range(len(last)))[::-1]
     slots: dict[int, int] = {}
     found = []
     for step, tile in enumerate(tiles):
-        is_new = tile not in slots
-        if is_new:
+        if tile not in slots:
             slots[tile] = free.pop()
         if last[tile] == step:
             free.append(slots[tile])
-        found.append((slots[tile], is_new, last[tile] == step))
+        found.append((slots[tile], last[tile] == step))
     return found
 
 
@@ -722,9 +759,9 @@ class SumsCall(Call):
         super().__init__(band, by_key=True, heads=heads)
         lists = self.visits
         steps = np.flatnonzero(lists.flags[0] & ACTIVE)
-        slot, is_first, is_last = np.array(_query_steps(lists), np.int32).T
+        slot, is_last = np.array(_query_steps(lists), np.int32).T
         flags = lists.flags.copy()
-        flags[0, steps] |= _FIRST_OF_QUERIES * is_first + _LAST_OF_QUERIES * is_last + (slot << _SLOT_BIT)
+        flags[0, steps] |= _LAST_OF_QUERIES * is_last + (slot << _SLOT_BIT)
         ends = steps[is_last != 0]
         following = np.searchsorted(ends, np.arange(flags.size)).clip(max=len(ends) - 1)
         self.visits: Any = SumsVisits(lists.rows, lists.columns, flags, lists.columns[:, ends[following]])
@@ -769,10 +806,6 @@ def is_last(step: Step) -> Array:
     return has(step.flags, LAST)
 
 
-def is_first_of_queries(step: Step) -> Array:
-    return has(step.flags, _FIRST_OF_QUERIES)
-
-
 def is_last_of_queries(step: Step) -> Array:
     return has(step.flags, _LAST_OF_QUERIES)
 
@@ -783,20 +816,60 @@ def slot_of(step: Step) -> Array:
 
 def visit(band: Band, step: Step, accumulate: Callable[[Body], None]) -> None:
     """Runs accumulate(body) with what is to be computed of the pair, if it is looked at."""
-    active, body_number = has(step.flags, ACTIVE), body_of(step.flags, has_bank=band.bank is not None)
     for number, body in enumerate(band.bodies):
-        pl.when(active & (body_number == number))(functools.partial(accumulate, body))
+        pl.when(_is_case(band, step, number, ACTIVE, ACTIVE))(functools.partial(accumulate, body))
+
+
+def visit_anew(
+    band: Band, step: Step, start: Callable[[slice], None], accumulate: Callable[[Body, bool], None]
+) -> None:
+    """visit, by query, with accumulate(body, is_new): whether nothing was kept of the body's queries before. What a
+    row's first step leaves out, start(queries) begins with."""
+    edge, flags = ACTIVE | FIRST, band.by_query.flags
+    for is_new in (True, False):
+        numbers: Any = range(len(band.bodies))
+        marks = edge if is_new else ACTIVE
+        if isinstance(flags, np.ndarray):  # those that there are
+            numbers = np.unique(body_of(flags[flags & edge == marks], has_bank=band.bank is not None))
+        for number in numbers:
+            body = band.bodies[number]
+
+            @pl.when(_is_case(band, step, int(number), marks, edge))
+            def _(body: Body = body, is_new: bool = is_new) -> None:
+                accumulate(body, is_new)
+                for queries in _without(body, band.block_q) if is_new else ():
+                    start(queries)
+
+    if not isinstance(flags, np.ndarray) or (flags & edge == FIRST).any():  # rows without a pair
+        pl.when(step.flags & edge == FIRST)(functools.partial(start, slice(0, band.block_q)))
+
+
+def _is_case(band: Band, step: Step, body: int, marks: np.int32, among: np.int32) -> Array:
+    """Whether a step has this body, and among these flags these."""
+    if band.bank is not None:
+        return step.flags & (among | FULL) == (marks | FULL if body == 0 else marks)
+    bits = np.int32(_MOST_BODIES - 1) << _BODY_BIT
+    return step.flags & (among | bits) == marks | np.int32(body) << _BODY_BIT
+
+
+def _without(body: Body, block_q: int) -> list[slice]:
+    """The queries of which a body has no piece."""
+    edges = [0, *(edge for piece in body for edge in (piece.queries.start, piece.queries.stop)), block_q]
+    return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2]) if start < stop]
 
 
 def one_ahead(
     heads: int, body: Body, product: Callable[[int, Piece], Any], use: Callable[[int, Piece, Any], None]
 ) -> None:
-    """use(head, piece, product(head, piece)) for all heads of a step and pieces of a body, the next product written
-    before the use of this one: so the compiler fills the matrix unit while the vector units are at an exponential."""
+    """use(head, piece, product(head, piece)) for all heads of a step and pieces of a body, the next product or two
+    written before the use of this one: so the compiler fills the matrix unit while the vector units are at an
+    exponential."""
     parts = [(head, piece) for piece in body for head in range(heads)]
-    ahead = product(*parts[0])
+    far = 2 if len(body) > 1 else 1  # smaller products leave the matrix unit idle sooner
+    ahead = [product(*part) for part in parts[:far]]
     for number, (head, piece) in enumerate(parts):
-        now, ahead = ahead, product(*parts[number + 1]) if number + 1 < len(parts) else None
+        now = ahead.pop(0)
+        ahead += [product(*part) for part in parts[number + far : number + far + 1]]
         use(head, piece, now)
 
 
@@ -819,21 +892,39 @@ def hide(band: Band, step: Step, piece: Piece, logits: Array, bounds: Sequence[A
 
     bounds: Band.bounds_scratch, by key nothing.
     """
-    if piece.masked is None:
+    if {cell for row in piece.cells for cell in row} == {_FULL}:
         return logits
-    axis = 0 if step.by_key else 1  # along which the keys lie
-    first, last = (edge - piece.keys.start for edge in (piece.masked.start, piece.masked.stop))
-    if step.by_key:
-        of_queries = [step.query_table[row : row + 1, piece.queries] for row in band.rows]
-    else:
-        of_queries = [over_lanes(ref[piece.queries], last - first) for ref in bounds]
-    parts = []
-    for edge, next_edge in itertools.pairwise(sorted({0, first, last, logits.shape[axis]})):
-        part = lax.slice_in_dim(logits, edge, next_edge, axis=axis)
-        if edge == first:
-            part = jnp.where(_visible(band, step, piece.queries, piece.masked, of_queries), part, MASKED)
-        parts.append(part)
-    return jnp.concatenate(parts, axis)
+    of_queries, of_keys = (1, 0) if step.by_key else (0, 1)  # the axes
+
+    def place(x: slice, whole: slice) -> slice:
+        return slice(x.start - whole.start, x.stop - whole.start)
+
+    def hidden(queries: slice, keys: slice, seen: int) -> Array:
+        places = place(queries, piece.queries), place(keys, piece.keys)
+        part = logits[places[::-1] if step.by_key else places]
+        if seen == _FULL:
+            return part
+        if seen == _HIDDEN:
+            return jnp.full_like(part, MASKED)
+        if step.by_key:
+            numbers = [step.query_table[row : row + 1, queries] for row in band.rows]
+        else:
+            numbers = [over_lanes(ref[queries], keys.stop - keys.start) for ref in bounds]
+        return jnp.where(_visible(band, step, queries, keys, numbers), part, MASKED)
+
+    strips = []
+    for queries, row in _runs(piece.cells, piece.queries.start):
+        parts = [hidden(queries, keys, seen) for keys, seen in _runs(row, piece.keys.start)]
+        strips.append(jnp.concatenate(parts, of_keys))
+    return jnp.concatenate(strips, of_queries)
+
+
+def _runs(cells: Sequence[Any], start: int) -> Iterator[tuple[slice, Any]]:
+    """Tokens from the first of these cells on, and what all of them have."""
+    for value, equal in itertools.groupby(cells):
+        stop = start + LANES * len(list(equal))
+        yield slice(start, stop), value
+        start = stop
 
 
 def _visible(band: Band, step: Step, queries: slice, keys: slice, of_queries: Sequence[Array]) -> Array:
@@ -878,9 +969,13 @@ def _visible(band: Band, step: Step, queries: slice, keys: slice, of_queries: Se
 
 
 def save_bounds(band: Band, step: Step, scratch: Sequence[Any]) -> None:
-    """Fills Band.bounds_scratch from the tile's table."""
-    for row, ref in zip(band.rows, scratch, strict=True):
-        ref[...] = spread(step.query_table[row : row + 1, :])
+    """Fills Band.bounds_scratch from the tile's table, in a row's first step."""
+    if scratch:
+
+        @pl.when(is_first(step))
+        def _() -> None:
+            for row, ref in zip(band.rows, scratch, strict=True):
+                ref[...] = spread(step.query_table[row : row + 1, :])
 
 
 def spread(row: Array) -> Array:

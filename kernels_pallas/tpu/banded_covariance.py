@@ -39,7 +39,6 @@ from kernels_pallas.tpu.band import (
     blocks_of,
     finite,
     hide,
-    is_first,
     is_last,
     save_bounds,
     visit,
@@ -269,19 +268,16 @@ def _product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     return sum(common.dot(a, part, contract) for part in common.in_two(b, a.dtype))  # type: ignore[return-value]
 
 
-def _start(band: Band, step: Step, bounds: Sequence[Any], *sums: Any) -> None:
-    @pl.when(is_first(step))
-    def _() -> None:
-        if not step.by_key:
-            save_bounds(band, step, bounds)
-        for total in sums:
-            total[...] = jnp.zeros_like(total)
+def _start(*sums: Any) -> None:
+    for total in sums:
+        total[...] = jnp.zeros_like(total)
 
 
 def _forward_kernel(step: Step, *refs: Any, band: Band) -> None:
     *inputs, out_ref, total = refs[:8]
     bounds = refs[8:]
-    _start(band, step, bounds, total)
+    pl.when(step.is_start)(lambda: _start(total))
+    save_bounds(band, step, bounds)
 
     def accumulate(body: Body) -> None:
         for tile in _pieces(band, step, body, inputs, bounds):
@@ -292,12 +288,14 @@ def _forward_kernel(step: Step, *refs: Any, band: Band) -> None:
     @pl.when(is_last(step))
     def _() -> None:
         out_ref[...] = total[...]
+        _start(total)
 
 
 def _query_kernel(step: Step, *refs: Any, band: Band) -> None:
     *inputs, gradient_ref, query_out, direction_out, to_query, to_direction = refs[:11]
     scale, bounds = inputs[0], refs[11:]
-    _start(band, step, bounds, to_query, to_direction)
+    pl.when(step.is_start)(lambda: _start(to_query, to_direction))
+    save_bounds(band, step, bounds)
 
     def accumulate(body: Body) -> None:
         for tile in _pieces(band, step, body, inputs, bounds):
@@ -312,11 +310,12 @@ def _query_kernel(step: Step, *refs: Any, band: Band) -> None:
     def _() -> None:
         query_out[...] = scale[0, 0] * to_query[...]
         direction_out[...] = to_direction[...]
+        _start(to_query, to_direction)
 
 
 def _key_kernel(step: Step, *refs: Any, band: Band) -> None:
     *inputs, gradient_ref, key_out, value_out, to_key, to_value = refs
-    _start(band, step, (), to_key, to_value)
+    pl.when(step.is_start)(lambda: _start(to_key, to_value))
 
     def accumulate(body: Body) -> None:
         for tile in _pieces(band, step, body, inputs, ()):
@@ -334,3 +333,4 @@ def _key_kernel(step: Step, *refs: Any, band: Band) -> None:
     def _() -> None:
         key_out[...] = to_key[...]
         value_out[...] = to_value[...]
+        _start(to_key, to_value)

@@ -57,13 +57,12 @@ from kernels_pallas.tpu.band import (
     capped_in_base_2,
     hide,
     in_base_2,
-    is_first,
     is_last,
     lse_of,
     one_ahead,
     over_lanes,
     save_bounds,
-    visit,
+    visit_anew,
 )
 from kernels_pallas.tpu.band import heads_of_a_step as band_heads
 from kernels_pallas.tpu.band import refusal as band_refusal
@@ -211,14 +210,13 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float |
     of_products: Any = scale_ref[0, 0] if softcap is None else capped_in_base_2(softcap)
     factor: Any = of_products if step.bias is None else _ONE
 
-    @pl.when(is_first(step))
-    def _() -> None:
-        maximum_ref[...] = jnp.full_like(maximum_ref, MASKED)
-        sum_ref[...] = jnp.zeros_like(sum_ref)
-        acc_ref[...] = jnp.zeros_like(acc_ref)
-        save_bounds(band, step, bounds)
+    save_bounds(band, step, bounds)
 
-    def accumulate(body: Body) -> None:
+    def start(queries: slice) -> None:
+        for ref, number in ((maximum_ref, MASKED), (sum_ref, 0), (acc_ref, 0)):
+            ref[:, queries] = jnp.full_like(ref[:, queries], number)
+
+    def accumulate(body: Body, is_new: bool) -> None:
         def product(head: int, piece: Piece) -> Array:
             products = dot(query_ref[head, piece.queries], key_ref[head // per_key, piece.keys], contract=(1, 1))
             if softcap is not None:
@@ -229,22 +227,23 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float |
 
         def use(head: int, piece: Piece, products: Array) -> None:
             queries, num_keys = (head, piece.queries), products.shape[1]
-            old_maximum = maximum_ref[queries]
+            old_maximum = jnp.full((products.shape[0], LANES), MASKED) if is_new else maximum_ref[queries]
             maximum = jnp.maximum(old_maximum, jnp.max(products, axis=1, keepdims=True))
+            maximum_ref[queries] = maximum
             # Where a query has seen no key yet the maximum is MASKED and the weights are 1, not 0; the first key that
             # it does see multiplies what they gave by `decay` = 0.
             weights = jnp.exp2(factor * (products - over_lanes(maximum, num_keys)))
-            decay = jnp.exp2(factor * (old_maximum - maximum))
-            maximum_ref[queries] = maximum
-            sum_ref[queries] = decay * sum_ref[queries] + add_by_lane(weights)
             values = value_ref[head // per_key, piece.keys]
-            acc_ref[queries] = over_lanes(decay, acc_ref.shape[2]) * acc_ref[queries] + dot(
-                weights.astype(values.dtype), values, contract=(1, 0)
-            )
+            of_sum, of_values = add_by_lane(weights), dot(weights.astype(values.dtype), values, contract=(1, 0))
+            if not is_new:
+                decay = jnp.exp2(factor * (old_maximum - maximum))
+                of_sum += decay * sum_ref[queries]
+                of_values += over_lanes(decay, acc_ref.shape[2]) * acc_ref[queries]
+            sum_ref[queries], acc_ref[queries] = of_sum, of_values
 
         one_ahead(heads, body, product, use)
 
-    visit(band, step, accumulate)
+    visit_anew(band, step, start, accumulate)
 
     @pl.when(is_last(step))
     def _() -> None:

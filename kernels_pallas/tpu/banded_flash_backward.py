@@ -50,7 +50,6 @@ from kernels_pallas.tpu.band import (
     capped_in_base_2,
     hide,
     is_first,
-    is_first_of_queries,
     is_last,
     is_last_of_queries,
     one_ahead,
@@ -287,13 +286,17 @@ def _query_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: f
     heads = query_ref.shape[0]
     per_key = heads // key_ref.shape[0]
 
+    def start() -> None:
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    pl.when(step.is_start)(start)
+    save_bounds(band, step, bounds)
+
     @pl.when(is_first(step))
     def _() -> None:
-        acc_ref[...] = jnp.zeros_like(acc_ref)
         for head in range(heads):
             for ref, row in ((lse_ref, head), (delta_ref, heads + head)):
                 ref[head] = spread(numbers_ref[row : row + 1, :])
-        save_bounds(band, step, bounds)
 
     def accumulate(body: Body) -> None:
         def products(head: int, piece: Piece) -> tuple[Array, Array]:
@@ -319,6 +322,7 @@ def _query_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: f
     @pl.when(is_last(step))
     def _() -> None:
         out_ref[...] = (_unit(softcap) * scale_ref[0, 0] * acc_ref[...]).astype(out_ref.dtype)
+        start()
 
 
 def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float | None) -> None:
@@ -329,17 +333,17 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float |
     heads = query_ref.shape[0]
     per_key = heads // key_ref.shape[0]
 
-    @pl.when(is_first(step))
-    def _() -> None:
+    def start() -> None:
         key_acc_ref[...] = jnp.zeros_like(key_acc_ref)
         value_acc_ref[...] = jnp.zeros_like(value_acc_ref)
 
     slot = slot_of(step)
-    for acc_ref in query_acc_ref:
 
-        @pl.when(is_first_of_queries(step))
-        def _(acc_ref: Any = acc_ref) -> None:
-            acc_ref[slot] = jnp.zeros(acc_ref.shape[1:], jnp.float32)
+    @pl.when(step.is_start)
+    def _() -> None:
+        start()
+        for ref in query_acc_ref:
+            ref[...] = jnp.zeros_like(ref)
 
     def add(head: int, piece: Piece, weights: Array, slopes: Array) -> None:
         of_query, of_key = (head, piece.queries), (head // per_key, piece.keys)
@@ -356,12 +360,14 @@ def _kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float |
     def _() -> None:
         key_out_ref[...] = (_unit(softcap) * scale_ref[0, 0] * key_acc_ref[...]).astype(key_out_ref.dtype)
         value_out_ref[...] = value_acc_ref[...].astype(value_out_ref.dtype)
+        start()
 
     for out_ref, acc_ref in zip(query_out_ref, query_acc_ref):
 
         @pl.when(is_last_of_queries(step))
         def _(out_ref: Any = out_ref, acc_ref: Any = acc_ref) -> None:
             out_ref[...] = (_unit(softcap) * scale_ref[0, 0] * acc_ref[slot]).astype(out_ref.dtype)
+            acc_ref[slot] = jnp.zeros(acc_ref.shape[1:], jnp.float32)
 
 
 def _bias_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band, softcap: float | None) -> None:

@@ -49,7 +49,7 @@ from kernels_pallas.tpu.band import (
     over_lanes,
     save_bounds,
     spread,
-    visit,
+    visit_anew,
 )
 from kernels_pallas.tpu.band import heads_of_a_step as band_heads
 from kernels_pallas.tpu.band import refusal as band_refusal
@@ -190,16 +190,18 @@ def _kernel(step: Step, scale_ref: Any, reference_ref: Any, *refs: Any, band: Ba
     heads = query_ref.shape[0]
     per_key = heads // key_ref.shape[0]
 
+    def start(queries: slice) -> None:
+        for ref in (maximum_ref, sum_ref, tilted_sum_ref, plain_ref, tilted_ref):
+            ref[:, queries] = jnp.full_like(ref[:, queries], MASKED if ref is maximum_ref else 0)
+
+    save_bounds(band, step, bounds)
+
     @pl.when(is_first(step))
     def _() -> None:
-        maximum_ref[...] = jnp.full_like(maximum_ref, MASKED)
         for head in range(heads):
             offset_ref[head] = spread(reference_ref[head : head + 1, :])
-        for ref in (sum_ref, tilted_sum_ref, plain_ref, tilted_ref):
-            ref[...] = jnp.zeros_like(ref)
-        save_bounds(band, step, bounds)
 
-    def accumulate(body: Body) -> None:
+    def accumulate(body: Body, is_new: bool) -> None:
         def product(head: int, piece: Piece) -> tuple[Array, Array]:
             keys = key_ref[head // per_key, piece.keys]
             logits, slopes = (dot(ref[head, piece.queries], keys, contract=(1, 1)) for ref in (query_ref, probe_ref))
@@ -208,22 +210,24 @@ def _kernel(step: Step, scale_ref: Any, reference_ref: Any, *refs: Any, band: Ba
         def use(head: int, piece: Piece, products: tuple[Array, Array]) -> None:
             logits, slopes = products
             queries, num_keys = (head, piece.queries), logits.shape[1]
-            old_maximum = maximum_ref[queries]
+            old_maximum = jnp.full((logits.shape[0], LANES), MASKED) if is_new else maximum_ref[queries]
             maximum = jnp.maximum(old_maximum, jnp.max(logits, axis=1, keepdims=True))
+            maximum_ref[queries] = maximum
             # As in banded_flash.py, also of a query that has seen no key yet.
             weights = jnp.exp2(scale_ref[0, 0] * (logits - over_lanes(maximum, num_keys)))
             tilted = weights * (slopes - over_lanes(offset_ref[queries], num_keys))
-            decay = jnp.exp2(scale_ref[0, 0] * (old_maximum - maximum))
-            maximum_ref[queries] = maximum
             values = value_ref[head // per_key, piece.keys]
+            decay = jnp.exp2(scale_ref[0, 0] * (old_maximum - maximum))
             for x, total, sums in ((weights, sum_ref, plain_ref), (tilted, tilted_sum_ref, tilted_ref)):
-                total[queries] = decay * total[queries] + add_by_lane(x)
-                wide = over_lanes(decay, sums.shape[2])
-                sums[queries] = wide * sums[queries] + dot(x.astype(values.dtype), values, contract=(1, 0))
+                of_sum, of_values = add_by_lane(x), dot(x.astype(values.dtype), values, contract=(1, 0))
+                if not is_new:
+                    of_sum += decay * total[queries]
+                    of_values += over_lanes(decay, sums.shape[2]) * sums[queries]
+                total[queries], sums[queries] = of_sum, of_values
 
         one_ahead(heads, body, product, use)
 
-    visit(band, step, accumulate)
+    visit_anew(band, step, start, accumulate)
 
     @pl.when(is_last(step))
     def _() -> None:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.patterns import ACTIVE, FULL, AllPairs, Boxes, Intervals
+from kernels_pallas.patterns import ACTIVE, FIRST, FULL, LAST, AllPairs, Boxes, Intervals
 from kernels_pallas.tpu import banded_flash, banded_flash_backward
-from kernels_pallas.tpu.band import Band, SumsCall, bodies_of, body_of, query_slots
+from kernels_pallas.tpu.band import Band, SumsCall, bodies_of, body_of, one_after_other, query_slots
 
 BLOCK = 256
 
@@ -46,21 +46,48 @@ def test_pieces_have_all_that_is_seen_and_hide_all_that_is_not(pattern, segments
     for row, column, flags in zip(*(x[0].tolist() for x in by_query), strict=True):
         if flags & ACTIVE:
             numbers[row, column] = number = int(body_of(flags))
-            for queries, keys, masked in bodies[number]:
+            for queries, keys, cells in bodies[number]:
                 tile = (slice(row * BLOCK, (row + 1) * BLOCK), slice(column * BLOCK, (column + 1) * BLOCK))
                 part, of_sees = computed[tile][queries, keys], sees[tile][queries, keys]
                 assert not part.any()
                 part[...] = True
-                clear = np.ones(keys.stop - keys.start, bool)
-                if masked is not None:
-                    clear[masked.start - keys.start : masked.stop - keys.start] = False
-                assert not (segments and clear.any())
-                num_keys = of_sees.shape[1]
-                assert of_sees[:, clear[:num_keys]].all()
-                assert not clear[num_keys:].any()  # the padding is hidden
+                cell = np.repeat(
+                    np.repeat(cells, 128, 0), 128, 1
+                )  # 0: no query sees a key, 1: some may, 2: all see all
+                assert not (segments and (cell == 2).any())
+                of_cells = cell[tuple(map(slice, of_sees.shape))]
+                assert of_sees[of_cells == 2].all()
+                assert not of_sees[of_cells == 0].any()
+                assert not (cell[:, of_sees.shape[1] :] == 2).any()  # the padding is hidden
     assert computed[sees].all()
     pairs = zip(*(x[0].tolist() for x in by_key), strict=True)
     assert {(row, column): int(body_of(flags)) for column, row, flags in pairs if flags & ACTIVE} == numbers
+
+
+def test_cells_are_masked_where_a_window_begins_and_ends_alone():
+    bodies, *_ = bodies_of(window(4096, 4 * BLOCK - 1).tiled(2 * BLOCK, 2 * BLOCK))
+    counts = [np.bincount(np.concatenate([np.ravel(piece.cells) for piece in body])).tolist() for body in bodies]
+    # Of the 16 cells of a tile at an edge 4 are in quarters that are left out, and 2 more are hidden.
+    assert sorted(counts) == [[0, 0, 16], [2, 4, 6], [2, 4, 6]]
+
+
+@pytest.mark.parametrize("pattern", [window(1500, 511), window(1100, 299, 77), window(900, 900), drawn(1)])
+def test_a_row_begins_with_the_column_that_the_row_before_ended_with(pattern):
+    tiling = pattern.tiled(BLOCK, BLOCK)
+    for lists in (tiling.by_query, tiling.by_key):
+        edges = int(FIRST | LAST)
+        before, after = (
+            [list(map(int, step)) for step in zip(*(x[0] for x in v))] for v in (lists, one_after_other(lists))
+        )
+        same = (sorted((row, column, flags & ~edges) for row, column, flags in steps) for steps in (before, after))
+        assert next(same) == next(same)
+        last = None
+        for _, steps in itertools.groupby(after, lambda step: step[0]):
+            _, columns, flags = zip(*steps)
+            assert last not in columns[1:]
+            assert [bool(x & FIRST) for x in flags] == [True] + [False] * (len(flags) - 1)
+            assert [bool(x & LAST) for x in flags] == [False] * (len(flags) - 1) + [True]
+            last = columns[-1]
 
 
 def test_a_causal_window_of_whole_tiles_computes_three_quarters_of_its_edges():
@@ -80,7 +107,7 @@ def test_a_causal_window_of_whole_tiles_computes_three_quarters_of_its_edges():
 def test_pairs_of_keys_with_coordinates_are_computed_whole(pattern):
     bodies, *lists = bodies_of(pattern.tiled(*pattern.blocks((0, 0))))
     whole = slice(0, BLOCK)
-    assert bodies == [((whole, whole, None),), ((whole, whole, whole),)]
+    assert bodies == [((whole, whole, ((seen,) * 2,) * 2),) for seen in (2, 1)]
     for visits in lists:
         assert np.array_equal(body_of(visits.flags) == 0, visits.flags & FULL != 0)
 
@@ -118,13 +145,10 @@ def test_sums_of_queries_have_a_place_of_their_own_until_they_are_written(patter
     for column, flags, written in zip(*(x[0].tolist() for x in visits[1:]), strict=True):
         if not flags & ACTIVE:
             continue
-        slot = flags >> 8
-        if flags & 64:
-            assert slot not in held
-            held[slot] = column
-        assert held[slot] == column
+        slot = flags >> 7
+        assert held.setdefault(slot, column) == column
         assert slot < query_slots(tiling, tiles)
-        if flags & 128:
+        if flags & 64:
             assert written == held.pop(slot)
             done.append(column)
     assert sorted(done) == list(range(tiles))
