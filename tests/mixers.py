@@ -10,7 +10,7 @@ FLASH = {"banded_flash_attention", "banded_flash_gradients"}
 # Where sums of every query do not fit into VMEM, or lists of tiles depend on the arrays.
 FLASH_IN_TWO = {"banded_flash_attention", "banded_flash_query_gradient", "banded_flash_key_value_gradients"}
 LINEAR = {"chunked_linear_attention", "chunked_linear_gradients"}
-COVARIANCE = {"banded_covariance", "banded_covariance_query_gradients", "banded_covariance_key_value_gradients"}
+COVARIANCE = {"banded_covariance", "banded_covariance_gradients"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,6 +123,7 @@ def _banded_flash_gradients(shape: Shape, *, softcap: float | None = None, has_b
 def _banded_covariance(shape: Shape) -> Row:
     arrays, pattern = shape.arrays(), shape.pattern()
     blocks = banded_covariance.default_blocks(*arrays)
+    heads = banded_covariance.heads_of_a_step(*arrays, pattern=pattern)
     wide = shape.array(shape.heads, shape.head_dim, dtype=jnp.float32)
     lse = shape.array(shape.heads, dtype=jnp.float32)
 
@@ -130,29 +131,30 @@ def _banded_covariance(shape: Shape) -> Row:
         run: Any = functools.partial(banded_covariance.banded_covariance, pattern=pattern)
         return run(*arrays, scale=shape.head_dim**-0.5)
 
-    vmem = banded_covariance.vmem_bytes(*blocks, shape.head_dim, shape.head_dim, shape.dtype)
-    return Row(
-        covariance,
-        [*arrays, wide, lse, wide],
-        vmem,
-        {"banded_covariance": _grid(shape, blocks, heads=1, quarters=False)},
-    )
+    grids = {"banded_covariance": _grid(shape, blocks, heads, first=True)}
+    return Row(covariance, [*arrays, wide, lse, wide], _vmem(banded_covariance, shape, blocks, heads), grids)
 
 
 def _banded_covariance_gradients(shape: Shape) -> Row:
     row, pattern = _banded_covariance(shape), shape.pattern()
     blocks = banded_covariance.default_blocks(*row.arrays[:3])
+    heads = banded_covariance.heads_of_a_step(*row.arrays[:3], pattern=pattern)
+    slots = banded_covariance.slots_of(*row.arrays[:3], pattern=pattern)
     wide = row.arrays[3]
 
     def gradients(*arrays: Any) -> Any:
         run: Any = functools.partial(banded_covariance.banded_covariance_gradients, pattern=pattern)
         return run(*arrays, scale=shape.head_dim**-0.5)[:-1]
 
-    grids = {
-        "banded_covariance_query_gradients": _grid(shape, blocks, heads=1),
-        "banded_covariance_key_value_gradients": _grid(shape, blocks, heads=1, by_key=True),
-    }
-    return Row(gradients, [*row.arrays, wide, wide, wide], row.vmem, grids)
+    if slots:
+        grids = {"banded_covariance_gradients": _grid(shape, blocks, heads, by_key=True, sums=True)}
+    else:
+        grids = {
+            "banded_covariance_query_gradients": _grid(shape, blocks, heads, first=True),
+            "banded_covariance_key_value_gradients": _grid(shape, blocks, heads, by_key=True),
+        }
+    vmem = _vmem(banded_covariance, shape, blocks, heads, slots=slots)
+    return Row(gradients, [*row.arrays, wide, wide, wide], vmem, grids)
 
 
 def _covariance_solve(shape: Shape) -> Row:

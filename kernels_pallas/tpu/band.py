@@ -566,6 +566,7 @@ class Call:
         rows: int = 0,
         scratch: Sequence[Any],
         products: Sequence[int],
+        vmem: int = VMEM_BUDGET,
     ) -> list[Array]:
         """The kernel's results, heads first and padded.
 
@@ -575,6 +576,7 @@ class Call:
           out: (head dim, dtype) of each result, for the tokens of the rows.
           rows: how many more there are, a number of each query: float32 [B, N / heads, heads, T'].
           products: the head dim of each product of a step's tiles.
+          vmem: bytes that the kernel may take.
         """
         band = self.band
         scalar = pl.BlockSpec((1, 1), lambda *_: (zero(), zero()), memory_space=pltpu.SMEM)
@@ -635,7 +637,7 @@ class Call:
             out_shape=[jax.ShapeDtypeStruct(*shape, manual_axis_type=over) for shape in shapes],
             input_output_aliases={prefetched + len(arrays) + number: number for number in range(len(so_far))},
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BUDGET
+                dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem
             ),
             cost_estimate=pl.CostEstimate(
                 flops=2 * pairs * sum(products) // calls,
@@ -752,8 +754,8 @@ def _query_steps(lists: Visits) -> list[tuple[int, bool]]:
 
 
 class SumsCall(Call):
-    """A call by key with a result for the queries after those for the keys: its kernel holds sums of query tiles, in
-    query_slots() places, and writes a tile's in the last step that looks at it."""
+    """A call by key with two results for the keys, and after them those for the queries: its kernel holds sums of query
+    tiles, in query_slots() places, and writes a tile's in the last step that looks at it."""
 
     def __init__(self, band: Band, *, heads: int):
         super().__init__(band, by_key=True, heads=heads)
@@ -767,16 +769,17 @@ class SumsCall(Call):
         self.visits: Any = SumsVisits(lists.rows, lists.columns, flags, lists.columns[:, ends[following]])
 
     def _results(self, out: Sequence[tuple[int, Any]], rows: int) -> tuple[list[Any], list[Any]]:
-        *of_keys, (width, dtype) = out
-        shapes, blocks = super()._results(of_keys, rows)
+        band = self.band
+        shapes, blocks = super()._results(out[:2], rows)  # the keys' and the values'
 
         def index(r: Any, n: Any, s: Any, *lists: Any) -> tuple[Any, ...]:
             batch, head, _ = self._query(r, n, s, *lists)
             return batch, head, lists[3][s], zero()
 
-        shape = self.band.batch, self.band.heads, self.band.padded_queries, width
-        block = pl.BlockSpec((None, self.heads, self.band.block_q, width), index)
-        return [*shapes, (shape, dtype)], [*blocks, block]
+        for width, dtype in out[2:]:
+            shapes.append(((band.batch, band.heads, band.padded_queries, width), dtype))
+            blocks.append(pl.BlockSpec((None, self.heads, band.block_q, width), index))
+        return shapes, blocks
 
 
 # --- Inside a kernel --------------------------------------------------------------------------------------------------

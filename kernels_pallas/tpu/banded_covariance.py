@@ -12,18 +12,20 @@ g of a loss with respect to out, c_ts = g_t . v_s and cbar_t = g_t . vbar_t,
     dk_s  = sum_t scale dl_ts q_t + p_ts (c_ts - cbar_t) x_t          dv_s = sum_t p_ts (a_ts - abar_t) g_t
 
 where lse, kbar and vbar are functions of q, k and v, and their share is in dl. The kernels go through the pairs of
-tiles of banded_flash.py, the same way.
+tiles as those of banded_flash.py and of its gradients do, several heads side by side; all four gradients come of one
+kernel where VMEM holds the sums of the query tiles in between.
 
 Numerics: x and the results are float32, since conjugate gradients are made of them. Where q, k and v are bfloat16, a
 float32 operand is split in two bfloat16 numbers, so that a product is exact to about 2^-16; sums are float32.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -35,22 +37,33 @@ from kernels_pallas.tpu.band import (
     Call,
     Piece,
     Step,
-    Tokens,
+    SumsCall,
     blocks_of,
     finite,
     hide,
+    is_first,
     is_last,
+    is_last_of_queries,
+    one_ahead,
+    over_lanes,
+    query_slots,
     save_bounds,
+    slot_of,
+    spread,
     visit,
 )
+from kernels_pallas.tpu.band import heads_of_a_step as band_heads
 from kernels_pallas.tpu.band import refusal as band_refusal
 
 Array = jax.Array
 
-# (queries in a tile, keys in a tile), by bytes of an element and padded head dim, for all three kernels.
+# (queries in a tile, keys in a tile), by bytes of an element and padded head dim, for all kernels.
 _BLOCKS = {(2, 64): (256, 512), (2, 128): (256, 512), (2, 256): (128, 256), (4, 64): (256, 256), (4, 128): (256, 256)}
 _DEFAULT_BLOCKS = (128, 128)  # at other widths
-# Rows of the table of numbers that belong to a query.
+# VMEM that the kernel for all gradients may take, which spares five of its products; libtpu's own limit is less.
+_BUDGET = 18 * 2**20
+_ONE = np.float32(1)
+# Numbers that belong to a query, in their order.
 _LSE, _KEY_MEAN, _VALUE_MEAN, _PRODUCT = range(4)
 
 
@@ -59,17 +72,34 @@ def default_blocks(query: Any, key: Any, value: Any) -> tuple[int, int]:
     return blocks_of(_BLOCKS, _DEFAULT_BLOCKS, query, key, value)
 
 
-def vmem_bytes(block_q: int, block_k: int, head_dim: int, value_dim: int, dtype: Any, *, tables: int = 1) -> int:
-    """VMEM that the largest of the kernels takes at most, as in banded_flash.vmem_bytes."""
+def vmem_bytes(
+    block_q: int,
+    block_k: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: Any,
+    *,
+    tables: int = 1,
+    heads: int = 1,
+    key_heads: int = 1,
+    slots: int = 0,
+) -> int:
+    """VMEM that the largest of the kernels takes at most, as in banded_flash.vmem_bytes; with slots the one for all
+    gradients."""
     size = jnp.dtype(dtype).itemsize
     keys, values = (common.round_up(width, common.LANES) for width in (head_dim, value_dim))
-    read = size * (block_q + block_k) * (keys + values) + 4 * block_q * (keys + values)  # q, k, v; x, g
-    written = 4 * max(2 * block_q * keys, block_k * (keys + values))
-    rows = 4 * common.SUBLANES * 3 * max(block_q, block_k)
-    logits = 4 * 8 * block_q * block_k
-    columns = 4 * common.LANES * block_q * 6
+    all_queries, all_keys = heads * block_q, key_heads * block_k
+    read = size * (all_queries * keys + all_keys * (keys + values)) + 4 * all_queries * (keys + values)  # x and g last
+    of_results = (size + 4) * all_queries * keys, size * all_keys * (keys + values)
+    written = max((sum if slots else max)(of_results), 4 * all_queries * values)
+    rows = 4 * common.SUBLANES * ((1 + heads) * block_q + (block_k if tables > 1 else 0))
+    columns = 4 * common.LANES * block_q * 4 * heads  # numbers, each over the lanes
+    state = columns + 4 * max(2 * all_queries * keys, all_keys * (keys + values))
+    if slots:
+        state = 4 * (slots * 2 * all_queries * keys + all_keys * (keys + values))
+    logits = 4 * (12 if slots else 8) * block_q * block_k
     splits = 2 * size * (block_q + block_k) * (keys + values) * (2 if size == 4 else 1)
-    return 2 * (read + rows) + 3 * written + logits + columns + splits
+    return 2 * (read + rows + written) + state + logits + splits
 
 
 def refusal(query: Any, key: Any, value: Any, *, pattern: Pattern) -> str | None:
@@ -77,6 +107,22 @@ def refusal(query: Any, key: Any, value: Any, *, pattern: Pattern) -> str | None
     if isinstance(pattern, BlockLists):
         return "serves no lists of tiles"
     return band_refusal(query, key, value, pattern=pattern, default_blocks=default_blocks, footprint=vmem_bytes)
+
+
+def heads_of_a_step(query: Any, key: Any, value: Any, *, pattern: Pattern) -> int:
+    """How many query heads a step takes (arrays may be shape structs)."""
+    return band_heads(query, key, value, pattern=pattern, default_blocks=default_blocks, footprint=vmem_bytes)
+
+
+def slots_of(query: Any, key: Any, value: Any, *, pattern: Pattern) -> int:
+    """Of how many query tiles the kernel for all gradients holds the sums, as in banded_flash_backward.slots_of."""
+    heads = heads_of_a_step(query, key, value, pattern=pattern)
+    group = query.shape[2] // key.shape[2]
+    blocks = pattern.blocks(default_blocks(query, key, value))
+    slots = query_slots(pattern.tiled(*blocks), -(-query.shape[1] // blocks[0])) if heads % group == 0 else 0
+    widths = common.padded_width(query.shape[-1]), common.padded_width(value.shape[-1])
+    sizes: Any = {"tables": 1 + pattern.has_coordinates, "heads": heads, "key_heads": heads // group}
+    return slots if vmem_bytes(*blocks, *widths, query.dtype, **sizes, slots=slots) <= _BUDGET else 0
 
 
 def banded_covariance(
@@ -100,17 +146,25 @@ def banded_covariance(
     Returns:
       [B, T, N, V] float32; 0 for a query that sees no key.
     """
-    # By quarters the compiler leaves the matrix unit waiting on v6e: 19 % more cycles for a window of 1024.
-    band = _band("banded_covariance", query, key, value, pattern, quarters=False)
+    band, heads = _band("banded_covariance", query, key, value, pattern)
     means = jnp.sum(direction * key_mean.astype(jnp.float32), axis=-1)
-    (out,) = Call(band, by_key=False).run(
+    (out,) = Call(band, by_key=False, heads=heads).run(
         functools.partial(_forward_kernel, band=band),
         "banded_covariance",
         scale=scale,
-        numbers=band.numbers([finite(lse), means]),
-        tokens=_tokens(band, query, key, value, direction.astype(jnp.float32)),
+        numbers=band.numbers([finite(lse), means], heads),
+        tokens=[
+            band.queries(query),
+            band.queries(direction.astype(jnp.float32)),
+            band.keys(key),
+            band.keys(value),
+        ],
         out=[(band.value_width, jnp.float32)],
-        scratch=[pltpu.VMEM((band.block_q, band.value_width), jnp.float32), *band.bounds_scratch()],
+        scratch=[
+            pltpu.VMEM((heads, band.block_q, band.value_width), jnp.float32),
+            pltpu.VMEM((2 * heads, band.block_q, common.LANES), jnp.float32),
+            *band.bounds_scratch(),
+        ],
         products=(band.key_width, band.key_width, band.value_width),
     )
     return common.tokens_first(out, query.shape[1], value.shape[-1])
@@ -160,103 +214,69 @@ def tilted_gradients(
 ) -> tuple[Array, Array, Array, Array, Array]:
     """banded_covariance_gradients, of these numbers of a query [B, T, N]: lse, abar, cbar and g . out in this module's
     docstring. Direction and gradient are both float32, or both of query's dtype, to which weights are then rounded."""
-    band = _band("banded_covariance_gradients", query, key, value, pattern, quarters=True)
+    band, heads = _band("banded_covariance_gradients", query, key, value, pattern)
     operands: Any = {
         "scale": scale,
-        "numbers": band.numbers(numbers),
-        "tokens": [*_tokens(band, query, key, value, direction), band.queries(gradient)],
+        "numbers": band.numbers(numbers, heads),
+        "tokens": [
+            band.queries(query),
+            band.queries(direction),
+            band.queries(gradient),
+            band.keys(key),
+            band.keys(value),
+        ],
     }
     keys, values = band.key_width, band.value_width
-    to_query, to_direction = Call(band, by_key=False).run(
-        functools.partial(_query_kernel, band=band),
-        "banded_covariance_query_gradients",
-        **operands,
-        out=[(keys, jnp.float32), (keys, jnp.float32)],
-        scratch=[*[pltpu.VMEM((band.block_q, keys), jnp.float32)] * 2, *band.bounds_scratch()],
-        products=(keys, keys, values, keys, keys),
-    )
-    to_key, to_value = Call(band, by_key=True).run(
-        functools.partial(_key_kernel, band=band),
-        "banded_covariance_key_value_gradients",
-        **operands,
-        out=[(width, jnp.float32) for width in (keys, values)],
-        scratch=[pltpu.VMEM((band.block_k, width), jnp.float32) for width in (keys, values)],
-        products=(keys, keys, values, keys, keys, values),
-    )
-    to_query = common.tokens_first(to_query, *query.shape[1::2])
-    to_scale = jnp.sum(query.astype(jnp.float32) * to_query) / scale
-    return (
-        to_query.astype(query.dtype),
-        common.tokens_first(to_key, *key.shape[1::2]).astype(key.dtype),
-        common.tokens_first(to_value, *value.shape[1::2]).astype(value.dtype),
-        common.tokens_first(to_direction, *query.shape[1::2]),
-        to_scale,
-    )
+    of_queries = [(keys, query.dtype), (keys, direction.dtype)]
+    of_keys = [(keys, query.dtype), (values, query.dtype)]
+    key_scratch = [
+        pltpu.VMEM((max(1, heads // band.group), band.block_k, width), jnp.float32) for width in (keys, values)
+    ]
+    slots = slots_of(query, key, value, pattern=pattern)
+    if slots:
+        to_key, to_value, to_query, to_direction = SumsCall(band, heads=heads).run(
+            functools.partial(_kernel, band=band),
+            "banded_covariance_gradients",
+            **operands,
+            out=[*of_keys, *of_queries],
+            scratch=[*key_scratch, *[pltpu.VMEM((slots, heads, band.block_q, keys), jnp.float32)] * 2],
+            products=(keys, keys, values, keys, keys, keys, keys, values),
+            vmem=_BUDGET,
+        )
+    else:
+        to_query, to_direction = Call(band, by_key=False, heads=heads).run(
+            functools.partial(_query_kernel, band=band),
+            "banded_covariance_query_gradients",
+            **operands,
+            out=of_queries,
+            scratch=[
+                *[pltpu.VMEM((heads, band.block_q, keys), jnp.float32)] * 2,
+                pltpu.VMEM((4 * heads, band.block_q, common.LANES), jnp.float32),
+                *band.bounds_scratch(),
+            ],
+            products=(keys, keys, values, keys, keys),
+        )
+        to_key, to_value = Call(band, by_key=True, heads=heads).run(
+            functools.partial(_kernel, band=band),
+            "banded_covariance_key_value_gradients",
+            **operands,
+            out=of_keys,
+            scratch=key_scratch,
+            products=(keys, keys, values, keys, keys, values),
+        )
+    to_query, to_direction = (common.tokens_first(x, *query.shape[1::2]) for x in (to_query, to_direction))
+    to_key, to_value = (common.tokens_first(x, *of.shape[1::2]) for x, of in ((to_key, key), (to_value, value)))
+    to_scale = jnp.sum(query.astype(jnp.float32) * to_query.astype(jnp.float32)) / scale
+    return to_query, to_key, to_value, to_direction, to_scale
 
 
-def _band(name: str, query: Array, key: Array, value: Array, pattern: Pattern, *, quarters: bool) -> Band:
+def _band(name: str, query: Array, key: Array, value: Array, pattern: Pattern) -> tuple[Band, int]:
+    """And the heads of a step."""
     reason = refusal(query, key, value, pattern=pattern)
     if reason is not None:
         raise ValueError(f"{name}: {reason}")
     tiling = pattern.tiled(*pattern.blocks(default_blocks(query, key, value)))
-    return Band(query, key, value, tiling, quarters=quarters)
-
-
-def _tokens(band: Band, query: Array, key: Array, value: Array, direction: Array) -> list[Tokens]:
-    return [band.queries(query), band.keys(key), band.keys(value), band.queries(direction)]
-
-
-class _Tile(NamedTuple):
-    """What all three kernels compute of a piece of a pair of tiles, [queries, keys], by key [keys, queries].
-
-    Fields from scale on are references; bounds: Band.bounds_scratch.
-    """
-
-    band: Band
-    step: Step
-    piece: Piece
-    scale: Any
-    numbers: Any
-    query: Any
-    key: Any
-    value: Any
-    direction: Any
-    bounds: Sequence[Any]
-
-    def number(self, row: int) -> Array:
-        if self.step.by_key:
-            return self.numbers[row : row + 1, :]
-        return jnp.transpose(self.numbers[...])[:, row : row + 1]
-
-    def pairs(self, of_query: Array, of_key: Array) -> Array:
-        """Products of every query's row with every key's."""
-        if self.step.by_key:
-            return _product(of_key, of_query, (1, 1))
-        return _product(of_query, of_key, (1, 1))
-
-    def weights(self) -> Array:
-        logits = self.scale[0, 0] * self.pairs(self.query[...], self.key[...])
-        return jnp.exp(hide(self.band, self.step, self.piece, logits, self.bounds) - self.number(_LSE))
-
-    def slopes(self) -> Array:
-        return self.pairs(self.direction[...], self.key[...]) - self.number(_KEY_MEAN)
-
-    def sums(self, weights: Array, vectors: Array) -> Array:
-        """Of a row's vectors, by weights rounded to the vectors' dtype; beside a float32 direction in two parts."""
-        if self.direction.dtype == vectors.dtype:
-            weights = weights.astype(vectors.dtype)
-        return _product(weights, vectors, (1, 0))
-
-    def gains(self, gradient: Array) -> Array:
-        return self.pairs(gradient, self.value[...]) - self.number(_VALUE_MEAN)
-
-
-def _pieces(band: Band, step: Step, body: Body, inputs: Sequence[Any], bounds: Sequence[Any]) -> Iterator[_Tile]:
-    scale, numbers, query, key, value, direction = inputs
-    for piece in body:
-        queries, keys = piece.queries, piece.keys
-        of_piece = numbers.at[:, queries], query.at[queries], key.at[keys], value.at[keys], direction.at[queries]
-        yield _Tile(band, step, piece, scale, *of_piece, bounds)
+    return Band(query, key, value, tiling), heads_of_a_step(query, key, value, pattern=pattern)
 
 
 def _product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
@@ -268,69 +288,166 @@ def _product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     return sum(common.dot(a, part, contract) for part in common.in_two(b, a.dtype))  # type: ignore[return-value]
 
 
-def _start(*sums: Any) -> None:
-    for total in sums:
-        total[...] = jnp.zeros_like(total)
+def _clear(*refs: Any) -> None:
+    for ref in refs:
+        ref[...] = jnp.zeros_like(ref)
 
 
-def _forward_kernel(step: Step, *refs: Any, band: Band) -> None:
-    *inputs, out_ref, total = refs[:8]
-    bounds = refs[8:]
-    pl.when(step.is_start)(lambda: _start(total))
+def _save_numbers(step: Step, numbers_ref: Any, columns_ref: Any) -> None:
+    """A row's first step: of each number of a tile's queries, which it has along the lanes, a column over the lanes."""
+
+    @pl.when(is_first(step))
+    def _() -> None:
+        for row in range(numbers_ref.shape[0]):
+            columns_ref[row] = spread(numbers_ref[row : row + 1, :])
+
+
+def _forward_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
+    """One visit of a query tile to a key tile, of several heads."""
+    numbers_ref, query_ref, direction_ref, key_ref, value_ref, out_ref, acc_ref, columns_ref, *bounds = refs
+    heads = query_ref.shape[0]
+    per_key = heads // key_ref.shape[0]
+    pl.when(step.is_start)(lambda: _clear(acc_ref))
     save_bounds(band, step, bounds)
+    _save_numbers(step, numbers_ref, columns_ref)
 
     def accumulate(body: Body) -> None:
-        for tile in _pieces(band, step, body, inputs, bounds):
-            total[tile.piece.queries] += tile.sums(tile.weights() * tile.slopes(), tile.value[...])
+        def products(head: int, piece: Piece) -> tuple[Array, Array]:
+            of_query, key = (head, piece.queries), key_ref[head // per_key, piece.keys]
+            return _product(query_ref[of_query], key, (1, 1)), _product(direction_ref[of_query], key, (1, 1))
+
+        def use(head: int, piece: Piece, products: tuple[Array, Array]) -> None:
+            queries, num_keys = (head, piece.queries), products[0].shape[1]
+            lse, key_mean = (over_lanes(columns_ref[n * heads + head, piece.queries], num_keys) for n in range(2))
+            weights = jnp.exp(hide(band, step, piece, scale_ref[0, 0] * products[0], bounds) - lse)
+            value = value_ref[head // per_key, piece.keys]
+            acc_ref[queries] += _product(weights * (products[1] - key_mean), value, (1, 0))
+
+        one_ahead(heads, body, products, use)
 
     visit(band, step, accumulate)
 
     @pl.when(is_last(step))
     def _() -> None:
-        out_ref[...] = total[...]
-        _start(total)
+        out_ref[...] = acc_ref[...]
+        _clear(acc_ref)
 
 
-def _query_kernel(step: Step, *refs: Any, band: Band) -> None:
-    *inputs, gradient_ref, query_out, direction_out, to_query, to_direction = refs[:11]
-    scale, bounds = inputs[0], refs[11:]
-    pl.when(step.is_start)(lambda: _start(to_query, to_direction))
+def _query_kernel(step: Step, scale_ref: Any, numbers_ref: Any, *refs: Any, band: Band) -> None:
+    """One visit of a query tile to a key tile, of several heads."""
+    inputs = refs[:5]
+    query_out_ref, direction_out_ref, query_acc_ref, direction_acc_ref, columns_ref, *bounds = refs[5:]
+    key_ref, heads = inputs[3], inputs[0].shape[0]
+    per_key = heads // key_ref.shape[0]
+    pl.when(step.is_start)(lambda: _clear(query_acc_ref, direction_acc_ref))
     save_bounds(band, step, bounds)
+    _save_numbers(step, numbers_ref, columns_ref)
 
-    def accumulate(body: Body) -> None:
-        for tile in _pieces(band, step, body, inputs, bounds):
-            queries = tile.piece.queries
-            weights, gains, key = tile.weights(), tile.gains(gradient_ref[queries]), tile.key[...]
-            to_query[queries] += tile.sums(weights * (tile.slopes() * gains - tile.number(_PRODUCT)), key)
-            to_direction[queries] += tile.sums(weights * gains, key)
+    def number(row: int, head: int, piece: Piece) -> Array:
+        return over_lanes(columns_ref[row * heads + head, piece.queries], piece.keys.stop - piece.keys.start)
 
-    visit(band, step, accumulate)
+    def add(head: int, piece: Piece, weights: Array, slopes: Array, gains: Array, of_logits: Array) -> None:
+        queries, key = (head, piece.queries), key_ref[head // per_key, piece.keys]
+        query_acc_ref[queries] += _sums(inputs, of_logits, key, (1, 0))
+        direction_acc_ref[queries] += _sums(inputs, weights * gains, key, (1, 0))
 
-    @pl.when(is_last(step))
-    def _() -> None:
-        query_out[...] = scale[0, 0] * to_query[...]
-        direction_out[...] = to_direction[...]
-        _start(to_query, to_direction)
-
-
-def _key_kernel(step: Step, *refs: Any, band: Band) -> None:
-    *inputs, gradient_ref, key_out, value_out, to_key, to_value = refs
-    pl.when(step.is_start)(lambda: _start(to_key, to_value))
-
-    def accumulate(body: Body) -> None:
-        for tile in _pieces(band, step, body, inputs, ()):
-            queries, keys = tile.piece.queries, tile.piece.keys
-            gradient = gradient_ref[queries]
-            weights, slopes, gains = tile.weights(), tile.slopes(), tile.gains(gradient)
-            of_logits = tile.scale[0, 0] * (weights * (slopes * gains - tile.number(_PRODUCT)))
-            to_key[keys] += tile.sums(of_logits, tile.query[...])
-            to_key[keys] += tile.sums(weights * gains, tile.direction[...])
-            to_value[keys] += tile.sums(weights * slopes, gradient)
-
-    visit(band, step, accumulate)
+    _visit(band, step, scale_ref, number, inputs, add, bounds)
 
     @pl.when(is_last(step))
     def _() -> None:
-        key_out[...] = to_key[...]
-        value_out[...] = to_value[...]
-        _start(to_key, to_value)
+        query_out_ref[...] = (scale_ref[0, 0] * query_acc_ref[...]).astype(query_out_ref.dtype)
+        direction_out_ref[...] = direction_acc_ref[...].astype(direction_out_ref.dtype)
+        _clear(query_acc_ref, direction_acc_ref)
+
+
+def _kernel(step: Step, scale_ref: Any, numbers_ref: Any, *refs: Any, band: Band) -> None:
+    """One visit of a key tile to a query tile, of several query heads; of a SumsCall with all gradients."""
+    inputs, results = refs[:5], refs[5:]
+    out_refs, acc_refs = results[: len(results) // 2], results[len(results) // 2 :]
+    (key_out_ref, value_out_ref, *query_out_refs), (key_acc_ref, value_acc_ref, *query_acc_refs) = out_refs, acc_refs
+    query_ref, direction_ref, gradient_ref, key_ref = inputs[:4]
+    heads = query_ref.shape[0]
+    per_key = heads // key_ref.shape[0]
+    pl.when(step.is_start)(lambda: _clear(*acc_refs))
+    slot = slot_of(step)
+
+    def number(row: int, head: int, piece: Piece) -> Array:
+        at = row * heads + head
+        return numbers_ref[at : at + 1, piece.queries]
+
+    def add(head: int, piece: Piece, weights: Array, slopes: Array, gains: Array, of_logits: Array) -> None:
+        of_query, of_key = (head, piece.queries), (head // per_key, piece.keys)
+        gained = weights * gains
+        key_acc_ref[of_key] += _sums(inputs, scale_ref[0, 0] * of_logits, query_ref[of_query], (1, 0))
+        key_acc_ref[of_key] += _sums(inputs, gained, direction_ref[of_query], (1, 0))
+        value_acc_ref[of_key] += _sums(inputs, weights * slopes, gradient_ref[of_query], (1, 0))
+        for acc_ref, x in zip(query_acc_refs, (of_logits, gained)):
+            acc_ref[(slot, *of_query)] += _sums(inputs, x, key_ref[of_key], (0, 0))
+
+    _visit(band, step, scale_ref, number, inputs, add)
+
+    @pl.when(is_last(step))
+    def _() -> None:
+        for out_ref, acc_ref in ((key_out_ref, key_acc_ref), (value_out_ref, value_acc_ref)):
+            out_ref[...] = acc_ref[...].astype(out_ref.dtype)
+        _clear(key_acc_ref, value_acc_ref)
+
+    def write_queries() -> None:
+        for out_ref, acc_ref, factor in zip(query_out_refs, query_acc_refs, (scale_ref[0, 0], _ONE)):
+            out_ref[...] = (factor * acc_ref[slot]).astype(out_ref.dtype)
+            acc_ref[slot] = jnp.zeros(acc_ref.shape[1:], jnp.float32)
+
+    if query_acc_refs:
+        pl.when(is_last_of_queries(step))(write_queries)
+
+
+def _visit(
+    band: Band,
+    step: Step,
+    scale_ref: Any,
+    number: Callable[[int, int, Piece], Array],
+    inputs: Sequence[Any],
+    add: Callable[..., None],
+    bounds: Sequence[Any] = (),
+) -> None:
+    """add(head, piece, p, a - abar, c - cbar, dl) of all heads and pieces of a step: [queries, keys], by key [keys,
+    queries].
+
+    number(row, head, piece): of the piece's queries, what broadcasts to that. inputs: query, direction, gradient, key
+      and value.
+    """
+    query_ref, direction_ref, gradient_ref, key_ref, value_ref = inputs
+    heads = query_ref.shape[0]
+    per_key = heads // key_ref.shape[0]
+
+    def pairs(of_query: Array, of_key: Array) -> Array:
+        """Products of every query's row with every key's."""
+        return _product(of_key, of_query, (1, 1)) if step.by_key else _product(of_query, of_key, (1, 1))
+
+    def accumulate(body: Body) -> None:
+        def products(head: int, piece: Piece) -> tuple[Array, Array, Array]:
+            of_query, of_key = (head, piece.queries), (head // per_key, piece.keys)
+            key = key_ref[of_key]
+            return (
+                pairs(query_ref[of_query], key),
+                pairs(direction_ref[of_query], key),
+                pairs(gradient_ref[of_query], value_ref[of_key]),
+            )
+
+        def use(head: int, piece: Piece, products: tuple[Array, Array, Array]) -> None:
+            logits = hide(band, step, piece, scale_ref[0, 0] * products[0], bounds)
+            weights = jnp.exp(logits - number(_LSE, head, piece))
+            slopes, gains = products[1] - number(_KEY_MEAN, head, piece), products[2] - number(_VALUE_MEAN, head, piece)
+            add(head, piece, weights, slopes, gains, weights * (slopes * gains - number(_PRODUCT, head, piece)))
+
+        one_ahead(heads, body, products, use)
+
+    visit(band, step, accumulate)
+
+
+def _sums(inputs: Sequence[Any], weights: Array, vectors: Array, contract: tuple[int, int]) -> Array:
+    """Of vectors, by weights rounded to the vectors' dtype; beside a float32 direction in two parts."""
+    direction_ref = inputs[1]
+    if direction_ref.dtype == vectors.dtype:
+        weights = weights.astype(vectors.dtype)
+    return _product(weights, vectors, contract)
