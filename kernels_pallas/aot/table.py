@@ -170,11 +170,16 @@ def _covariance_solve(shape: Shape) -> Row:
 
     sizes = covariance_solve.sizes_of(query, key, pattern)
     first, last = covariance_solve.tiles_seen(pattern, sizes.block_q)
-    steps, tiles = shape.heads * len(first), shape.heads * int((last - first).sum())
-    loops = (tiles - steps, _ITERATIONS * steps - steps, _ITERATIONS * tiles - steps)
+    count, blocks = last - first, shape.heads // sizes.heads
+    steps, tiles = blocks * len(first), blocks * int(count.sum())
+    in_pairs = blocks * int((count // 2).sum()), blocks * int((count % 2).sum())
+    loops = (tiles - steps, _ITERATIONS * steps - steps, *(_ITERATIONS * each - steps for each in in_pairs))
     vmem = covariance_solve.vmem_bytes(sizes, shape.head_dim, shape.dtype)
     return Row(
-        solve, [query, key, wide, number, number], vmem, {"covariance_solve": Grid(steps, (), tiles, loops=loops)}
+        solve,
+        [query, key, wide, number, number],
+        vmem,
+        {"covariance_solve": Grid(steps, (), sizes.heads * tiles, loops=loops)},
     )
 
 

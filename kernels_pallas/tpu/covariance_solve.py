@@ -4,9 +4,9 @@ With p_ts the weights of attention and kbar_t = sum_s p_ts k_s, conjugate gradie
 
     Cov_p(k, k) x_t + ridge_t x_t = b_t           Cov_p(k, k) d = sum_s p_ts (d . k_s - d . kbar_t) k_s
 
-A step of the grid has a tile of queries of one head. The keys that any of them sees are copied into VMEM, and so are
-their weights when they are known; an iteration is then two products with each tile of keys. It ends when all queries of
-the tile are solved.
+A step of the grid has a tile of queries, of one head or of two of a key head. The keys that any of them sees are copied
+into VMEM, and so are their weights when they are known; an iteration is then two products with each tile of keys. It
+ends when all queries of the step are solved.
 
 Numerics: vectors and sums are float32. Beside bfloat16 keys a float32 operand is split in two bfloat16 numbers, as in
 banded_covariance.py.
@@ -32,6 +32,7 @@ Array = jax.Array
 
 _BLOCK_K = 256
 _BLOCKS_Q = 256, 128  # the first for which VMEM holds the weights
+_MOST_HEADS = 2  # of a key head in a step
 # Vectors of so many queries go through an iteration's steps at once, in registers.
 _ROWS = 64
 # Rows of the tables of a query's numbers, float32 and int32, and of results.
@@ -41,31 +42,34 @@ _STEPS, _RESIDUAL = range(2)
 
 
 class Sizes(NamedTuple):
-    """Queries in a tile, and how many tiles of keys a tile of queries sees at most."""
+    """Queries in a tile, how many tiles of keys a tile of queries sees at most, and query heads of a step."""
 
     block_q: int
     tiles: int
+    heads: int = 1
 
 
 def vmem_bytes(sizes: Sizes, head_dim: int, dtype: Any) -> int:
     """VMEM that the kernel takes at most: two buffers for what the grid brings, keys, weights, vectors, temporaries."""
-    size, width, block_q = jnp.dtype(dtype).itemsize, round_up(head_dim, LANES), sizes.block_q
+    size, width, block_q = jnp.dtype(dtype).itemsize, round_up(head_dim, LANES), sizes.heads * sizes.block_q
     blocks = block_q * width * (size + 4 + 4) + 4 * 3 * SUBLANES * block_q
     keys = sizes.tiles * _BLOCK_K * width * size
     weights = 4 * sizes.tiles * block_q * _BLOCK_K
     vectors = 4 * block_q * (5 * width + 6 * LANES)
-    temporaries = 4 * 6 * block_q * _BLOCK_K + 3 * 4 * _BLOCK_K * width
+    temporaries = 4 * 8 * block_q * _BLOCK_K + 3 * 4 * _BLOCK_K * width
     return 2 * blocks + keys + weights + vectors + temporaries
 
 
 def sizes_of(query: Any, key: Any, pattern: Intervals) -> Sizes:
-    """The largest tiles that VMEM holds; the smallest if it holds none."""
+    """The largest tiles that VMEM holds, of the most heads; the smallest if it holds none."""
+    group = query.shape[2] // key.shape[2]
     for block_q in _BLOCKS_Q:
         block_q = min(block_q, round_up(query.shape[1], LANES))
         first, last = tiles_seen(pattern, block_q)
-        sizes = Sizes(block_q, int((last - first).max()))
-        if vmem_bytes(sizes, key.shape[-1], query.dtype) <= VMEM_BUDGET:
-            break
+        for heads in range(_MOST_HEADS, 0, -1):
+            sizes = Sizes(block_q, int((last - first).max()), heads)
+            if group % heads == 0 and vmem_bytes(sizes, key.shape[-1], query.dtype) <= VMEM_BUDGET:
+                return sizes
     return sizes
 
 
@@ -136,7 +140,7 @@ def covariance_solve(
     batch, length, heads, head_dim = query.shape
     group, width = heads // key.shape[2], padded_width(head_dim)
     sizes = sizes_of(query, key, pattern)
-    block_q, tiles = sizes
+    block_q, tiles, of_step = sizes
     padded, all_tiles = round_up(length, block_q), max(-(-key.shape[1] // _BLOCK_K), tiles)
     first, last = tiles_seen(pattern, block_q)
     # What is copied begins where it does not reach past the last key, and the tiles before those seen have weights 0.
@@ -162,25 +166,27 @@ def covariance_solve(
     def of_rows(b: Any, n: Any, t: Any, *_: Any) -> tuple[Any, ...]:
         return b, n, zero(), t
 
-    tokens = pl.BlockSpec((None, None, block_q, width), of_tokens)
+    tokens = pl.BlockSpec((None, of_step, block_q, width), of_tokens)
+    of_queries = pl.BlockSpec((None, of_step, 2, block_q), of_rows)
+    queries = of_step * block_q
     solution, rows = pl.pallas_call(
-        functools.partial(_kernel, group=group, tolerance=tolerance, max_iterations=max_iterations),
+        functools.partial(_kernel, group=group // of_step, tolerance=tolerance, max_iterations=max_iterations),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(batch, heads, padded // block_q),
+            grid=(batch, heads // of_step, padded // block_q),
             in_specs=[
                 pl.BlockSpec((1, 1), lambda *_: (zero(), zero()), memory_space=pltpu.SMEM),
                 pl.BlockSpec((None, SUBLANES, block_q), lambda b, n, t, *_: (zero(), zero(), t)),
-                pl.BlockSpec((None, None, 2, block_q), of_rows),
+                of_queries,
                 tokens,
                 tokens,
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
-            out_specs=[tokens, pl.BlockSpec((None, None, 2, block_q), of_rows)],
+            out_specs=[tokens, of_queries],
             scratch_shapes=[
                 pltpu.VMEM((tiles, _BLOCK_K, width), key.dtype),
-                pltpu.VMEM((tiles, block_q, _BLOCK_K), jnp.float32),
-                *state_of(block_q, width, key.dtype),
+                pltpu.VMEM((tiles, queries, _BLOCK_K), jnp.float32),
+                *state_of(queries, width, key.dtype),
                 pltpu.SemaphoreType.DMA,
             ],
         ),
@@ -200,32 +206,35 @@ def covariance_solve(
 def _kernel(
     begin_ref: Any, count_ref: Any, scale: Any, bounds: Any, numbers: Any, *refs: Any, group: int, **options: Any
 ) -> None:
+    """A tile of queries of one key head's heads, which stand below each other."""
     query, offset, keys, out, rows, held, weights, *state, arrived = refs
+    heads, block_q, width = query.shape
     batch, head, tile = map(pl.program_id, range(3))
     begin, count = begin_ref[tile], count_ref[tile]
     source = keys.at[batch, lax.div(head, np.int32(group)), pl.ds(begin, held.shape[0])]
     copy = pltpu.make_async_copy(source, held, arrived)
     copy.start()
-    start, end = (over_lanes(spread(bounds[row : row + 1, :]), _BLOCK_K) for row in (_START, _END))
-    lse, ridge = (spread(numbers[row : row + 1, :]) for row in (_LSE, _RIDGE))
+    start, end = (over_lanes(jnp.tile(spread(bounds[n : n + 1, :]), (heads, 1)), _BLOCK_K) for n in (_START, _END))
+    lse, ridge = (jnp.concatenate([spread(numbers[head, n : n + 1]) for head in range(heads)]) for n in (_LSE, _RIDGE))
+    queries, offsets = (ref[...].reshape(heads * block_q, width) for ref in (query, offset))
     copy.wait()
 
     def fill(j: Any, mean: Array) -> Array:
-        logits = scale[0, 0] * common.dot(query[...], held[j], (1, 1))
+        logits = scale[0, 0] * common.dot(queries, held[j], (1, 1))
         position = (begin + j) * np.int32(_BLOCK_K) + lax.broadcasted_iota(jnp.int32, (1, _BLOCK_K), 1)
         logits = jnp.where((position >= start) & (position < end), logits, MASKED)
         weights[j] = jnp.exp(logits - over_lanes(lse, _BLOCK_K))
         return mean + product(parts(weights[j], held.dtype), held[j], (1, 0))
 
-    mean = lax.fori_loop(zero(), count, fill, jnp.zeros(out.shape, jnp.float32))
-    solution, steps, residual = conjugate_gradients(held, weights, count, offset[...], ridge, mean, state, **options)
-    out[...] = solution
-    rows[...] = jnp.concatenate([_row(steps), _row(residual)])
+    mean = lax.fori_loop(zero(), count, fill, jnp.zeros(offsets.shape, jnp.float32))
+    solution, steps, residual = conjugate_gradients(held, weights, count, offsets, ridge, mean, state, **options)
+    out[...] = solution.reshape(out.shape)
+    rows[...] = jnp.stack([_row(steps, heads), _row(residual, heads)], axis=1)
 
 
-def _row(column: Array) -> Array:
-    """[n, 128] -> [1, n]"""
-    return jnp.transpose(column)[:1]
+def _row(column: Array, heads: int) -> Array:
+    """[heads x n, 128] -> [heads, n]"""
+    return jnp.concatenate([jnp.transpose(x)[:1] for x in jnp.split(column, heads)])
 
 
 def parts(x: Array, dtype: Any) -> Sequence[Array]:
@@ -280,10 +289,19 @@ def conjugate_gradients(
             halves[number, rows] = half
         return (square[rows] > target[rows]).astype(jnp.float32)
 
-    def multiply(j: Any, _: None) -> None:
-        slopes = product([halves[number] for number in range(halves.shape[0])], keys[j], (1, 1))
-        changes = weights[j] * (slopes - over_lanes(tilt[...], block))
-        image[...] += product(parts(changes, keys.dtype), keys[j], (1, 0))
+    def multiply(first: Any, many: int) -> None:
+        """With so many tiles of keys, whose chains of two products are independent."""
+        tiles = [first + np.int32(number) for number in range(many)]
+        towards = [halves[number] for number in range(halves.shape[0])]
+        slopes = [product(towards, keys[j], (1, 1)) for j in tiles]
+        changes = [weights[j] * (slope - over_lanes(tilt[...], block)) for j, slope in zip(tiles, slopes)]
+        image[...] += sum(product(parts(change, keys.dtype), keys[j], (1, 0)) for j, change in zip(tiles, changes))
+
+    def pair(number: Any, _: None) -> None:
+        multiply(2 * number, 2)
+
+    def single(number: Any, _: None) -> None:
+        multiply(number, 1)
 
     def advance(rows: slice) -> Array:
         along, is_active = direction[rows], square[rows] > target[rows]
@@ -301,7 +319,9 @@ def conjugate_gradients(
 
     def iterate(carry: Any) -> Any:
         number, _ = carry
-        lax.fori_loop(zero(), count, multiply, None)
+        pairs = lax.div(count, np.int32(2))
+        lax.fori_loop(zero(), pairs, pair, None)
+        lax.fori_loop(2 * pairs, count, single, None)
         return number + np.int32(1), _largest(map(advance, some_rows))
 
     def goes_on(carry: Any) -> Array:
