@@ -42,7 +42,6 @@ def _grid(
     heads: int,
     *,
     by_key: bool = False,
-    quarters: bool = True,
     first: bool = False,
     sums: bool = False,
     anew: bool = False,
@@ -50,7 +49,7 @@ def _grid(
     """Of a kernel that goes through the pairs of tiles with this many query heads in a step: start, bodies, last.
     first: with something for a row's first pair. sums: by key, with something for a query tile's last one. anew:
     bodies of rows' first pairs and of the others, without a start."""
-    _, of_queries, of_keys = bodies_of(shape.pattern().tiled(*blocks), quarters=quarters)
+    _, of_queries, of_keys = bodies_of(shape.pattern().tiled(*blocks))
     group = shape.heads // shape.key_heads
     visits, parts = (of_keys, max(1, group // heads)) if by_key else (of_queries, 1)
     steps = shape.key_heads // max(1, heads // group) if by_key else shape.heads // heads

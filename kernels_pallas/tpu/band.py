@@ -203,10 +203,7 @@ class Tokens(NamedTuple):
 
 
 class Band:
-    """A call's sizes, padded to whole tiles, and the tables of its queries and keys, int32 [1 or B, 8, tokens].
-
-    quarters: as in bodies_of.
-    """
+    """A call's sizes, padded to whole tiles, and the tables of its queries and keys, int32 [1 or B, 8, tokens]."""
 
     def __init__(
         self,
@@ -216,8 +213,6 @@ class Band:
         tiling: Tiling,
         segment_ids: tuple[Array, Array] | None = None,
         bias: Array | None = None,
-        *,
-        quarters: bool = True,
     ):
         self.batch, self.num_queries, self.heads, head_dim = query.shape
         self.num_keys, self.key_heads, value_dim = value.shape[1:]
@@ -230,7 +225,7 @@ class Band:
         self.bank = tiling.bank
         self.bias = None if bias is None else self._padded(bias.astype(jnp.float32) if bias.shape[2] == 1 else bias)
         self.axes = 0 if self.bank is not None else tiling.starts.shape[1]
-        self.bodies, self.by_query, self.by_key = bodies_of(tiling, segments=self.segments, quarters=quarters)
+        self.bodies, self.by_query, self.by_key = bodies_of(tiling, segments=self.segments)
         # The table's rows that the kernels read.
         self.rows = [*range(0 if tiling.diagonals else 2 * self.axes), *([_SEGMENT] if self.segments else [])]
         # Queries in the padding copy the last one's interval, so that they do not spoil a full tile; keys in it have
@@ -263,7 +258,7 @@ class Band:
         past_queries = 0 if bias.shape[2] == 1 else self.padded_queries - self.num_queries
         return jnp.pad(bias, ((0, 0), (0, 0), (0, past_queries), (0, self.padded_keys - self.num_keys)))
 
-    def numbers(self, rows: Sequence[Array], heads: int = 1, *, past: Any = 0) -> Array:
+    def numbers(self, rows: Sequence[Array], heads: int, *, past: Any = 0) -> Array:
         """[B, T, N] each -> float32 [B, N / heads, rows x heads, T']: of every row, the heads of a step. past: what
         queries in the padding have."""
         table = jnp.stack([x.astype(jnp.float32) for x in rows], axis=1)
@@ -304,11 +299,11 @@ class Piece(NamedTuple):
 Body = tuple[Piece, ...]
 
 
-def bodies_of(tiling: Tiling, *, segments: bool = False, quarters: bool = True) -> tuple[list[Body], Visits, Visits]:
+def bodies_of(tiling: Tiling, *, segments: bool = False) -> tuple[list[Body], Visits, Visits]:
     """The bodies that a tiling's pairs have, and its lists, in the order of the steps, with the number of each pair's
     body at _BODY_BIT.
 
-    segments: whether a query sees keys of its own segment only. quarters: whether to leave out those that nobody sees.
+    segments: whether a query sees keys of its own segment only.
     """
     bodies = [_whole(tiling, _PARTLY if segments else _FULL), _whole(tiling, _PARTLY)]
     if tiling.bank is not None:  # whose tiles the flags have
@@ -317,7 +312,7 @@ def bodies_of(tiling: Tiling, *, segments: bool = False, quarters: bool = True) 
     numbers: list[Any] = [(x.flags & FULL == 0).astype(np.int32) for x in lists]
     has_halves = tiling.block_q // 2 % LANES == tiling.block_k // 2 % LANES == 0
     is_known = isinstance(tiling.by_query.flags, np.ndarray) and tiling.coordinates is None
-    if quarters and has_halves and is_known and (is_listed := lists[0].flags[0] & ACTIVE != 0).any():
+    if has_halves and is_known and (is_listed := lists[0].flags[0] & ACTIVE != 0).any():
         pairs = [(lists[0].rows[0], lists[0].columns[0]), (lists[1].columns[0], lists[1].rows[0])]
         kind_of = [_parts(tiling, *pair, (2, 2), segments=segments).reshape(-1, 4) for pair in pairs]
         kinds, counts = np.unique(kind_of[0][is_listed], axis=0, return_counts=True)
@@ -416,8 +411,7 @@ class Call:
     """A kernel over lists of pairs of tiles, in a grid (batch, heads, steps); where key heads have lists of their own,
     (batch x key heads, heads of one, steps).
 
-    A step has `heads` query heads, some of one key head's or all of several key heads', and blocks with an axis of
-    heads; without a number it has one, and blocks without that axis.
+    A step has `heads` query heads, some of one key head's or all of several key heads'.
 
     By query, the list's rows are query tiles, and the grid goes over the query heads. By key, rows are key tiles, and
     the grid goes over the key heads: each pair has a step for every part of its key head's query heads.
@@ -428,15 +422,15 @@ class Call:
     # Whether every pair has results of its own, which are 0 for those that no list has.
     _starts_at_0 = False
 
-    def __init__(self, band: Band, *, by_key: bool, heads: int | None = None):
+    def __init__(self, band: Band, *, by_key: bool, heads: int):
         self.band, self.by_key = band, by_key
-        self.heads, self.key_heads = heads, None if heads is None else max(1, heads // band.group)
+        self.heads, self.key_heads = heads, max(1, heads // band.group)
         # How many steps it takes to go over the query heads of a key head.
-        self.parts = max(1, band.group // (heads or 1))
+        self.parts = max(1, band.group // heads)
         self.turns = self.parts if by_key else 1
         self.visits = band.by_key if by_key else band.by_query
         self.list_heads = band.tiling.heads
-        steps_of_heads = band.key_heads // (self.key_heads or 1) if by_key else band.heads // (heads or 1)
+        steps_of_heads = band.key_heads // self.key_heads if by_key else band.heads // heads
         lists, steps = self.visits.rows.shape
         self.rows = band.batch * self.list_heads
         self.grid = (self.rows, steps_of_heads // self.list_heads, steps * self.turns)
@@ -490,7 +484,7 @@ class Call:
     def _of_bias(self) -> Any:
         """Block of the band's bias, or of what is like it."""
         bias: Any = self.band.bias
-        block = bias_block(bias, self.band.block_q, self.band.block_k, self.heads or 1).shape
+        block = bias_block(bias, self.band.block_q, self.band.block_k, self.heads).shape
 
         def index(*step: Any) -> tuple[Any, ...]:
             *_, key_tile = self._key(*step)
@@ -512,7 +506,7 @@ class Call:
         array, of_keys = tokens
         if of_keys == self.by_key:
             return int(array.nbytes)
-        of_step = (self.key_heads or 1) * self.band.block_k if of_keys else (self.heads or 1) * self.band.block_q
+        of_step = self.key_heads * self.band.block_k if of_keys else self.heads * self.band.block_q
         blocks, columns = self.grid[2], self.visits.columns
         if self.turns == 1 and isinstance(columns, np.ndarray) and len(columns) == 1:
             blocks = 1 + np.count_nonzero(np.diff(columns[0]))
@@ -520,7 +514,7 @@ class Call:
 
     def _of_all_steps(self, dtype: Any) -> int:
         """Bytes of the blocks that all steps have of the band's bias, in this dtype."""
-        block = bias_block(self.band.bias, self.band.block_q, self.band.block_k, self.heads or 1)
+        block = bias_block(self.band.bias, self.band.block_q, self.band.block_k, self.heads)
         return int(math.prod(self.grid) * block.size * jnp.dtype(dtype).itemsize)
 
     def _written(self, shapes: Sequence[Any]) -> int:
@@ -547,7 +541,7 @@ class Call:
 
     def _results(self, out: Sequence[tuple[int, Any]], rows: int) -> tuple[list[Any], list[Any]]:
         """(shape, dtype) and block of each of run's results."""
-        band, of_step = self.band, self.heads or 1
+        band, of_step = self.band, self.heads
         heads, length = (band.key_heads, band.padded_keys) if self.by_key else (band.heads, band.padded_queries)
         shapes: list[Any] = [((band.batch, heads, length, width), dtype) for width, dtype in out]
         blocks = [self._of_tokens(width, of_keys=self.by_key) for width, _ in out]
@@ -621,7 +615,7 @@ class Call:
             step = Step(query_tile, key_tile, marks, s == 0, query_table, key_table, bank, bias, self.by_key)
             kernel(step, scale, *given, *rest)
 
-        pairs = math.prod(self.grid) * (self.heads or 1) * band.block_q * band.block_k
+        pairs = math.prod(self.grid) * self.heads * band.block_q * band.block_k
         written = self._written(shapes)
         of_bias = 0 if band.bias is None else self._of_all_steps(band.bias.dtype)
         calls = self.rows // self.lists if self._is_cut else 1

@@ -21,9 +21,11 @@ The list comes by scalar prefetch, so that the pipeline knows the next tiles ear
 the tokens so that a box of space is one tile (patterns.Boxes), and every key brings its coordinates.
 
 The softmax of one head is a chain (product, maximum, exponential, product) in which the matrix unit waits. So a step
-has up to four heads, those of one key head or with their own, as independent chains: the next head's product is written
-before this one's softmax. A query's sum is kept per lane and added up at the end. Of a pair of tiles that is partly
-seen only the quarters that some query sees are computed, and only of those that are partly seen elements are masked.
+has up to four heads, those of one key head or with their own, as independent chains: the next product or two are
+written before this one's softmax. A query's sum is kept per lane and added up at the end; its first step sets what the
+others rescale. Of a pair of tiles that is partly seen only the quarters that some query sees are computed, and elements
+are masked only in cells of 128 x 128 that are partly seen. A row of the list begins with the tile of keys that the row
+before ended with, which then is not read again.
 
 Numerics: products of bfloat16 operands are accumulated in float32; float32 operands are multiplied at full float32
 precision (Precision.HIGHEST, six passes of the matrix unit: a float32 call is about as accurate as XLA's at that
