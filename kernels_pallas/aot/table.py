@@ -296,8 +296,9 @@ def _local_linear_step(shape: Shape) -> Row:
     blocks, _ = local_linear_step.blocks_of(shape.window, shape.key_heads)
     run: Any = functools.partial(local_linear_step.local_linear_step, tolerance=1e-6, max_iterations=_ITERATIONS)
     step = functools.partial(run, scale=shape.head_dim**-0.5)
-    # Means, the iterations, the keys in each, and the output.
-    loops = (blocks - 1, _ITERATIONS - 1, _ITERATIONS * blocks - 1, blocks - 1)
+    # Means, the iterations, the keys in each by pairs and one that is left, and the output.
+    of_keys = (_ITERATIONS * each - 1 for each in (blocks // 2, blocks % 2))
+    loops = (blocks - 1, _ITERATIONS - 1, *of_keys, blocks - 1)
     grid = Grid(blocks, (1, blocks, 1), blocks, loops=loops)
     return Row(step, [query, *cache, ridge, used], vmem, {"local_linear_step": grid})
 
