@@ -230,6 +230,11 @@ def test_no_more_are_listed_than_may_compete_and_none_twice():
     assert (lists(count=3, eligible=np.zeros((6, 6), bool)) == -1).all()
 
 
+def test_lists_of_few_bits_count_further_than_these():
+    got = np.asarray(selection.block_mask_of(np.array([[5, -1, 127]], np.int8), 300))
+    np.testing.assert_array_equal(np.flatnonzero(got), [5, 127])
+
+
 def test_more_places_list_a_superset():
     previous = np.zeros((2, 3, 6, 6), bool)
     for count in range(7):

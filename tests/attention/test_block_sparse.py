@@ -174,6 +174,94 @@ def test_the_bias_alone_gets_a_gradient_where_it_counts():
     assert np.abs(gradient).max() > 1e-3
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bias_of_minus_infinity_hides_its_block(form):
+    """As if the block were not listed, in values and gradients; of all blocks, as if the query saw none."""
+    lists = np.tile(np.arange(6), (BATCH, KEY_HEADS, 5, 1))
+    bias = np.random.default_rng(6).normal(size=lists.shape)
+    hidden = np.random.default_rng(7).random(lists.shape) < 0.4
+    hidden[:, 1, 2] = True
+
+    def results(lists, bias):
+        def loss(arrays):
+            *arrays, bias = arrays
+            sizes = {"query_block": 4, "key_block": 4, "return_lse": True, "implementation": form}
+            out, lse = A.block_sparse_attention(*arrays, lists, block_bias=bias, **sizes)
+            return jnp.sin(out).sum() + jnp.where(jnp.isfinite(lse), jnp.cos(lse), 0).sum(), (out, lse)
+
+        return jax.jit(jax.grad(loss, has_aux=True))((QUERY, KEY, VALUE, bias))
+
+    with jax.enable_x64(True):
+        got, want = results(lists, np.where(hidden, -np.inf, bias)), results(np.where(hidden, -1, lists), bias)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-12)
+
+
+NOTHING = {
+    "no places": ({"blocks": np.zeros((1, 1, 5, 0), int)}, KEYS),
+    "no places of every head": (
+        {
+            "blocks": np.zeros((BATCH, HEADS, 5, 0), int),
+            "block_bias": np.zeros((1, HEADS, 5, 0)),
+            "is_causal": True,
+            "mask": A.masks.window(5, 5),
+            "segment_ids": (np.zeros((BATCH, QUERIES), int), np.zeros((BATCH, KEYS), int)),
+        },
+        KEYS,
+    ),
+    "no keys": ({"blocks": np.zeros((1, KEY_HEADS, 5, 2), int), "mask": A.masks.causal()}, 0),
+    "neither": ({"blocks": np.zeros((1, 1, 5, 0), int)}, 0),
+}
+
+
+@pytest.mark.parametrize("form", slow_but(["xla"], FORMS))
+@pytest.mark.parametrize("case", NOTHING)
+def test_lists_or_keys_that_are_empty_show_nothing(case, form):
+    options, keys = NOTHING[case]
+
+    def loss(arrays):
+        sizes = {"query_block": 4, "key_block": 4, "return_lse": True, "implementation": form}
+        out, lse = A.block_sparse_attention(*arrays, **options, **sizes)
+        return out.sum(), (out, lse)
+
+    gradients, (out, lse) = jax.jit(jax.grad(loss, has_aux=True))((QUERY, KEY[:, :keys], VALUE[:, :keys]))
+    np.testing.assert_array_equal(out, np.zeros((BATCH, QUERIES, HEADS, 5)))
+    np.testing.assert_array_equal(lse, np.full((BATCH, QUERIES, HEADS), -np.inf))
+    assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
+
+
+def test_what_lists_nothing_gives_lists_that_are_served():
+    """A mask of no pair, a count of 0, and keys that there are none of."""
+    nothing = A.masks.block_map(~A.masks.window(99, 99), (QUERIES,), (4,), (4,), (KEYS,)).visited
+    pooled = functools.partial(block_selection.pooled_blocks, QUERY, query_block=4, key_block=4)
+    for lists, keys in (
+        (block_selection.lists_of(nothing[None, None]), KEYS),
+        (pooled(KEY, count=0, is_causal=False), KEYS),
+        (pooled(KEY[:, :0], count=2), 0),
+        (pooled(KEY[:, :0], count=2, is_causal=False), 0),
+        (
+            block_selection.tree_blocks(QUERY[:, ::4, None], KEY[:, :0], 2, key_block=4, candidates=np.zeros(5, int)),
+            0,
+        ),
+    ):
+        out = A.block_sparse_attention(QUERY, KEY[:, :keys], VALUE[:, :keys], lists, query_block=4, key_block=4)
+        np.testing.assert_array_equal(out, 0)
+    lse = np.zeros(QUERY.shape[:3])
+    for reduce in ("max", "sum", "mean"):
+        statistics = A.block_statistics(QUERY, KEY[:, :0], lse, query_block=4, key_block=4, reduce=reduce)
+        assert statistics.shape == (BATCH, HEADS, 5, 0)
+
+
+def test_a_kernel_refuses_lists_without_places():
+    shapes = [jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)] * 3
+    call = functools.partial(A.block_sparse_attention, query_block=128, key_block=128)
+    lists = np.zeros((1, 1, 2, 0), int)
+    with pytest.raises(ValueError, match=r"implementation: 'pallas_tpu' cannot serve .* lists that are not empty"):
+        jax.eval_shape(lambda *arrays: call(*arrays, lists, implementation="pallas_tpu"), *shapes)
+    (choice,) = A.explain(call, *shapes, lists)
+    assert "not empty" in choice.refused["pallas_tpu"]
+
+
 @pytest.mark.long
 def test_memory_is_linear_at_equal_places():
     """Temporary memory of the compiled gradient: twice for twice the tokens, at 8 places a block."""
