@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,44 +10,21 @@ import prompts
 import pytest
 from jax.test_util import check_grads
 from marks import slow_but
+from vector_files import assert_attention, vectors
 
 import attnlab as A
 from attnlab.attention import block_selection
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "block_sparse"
 FORMS = ("reference", "xla")
-
-
-def vectors(name):
-    return {key: x if x.ndim else x.item() for key, x in np.load(VECTORS / f"{name}.npz").items()}
 
 
 @pytest.mark.parametrize("form", slow_but(["xla"], FORMS))
 @pytest.mark.parametrize("name", ["lists_per_head", "causal_bias", "strict", "tree_strict", "gate_strict"])
 def test_vectors(name, form):
     data = vectors(name)
-    given = {name: data[name] for name in ("query", "key", "value", "block_bias") if name in data}
-    finite = np.isfinite(data["lse"])
-
-    def loss(given):
-        out, lse = A.block_sparse_attention(
-            **given,
-            blocks=data["blocks"],
-            query_block=data["query_block"],
-            key_block=data["key_block"],
-            is_causal=name != "lists_per_head",
-            return_lse=True,
-            implementation=form,
-        )
-        shown = jnp.where(finite, lse * data["cotangent_lse"], 0)
-        return (out * data["cotangent_out"]).sum() + shown.sum(), (out, lse)
-
-    with jax.enable_x64(True):
-        gradients, (out, lse) = jax.jit(jax.grad(loss, has_aux=True))(given)
-        np.testing.assert_allclose(out, data["out"], atol=1e-12)
-        np.testing.assert_allclose(lse, data["lse"], atol=1e-12)
-        for argument, gradient in gradients.items():
-            np.testing.assert_allclose(gradient, data[f"grad_{argument}"], atol=1e-11, err_msg=argument)
+    options = {"is_causal": name != "lists_per_head", "return_lse": True, "implementation": form}
+    sizes = {size: data[size] for size in ("query_block", "key_block")}
+    assert_attention(lambda given: A.block_sparse_attention(**given, blocks=data["blocks"], **sizes, **options), data)
 
 
 def test_regions_of_an_image():
@@ -61,15 +37,21 @@ def test_regions_of_an_image():
         return x.swapaxes(2, 3).reshape(batch, height * width, *x.shape[5:])
 
     size = height * width // (rows * columns)
-    with jax.enable_x64(True):
-        query, key, value = (by_region(jnp.asarray(data[name])) for name in ("query", "key", "value"))
+    sizes = {"query_block": size, "key_block": size}
+    data |= {name: by_region(x) for name, x in data.items() if np.shape(x)[:3] == (batch, height, width)}
+
+    def lists(query, key, **_):
         together = [x.reshape(batch, -1, 1, x.shape[2] * x.shape[3]) for x in (query, key)]
-        lists = block_selection.pooled_blocks(
-            *together, query_block=size, key_block=size, count=data["topk"], first=0, is_causal=False
-        )
-        np.testing.assert_array_equal(lists[:, 0], np.sort(data["region_lists"], -1))
-        out = A.block_sparse_attention(query, key, value, lists, query_block=size, key_block=size, scale=data["scale"])
-        np.testing.assert_allclose(out, by_region(jnp.asarray(data["out"])), atol=1e-12)
+        return block_selection.pooled_blocks(*together, **sizes, count=data["topk"], first=0, is_causal=False)
+
+    def attend(given):
+        options = {**sizes, "scale": data["scale"], "return_lse": True}
+        return A.block_sparse_attention(**given, blocks=lists(**given), **options)
+
+    with jax.enable_x64(True):
+        chosen = lists(data["query"], data["key"])[:, 0]
+    np.testing.assert_array_equal(chosen, np.sort(data["region_lists"], -1))
+    assert_attention(attend, data)
 
 
 _rng = np.random.default_rng(0)  # float32 where jax_enable_x64 is off
