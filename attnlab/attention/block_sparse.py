@@ -92,10 +92,10 @@ def block_sparse_attention(
       query: [B, T, N, H], floating. key: [B, S, K, H], K divides N. value: [B, S, K, V].
       blocks: integers [B|1, N|K|1, nq, M], the numbers of the key blocks that a query block sees, in any order. Others
         than there are, such as -1, are none, and no error, as a call would have to wait for the device to know; of one
-        that is listed twice the first place counts. nq is ceil(T / query_block). Lists for K heads serve the group,
-        whose keys are then read once. No gradient.
+        that is listed twice the first place counts. nq is ceil(T / query_block), M may be 0. Lists for K heads serve
+        the group, whose keys are then read once. No gradient.
       query_block, key_block: tokens in a block, from 1; the last one may be cut short.
-      block_bias: floating, [B|1] and blocks' other axes: added to all logits of the block.
+      block_bias: floating, [B|1] and blocks' other axes: added to all logits of the block. -inf hides it.
       mask: a masks.Mask of one axis, of the numbers of queries and keys, inside the blocks.
       is_causal: query t sees keys s <= t, of its blocks.
       scale: factor on the logits; None means H ** -0.5.

@@ -167,6 +167,8 @@ def check_mask(mask: Any, key_shape: Sequence[int]) -> None:
     except (IndexError, ValueError) as error:
         given = f"one that raises {type(error).__name__} for tokens of {axes}"
         raise ValueError(f"mask: got {given}; need a masks.Mask of {axes}") from error
+    except (AttributeError, TypeError):
+        pass  # one of the caller's own may take JAX's arrays alone, and says so where it is used
 
 
 def axis_windows(

@@ -6,8 +6,9 @@ one, their mean key and mean value, which counts l times.
     part_l = block-sparse attention to the means over l tokens, of the blocks of level l;  its lse + log l
     out    = merge of the parts
 
-Level 1 everywhere is attention itself. Paper: Pyramid Sparse Attention (Li et al. 2025). A block that is not full has
-level 1, and where causal one that does not end before the query block begins, so that no mean crosses the frontier.
+Level 1 everywhere is attention itself. Paper: Pyramid Sparse Attention (Li et al. 2025). A block that is seen and not
+full has level 1, and where causal one that does not end before the query block begins, so that no mean crosses the
+frontier.
 """
 
 import functools

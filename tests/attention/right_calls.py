@@ -229,7 +229,7 @@ FUNCTIONS = {name for name, thing in vars(_public).items() if inspect.isfunction
 _OF_MASKS = {f"masks.{name}" for name in ("draw", "axis_windows", "window_bounds", "check_mask")}
 IN_MODULES = {
     f"{module.__name__.rpartition('.')[2]}.{name}"
-    for module in (A.block_selection, A.masks)
+    for module in filter(inspect.ismodule, vars(_public).values())
     for name, thing in vars(module).items()
     if inspect.isfunction(thing) and thing.__module__ == module.__name__ and not name.startswith("_")
 } - _OF_MASKS

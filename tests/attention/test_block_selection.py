@@ -108,6 +108,7 @@ def test_vectors_of_the_gate_and_its_training():
         np.testing.assert_allclose(got, data[name], atol=1e-12)
 
 
+@pytest.mark.long
 def test_vectors_of_a_strict_gate():
     """Queries of a group averaged, complete blocks compete, and a row's targets are over these alone."""
     data = vectors("gate_strict")
@@ -236,12 +237,14 @@ def test_vectors_of_masks():
     }
     for name, mask in compared.items():
         shape = (3, 5, 6) if name.startswith("inward") else data[name].shape[:1]
-        np.testing.assert_array_equal(masks.dense_mask(mask, shape), data[name], err_msg=name)
+        got = jax.jit(functools.partial(masks.dense_mask, mask, shape))()
+        np.testing.assert_array_equal(got, data[name], err_msg=name)
     # HiDiffusion's windows: a roll, windows side by side, and a roll back.
     cyclic = "cyclic_windows_8x12_window4x6_shift1x3"
     tokens = np.roll(np.arange(96).reshape(8, 12), (-1, -3), (0, 1)).ravel()  # at each place
     windows = masks.neighborhood((8, 12), (4, 6), stride=(4, 6))
-    np.testing.assert_array_equal(masks.dense_mask(windows, (8, 12)), data[cyclic][np.ix_(tokens, tokens)])
+    got = jax.jit(functools.partial(masks.dense_mask, windows, (8, 12)))()
+    np.testing.assert_array_equal(got, data[cyclic][np.ix_(tokens, tokens)])
     assert {*compared, cyclic} == set(data)
 
 

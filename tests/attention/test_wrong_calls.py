@@ -140,6 +140,11 @@ def test_values_that_are_not_known_are_not_asked_for():
     jax.eval_shape(lambda candidates: A.block_selection.tree_blocks(**{**right, "candidates": candidates}), wrong)
 
 
+def test_a_mask_of_jax_s_arrays_is_served():
+    of_arrays = A.masks.Mask(lambda query, key: key[0].at[...].add(0) <= query[0])
+    np.testing.assert_array_equal(A.masks.dense_mask(of_arrays, (5,)), np.tri(5, dtype=bool))
+
+
 @pytest.mark.parametrize("keys", [6, 8])
 def test_labels_may_be_of_more_keys(keys):
     mask = A.masks.kinds(np.arange(8) % 2, {0: A.masks.causal()})
