@@ -461,11 +461,12 @@ def gate_scores(queries: Array, keys: Array, query_weights: Array, key_weights: 
 
 
 def _check_gate(queries: Any, keys: Any, query_weights: Any, key_weights: Any) -> None:
-    arrays = {"queries": queries, "keys": keys, "query_weights": query_weights, "key_weights": key_weights}
-    for (name, array), (of, weights) in zip(list(arrays.items())[:2], list(arrays.items())[2:]):
-        check_array(name, array, (None,) * 4, "[batch, blocks, heads, features]")
-        check_array(of, weights, (*array.shape[2:], None), f"[heads, features, width] of {name}")
+    arrays = {"queries": queries, "keys": keys}
     for name, array in arrays.items():
+        check_array(name, array, (None,) * 4, "[batch, blocks, heads, features]")
+    check_array("query_weights", query_weights, (*queries.shape[2:], None), "[heads, features, width] of queries")
+    check_array("key_weights", key_weights, (*keys.shape[2:], None), "[heads, features, width] of keys")
+    for name, array in {**arrays, "query_weights": query_weights, "key_weights": key_weights}.items():
         check_floating(name, array)
     width = query_weights.shape[2]
     check_array("key_weights", key_weights, (None, None, width), "[key heads, features, query_weights' width]")

@@ -357,16 +357,16 @@ def check_integers(name: str, array: Any) -> None:
         raise TypeError(f"{name}: got dtype {array.dtype}; need an integer dtype")
 
 
-def check_queries_keys(queries: Any, keys: Any, names: tuple[str, str] = ("queries", "keys")) -> None:
+def check_queries_keys(queries: Any, keys: Any) -> None:
     """Checks queries [B,n,N,H] and keys [B,m,K,H], both floating, K divides N."""
     layout = "[batch, blocks, heads, width]"
-    for name, array in zip(names, (queries, keys)):
+    for name, array in (("queries", queries), ("keys", keys)):
         check_array(name, array, (None,) * 4, layout)
         check_floating(name, array)
         require(0 not in array.shape[2:], name, shape_text(array), "heads and width must be at least 1")
     batch, _, heads, width = queries.shape
-    check_array(names[1], keys, (batch, None, None, width), layout)
-    check_key_heads(names[1], keys, heads)
+    check_array("keys", keys, (batch, None, None, width), layout)
+    check_key_heads("keys", keys, heads)
 
 
 def check_key_heads(name: str, keys: Array, heads: int) -> None:
