@@ -51,7 +51,7 @@ ALLOWED = {
     "__init__": {"attention"},
 }
 # Floors inside attention, each above what it may import: mechanisms and merge, then these.
-FLOORS = ("_kernels", "_shared", "_dispatch", "masks")
+FLOORS = ("_kernels", "_shared", "_dispatch", "masks", "checks")
 # Third parties that the primitives may import, beside the standard library.
 CORE = {"jax", "einops", "numpy"}
 
@@ -89,6 +89,7 @@ def part(module):
 def floor(module):
     """Of a module of attnlab.attention: a number that grows downwards."""
     room = module.split(".")[2] if module.count(".") > 1 else ""
+    room = "checks" if module == "attnlab.attention._shared.checks" else room
     return 1 + FLOORS.index(room) if room in FLOORS else 0
 
 
@@ -117,7 +118,8 @@ def test_imports_go_one_way(module):
 
 @pytest.mark.parametrize("module", ATTENTION)
 def test_every_floor_of_attention_stands_on_those_below(module):
-    """Mechanisms and merge above _kernels above _shared above _dispatch, and masks below them all."""
+    """Mechanisms and merge above _kernels above _shared above _dispatch, masks below them all, and below these the
+    checks of arguments."""
     if module in ("attnlab.attention", "attnlab.attention._public"):
         return
     for name in imports(module):

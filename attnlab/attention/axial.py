@@ -85,7 +85,7 @@ def axial_attention(
         check_floating("bias", bias)
         sizes = query.shape[-2], length, length
         fits = all(got in (1, want) for got, want in zip(bias.shape, sizes))
-        require(fits, "bias", shape_text(bias), f"need [heads|1, L|1, L|1] of {list(sizes)}")
+        require(fits, "bias", shape_text(bias), f"need [heads|1, L|1, L|1] of {list(sizes)} along axis {axis}")
 
     attend = functools.partial(
         dot_product_attention, is_causal=is_causal, scale=scale, return_lse=True, implementation=implementation

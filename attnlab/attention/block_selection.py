@@ -32,7 +32,12 @@ from attnlab.attention._shared.checks import (
     check_fractions,
     check_group_sizes,
     check_int,
+    check_integers,
+    check_key_heads,
+    check_queries_keys,
+    check_query_key_value,
     default_scale,
+    known_values,
     require,
     shape_text,
     shown,
@@ -43,6 +48,7 @@ from attnlab.attention._shared.softmax import softmax_parts
 Array = jax.Array
 Pooling = Literal["mean", "max", "min", "first", "last", "centre"]
 
+_MOST = 2**31 - 1  # of what int32 counts
 _COMPARED = 512  # blocks of a row that are compared with each other; more are sorted
 _AT_ONCE = 8  # that all are compared with in one pass
 
@@ -60,7 +66,7 @@ def causal_blocks(
     blocks at most.
     """
     counts = {"query_blocks": query_blocks, "key_blocks": key_blocks}
-    query_blocks, key_blocks = (check_int(name, count, least=0) for name, count in counts.items())
+    query_blocks, key_blocks = (check_int(name, count, least=0, most=_MOST) for name, count in counts.items())
     query_block, key_block = check_dividing_blocks(query_block, key_block)
     first_query, first_key = np.arange(query_blocks)[:, None] * query_block, np.arange(key_blocks)[None] * key_block
     complete = first_key + key_block <= first_query
@@ -77,7 +83,7 @@ def lists_of(block_mask: Array | np.ndarray, width: int | None = None) -> Array:
         if isinstance(block_mask, jax.core.Tracer):
             raise TypeError("width: got None; need an int where block_mask is traced")
         width = int(np.asarray(block_mask).sum(-1).max(initial=0))
-    width, blocks = check_int("width", width, least=0), block_mask.shape[-1]
+    width, blocks = check_int("width", width, least=0, most=_MOST), block_mask.shape[-1]
     numbers = jnp.where(block_mask, lax.broadcasted_iota(jnp.int32, block_mask.shape, block_mask.ndim - 1), blocks)
     first = jnp.sort(numbers, axis=-1)[..., :width]
     lists = jnp.where(first < blocks, first, -1)
@@ -93,8 +99,12 @@ def _check_block_mask(block_mask: Any) -> Any:
 
 def block_mask_of(blocks: Array, key_blocks: int) -> Array:
     """int [..., nq, M] -> bool [..., nq, key_blocks]: whether a list has the block. Others than there are, are none."""
-    numbers = lax.broadcasted_iota(blocks.dtype, (*blocks.shape, key_blocks), blocks.ndim)
-    return (blocks[..., None] == numbers).any(-2)
+    check_array("blocks", blocks, (None,) * max(getattr(blocks, "ndim", 2), 2), "[..., query blocks, places]")
+    check_integers("blocks", blocks)
+    key_blocks = check_int("key_blocks", key_blocks, least=0, most=_MOST)
+    dtype = blocks.dtype if blocks.dtype.itemsize >= 4 else jnp.int32  # which counts further than 8 bits do
+    numbers = lax.broadcasted_iota(dtype, (*blocks.shape, key_blocks), blocks.ndim)
+    return (blocks[..., None].astype(dtype) == numbers).any(-2)
 
 
 def select_blocks(
@@ -126,9 +136,9 @@ def select_blocks(
     """
     check_array("scores", scores, (None,) * max(getattr(scores, "ndim", 2), 2), "[..., query blocks, key blocks]")
     check_floating("scores", scores)
-    blocks, first = scores.shape[-1], check_int("first", first, least=0, most=2**31 - 1)
+    blocks, first = scores.shape[-1], check_int("first", first, least=0, most=_MOST)
     _check_broadcasts("eligible", eligible, scores.shape)
-    count = None if count is None else check_int("count", count, least=0)
+    count = None if count is None else check_int("count", count, least=0, most=_MOST)
     require(mass is None or threshold is None, "threshold", threshold, "give mass or threshold, not both")
     xp: Any = np if isinstance(eligible, np.ndarray) else jnp
     eligible = xp.broadcast_to(eligible, (*eligible.shape[:-1], blocks))
@@ -160,6 +170,8 @@ def _ranks(group: Array, scores: Array) -> Array:
     """int32 [..., nk]: how many blocks of the row come before each one, of lower groups, then of higher scores, then of
     lower numbers. NaN is the lowest score."""
     numbers = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    if scores.shape[-1] == 0:
+        return numbers
     if scores.shape[-1] > _COMPARED:
         _, _, order = lax.sort((group, -scores, numbers), num_keys=3)
         return lax.sort((order, numbers), num_keys=1)[1]
@@ -220,7 +232,7 @@ def pyramid_levels(
     _check_broadcasts("eligible", eligible, scores.shape)
     sizes = check_group_sizes(sizes)
     fractions = check_fractions(fractions, len(sizes))
-    first, blocks = check_int("first", first, least=0, most=2**31 - 1), scores.shape[-1]
+    first, blocks = check_int("first", first, least=0, most=_MOST), scores.shape[-1]
     xp: Any = np if isinstance(eligible, np.ndarray) else jnp  # what is known is not computed
     eligible = xp.broadcast_to(eligible, (*eligible.shape[:-1], blocks))
     is_first = eligible & (xp.cumsum(eligible, axis=-1) <= first)
@@ -241,7 +253,8 @@ def pyramid_levels(
 def pyramid_places(key_blocks: int, *, fractions: Sequence[float], listed: int = 0) -> tuple[int, ...]:
     """How many blocks of each size a row of `pyramid_levels` has at most, of up to key_blocks that compete; listed: the
     first and own ones, of size 1, besides."""
-    key_blocks, listed = check_int("key_blocks", key_blocks, least=0), check_int("listed", listed, least=0)
+    counts = {"key_blocks": key_blocks, "listed": listed}
+    key_blocks, listed = (check_int(name, count, least=0, most=_MOST) for name, count in counts.items())
     most = np.diff(_rank_ends(key_blocks, check_fractions(fractions)), axis=1, prepend=0).max(0).tolist()
     return tuple(min(count + (listed if number == 0 else 0), key_blocks) for number, count in enumerate(most))
 
@@ -273,10 +286,10 @@ def pooled_levels(
 
     Returns int32 [B, K, nq, nk], for pyramid_attention with the same blocks, sizes and is_causal.
     """
-    queries = pool_blocks(query, query_block, "first" if is_causal else "mean")
-    scores = scores_by_group(queries, pool_blocks(key, key_block, "mean"))
+    sizes = check_group_sizes(sizes, check_block("key_block", key_block))
+    scores = _scores_of_means(query, key, query_block, key_block, is_causal)
     options: dict[str, Any] = {"fractions": fractions, "sizes": sizes, "first": first}
-    if not check_bool("is_causal", is_causal):
+    if not is_causal:
         return pyramid_levels(scores, eligible=np.ones((1, 1), bool), **options)
     complete, own = causal_blocks(scores.shape[-2], scores.shape[-1], query_block, key_block)
     return pyramid_levels(scores, eligible=complete, **options, own=own)
@@ -306,11 +319,11 @@ def rectify(out: Array, probabilities: Array, chosen: Array, gain: Array, values
     batch, length, heads, width = out.shape
     query_blocks = -(-length // check_block("query_block", query_block))
     check_array("values", values, (batch, None, None, width), "[batch, key blocks, key heads, V]")
-    for name, array in (("out", out), ("probabilities", probabilities), ("values", values)):
-        check_floating(name, array)
     shape = (batch, heads, query_blocks, values.shape[1])
     check_array("probabilities", probabilities, shape, "[batch, heads, query blocks, key blocks]")
-    require(heads % max(values.shape[2], 1) == 0, "values", shape_text(values), f"need key heads that divide {heads}")
+    for name, array in (("out", out), ("probabilities", probabilities), ("values", values)):
+        check_floating(name, array)
+    check_key_heads("values", values, heads)
     for name, mask in (("chosen", chosen), ("gain", gain)):
         _check_broadcasts(name, mask, shape)
     dtype = accumulator_dtype(out, probabilities, values)
@@ -334,6 +347,8 @@ def pooling_gain(query: Array, key: Array, *, query_block: int, key_block: int) 
 
     query: [B, T, N, H]. key: [B, S, K, H], K divides N.
     """
+    check_query_key_value(query, key, key, same_space=False)
+    query_block, key_block = check_block("query_block", query_block), check_block("key_block", key_block)
 
     def pooled(x: Array, size: int) -> tuple[Array, Array]:
         x = x.astype(accumulator_dtype(query, key))
@@ -349,11 +364,12 @@ def pooling_gain(query: Array, key: Array, *, query_block: int, key_block: int) 
 
 
 def pool_blocks(x: Array, size: int, kind: Pooling) -> Array:
-    """[B, T, N, H] -> [B, ceil(T / size), N, H]: one token for the real tokens of each block.
+    """[B, T, N, H] -> [B, ceil(T / size), N, H]: one token for the real tokens of each block. x: floating.
 
     kind: their "mean", "max" or "min", channel by channel, or the "first", "last" or "centre" one, m // 2 of m.
     """
     check_array("x", x, (None,) * 4, "[batch, tokens, heads, head_dim]")
+    check_floating("x", x)
     size = min(check_block("size", size), max(x.shape[1], 1))
     check_choice("kind", kind, get_args(Pooling))
     length = x.shape[1]
@@ -376,11 +392,13 @@ def pooled_scores(queries: Array, keys: Array, scale: float | Array | None = Non
 
     Queries averaged over the heads of a group, N = K, give lists that serve the group. scale: None means H ** -0.5.
     """
-    batch, blocks, heads, _ = queries.shape
-    key_heads = keys.shape[2]
+    check_queries_keys(queries, keys)
+    batch, blocks, heads, width = queries.shape
+    key_blocks, key_heads = keys.shape[1:3]
     dtype = accumulator_dtype(queries, keys)
-    grouped = queries.astype(dtype).reshape(batch, blocks, key_heads, heads // key_heads, -1)
-    products = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, keys.astype(dtype)).reshape(batch, heads, blocks, -1)
+    grouped = queries.astype(dtype).reshape(batch, blocks, key_heads, heads // key_heads, width)
+    products = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, keys.astype(dtype))
+    products = products.reshape(batch, heads, blocks, key_blocks)
     return jnp.asarray(default_scale(scale, queries.shape[-1]), dtype) * products
 
 
@@ -405,17 +423,27 @@ def pooled_blocks(
 
     Returns int32 [B, K, nq, M], for block_sparse_attention with the same blocks and is_causal.
     """
-    queries = pool_blocks(query, query_block, "first" if is_causal else "mean")
-    scores = scores_by_group(queries, pool_blocks(key, key_block, "mean"))
-    if not check_bool("is_causal", is_causal):
+    scores = _scores_of_means(query, key, query_block, key_block, is_causal)
+    if not is_causal:
         return select_blocks(scores, eligible=np.ones((1, 1), bool), count=count, first=first)
     complete, own = causal_blocks(scores.shape[-2], scores.shape[-1], query_block, key_block)
     return select_blocks(scores, eligible=complete, count=count, first=first, own=own)
 
 
+def _scores_of_means(query: Array, key: Array, query_block: Any, key_block: Any, is_causal: bool) -> Array:
+    """[B, K, nq, nk]: scores_by_group of the blocks' mean keys, and of their first queries where causal, else the mean
+    ones."""
+    check_query_key_value(query, key, key, same_space=False)
+    query_block, key_block = check_block("query_block", query_block), check_block("key_block", key_block)
+    queries = pool_blocks(query, query_block, "first" if check_bool("is_causal", is_causal) else "mean")
+    return scores_by_group(queries, pool_blocks(key, key_block, "mean"))
+
+
 def scores_by_group(queries: Array, keys: Array) -> Array:
     """[B, K, nq, nk]: pooled_scores of queries [B, nq, N, H], averaged over the heads that read a key head."""
-    grouped = queries.reshape(*queries.shape[:2], keys.shape[2], -1, queries.shape[-1])
+    check_queries_keys(queries, keys)
+    (batch, blocks, heads, width), key_heads = queries.shape, keys.shape[2]
+    grouped = queries.reshape(batch, blocks, key_heads, heads // key_heads, width)
     return pooled_scores(grouped.astype(accumulator_dtype(queries, keys)).mean(3), keys)
 
 
@@ -428,17 +456,39 @@ def gate_scores(queries: Array, keys: Array, query_weights: Array, key_weights: 
 
     Differentiable; trained by `gate_loss`.
     """
+    _check_gate(queries, keys, query_weights, key_weights)
     return pooled_scores(to_gate(queries, query_weights), to_gate(keys, key_weights))
+
+
+def _check_gate(queries: Any, keys: Any, query_weights: Any, key_weights: Any) -> None:
+    arrays = {"queries": queries, "keys": keys}
+    for name, array in arrays.items():
+        check_array(name, array, (None,) * 4, "[batch, blocks, heads, features]")
+    check_array("query_weights", query_weights, (*queries.shape[2:], None), "[heads, features, width] of queries")
+    check_array("key_weights", key_weights, (*keys.shape[2:], None), "[heads, features, width] of keys")
+    for name, array in {**arrays, "query_weights": query_weights, "key_weights": key_weights}.items():
+        check_floating(name, array)
+    width = query_weights.shape[2]
+    check_array("key_weights", key_weights, (None, None, width), "[key heads, features, query_weights' width]")
+    require(width > 0, "query_weights", shape_text(query_weights), "need a width of at least 1")
+    require(keys.shape[0] == queries.shape[0], "keys", shape_text(keys), f"need queries' batch, {queries.shape[0]}")
+    check_key_heads("keys", keys, queries.shape[2])
 
 
 def gate_keys(key: Array, size: int) -> Array:
     """[B, S, K, H] -> [B, ceil(S / size), K, 3 H]: the mean, largest and smallest key of each block, side by side."""
+    check_array("key", key, (None,) * 4, "[batch, tokens, key heads, head_dim]")
+    check_floating("key", key)
     kinds: tuple[Pooling, ...] = ("mean", "max", "min")
     return jnp.concatenate([pool_blocks(key, size, kind) for kind in kinds], axis=-1)
 
 
 def to_gate(x: Array, weights: Array) -> Array:
     """[B, n, N, F] by weights [N, F, D] -> [B, n, N, D], head by head."""
+    check_array("x", x, (None,) * 4, "[batch, blocks, heads, features]")
+    check_array("weights", weights, (*x.shape[2:], None), "[heads, features, width]")
+    for name, array in (("x", x), ("weights", weights)):
+        check_floating(name, array)
     return jnp.einsum("BTNF,NFD->BTND", x, weights)
 
 
@@ -462,6 +512,7 @@ def gate_loss(
       statistics: [B, N, nq, nk], the largest weight of each block: `block_statistics(..., reduce="max")`.
       eligible: bool, broadcasts to them: who competes. Rows without such a block have nothing to learn, and count not.
     """
+    _check_gate(queries, keys, query_weights, key_weights)
     scores = gate_scores(lax.stop_gradient(queries), lax.stop_gradient(keys), query_weights, key_weights)
     check_array("statistics", statistics, scores.shape, "[batch, heads, query blocks, key blocks]")
     check_floating("statistics", statistics)
@@ -481,12 +532,20 @@ def chunk_scores(query: Array, key: Array, starts: Array) -> Array:
 
     Args:
       query: [B, T, N, H]. key: [B, S, K, H], K divides N.
-      starts: int [C] or [B, C], growing: where chunks begin; those that begin at S have no keys, and score 0.
+      starts: int [C] or [B, C], growing from 0 to S: where chunks begin; those that begin at S have no keys, and score
+        0. What is not known before the call is not checked. Keys before the first start are in no chunk.
 
     Complexity: O(S H + T C N H).
     """
+    check_query_key_value(query, key, key, same_space=False)
     batch, _, heads, _ = query.shape
     length, key_heads = key.shape[1:3]
+    of_rows = getattr(starts, "ndim", 1) == 2
+    check_array("starts", starts, (batch, None) if of_rows else (None,), "[chunks] or [batch, chunks]")
+    check_integers("starts", starts)
+    if (known := known_values(starts)) is not None and known.size:
+        grows = known.min() >= 0 and known.max() <= length and (np.diff(known.astype(np.int64)) >= 0).all()
+        require(bool(grows), "starts", shown(known.tolist()), f"need numbers from 0 to {length} that do not fall")
     dtype = accumulator_dtype(query, key)
     starts = jnp.broadcast_to(starts, (batch, starts.shape[-1]))
     chunk_of = jax.vmap(lambda starts: jnp.searchsorted(starts, jnp.arange(length), side="right") - 1)(starts)
@@ -524,14 +583,11 @@ def connectivity_scores(
 
     Complexity: O((T + S) R D) time a head for the coefficients, O(T S R) for the maps.
     """
-    check_array("queries", queries, (None,) * 4, "[batch, tokens, heads, width]")
-    batch, _, heads, width = queries.shape
-    check_array("keys", keys, (batch, None, None, width), "[batch, keys, key heads, width]")
-    for name, array in (("queries", queries), ("keys", keys), ("down", down), ("up", up)):
-        check_floating(name, array)
-    require(heads % max(keys.shape[2], 1) == 0, "keys", shape_text(keys), f"need key heads that divide {heads}")
+    check_queries_keys(queries, keys)
     check_array("down", down, (keys.shape[1], None), "[keys, maps]")
     check_array("up", up, (keys.shape[1], down.shape[1]), "[keys, maps]")
+    for name, array in (("down", down), ("up", up)):
+        check_floating(name, array)
     coefficients = check_int("coefficients", coefficients, least=1, most=down.shape[1])
     threshold = check_float("threshold", threshold, least=0)
     dtype = accumulator_dtype(queries, keys, down, up)
@@ -569,20 +625,30 @@ def tree_blocks(
 
     Returns: int32 [B, N, nq, count], ascending, -1 behind. All candidates where there are no more than count.
     """
-    count, key_block = check_int("count", count, least=1), check_block("key_block", key_block)
+    count, key_block = check_int("count", count, least=1, most=_MOST), check_block("key_block", key_block)
     check_choice("representative", representative, ("centre", "block"))
     check_array("queries", queries, (None,) * 5, "[batch, query blocks, rows, heads, head_dim]")
+    check_array("key", key, (queries.shape[0], None, None, queries.shape[4]), "[batch, keys, key heads, head_dim]")
+    for name, array in (("queries", queries), ("key", key)):
+        check_floating(name, array)
+    require(0 not in queries.shape, "queries", shape_text(queries), "need at least one of each")
+    check_key_heads("key", key, queries.shape[3])
     candidates = candidates if isinstance(candidates, jax.Array) else np.asarray(candidates)
     rows = (None,) * (candidates.ndim - 1) + (queries.shape[1],)
     check_array("candidates", candidates, rows[-2:], "[query blocks] or [batch|1, query blocks]")
+    check_integers("candidates", candidates)
     by_row = candidates.reshape(-1, queries.shape[1])
     require(by_row.shape[0] in (1, queries.shape[0]), "candidates", shape_text(candidates), "need batch 1 or queries'")
     queries, key = lax.stop_gradient((queries, key))
     batch, query_blocks, _, heads, _ = queries.shape
     length, key_heads = key.shape[1:3]
     key_blocks = -(-length // key_block)
+    if (known := known_values(candidates)) is not None:
+        outside = known[(known < 0) | (known > key_blocks)].tolist()
+        require(not outside, "candidates", shown(outside[:1])[1:-1], f"need 0 to {key_blocks}")
+    if key_blocks == 0:  # nothing to find
+        return jnp.full((batch, heads, query_blocks, count), -1, jnp.int32)
     most = key_blocks if isinstance(candidates, jax.Array) else candidates.max(initial=0)
-    require(most <= key_blocks, "candidates", most, f"need at most {key_blocks}")
     dtype = accumulator_dtype(queries, key)
     grouped = queries.astype(dtype).reshape(batch, query_blocks, -1, key_heads, heads // key_heads, queries.shape[-1])
     by_head = jnp.moveaxis(key, 2, 1)

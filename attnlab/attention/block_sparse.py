@@ -44,6 +44,7 @@ from attnlab.attention._shared.checks import (
     check_dtype,
     check_floating,
     check_int,
+    check_integers,
     check_position,
     check_prompt,
     check_query_key_value,
@@ -91,10 +92,10 @@ def block_sparse_attention(
       query: [B, T, N, H], floating. key: [B, S, K, H], K divides N. value: [B, S, K, V].
       blocks: integers [B|1, N|K|1, nq, M], the numbers of the key blocks that a query block sees, in any order. Others
         than there are, such as -1, are none, and no error, as a call would have to wait for the device to know; of one
-        that is listed twice the first place counts. nq is ceil(T / query_block). Lists for K heads serve the group,
-        whose keys are then read once. No gradient.
+        that is listed twice the first place counts. nq is ceil(T / query_block), M may be 0. Lists for K heads serve
+        the group, whose keys are then read once. No gradient.
       query_block, key_block: tokens in a block, from 1; the last one may be cut short.
-      block_bias: floating, [B|1] and blocks' other axes: added to all logits of the block.
+      block_bias: floating, [B|1] and blocks' other axes: added to all logits of the block. -inf hides it.
       mask: a masks.Mask of one axis, of the numbers of queries and keys, inside the blocks.
       is_causal: query t sees keys s <= t, of its blocks.
       scale: factor on the logits; None means H ** -0.5.
@@ -120,14 +121,13 @@ def block_sparse_attention(
     query_block, key_block = check_block("query_block", query_block), check_block("key_block", key_block)
     sizes = Blocks(min(query_block, all_queries), min(key_block, max(*whole_space((keys,)), 1)))
     check_lists("blocks", blocks, (batch, (heads, key_heads), -(-all_queries // sizes.query)))
-    if not jnp.issubdtype(blocks.dtype, jnp.integer):
-        raise TypeError(f"blocks: got dtype {blocks.dtype}; need an integer dtype")
+    check_integers("blocks", blocks)
     if block_bias is not None:
         check_array("block_bias", block_bias, (None, *blocks.shape[1:]), "[batch|1] and blocks' other axes")
         require(block_bias.shape[0] in (1, batch), "block_bias", shape_text(block_bias), f"need batch 1 or {batch}")
         check_floating("block_bias", block_bias)
-    if mask is not None and not isinstance(mask, masks.Mask):
-        raise TypeError(f"mask: got {type(mask).__name__}; need a masks.Mask of one axis")
+    if mask is not None:
+        masks.check_mask(mask, whole_space((keys,)))
     segments = check_segment_pair(segment_ids, batch, queries, keys)
     is_causal, return_lse = check_bool("is_causal", is_causal), check_bool("return_lse", return_lse)
     settings: dict[str, Any] = {
@@ -262,20 +262,21 @@ def _reference(
     queries, keys, heads = query.shape[1], key.shape[1], query.shape[2]
     key_blocks = -(-keys // sizes.key)
     number, counts = first_places(jnp.broadcast_to(blocks, (query.shape[0], *blocks.shape[1:])), key_blocks)
-    places = jax.nn.one_hot(number, key_blocks) * counts[..., None]
+    is_at = (number[..., None] == jnp.arange(key_blocks)) & counts[..., None]  # [b, n, nq, M, nk]
 
     def dense(x: Array) -> Array:
-        """Of each place [b, n, nq, M] -> of each pair of tokens [b, N, T, S]."""
-        of_blocks = jnp.einsum("BNTM,BNTMS->BNTS", x, places.astype(x.dtype), precision="highest")
-        of_tokens = jnp.repeat(jnp.repeat(of_blocks, sizes.query, 2), sizes.key, 3)[:, :, :queries, :keys]
+        """Of each pair of blocks [b, n, nq, nk] -> of each pair of tokens [b, N, T, S]."""
+        of_tokens = jnp.repeat(jnp.repeat(x, sizes.query, 2), sizes.key, 3)[:, :, :queries, :keys]
         return jnp.swapaxes(repeat_key_heads(jnp.swapaxes(of_tokens, 1, 2), heads), 1, 2)
 
     same = None if segments is None else segments[0][:, None, :, None] == segments[1][:, None, None, :]
     query_number, key_number = jnp.arange(queries)[:, None], jnp.arange(keys)[None]
-    visible = _within_blocks(
-        dense(jnp.ones_like(places[..., 0])) > 0, query_number, key_number, is_causal=is_causal, mask=mask, same=same
-    )
-    bias = None if block_bias is None else dense(jnp.broadcast_to(block_bias, number.shape))
+    listed = dense(is_at.any(-2))
+    visible = _within_blocks(listed, query_number, key_number, is_causal=is_causal, mask=mask, same=same)
+    bias = None
+    if block_bias is not None:  # not by a product with zeros and ones: a bias may be -inf
+        of_places = jnp.broadcast_to(block_bias, number.shape)[..., None]
+        bias = dense(jnp.where(is_at, of_places, 0).sum(-2))
     return dense_attention(query, key, value, visible=visible, bias=bias, scale=scale)
 
 
@@ -337,8 +338,10 @@ def _xla(
         return x.transpose(0, 3, 1, 4, 2, 5).reshape(batch, own, -1, heads // own * sizes.query, x.shape[-1])
 
     def of_keys(x: Array, by_head: bool = True) -> Array:
-        """[B, S, ...] -> [B, nk, key_block, ...], with the key heads K in front of nk."""
-        x = jnp.pad(x, [(0, 0), (0, -keys % sizes.key)] + [(0, 0)] * (x.ndim - 2))
+        """[B, S, ...] -> [B, nk, key_block, ...], with the key heads K in front of nk. Of no keys there is one block,
+        which no list has."""
+        missing = sizes.key if keys == 0 else -keys % sizes.key
+        x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
         x = x.reshape(batch, -1, sizes.key, *x.shape[2:])
         return jnp.moveaxis(x, 3, 1) if by_head else x
 
@@ -420,7 +423,7 @@ def _in_steps(x: Any, at_once: int, steps: int, axis: int = 2) -> Any:
 def _joined(x: Array, query_blocks: int) -> Array:
     """[steps, B, U, at_once, ...] -> [B, U, nq, ...]."""
     x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :query_blocks]
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])[:, :, :query_blocks]
 
 
 class _Gathered(NamedTuple):

@@ -72,8 +72,8 @@ def block_statistics(
     key_block = min(check_block("key_block", key_block), max(keys, 1))
     check_choice("reduce", reduce, get_args(Reduction))
     is_causal = check_bool("is_causal", is_causal)
-    if mask is not None and not isinstance(mask, masks.Mask):
-        raise TypeError(f"mask: got {type(mask).__name__}; need a masks.Mask of one axis")
+    if mask is not None:
+        masks.check_mask(mask, (keys,))
     shared = given_positions()
     require(shared is None, "query", f"parts of a sequence, over {shared}", "block_statistics needs whole sequences")
 
@@ -106,7 +106,7 @@ def block_statistics(
 
     first = jnp.arange(steps) * rows
     found = lax.map(some, (first, in_steps(scaled), in_steps(lse.astype(dtype))))
-    found = jnp.moveaxis(found, 0, 2).reshape(batch, heads, -1, key_blocks)[:, :, :query_blocks]
+    found = jnp.moveaxis(found, 0, 2).reshape(batch, heads, steps * at_once, key_blocks)[:, :, :query_blocks]
     if reduce == "mean":
 
         def real(length: int, size: int, blocks: int) -> Array:

@@ -104,6 +104,8 @@ def dot_product_attention(
     batch, queries, heads, _ = query.shape
     keys = key.shape[1]
     predicate, mask = (mask, None) if isinstance(mask, masks.Mask) else (None, mask)
+    if predicate is not None:
+        masks.check_mask(predicate, whole_space((keys,)))
     # All keys, also where devices share positions.
     check_over_logits(bias, mask, (batch, heads, queries, *whole_space((keys,))))
     segments = check_segment_pair(segment_ids, batch, queries, keys)

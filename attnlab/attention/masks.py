@@ -20,11 +20,25 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from attnlab.attention._shared.checks import (
+    check_array,
+    check_block,
+    check_choice,
+    check_float,
+    check_int,
+    check_ints,
+    kind_text,
+    per_axis,
+    require,
+    shape_text,
+    shown,
+)
 
 # Pairs of tokens of which a block map is made in numpy, which compiles nothing.
 _MOST_IN_NUMPY = 2**24
@@ -118,24 +132,49 @@ class Mask:
     """A predicate on coordinates: sees(query, key) is True where the query attends to the key.
 
     query, key: tuples with one integer (array) for each space axis; arrays broadcast against each other.
+    keys: of how many keys, on the first axis, it has something to say, such as a label; None: of any number.
     """
 
     sees: Callable[[Coordinates, Coordinates], Any]
+    keys: int | None = None
 
     def __and__(self, other: "Mask") -> "Mask":
-        return Mask(lambda query, key: self.sees(query, key) & other.sees(query, key))
+        return Mask(lambda query, key: self.sees(query, key) & other.sees(query, key), _fewer(self.keys, other.keys))
 
     def __or__(self, other: "Mask") -> "Mask":
-        return Mask(lambda query, key: self.sees(query, key) | other.sees(query, key))
+        return Mask(lambda query, key: self.sees(query, key) | other.sees(query, key), _fewer(self.keys, other.keys))
 
     def __invert__(self) -> "Mask":
-        return Mask(lambda query, key: self.sees(query, key) ^ True)  # ~ of Python's True is -2
+        return Mask(lambda query, key: self.sees(query, key) ^ True, self.keys)  # ~ of Python's True is -2
+
+
+def _fewer(*counts: int | None) -> int | None:
+    return min((count for count in counts if count is not None), default=None)
+
+
+def check_mask(mask: Any, key_shape: Sequence[int]) -> None:
+    """Requires a Mask of as many axes as the keys have, which has something to say of all of them."""
+    axes = f"{len(key_shape)} axes" if len(key_shape) > 1 else "one axis"
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask: got {kind_text(mask)}; need a masks.Mask of {axes}")
+    if 0 in key_shape:
+        return
+    knows = mask.keys is None or mask.keys >= key_shape[0]
+    require(knows, "mask", f"one with labels of {mask.keys} keys", f"need labels of all {key_shape[0]}")
+    first = tuple(np.zeros((1, 1), np.int32) for _ in key_shape)
+    try:
+        mask.sees(first, first)
+    except (IndexError, ValueError) as error:
+        given = f"one that raises {type(error).__name__} for tokens of {axes}"
+        raise ValueError(f"mask: got {given}; need a masks.Mask of {axes}") from error
+    except (AttributeError, TypeError):
+        pass  # one of the caller's own may take JAX's arrays alone, and says so where it is used
 
 
 def axis_windows(
     shape: Sequence[int],
     *,
-    window: Sequence[int],
+    window: Sequence[Any],
     stride: Sequence[int],
     dilation: Sequence[int],
     is_causal: Sequence[bool],
@@ -157,12 +196,28 @@ def neighborhood(
     edge: Edge = "shift",
 ) -> Mask:
     """The mask of local_attention and dilated_attention on a space of this shape; the axes combine by AND."""
-
-    def each(value: Any) -> tuple[Any, ...]:
-        return tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(shape)
-
+    shape, rank = _shape("shape", shape), len(shape)
+    windows = tuple(window) if isinstance(window, (tuple, list)) else (window,) * rank
+    require(len(windows) == rank, "window", shown(window), f"need one value or {rank}, one per space axis")
+    strides, dilations = per_axis("stride", stride, rank), per_axis("dilation", dilation, rank)
+    for length, size, s, d in zip(shape, windows, strides, dilations):
+        require(d >= 1, "dilation", shown(dilation), "need at least 1")
+        require(s >= 1, "stride", shown(stride), "need at least 1")
+        if isinstance(size, (tuple, list)):  # a pair: what lies before and after the leader
+            check_ints("window", size, least=0, layout=("left", "right"))
+            continue
+        check_int("window", size, least=1, of=window)
+        fits = f"at most {length // d} fits the shape {shape} with dilation {d}"
+        require(size * d <= length, "window", shown(window), fits)
+        require(s <= size, "stride", shown(stride), f"need 1 to the window, {size}")
+    check_choice("edge", edge, get_args(Edge))
     axes = axis_windows(
-        shape, window=each(window), stride=each(stride), dilation=each(dilation), is_causal=each(is_causal), edge=edge
+        shape,
+        window=windows,
+        stride=strides,
+        dilation=dilations,
+        is_causal=per_axis("is_causal", is_causal, rank, bool),
+        edge=edge,
     )
     return Mask(
         lambda query, key: functools.reduce(
@@ -173,11 +228,13 @@ def neighborhood(
 
 def causal(axis: int = 0) -> Mask:
     """Keys at or before the query on one axis."""
+    axis = check_int("axis", axis)
     return Mask(lambda query, key: key[axis] <= query[axis])
 
 
 def window(left: int, right: int, *, axis: int = 0) -> Mask:
     """Keys from `left` before the query to `right` after it on one axis, the query's own among them."""
+    left, right, axis = check_int("left", left, least=0), check_int("right", right, least=0), check_int("axis", axis)
 
     def sees(query: Coordinates, key: Coordinates) -> Any:
         back = query[axis] - key[axis]
@@ -188,6 +245,7 @@ def window(left: int, right: int, *, axis: int = 0) -> Mask:
 
 def first_keys(count: int, *, axis: int = 0) -> Mask:
     """The first `count` keys on one axis, for every query."""
+    count, axis = check_int("count", count, least=0), check_int("axis", axis)
     return Mask(lambda query, key: (key[axis] < count) & (query[axis] >= 0))
 
 
@@ -196,6 +254,7 @@ def blocks(size: int, *, shift: int = 0, axis: int = 0) -> Mask:
 
     On every axis, without and with a shift in alternate layers: Swin Transformer (Liu et al. 2021).
     """
+    size, shift, axis = check_block("size", size), check_int("shift", shift), check_int("axis", axis)
     return Mask(lambda query, key: (query[axis] - shift) // size == (key[axis] - shift) // size)
 
 
@@ -204,6 +263,7 @@ def block_causal(size: int, *, prefix: int = 0) -> Mask:
 
     (Next-block prediction, Ren et al. 2025; a prompt as the prefix.)
     """
+    size, prefix = check_block("size", size), check_int("prefix", prefix, least=0)
 
     def number(token: Any) -> Any:
         return _maximum(token - prefix, -1) // size
@@ -214,6 +274,7 @@ def block_causal(size: int, *, prefix: int = 0) -> Mask:
 def block_diffusion(length: int, size: int) -> Mask:
     """Of `length` noisy tokens, and then the same tokens clean: noisy ones see their own block and, clean, the blocks
     before it; clean ones see clean blocks up to their own (Block Diffusion, Arriola et al. 2025)."""
+    length, size = check_block("length", length), check_block("size", size)
 
     def sees(query: Coordinates, key: Coordinates) -> Any:
         own, other = (x % length // size for x in (query[0], key[0]))
@@ -226,9 +287,18 @@ def block_diffusion(length: int, size: int) -> Mask:
 def kinds(labels: Any, by_kind: Mapping[int, Mask]) -> Mask:
     """Every key by the mask of its kind; keys of other kinds are not seen.
 
-    labels: int [S], a constant: the kind of each key of a sequence.
+    labels: int [S], a constant: the kind of each key of a sequence, or of a longer one.
+    by_kind: at least one.
     """
+    if isinstance(labels, jax.core.Tracer):
+        raise TypeError("labels: got a traced array; need one that is known")
     labels = np.asarray(labels)
+    check_array("labels", labels, (None,), "[keys]")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"labels: got {shape_text(labels)}; need integers")
+    if not isinstance(by_kind, Mapping) or not all(isinstance(mask, Mask) for mask in by_kind.values()):
+        raise TypeError(f"by_kind: got {shown(by_kind)}; need a dict of masks.Mask by kind")
+    require(len(by_kind) > 0, "by_kind", shown(by_kind), "need at least one kind")
 
     def sees(query: Coordinates, key: Coordinates) -> Any:
         kind = (jnp.asarray(labels) if isinstance(key[0], jax.Array) else labels)[key[0]]
@@ -236,7 +306,7 @@ def kinds(labels: Any, by_kind: Mapping[int, Mask]) -> Mask:
             operator.or_, ((kind == name) & mask.sees(query, key) for name, mask in by_kind.items())
         )
 
-    return Mask(sees)
+    return Mask(sees, _fewer(len(labels), *(mask.keys for mask in by_kind.values())))
 
 
 def aligned(shape: Sequence[int], radius: int, *, offset: int) -> Mask:
@@ -245,6 +315,8 @@ def aligned(shape: Sequence[int], radius: int, *, offset: int) -> Mask:
     The tokens are an image of this shape, in row-major order, and from `offset` on its condition, of the same shape.
     Queries of both see the condition; what else they see, other masks say.
     """
+    shape, radius = _shape("shape", shape), check_int("radius", radius, least=0)
+    offset = check_int("offset", offset, least=0)
     tokens = math.prod(shape)
 
     def sees(query: Coordinates, key: Coordinates) -> Any:
@@ -263,6 +335,7 @@ def power_blocks(size: int) -> Mask:
 
     Published: causal() & (power_blocks(256) | a window | first_keys(n)).
     """
+    size = check_block("size", size)
 
     def sees(query: Coordinates, key: Coordinates) -> Any:
         back = query[0] // size - key[0] // size
@@ -278,6 +351,8 @@ def radial(frame_tokens: int, *, decay_factor: float = 1.0, block: int = 128) ->
     frame, a query sees the tokens within max(decay * decay_factor, block) of its own position in the frame, where
     decay = 2^(bits of n - bits of f); where decay < block, this in every floor(block / decay)-th frame alone.
     """
+    frame_tokens, block = check_block("frame_tokens", frame_tokens), check_block("block", block)
+    decay_factor = check_float("decay_factor", decay_factor, least=0)
     bits = frame_tokens.bit_length()
 
     def sees(query: Coordinates, key: Coordinates) -> Any:
@@ -310,10 +385,27 @@ def _coordinates(shape: Sequence[int], xp: Any) -> Coordinates:
     )
 
 
+def _shape(name: str, shape: Any) -> tuple[Any, ...]:
+    """Tokens on each axis."""
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"{name}: got {shown(shape)}; need a tuple of ints")
+    return tuple(size if jax.export.is_symbolic_dim(size) else check_int(name, size, least=0) for size in shape)
+
+
+def _shapes(mask: Any, query_shape: Any, key_shape: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Of queries and of keys, for which the mask is."""
+    queries = _shape("query_shape", query_shape)
+    keys = queries if key_shape is None else _shape("key_shape", key_shape)
+    require(len(keys) == len(queries), "key_shape", shown(keys), f"need as many axes as query_shape, {queries}")
+    check_mask(mask, keys)
+    return queries, keys
+
+
 def dense_mask(mask: Mask, query_shape: Sequence[int], key_shape: Sequence[int] | None = None) -> jax.Array:
     """bool [T, S], True where query t sees key s; tokens of a space are numbered in row-major order."""
+    query_shape, key_shape = _shapes(mask, query_shape, key_shape)
     query = tuple(c[:, None] for c in _coordinates(query_shape, jnp))
-    key = tuple(c[None, :] for c in _coordinates(query_shape if key_shape is None else key_shape, jnp))
+    key = tuple(c[None, :] for c in _coordinates(key_shape, jnp))
     return mask.sees(query, key)
 
 
@@ -340,7 +432,11 @@ def block_map(
     Of many pairs the mask is asked in a compiled program (of 65,536 x 65,536 that takes a second or two of two cores),
     unless it reads what only numpy can.
     """
-    key_shape = query_shape if key_shape is None else key_shape
+    query_shape, key_shape = _shapes(mask, query_shape, key_shape)
+    for name, tile in (("query_tile", query_tile), ("key_tile", key_tile)):
+        check_ints(name, tile, layout=("tokens",) * len(query_shape))
+    for name, shape in (("query_shape", query_shape), ("key_shape", key_shape)):
+        require(0 not in shape, name, shown(shape), "need at least one token")
 
     def tile_of_token(shape: Sequence[int], tile: Sequence[int]) -> tuple[np.ndarray, int]:
         grid = tuple(-(-length // size) for length, size in zip(shape, tile, strict=True))
@@ -391,6 +487,7 @@ def draw(mask: Mask, shape: Sequence[int], query: Sequence[int] | None = None, a
     """
     import matplotlib.pyplot as plt
 
+    shape, _ = _shapes(mask, shape, None)
     axes = plt.subplots()[1] if axes is None else axes
     if query is None:
         axes.imshow(np.asarray(dense_mask(mask, shape)), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")

@@ -6,8 +6,9 @@ one, their mean key and mean value, which counts l times.
     part_l = block-sparse attention to the means over l tokens, of the blocks of level l;  its lse + log l
     out    = merge of the parts
 
-Level 1 everywhere is attention itself. Paper: Pyramid Sparse Attention (Li et al. 2025). A block that is not full has
-level 1, and where causal one that does not end before the query block begins, so that no mean crosses the frontier.
+Level 1 everywhere is attention itself. Paper: Pyramid Sparse Attention (Li et al. 2025). A block that is seen and not
+full has level 1, and where causal one that does not end before the query block begins, so that no mean crosses the
+frontier.
 """
 
 import functools
@@ -34,6 +35,7 @@ from attnlab.attention._shared.checks import (
     check_fractions,
     check_group_sizes,
     check_int,
+    check_integers,
     check_position,
     check_prompt,
     check_query_key_value,
@@ -104,8 +106,7 @@ def pyramid_attention(
     query_blocks, key_blocks = -(-all_queries // query_block), -(-all_keys // key_block)
     check_lists("levels", levels, (batch, (heads, key_heads), query_blocks))
     require(levels.shape[-1] == key_blocks, "levels", shape_text(levels), f"need levels of {key_blocks} key blocks")
-    if not jnp.issubdtype(levels.dtype, jnp.integer):
-        raise TypeError(f"levels: got dtype {levels.dtype}; need an integer dtype")
+    check_integers("levels", levels)
     most = _check_places(places, len(sizes), key_blocks)
     is_causal, return_lse = check_bool("is_causal", is_causal), check_bool("return_lse", return_lse)
     starts, ends = np.arange(query_blocks) * query_block, (np.arange(key_blocks) + 1) * key_block
@@ -123,7 +124,8 @@ def pyramid_attention(
         scale=default_scale(scale, head_dim),
     )
     levels = levels.astype(jnp.int32)
-    levels = jnp.where(may_be_coarse[None, None], levels, jnp.minimum(levels, 1))
+    is_size = functools.reduce(jnp.logical_or, (levels == size for size in sizes))
+    levels = jnp.where(is_size, jnp.where(may_be_coarse[None, None], levels, 1), 0)
     whole_keys = key.shape[1] if given_positions() is None else None
 
     def parted(parts: Parts, query: Array, key: Array, value: Array, levels: Array) -> tuple[Array, Array]:
@@ -216,7 +218,7 @@ def _xla(
             query.astype(dtype),
             keys,
             values,
-            block_selection.lists_of(of_size, max(min(places, of_size.shape[-1]), 1)),
+            block_selection.lists_of(of_size, min(places, of_size.shape[-1])),
             query_block=blocks.query,
             key_block=blocks.key // size,
             is_causal=is_causal and is_fine,  # what is coarse ends before the query block

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,33 @@ _BY_NAME = {
     "key_mask": _REAL,
     "agents": _normal(3, HEADS, HEAD_DIM),
     "state": _STATE,
+    # Of selection, which has 3 blocks of queries and 2 of keys, and of masks.
+    "query_blocks": 3,
+    "key_blocks": 2,
+    "queries": _normal(BATCH, 3, HEADS, HEAD_DIM),
+    "keys": _normal(BATCH, 2, KEY_HEADS, HEAD_DIM),
+    "scores": _normal(BATCH, HEADS, 3, 2),
+    "eligible": np.ones((3, 2), bool),
+    "own": np.eye(3, 2, dtype=bool),
+    "block_mask": np.eye(3, 2, dtype=bool),
+    "blocks": np.array([[[[0, -1], [1, 0], [1, 1]]]], np.int32),
+    "width": 2,
+    "mass": 0.5,
+    "x": _normal(BATCH, 6, HEADS, HEAD_DIM),
+    "size": 4,
+    "kind": "mean",
+    "query_weights": _normal(HEADS, HEAD_DIM, 5),
+    "key_weights": _normal(KEY_HEADS, HEAD_DIM, 5),
+    "statistics": np.abs(_normal(BATCH, HEADS, 3, 2)),
+    "mask": A.masks.causal(),
+    "shape": (6,),
+    "query_shape": (6,),
+    "key_shape": (7,),
+    "query_tile": (2,),
+    "key_tile": (4,),
+    "left": 2,
+    "right": 1,
+    "length": 6,
 }
 # What is a function's own, or better another value there.
 _OWN = {
@@ -169,18 +197,53 @@ _OWN = {
         "cache": A.init_sparse_cache(BATCH, 4, KEY_HEADS, HEAD_DIM, ratio=0.5, value_dim=VALUE_DIM),
     },
     "lightning_log_decay": {"layer": 0, "num_layers": 2, "form": "code"},
+    "block_selection.rectify": {
+        "out": _normal(BATCH, 6, HEADS, VALUE_DIM),
+        "probabilities": np.abs(_normal(BATCH, HEADS, 3, 2)),
+        "chosen": np.eye(3, 2, dtype=bool),
+        "gain": np.ones((3, 2), bool),
+        "values": _normal(BATCH, 2, KEY_HEADS, VALUE_DIM),
+    },
+    "block_selection.to_gate": {"weights": _normal(HEADS, HEAD_DIM, 5)},
+    "block_selection.chunk_scores": {"starts": np.array([0, 2, 5])},
+    "block_selection.connectivity_scores": {
+        "down": _normal(2, 3),
+        "up": _normal(2, 3),
+        "coefficients": 2,
+        "threshold": 0.5,
+    },
+    "block_selection.tree_blocks": {
+        "queries": _normal(BATCH, 3, 1, HEADS, HEAD_DIM),
+        "candidates": np.array([0, 1, 2]),
+    },
+    "masks.kinds": {"labels": np.zeros(6, int), "by_kind": {0: A.masks.causal()}},
+    "masks.aligned": {"radius": 1, "offset": 6},
+    "masks.radial": {"frame_tokens": 3},
 }
 # agent_bias takes tables under published names, which test_agent.py tries; explain takes any function; positions_over
 # is the context of a shard_map, which test_parts.py tries.
 _OTHERS = {"agent_bias", "explain", "positions_over"}
 FUNCTIONS = {name for name, thing in vars(_public).items() if inspect.isfunction(thing)} - _OTHERS
+# What the public modules define. draw needs matplotlib; checked calls are made of axis_windows, window_bounds and
+# check_mask.
+_OF_MASKS = {f"masks.{name}" for name in ("draw", "axis_windows", "window_bounds", "check_mask")}
+IN_MODULES = {
+    f"{module.__name__.rpartition('.')[2]}.{name}"
+    for module in filter(inspect.ismodule, vars(_public).values())
+    for name, thing in vars(module).items()
+    if inspect.isfunction(thing) and thing.__module__ == module.__name__ and not name.startswith("_")
+} - _OF_MASKS
+
+
+def function_of(name):
+    return operator.attrgetter(name)(A)
 
 
 @functools.cache
 def right_call(name):
     """A right call, with every parameter that the function has: its own, by name, or its default."""
     known = {**_BY_NAME, **(_TOKEN if name.endswith("_step") else _LINE)}
-    parameters = inspect.signature(getattr(A, name)).parameters
+    parameters = inspect.signature(function_of(name)).parameters
     cache = state_of(name)
     if cache is not None and cache not in _OWN.get(name, {}):
         start = f"init_{name.removesuffix('_step').removeprefix('prefill_').removesuffix('_cache')}_cache"
@@ -195,4 +258,4 @@ def right_call(name):
 def state_of(name):
     """The argument of a step, or of what reads a prompt, that comes back changed: its first. None of others."""
     changes = name.endswith("_step") or name.startswith("prefill_")
-    return next(iter(inspect.signature(getattr(A, name)).parameters)) if changes else None
+    return next(iter(inspect.signature(function_of(name)).parameters)) if changes else None

@@ -1,28 +1,22 @@
 """Lists of blocks: the published vectors, ties, counts and gradients. Their strictness: test_strict_selection.py."""
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from vector_files import assert_attention, vectors
 
 import attnlab as A
 from attnlab.attention import block_selection as selection
-
-VECTORS = Path(__file__).parents[1] / "vectors" / "block_sparse"
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _wide():
     with jax.enable_x64(True):
         yield
-
-
-def vectors(name):
-    return {key: x if x.ndim else x.item() for key, x in np.load(VECTORS / f"{name}.npz").items()}
 
 
 def test_vectors_of_selection_with_exact_ties():
@@ -115,6 +109,38 @@ def test_vectors_of_the_gate_and_its_training():
 
 
 @pytest.mark.long
+def test_vectors_of_a_strict_gate():
+    """Queries of a group averaged, complete blocks compete, and a row's targets are over these alone."""
+    data = vectors("gate_strict")
+    sizes = {size: data[size] for size in ("query_block", "key_block")}
+    batch, length, heads, head_dim = data["query"].shape
+    key_heads = data["key"].shape[2]
+    averaged = data["query"].reshape(batch, length, key_heads, heads // key_heads, head_dim).mean(3)
+    queries = selection.pool_blocks(averaged, data["query_block"], "first")
+    keys = selection.gate_keys(data["key"], data["key_block"])
+    scores = selection.gate_scores(queries, keys, data["weight_query"], data["weight_key"])
+    complete, own = selection.causal_blocks(*scores.shape[2:], *sizes.values())
+    np.testing.assert_array_equal(complete, data["eligible"])
+    np.testing.assert_allclose(np.where(complete, scores, 0), data["scores"], atol=1e-12)
+    lists = selection.select_blocks(scores, eligible=complete, count=data["count"], own=own)
+    np.testing.assert_array_equal(lists, data["blocks"])
+    _, lse = A.dot_product_attention(data["query"], data["key"], data["key"], is_causal=True, return_lse=True)
+    largest = A.block_statistics(data["query"], data["key"], lse, **sizes, reduce="max", is_causal=True)
+    largest = np.where(complete, largest, 0).reshape(batch, key_heads, -1, *complete.shape).max(2)
+    total = largest.sum(-1, keepdims=True)
+    np.testing.assert_allclose(largest / np.where(total > 0, total, 1), data["targets"], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["connectivity", "chunks"])
+def test_vectors_of_attention_to_what_is_chosen(name):
+    """Which tokens these are, the tests of maps and of chunks compare."""
+    data = vectors(name)
+    lists = selection.lists_of(data["visible"])
+    sizes = {"query_block": 1, "key_block": 1, "return_lse": True}
+    assert_attention(lambda given: A.block_sparse_attention(**given, blocks=lists, **sizes), data)
+
+
+@pytest.mark.long
 def test_a_gate_and_its_model_learn_from_losses_of_their_own():
     """The model's queries and keys get nothing of the gate's loss, and the gate nothing of the model's."""
     weights = np.random.default_rng(4).normal(size=(2, 2, 8, 6))
@@ -199,15 +225,27 @@ def test_vectors_of_chunks():
 
 
 def test_vectors_of_masks():
-    data = vectors("masks")
-    masks = A.masks
-    for name, mask in {
+    data, masks = vectors("masks") | vectors("radial"), A.masks
+    compared = {
         "block_diffusion_12_4": masks.block_diffusion(12, 4),
         "window_14_left5_right2": masks.window(5, 2),
         "block_causal_14_size4": masks.block_causal(4),
         "block_causal_15_size4_prefix5": masks.block_causal(4, prefix=5),
-    }.items():
-        np.testing.assert_array_equal(masks.dense_mask(mask, data[name].shape[:1]), data[name], err_msg=name)
+        "inward_3x5x6_radius1_2": masks.neighborhood((3, 5, 6), (3, 3, 5)),
+        "radial_5frames_150tokens": masks.radial(150),
+        "radial_9frames_130tokens_decay_half": masks.radial(130, decay_factor=0.5),
+    }
+    for name, mask in compared.items():
+        shape = (3, 5, 6) if name.startswith("inward") else data[name].shape[:1]
+        got = jax.jit(functools.partial(masks.dense_mask, mask, shape))()
+        np.testing.assert_array_equal(got, data[name], err_msg=name)
+    # HiDiffusion's windows: a roll, windows side by side, and a roll back.
+    cyclic = "cyclic_windows_8x12_window4x6_shift1x3"
+    tokens = np.roll(np.arange(96).reshape(8, 12), (-1, -3), (0, 1)).ravel()  # at each place
+    windows = masks.neighborhood((8, 12), (4, 6), stride=(4, 6))
+    got = jax.jit(functools.partial(masks.dense_mask, windows, (8, 12)))()
+    np.testing.assert_array_equal(got, data[cyclic][np.ix_(tokens, tokens)])
+    assert {*compared, cyclic} == set(data)
 
 
 # --- Properties -------------------------------------------------------------------------------------------------------
@@ -228,6 +266,11 @@ def test_no_more_are_listed_than_may_compete_and_none_twice():
             assert (listed < row).all()
             assert (np.sum(got[:, :, row] >= 0, -1) == min(count, row)).all()
     assert (lists(count=3, eligible=np.zeros((6, 6), bool)) == -1).all()
+
+
+def test_lists_of_few_bits_count_further_than_these():
+    got = np.asarray(selection.block_mask_of(np.array([[5, -1, 127]], np.int8), 300))
+    np.testing.assert_array_equal(np.flatnonzero(got), [5, 127])
 
 
 def test_more_places_list_a_superset():

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,44 +10,21 @@ import prompts
 import pytest
 from jax.test_util import check_grads
 from marks import slow_but
+from vector_files import assert_attention, vectors
 
 import attnlab as A
 from attnlab.attention import block_selection
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "block_sparse"
 FORMS = ("reference", "xla")
-
-
-def vectors(name):
-    return {key: x if x.ndim else x.item() for key, x in np.load(VECTORS / f"{name}.npz").items()}
 
 
 @pytest.mark.parametrize("form", slow_but(["xla"], FORMS))
 @pytest.mark.parametrize("name", ["lists_per_head", "causal_bias", "strict", "tree_strict", "gate_strict"])
 def test_vectors(name, form):
     data = vectors(name)
-    given = {name: data[name] for name in ("query", "key", "value", "block_bias") if name in data}
-    finite = np.isfinite(data["lse"])
-
-    def loss(given):
-        out, lse = A.block_sparse_attention(
-            **given,
-            blocks=data["blocks"],
-            query_block=data["query_block"],
-            key_block=data["key_block"],
-            is_causal=name != "lists_per_head",
-            return_lse=True,
-            implementation=form,
-        )
-        shown = jnp.where(finite, lse * data["cotangent_lse"], 0)
-        return (out * data["cotangent_out"]).sum() + shown.sum(), (out, lse)
-
-    with jax.enable_x64(True):
-        gradients, (out, lse) = jax.jit(jax.grad(loss, has_aux=True))(given)
-        np.testing.assert_allclose(out, data["out"], atol=1e-12)
-        np.testing.assert_allclose(lse, data["lse"], atol=1e-12)
-        for argument, gradient in gradients.items():
-            np.testing.assert_allclose(gradient, data[f"grad_{argument}"], atol=1e-11, err_msg=argument)
+    options = {"is_causal": name != "lists_per_head", "return_lse": True, "implementation": form}
+    sizes = {size: data[size] for size in ("query_block", "key_block")}
+    assert_attention(lambda given: A.block_sparse_attention(**given, blocks=data["blocks"], **sizes, **options), data)
 
 
 def test_regions_of_an_image():
@@ -61,15 +37,21 @@ def test_regions_of_an_image():
         return x.swapaxes(2, 3).reshape(batch, height * width, *x.shape[5:])
 
     size = height * width // (rows * columns)
-    with jax.enable_x64(True):
-        query, key, value = (by_region(jnp.asarray(data[name])) for name in ("query", "key", "value"))
+    sizes = {"query_block": size, "key_block": size}
+    data |= {name: by_region(x) for name, x in data.items() if np.shape(x)[:3] == (batch, height, width)}
+
+    def lists(query, key, **_):
         together = [x.reshape(batch, -1, 1, x.shape[2] * x.shape[3]) for x in (query, key)]
-        lists = block_selection.pooled_blocks(
-            *together, query_block=size, key_block=size, count=data["topk"], first=0, is_causal=False
-        )
-        np.testing.assert_array_equal(lists[:, 0], np.sort(data["region_lists"], -1))
-        out = A.block_sparse_attention(query, key, value, lists, query_block=size, key_block=size, scale=data["scale"])
-        np.testing.assert_allclose(out, by_region(jnp.asarray(data["out"])), atol=1e-12)
+        return block_selection.pooled_blocks(*together, **sizes, count=data["topk"], first=0, is_causal=False)
+
+    def attend(given):
+        options = {**sizes, "scale": data["scale"], "return_lse": True}
+        return A.block_sparse_attention(**given, blocks=lists(**given), **options)
+
+    with jax.enable_x64(True):
+        chosen = lists(data["query"], data["key"])[:, 0]
+    np.testing.assert_array_equal(chosen, np.sort(data["region_lists"], -1))
+    assert_attention(attend, data)
 
 
 _rng = np.random.default_rng(0)  # float32 where jax_enable_x64 is off
@@ -172,6 +154,94 @@ def test_the_bias_alone_gets_a_gradient_where_it_counts():
         check_grads(jax.jit(loss), (data["block_bias"],), 1, modes=["rev"], atol=1e-7, rtol=1e-7)
     assert (gradient[data["blocks"] < 0] == 0).all()
     assert np.abs(gradient).max() > 1e-3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bias_of_minus_infinity_hides_its_block(form):
+    """As if the block were not listed, in values and gradients; of all blocks, as if the query saw none."""
+    lists = np.tile(np.arange(6), (BATCH, KEY_HEADS, 5, 1))
+    bias = np.random.default_rng(6).normal(size=lists.shape)
+    hidden = np.random.default_rng(7).random(lists.shape) < 0.4
+    hidden[:, 1, 2] = True
+
+    def results(lists, bias):
+        def loss(arrays):
+            *arrays, bias = arrays
+            sizes = {"query_block": 4, "key_block": 4, "return_lse": True, "implementation": form}
+            out, lse = A.block_sparse_attention(*arrays, lists, block_bias=bias, **sizes)
+            return jnp.sin(out).sum() + jnp.where(jnp.isfinite(lse), jnp.cos(lse), 0).sum(), (out, lse)
+
+        return jax.jit(jax.grad(loss, has_aux=True))((QUERY, KEY, VALUE, bias))
+
+    with jax.enable_x64(True):
+        got, want = results(lists, np.where(hidden, -np.inf, bias)), results(np.where(hidden, -1, lists), bias)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-12)
+
+
+NOTHING = {
+    "no places": ({"blocks": np.zeros((1, 1, 5, 0), int)}, KEYS),
+    "no places of every head": (
+        {
+            "blocks": np.zeros((BATCH, HEADS, 5, 0), int),
+            "block_bias": np.zeros((1, HEADS, 5, 0)),
+            "is_causal": True,
+            "mask": A.masks.window(5, 5),
+            "segment_ids": (np.zeros((BATCH, QUERIES), int), np.zeros((BATCH, KEYS), int)),
+        },
+        KEYS,
+    ),
+    "no keys": ({"blocks": np.zeros((1, KEY_HEADS, 5, 2), int), "mask": A.masks.causal()}, 0),
+    "neither": ({"blocks": np.zeros((1, 1, 5, 0), int)}, 0),
+}
+
+
+@pytest.mark.parametrize("form", slow_but(["xla"], FORMS))
+@pytest.mark.parametrize("case", NOTHING)
+def test_lists_or_keys_that_are_empty_show_nothing(case, form):
+    options, keys = NOTHING[case]
+
+    def loss(arrays):
+        sizes = {"query_block": 4, "key_block": 4, "return_lse": True, "implementation": form}
+        out, lse = A.block_sparse_attention(*arrays, **options, **sizes)
+        return out.sum(), (out, lse)
+
+    gradients, (out, lse) = jax.jit(jax.grad(loss, has_aux=True))((QUERY, KEY[:, :keys], VALUE[:, :keys]))
+    np.testing.assert_array_equal(out, np.zeros((BATCH, QUERIES, HEADS, 5)))
+    np.testing.assert_array_equal(lse, np.full((BATCH, QUERIES, HEADS), -np.inf))
+    assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
+
+
+def test_what_lists_nothing_gives_lists_that_are_served():
+    """A mask of no pair, a count of 0, and keys that there are none of."""
+    nothing = A.masks.block_map(~A.masks.window(99, 99), (QUERIES,), (4,), (4,), (KEYS,)).visited
+    pooled = functools.partial(block_selection.pooled_blocks, QUERY, query_block=4, key_block=4)
+    for lists, keys in (
+        (block_selection.lists_of(nothing[None, None]), KEYS),
+        (pooled(KEY, count=0, is_causal=False), KEYS),
+        (pooled(KEY[:, :0], count=2), 0),
+        (pooled(KEY[:, :0], count=2, is_causal=False), 0),
+        (
+            block_selection.tree_blocks(QUERY[:, ::4, None], KEY[:, :0], 2, key_block=4, candidates=np.zeros(5, int)),
+            0,
+        ),
+    ):
+        out = A.block_sparse_attention(QUERY, KEY[:, :keys], VALUE[:, :keys], lists, query_block=4, key_block=4)
+        np.testing.assert_array_equal(out, 0)
+    lse = np.zeros(QUERY.shape[:3])
+    for reduce in ("max", "sum", "mean"):
+        statistics = A.block_statistics(QUERY, KEY[:, :0], lse, query_block=4, key_block=4, reduce=reduce)
+        assert statistics.shape == (BATCH, HEADS, 5, 0)
+
+
+def test_a_kernel_refuses_lists_without_places():
+    shapes = [jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)] * 3
+    call = functools.partial(A.block_sparse_attention, query_block=128, key_block=128)
+    lists = np.zeros((1, 1, 2, 0), int)
+    with pytest.raises(ValueError, match=r"implementation: 'pallas_tpu' cannot serve .* lists that are not empty"):
+        jax.eval_shape(lambda *arrays: call(*arrays, lists, implementation="pallas_tpu"), *shapes)
+    (choice,) = A.explain(call, *shapes, lists)
+    assert "not empty" in choice.refused["pallas_tpu"]
 
 
 @pytest.mark.long

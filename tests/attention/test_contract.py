@@ -41,6 +41,7 @@ _KINDS = {"local, causal", "linear, gated delta rule", "routing, strict", "inlin
 every_kind = pytest.mark.parametrize("name", slow_but(_KINDS, MECHANISMS))
 every_mechanism_variants_slowly = pytest.mark.parametrize("name", slow_but(set(MECHANISMS) - _VARIANTS, MECHANISMS))
 _SEQUENTIAL = [name for name, mechanism in MECHANISMS.items() if not mechanism.grid]
+_CAUSAL = [name for name, mechanism in MECHANISMS.items() if mechanism.is_causal]
 every_sequential_variants_slowly = pytest.mark.parametrize("name", slow_but(set(_SEQUENTIAL) - _VARIANTS, _SEQUENTIAL))
 
 
@@ -215,6 +216,24 @@ def test_causal_means_that_no_later_position_matters(name, form):
     before, after = (np.asarray(program(name, form)(inputs, weights)[0])[:, :8] for inputs in (arrays, changed))
     moved = np.abs(after - before).max()
     assert moved < 1e-5 if mechanism.is_causal else moved > 1e-3
+
+
+@every_form
+@pytest.mark.parametrize("name", slow_but(set(_CAUSAL) - _VARIANTS, _CAUSAL))
+@pytest.mark.long
+def test_the_first_tokens_alone_give_their_part_of_the_whole(name, form):
+    """Causal outputs are those of any prefix, which ends within blocks and chunks."""
+    mechanism = MECHANISMS[name]
+    arrays = mechanism.inputs(key_heads=2)
+    batch, length = arrays["query"].shape[:2]
+    run = jax.jit(lambda arrays: mechanism(arrays, form))
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), arrays)
+        whole = np.asarray(run(wide))
+        for count in (7, 10):
+            leaves, tree = jax.tree.flatten(wide)
+            first = [x[:, :count] if x.shape[:2] == (batch, length) else x for x in leaves]
+            np.testing.assert_allclose(run(tree.unflatten(first)), whole[:, :count], rtol=0, atol=1e-12)
 
 
 EDGES = {

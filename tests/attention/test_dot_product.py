@@ -174,6 +174,14 @@ def test_query_without_visible_key_gives_zero_and_zero_gradients(implementation)
     assert all((g == 0).all() for g in gradients)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_of_no_keys_none_is_seen(implementation):
+    query, key, value = draw_arrays(0, 2, 6, 0, 4, 2)
+    out, lse = dot_product_attention(query, key, value, return_lse=True, implementation=implementation)
+    np.testing.assert_array_equal(out, np.zeros((2, 6, 4, 3)))
+    np.testing.assert_array_equal(lse, np.full((2, 6, 4), -np.inf))
+
+
 @every_implementation
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}], ids=str)
 def test_convention_of_jax_nn(implementation, options):

@@ -418,9 +418,11 @@ def test_segments_are_calls_of_their_own(implementation, is_causal, assert_close
     assert_close((packed, final), (jnp.concatenate(apart, axis=1), state), 2e-5)
 
 
-def test_no_tokens_leave_the_state_alone(assert_close):
-    arrays, options = inputs("gated delta", 0, state=True)
-    out, state = attend(arrays, **options)
+@pytest.mark.parametrize("form", ["gated delta", "channel-gated erase", "elu"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_tokens_leave_the_state_alone(implementation, form, assert_close):
+    arrays, options = inputs(form, 0, state=True)
+    out, state = attend(arrays, implementation=implementation, **options)
     assert out.shape == (2, 0, 2, 3)
     assert_close(state, arrays["initial_state"], 0)
 

@@ -108,6 +108,47 @@ def test_what_finds_no_place_is_not_seen():
     )
 
 
+def by_definition(levels, sizes, is_causal):
+    """(out, lse), of a query at a time: a row of each token, or of each group of tokens that is one mean."""
+    out, lse = np.zeros((2, LENGTH, HEADS, 5)), np.full((2, LENGTH, HEADS), -np.inf)
+    for b, t, n in np.ndindex(2, LENGTH, HEADS):
+        groups = []
+        for block, level in enumerate(levels[b, n // 2, t // 4]):
+            tokens = np.arange(4 * block, min(4 * block + 4, LENGTH))
+            is_fine = len(tokens) < 4 or (is_causal and tokens[-1] >= t // 4 * 4)
+            groups += np.split(tokens, 4 // level) if level in sizes and not is_fine else []
+            groups += [[s] for s in tokens if level in sizes and is_fine and not (is_causal and s > t)]
+        if groups:
+            keys, values = (np.stack([x[b, g, n // 2].mean(0) for g in groups]) for x in (KEY, VALUE))
+            logits = keys @ QUERY[b, t, n] / np.sqrt(8) + np.log([len(g) for g in groups])
+            lse[b, t, n] = np.logaddexp.reduce(logits)
+            out[b, t, n] = np.exp(logits - lse[b, t, n]) @ values
+    return out, lse
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_number_that_is_no_size_is_not_seen(form, is_causal):
+    """In no block: not in one cut short, nor in the query block's own."""
+    levels = np.random.default_rng(5).choice([-3, 0, 1, 2, 3, 4, 7, 300], size=(2, KEY_HEADS, 5, 5))
+    levels[0, 0, :] = 7
+    options = {"query_block": 4, "key_block": 4, "sizes": (1, 2, 4), "is_causal": is_causal, "return_lse": True}
+    with jax.enable_x64(True):
+        got = jax.jit(functools.partial(A.pyramid_attention, **options, implementation=form))(QUERY, KEY, VALUE, levels)
+    for x, y in zip(got, by_definition(levels, (1, 2, 4), is_causal)):
+        np.testing.assert_allclose(x, y, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("keys", "places"), [(0, None), (LENGTH, (0, 0)), (3, (0, 0))])
+def test_without_places_or_keys_nothing_is_seen(keys, places, form):
+    levels = np.ones((1, 1, 5, -(-keys // 4)), int)
+    options = {"query_block": 4, "key_block": 4, "sizes": (1, 2), "places": places, "return_lse": True}
+    out, lse = A.pyramid_attention(QUERY, KEY[:, :keys], VALUE[:, :keys], levels, **options, implementation=form)
+    np.testing.assert_array_equal(out, np.zeros((2, LENGTH, HEADS, 5)))
+    np.testing.assert_array_equal(lse, np.full((2, LENGTH, HEADS), -np.inf))
+
+
 # --- Levels -----------------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +225,17 @@ def _is_nan_past_the_last_slot(cache, slots, rule):
     past = [x[:, : slots - LENGTH + 1] for x in (QUERY, KEY, VALUE)]
     out, _ = A.pyramid_step(cache, *past, **rule)
     return np.isnan(out[:, -1]).all() and np.isfinite(out[:, :-1]).all()
+
+
+@pytest.mark.long
+def test_a_step_sees_its_own_blocks_where_no_other_gets_a_level():
+    rule = {"query_block": 4, "sizes": (1, 2), "fractions": (0.0, 0.0), "first": 0}
+    cache = A.init_pyramid_cache(2, LENGTH, KEY_HEADS, 8, key_block=4, sizes=(1, 2), value_dim=5, dtype="float32")
+    out, _ = A.pyramid_step(cache, *map(np.float32, (QUERY, KEY, VALUE)), **rule)
+    want = A.dot_product_attention(
+        QUERY, KEY, VALUE, mask=A.masks.blocks(4), is_causal=True, implementation="reference"
+    )
+    np.testing.assert_allclose(out, want, atol=2e-6)
 
 
 @pytest.mark.slow

@@ -111,6 +111,8 @@ def _refusal(
         return reason
     if block_bias is not None:
         return "has no block_bias"
+    if blocks.shape[-1] == 0:
+        return "needs lists that are not empty"
     queries, keys = query.shape[1], key.shape[1]
     if (sizes.query % _LANES and sizes.query < queries) or (sizes.key % _LANES and sizes.key < keys):
         return f"serves blocks of multiples of {_LANES} tokens, got {sizes.query} and {sizes.key}"

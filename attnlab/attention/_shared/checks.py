@@ -17,6 +17,12 @@ def shape_text(array: Any) -> str:
     return f"{jnp.dtype(array.dtype).name}[{','.join(map(str, array.shape))}]"
 
 
+def kind_text(value: Any) -> str:
+    """What a value of a wrong type is: an array by its shape, which may be traced, all else by its type."""
+    is_array = hasattr(value, "shape") and hasattr(value, "dtype")
+    return shape_text(value) if is_array else type(value).__name__
+
+
 def require(condition: bool, argument: str, given: Any, allowed: str) -> None:
     """Raises ValueError "argument: got given; allowed", the one form of message in this package."""
     if not condition:
@@ -172,7 +178,7 @@ def check_type(name: str, value: Any, kind: type, maker: str) -> None:
     """Requires a NamedTuple of arrays, as the function `maker` gives it."""
     if not isinstance(value, kind):
         article = "an" if kind.__name__[0] in "AEIO" else "a"
-        raise TypeError(f"{name}: got {type(value).__name__}; need {article} {kind.__name__}, as {maker} gives it")
+        raise TypeError(f"{name}: got {kind_text(value)}; need {article} {kind.__name__}, as {maker} gives it")
 
 
 def check_sizes(**sizes: Any) -> list[Any]:
@@ -287,8 +293,7 @@ def per_axis(name: str, value: Any, rank: int, kind: type = int) -> tuple[Any, .
 
 def check_segment_ids(name: str, ids: Any, shape: tuple[int, ...], layout: str) -> None:
     check_array(name, ids, shape, layout)
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"{name}: got dtype {ids.dtype}; need an integer dtype")
+    check_integers(name, ids)
 
 
 def check_segment_pair(
@@ -339,6 +344,37 @@ def check_position(name: str, position: Any, batch: int) -> None:
     require(is_count and position.shape in ((), (batch,)), name, _given(position), allowed)
 
 
+def known_values(array: Any) -> np.ndarray | None:
+    """The values of an array that is known without waiting for a device; None of others, traced ones among them."""
+    if isinstance(array, np.ndarray):
+        return array
+    is_here = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_fully_addressable
+    return np.asarray(array) if is_here and array.is_ready() else None
+
+
+def check_integers(name: str, array: Any) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name}: got dtype {array.dtype}; need an integer dtype")
+
+
+def check_queries_keys(queries: Any, keys: Any) -> None:
+    """Checks queries [B,n,N,H] and keys [B,m,K,H], both floating, K divides N."""
+    layout = "[batch, blocks, heads, width]"
+    for name, array in (("queries", queries), ("keys", keys)):
+        check_array(name, array, (None,) * 4, layout)
+        check_floating(name, array)
+        require(0 not in array.shape[2:], name, shape_text(array), "heads and width must be at least 1")
+    batch, _, heads, width = queries.shape
+    check_array("keys", keys, (batch, None, None, width), layout)
+    check_key_heads("keys", keys, heads)
+
+
+def check_key_heads(name: str, keys: Array, heads: int) -> None:
+    """[.., K, H]: K divides the number of query heads."""
+    fits = keys.shape[-2] > 0 and heads % keys.shape[-2] == 0
+    require(fits, name, shape_text(keys), f"need key heads that divide {heads}")
+
+
 def check_lengths(lengths: Any, batch: int, *, most: int | None = None) -> Array | None:
     """How many tokens of each row count, int32 [batch]; None, which is all, stays.
 
@@ -347,8 +383,7 @@ def check_lengths(lengths: Any, batch: int, *, most: int | None = None) -> Array
     if lengths is None:
         return None
     check_array("lengths", lengths, (batch,), "[batch]")
-    if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise TypeError(f"lengths: got dtype {lengths.dtype}; need an integer dtype")
+    check_integers("lengths", lengths)
     if most is not None and not isinstance(lengths, jax.core.Tracer) and getattr(lengths, "is_fully_addressable", True):
         outside = [length for length in np.asarray(lengths).tolist() if not 1 <= length <= most]
         require(not outside, "lengths", shown(outside[:1])[1:-1], f"need 1 to {most}")

@@ -14,7 +14,8 @@ RESET = -1e30  # Finite, so that no rewriting of a sum into a product can make 0
 
 def segment_starts(segment_ids: Array) -> Array:
     """[B, T], True where a segment other than the row's first begins."""
-    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return starts[:, : segment_ids.shape[1]]  # of no tokens none
 
 
 def drop_at_starts(log_decay: Array | None, segment_ids: Array, heads: int, dtype: Any) -> Array:

@@ -19,7 +19,7 @@ def softmax_parts(logits: Array, visible: Any = True) -> tuple[Array, Array, Arr
     is subtracted for range alone and carries no gradient.
     """
     logits = jnp.where(visible, logits, -jnp.inf)
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf))
     largest = jnp.where(largest == -jnp.inf, 0, largest)
     numerators = jnp.exp(logits - largest)
     total = jnp.sum(numerators, axis=-1, keepdims=True)
