@@ -51,6 +51,7 @@ _BY_NAME = {
     "num_levels": 4,
     "num_clusters": 3,
     "window": 3,
+    "width": 3,
     "sinks": 1,
     "dilation": 2,
     "edge": "clip",
@@ -107,6 +108,11 @@ _OWN = {
     },
     "pyramid_attention": {"levels": np.array([[[[1, 0], [2, 1], [2, 1]]]], np.int32), "places": (2, 1)},
     "block_statistics": {"lse": _normal(BATCH, 6, HEADS)},
+    **{
+        name: {"key_bias": _normal(BATCH, 6, KEY_HEADS)}
+        for name in ("dynamic_mask_attention", "prefill_dynamic_mask_cache")
+    },
+    "dynamic_mask_step": {"key_bias": _normal(BATCH, 1, KEY_HEADS)},
     "dilated_attention": {"window": 2},
     "axial_attention": {**_IMAGE, "axis": 1, "bias": _normal(HEADS, 5, 5)},
     "agent_attention": {"gather_bias": _normal(HEADS, 3, 6), "broadcast_bias": _normal(HEADS, 6, 3)},
