@@ -93,6 +93,9 @@ MIXERS = {
         {"chunk": 1, "chunks_kept": 4, "decay": 0.5, "num_key_heads": 2},  # divides any part of a sequence
         state_sizes=(48, 64, 64),
     ),
+    "dynamic_mask": Mixer(
+        nn.DynamicMaskAttention, {"width": 5, "num_key_heads": 2, "value_dim": 3}, state_sizes=(48, 80, 80)
+    ),
     "checkpoints": Mixer(
         nn.CheckpointAttention, {"segment": 3, "num_key_heads": 2, "value_dim": 3}, state_sizes=(28, 70, 308)
     ),
