@@ -78,10 +78,15 @@ MIXERS = {
         {"query_block": 2, "key_block": 4, "count": 2, "gate_dim": 3, "num_key_heads": 2},
         state_sizes=(70, 280, 1120),
     ),
+    "gate_block_per_head": Mixer(
+        nn.GateBlockAttention,
+        {"query_block": 1, "key_block": 4, "count": 2, "gate_dim": 3, "num_key_heads": 2, "per": "head"},
+        state_sizes=(70, 280, 1120),
+    ),
     "tree_block": Mixer(
         nn.TreeBlockAttention,
-        {"query_block": 2, "key_block": 2, "count": 2, "value_dim": 3},
-        state_sizes=(112, 392, 1792),
+        {"query_block": 2, "key_block": 2, "count": 2, "num_key_heads": 2, "value_dim": 3},
+        state_sizes=(56, 196, 896),
     ),
     "pyramid": Mixer(
         nn.PyramidAttention,

@@ -415,16 +415,24 @@ def pooled_blocks(
 
 def scores_by_group(queries: Array, keys: Array) -> Array:
     """[B, K, nq, nk]: pooled_scores of queries [B, nq, N, H], averaged over the heads that read a key head."""
-    grouped = queries.reshape(*queries.shape[:2], keys.shape[2], -1, queries.shape[-1])
-    return pooled_scores(grouped.astype(accumulator_dtype(queries, keys)).mean(3), keys)
+    return pooled_scores(mean_of_groups(queries, keys.shape[2]), keys)
+
+
+def mean_of_groups(queries: Array, heads: int) -> Array:
+    """[B, nq, N, H] -> [B, nq, heads, H], the mean of the heads of each group; of N heads what they are."""
+    if heads == queries.shape[2]:
+        return queries
+    grouped = queries.reshape(*queries.shape[:2], heads, -1, queries.shape[-1])
+    return grouped.astype(accumulator_dtype(queries)).mean(3)
 
 
 def gate_scores(queries: Array, keys: Array, query_weights: Array, key_weights: Array) -> Array:
-    """[B, N, nq, nk] of D^-1/2 (q_i W) . (k_j W'), the gate of SeerAttention (Gao et al. 2024), without positions.
+    """[B, N, nq, nk] of D^-1/2 (q_i W) . (k_j W'), the gate of SeerAttention (Gao et al. 2024), without positions; or
+    [B, K, nq, nk], of the mean queries of groups, that of SeerAttention-R, whose lists serve the group.
 
     Args:
       queries: [B, nq, N, F], such as the blocks' means; keys: [B, nk, K, F'], such as `gate_keys`. K divides N.
-      query_weights: [N, F, D]. key_weights: [K, F', D].
+      query_weights: [N, F, D], or [K, F, D] for groups. key_weights: [K, F', D].
 
     Differentiable; trained by `gate_loss`.
     """
@@ -438,8 +446,8 @@ def gate_keys(key: Array, size: int) -> Array:
 
 
 def to_gate(x: Array, weights: Array) -> Array:
-    """[B, n, N, F] by weights [N, F, D] -> [B, n, N, D], head by head."""
-    return jnp.einsum("BTNF,NFD->BTND", x, weights)
+    """[B, n, N, F] by weights [N, F, D] -> [B, n, N, D], head by head; of weights of fewer heads, the groups' means."""
+    return jnp.einsum("BTNF,NFD->BTND", mean_of_groups(x, weights.shape[0]), weights)
 
 
 def gate_loss(
@@ -459,14 +467,19 @@ def gate_loss(
 
     Args:
       queries, keys, query_weights, key_weights: as in `gate_scores`.
-      statistics: [B, N, nq, nk], the largest weight of each block: `block_statistics(..., reduce="max")`.
+      statistics: [B, N, nq, nk], the largest weight of each block: `block_statistics(..., reduce="max")`. For groups
+        the largest of these over the group's heads is taken.
       eligible: bool, broadcasts to them: who competes. Rows without such a block have nothing to learn, and count not.
     """
     scores = gate_scores(lax.stop_gradient(queries), lax.stop_gradient(keys), query_weights, key_weights)
-    check_array("statistics", statistics, scores.shape, "[batch, heads, query blocks, key blocks]")
+    batch, of_lists, *blocks = scores.shape
+    check_array(
+        "statistics", statistics, (batch, queries.shape[2], *blocks), "[batch, heads, query blocks, key blocks]"
+    )
     check_floating("statistics", statistics)
     _check_broadcasts("eligible", eligible, scores.shape)
-    largest = lax.stop_gradient(jnp.where(eligible, statistics.astype(scores.dtype), 0))
+    of_groups = statistics.astype(scores.dtype).reshape(batch, of_lists, -1, *blocks).max(2)
+    largest = lax.stop_gradient(jnp.where(eligible, of_groups, 0))
     total = largest.sum(-1, keepdims=True)
     targets = largest / jnp.where(total > 0, total, 1)
     *_, lse = softmax_parts(scores, jnp.broadcast_to(eligible, scores.shape))

@@ -572,7 +572,8 @@ def init_block_sparse_cache(
 
     Args:
       key_block: tokens in a block of keys. count: blocks that a query block chooses besides its own.
-      list_heads: heads with lists of their own. None: num_key_heads, for the rule "mean"; the others need all heads.
+      list_heads: heads with lists of their own. None: num_key_heads, whose lists serve the group. For a tree and a gate
+        they may be all heads; of a gate as many as its query weights have.
       representative_dim: None: head_dim, for the rule "mean". For a gate its width, kept in float32 at least, as gates
         compute. 0 for the rule "tree".
       value_dim: None means head_dim.
@@ -644,13 +645,16 @@ def _check_rule(rule: Any, first: Any, cache: BlockSparseCache, heads: int) -> i
     key_heads, head_dim = cache.key.shape[2:]
     if isinstance(rule, str):
         check_choice("rule", rule, ("mean", "tree"))
-        needed = (key_heads, head_dim) if rule == "mean" else (heads, 0)
+        of_tree = cache.blocks.shape[1] if cache.blocks.shape[1] == heads else key_heads
+        needed = (key_heads, head_dim) if rule == "mean" else (of_tree, 0)
     else:
         if not isinstance(rule, tuple) or len(rule) != 2:
             raise TypeError(f'rule: got {shown(rule)}; need "mean", "tree", or the two weights of a gate')
-        check_array("rule[0]", rule[0], (heads, head_dim, None), "[heads, head_dim, width]")
-        check_array("rule[1]", rule[1], (key_heads, 3 * head_dim, rule[0].shape[-1]), "[key heads, 3 head_dim, width]")
-        needed = (heads, rule[0].shape[-1])
+        check_array("rule[0]", rule[0], (None, head_dim, None), "[heads or key heads, head_dim, width]")
+        of_gate, _, width = rule[0].shape
+        require(of_gate in (heads, key_heads), "rule[0]", shape_text(rule[0]), f"need {heads} heads or {key_heads}")
+        check_array("rule[1]", rule[1], (key_heads, 3 * head_dim, width), "[key heads, 3 head_dim, width]")
+        needed = (of_gate, width)
     made_for = cache.blocks.shape[1], cache.representative.shape[-1]
     sizes = "list_heads={}, representative_dim={}"
     require(made_for == needed, "cache", f"one of {sizes.format(*made_for)}", f"the rule needs {sizes.format(*needed)}")
@@ -672,6 +676,7 @@ def _chosen(cache: BlockSparseCache, query: Array, start: Array, rule: Rule, fir
     key_block, count = _key_block(cache), cache.blocks.shape[-1]
     complete = start // key_block
     if rule == "tree":
+        query = block_selection.mean_of_groups(query, cache.blocks.shape[1])
         found = block_selection.tree_blocks(
             query[:, :, None], cache.key, count, key_block=key_block, candidates=complete
         )
@@ -705,7 +710,8 @@ def block_sparse_step(
       query_block: tokens in a block of queries; it divides the cache's key_block, or that divides it.
       rule: how a block's first query chooses `count` of the blocks that are complete before it. "mean":
         `block_selection.pooled_blocks`. "tree": `block_selection.tree_blocks`, by centre keys. A gate's (query_weights
-        [N, H, D], key_weights [K, 3 H, D]): `block_selection.gate_scores` of `block_selection.gate_keys`.
+        [N | K, H, D], key_weights [K, 3 H, D]): `block_selection.gate_scores` of `block_selection.gate_keys`. Lists of
+        key heads, by "mean" and where the cache has them, are those of the mean queries of groups.
       first: how many of the chosen are the sequence's first; None means 1. A tree has none.
 
     Returns:

@@ -114,6 +114,23 @@ def test_vectors_of_the_gate_and_its_training():
         np.testing.assert_allclose(got, data[name], atol=1e-12)
 
 
+def test_vectors_of_what_a_gate_for_groups_learns():
+    """SeerAttention-R's targets: of a group's heads the largest weight of each block."""
+    data = vectors("gate_strict")
+    block = data["key_block"]
+    _, lse = A.dot_product_attention(data["query"], data["key"], data["key"], is_causal=True, return_lse=True)
+    sizes = {"query_block": 1, "key_block": block, "is_causal": True}
+    largest = A.block_statistics(data["query"], data["key"], lse, **sizes, reduce="max")
+    keys, weights = selection.gate_keys(data["key"], block), (data["weight_query"], data["weight_key"])
+    got = selection.gate_loss(data["query"], keys, *weights, largest, eligible=data["eligible"])
+    targets, scores = data["targets"], np.where(data["eligible"], data["scores"], -np.inf)
+    has_row = data["eligible"].any(-1)
+    of_gate = (scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True))[:, :, has_row]
+    targets = targets[:, :, has_row]
+    terms = np.where(targets > 0, targets * (np.log(np.where(targets > 0, targets, 1)) - of_gate), 0)
+    np.testing.assert_allclose(got, terms.sum(-1).mean(), atol=1e-12)
+
+
 @pytest.mark.long
 def test_a_gate_and_its_model_learn_from_losses_of_their_own():
     """The model's queries and keys get nothing of the gate's loss, and the gate nothing of the model's."""

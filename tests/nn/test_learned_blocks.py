@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import attnlab
 from attnlab import nn
 
 X = np.random.default_rng(0).normal(size=(2, 12, 16)).astype(np.float32)
@@ -13,6 +14,7 @@ SIZES = {"query_block": 2, "key_block": 4}
 LEARNING = {
     "gate, causal": nn.GateBlockAttention(16, is_causal=True, **SIZES, count=1),
     "gate": nn.GateBlockAttention(16, is_causal=False, **SIZES, count=1),
+    "gate of groups": nn.GateBlockAttention(16, is_causal=True, **SIZES, count=1, num_key_heads=2),
     "connectivity": nn.ConnectivityAttention(16, is_causal=False, tokens=12, count=3, maps=4),
 }
 CHOOSING = {"query_gate", "key_gate", "down", "up"}
@@ -85,6 +87,24 @@ def test_flops_count_the_choice():
     maps = nn.ConnectivityAttention(16, is_causal=False, tokens=12, count=3, maps=4)
     by_maps = 2 * 4 * 12 * 16 + 2 * 4 * 12 * 16 + 2 * 4 * 4 * 12 * 12  # keys by maps, queries by them, sums of maps
     assert maps.flops((12,)) == projections + 4 * 12 * 3 * 16 + by_maps
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options", "is_taken"),
+    [
+        (nn.GateBlockAttention, {}, True),
+        (nn.GateBlockAttention, {"per": "head"}, False),
+        (nn.TreeBlockAttention, {}, True),
+        (nn.BlockSparseAttention, {}, True),
+    ],
+)
+def test_lists_that_serve_a_group_are_those_that_kernels_take(mixer, options, is_taken):
+    sizes = {"query_block": 128, "key_block": 128, "count": 1, "num_key_heads": 2, "head_dim": 64}
+    mixer = mixer(16, is_causal=True, **sizes, **options)
+    bound = nn.bind(mixer, nn.initialize(mixer, jax.random.key(0)))
+    choices = attnlab.explain(bound, np.zeros((1, 512, 16), np.float32))
+    (choice,) = (x for x in choices if x.primitive == "block_sparse_attention")
+    assert (choice.by_platform.get("tpu") == "pallas_tpu") == is_taken
 
 
 def test_inputs_have_the_length_that_maps_are_of():

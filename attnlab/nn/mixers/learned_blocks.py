@@ -1,7 +1,7 @@
 """Softmax attention to blocks of keys that a gate, a search down a tree, or learned maps choose."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 
 import attnlab.attention as attention
 from attnlab.attention import block_selection
-from attnlab.attention._shared.checks import check_float, check_int, require
+from attnlab.attention._shared.checks import check_choice, check_float, check_int, require
 from attnlab.nn.mixers.base import flat
 from attnlab.nn.mixers.block_sparse import ChosenBlocks, StrictBlocks
 from attnlab.nn.parameters import auxiliary_loss, normal, parameter
@@ -28,7 +28,8 @@ def _weights_of(query: Array, key: Array, query_block: int, key_block: int, is_c
 
 class GateBlockAttention(StrictBlocks):
     """Blocks of queries attend to the blocks of keys that a gate scores highest, which learns beside the model where
-    softmax attention puts its weights: SeerAttention (Gao et al. 2024), with strict lists.
+    softmax attention puts its weights: SeerAttention (Gao et al. 2024) and SeerAttention-R (Gao et al. 2025), with
+    strict lists.
 
     The gate, block_selection.gate_scores, reads a block's first query (not causal: the mean one) and the mean, largest
     and smallest keys of blocks, with their positions. Its loss in training, block_selection.gate_loss, takes the
@@ -36,6 +37,8 @@ class GateBlockAttention(StrictBlocks):
 
     Args:
       query_block, key_block, count, first: as in BlockSparseAttention.
+      per: what chooses. "group": each key head, by the mean query of its group, for which lists serve all heads of the
+        group, as kernels take them (SeerAttention-R). "head": each query head (SeerAttention).
       gate_dim: width of the gate.
       distillation: weight of the gate's loss, averaged over rows, beside the model's. It alone trains the gate, and
         trains nothing else.
@@ -49,18 +52,21 @@ class GateBlockAttention(StrictBlocks):
         key_block: int,
         count: int,
         first: int = 1,
+        per: Literal["group", "head"] = "group",
         gate_dim: int = 16,
         distillation: float = 1.0,
         **shared: Any,
     ):
         super().__init__(features, **shared)
         self.choose_blocks(query_block, key_block, count)
+        is_grouped = check_choice("per", per, ("group", "head")) == "group"
+        self.list_heads = self.num_key_heads if is_grouped else self.num_heads
         self.first = check_int("first", first, least=0)
         self.gate_dim = check_int("gate_dim", gate_dim, least=1)
         self.distillation = check_float("distillation", distillation, least=0)
-        width, heads = self.head_dim, (self.num_heads, self.num_key_heads)
-        self.query_gate = parameter((heads[0], width, self.gate_dim), normal(width**-0.5))
-        self.key_gate = parameter((heads[1], 3 * width, self.gate_dim), normal((3 * width) ** -0.5))
+        width = self.head_dim
+        self.query_gate = parameter((self.list_heads, width, self.gate_dim), normal(width**-0.5))
+        self.key_gate = parameter((self.num_key_heads, 3 * width, self.gate_dim), normal((3 * width) ** -0.5))
         self.gate_loss = auxiliary_loss()
 
     def _gate(self, query: Array, key: Array) -> tuple[Array, Array, Array, Array]:
@@ -88,14 +94,14 @@ class GateBlockAttention(StrictBlocks):
         return self.mix(query, key, value, x, segment_ids)
 
     def choosing_flops(self, query_blocks: int, key_blocks: int) -> int:
-        queries = self.num_heads * query_blocks * (self.head_dim + key_blocks)
+        queries = self.list_heads * query_blocks * (self.head_dim + key_blocks)
         return 2 * self.gate_dim * (queries + 3 * self.num_key_heads * key_blocks * self.head_dim)
 
     def rule(self) -> dict[str, Any]:
         return {"rule": (self.query_gate[...], self.key_gate[...]), "first": self.first}
 
     def cache_sizes(self) -> dict[str, int]:
-        return {"list_heads": self.num_heads, "representative_dim": self.gate_dim}
+        return {"list_heads": self.list_heads, "representative_dim": self.gate_dim}
 
 
 class TreeBlockAttention(StrictBlocks):
@@ -103,7 +109,8 @@ class TreeBlockAttention(StrictBlocks):
     of products that grows with the logarithm of the length: HiP attention (Lee et al. 2024), with strict lists.
 
     Causal, a block's first query searches the blocks that end before it, and the block's own are seen besides. Not
-    causal, a block's mean query searches all. See block_selection.tree_blocks.
+    causal, a block's mean query searches all. Queries are the mean of those that read a key head, as its lists serve
+    them all. See block_selection.tree_blocks.
 
     Args:
       query_block, key_block, count: as in BlockSparseAttention.
@@ -114,7 +121,7 @@ class TreeBlockAttention(StrictBlocks):
         self.choose_blocks(query_block, key_block, count)
 
     def lists(self, query: Array, key: Array) -> Array:
-        queries = self.queries_of_blocks(query)
+        queries = block_selection.mean_of_groups(self.queries_of_blocks(query), self.num_key_heads)
         rows, blocks = queries.shape[1], -(-key.shape[1] // self.key_block)
         options: dict[str, Any] = {"key_block": self.key_block}
         if not self.is_causal:
@@ -128,13 +135,13 @@ class TreeBlockAttention(StrictBlocks):
 
     def choosing_flops(self, query_blocks: int, key_blocks: int) -> int:
         halvings = math.ceil(math.log2(max(key_blocks / self.count, 1)))
-        return 2 * query_blocks * self.num_heads * self.head_dim * self.count * (1 + halvings)
+        return 2 * query_blocks * self.num_key_heads * self.head_dim * self.count * (1 + halvings)
 
     def rule(self) -> dict[str, Any]:
         return {"rule": "tree"}
 
     def cache_sizes(self) -> dict[str, int]:
-        return {"list_heads": self.num_heads, "representative_dim": 0}
+        return {"list_heads": self.num_key_heads, "representative_dim": 0}
 
 
 class ConnectivityAttention(ChosenBlocks):
