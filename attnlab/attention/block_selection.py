@@ -187,6 +187,73 @@ def _check_broadcasts(name: str, mask: Any, shape: tuple[int, ...]) -> None:
         raise (ValueError if is_mask else TypeError)(f"{name}: got {given}; need bool that broadcasts to {list(shape)}")
 
 
+def chunk_sparsities(
+    chunk_tokens: Sequence[int], *, target: float, base: float, alphas: Sequence[float]
+) -> tuple[np.ndarray, float]:
+    """The share of its keys that each chunk leaves out, later chunks more (Light Forcing): (sparsities, beta).
+
+        s_0 = 0        s_c = base - alpha_c beta        sum_c n_c m_c s_c = target sum_c n_c m_c
+
+    of chunks of n_c tokens, which see the m_c = n_0 + ... + n_c tokens up to their ends. The first chunk sees all. beta
+    is what gives `target` over all pairs of a query and a key.
+
+    Args:
+      chunk_tokens: n_c, from 1.
+      target, base: 0 to 1. alphas: one a chunk, growing smaller; that of the first is not read.
+
+    Float64. A target that base and alphas cannot reach gives sparsities below 0 or above 1: none is cut off.
+    """
+    tokens = np.asarray([check_int("chunk_tokens", count, least=1, of=chunk_tokens) for count in chunk_tokens])
+    weights = np.asarray([check_float("alphas", alpha) for alpha in alphas])
+    require(len(weights) == len(tokens) > 0, "alphas", shown(alphas), f"need one for each of {len(tokens)} chunks")
+    target, base = check_float("target", target, least=0, most=1), check_float("base", base, least=0, most=1)
+    pairs = tokens * np.cumsum(tokens)
+    by_alpha = float((pairs * weights)[1:].sum())
+    require(by_alpha != 0, "alphas", shown(alphas), "need some that move the chunks after the first")
+    beta = float(base * pairs[1:].sum() - target * pairs.sum()) / by_alpha
+    return np.append(0.0, base - beta * weights[1:]), beta
+
+
+# --- Orders -----------------------------------------------------------------------------------------------------------
+
+
+def axis_order(space: Sequence[int], orders: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(index, inverse), int32 [heads, T]: the tokens of a grid with its axes in an order of each head's own (PARO), in
+    which what the head attends to may lie in fewer blocks.
+
+    Args:
+      space: of T tokens in raster order, such as (frames, rows, columns).
+      orders: of each head the axes, the slowest one first; (0, 1, 2) leaves them as they are.
+
+    Place i of a head's order has token index[head, i], and token t has place inverse[head, t]: `in_order` by the one
+    and then by the other gives what was. Attention that sees all does not depend on the order.
+    """
+    space = tuple(check_int("space", length, least=1, of=space) for length in space)
+    axes, tokens = list(range(len(space))), np.arange(int(np.prod(space)), dtype=np.int32).reshape(space)
+    index = []
+    for order in orders:
+        fits = isinstance(order, (tuple, list)) and sorted(order) == axes
+        require(fits, "orders", shown(order), f"need all of the axes {axes} for every head")
+        index.append(tokens.transpose(order).ravel())
+    require(len(index) > 0, "orders", shown(orders), "need one for every head")
+    return np.stack(index), np.argsort(np.stack(index), axis=-1).astype(np.int32)
+
+
+def in_order(x: Array, index: Array | np.ndarray) -> Array:
+    """[B, T, N, H] -> [B, T, N, H] with the tokens of each head in an order: place i has token index[head, i].
+
+    index: int [K|1, T], such as `axis_order`'s or that of a roll; K divides N, and the heads of a group have one order.
+    """
+    check_array("x", x, (None,) * 4, "[batch, tokens, heads, head_dim]")
+    check_array("index", index, (None, x.shape[1]), "[heads, tokens]")
+    heads = index.shape[0]
+    require(
+        heads > 0 and x.shape[2] % heads == 0, "index", shape_text(index), f"need orders that divide {x.shape[2]} heads"
+    )
+    of_heads = jnp.repeat(jnp.asarray(index), x.shape[2] // heads, axis=0)
+    return jnp.take_along_axis(x, of_heads.T[None, :, :, None], axis=1)
+
+
 # --- Levels -----------------------------------------------------------------------------------------------------------
 
 
