@@ -75,13 +75,18 @@ MIXERS = {
     ),
     "gate_block": Mixer(
         nn.GateBlockAttention,
-        {"query_block": 2, "key_block": 4, "count": 2, "gate_dim": 3, "num_key_heads": 2},
-        state_sizes=(70, 280, 1120),
+        {"query_block": 2, "key_block": 4, "count": 2, "gate_dim": 4, "num_key_heads": 2},
+        state_sizes=(72, 288, 1152),
     ),
     "gate_block_per_head": Mixer(
         nn.GateBlockAttention,
-        {"query_block": 1, "key_block": 4, "count": 2, "gate_dim": 3, "num_key_heads": 2, "per": "head"},
-        state_sizes=(70, 280, 1120),
+        {"query_block": 1, "key_block": 4, "count": 2, "gate_dim": 4, "num_key_heads": 2, "per": "head"},
+        state_sizes=(72, 288, 1152),
+    ),
+    "gate_block_positionless": Mixer(
+        nn.GateBlockAttention,
+        {"query_block": 4, "key_block": 4, "count": 2, "gate_dim": 3, "rotary": False},
+        state_sizes=(140, 560, 2240),
     ),
     "tree_block": Mixer(
         nn.TreeBlockAttention,

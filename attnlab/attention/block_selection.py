@@ -10,7 +10,7 @@ scores of that query and of the block's own keys; the blocks that a query block 
 outside the count and under attention's element mask, so that nothing of a later token enters a list.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -41,6 +41,7 @@ from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax import softmax_parts
 
 Array = jax.Array
+GateTurns = tuple[Callable[[Array], Array], Callable[[Array], Array]]
 Pooling = Literal["mean", "max", "min", "first", "last", "centre"]
 
 _COMPARED = 512  # blocks of a row that are compared with each other; more are sorted
@@ -493,17 +494,23 @@ def mean_of_groups(queries: Array, heads: int) -> Array:
     return grouped.astype(accumulator_dtype(queries)).mean(3)
 
 
-def gate_scores(queries: Array, keys: Array, query_weights: Array, key_weights: Array) -> Array:
-    """[B, N, nq, nk] of D^-1/2 (q_i W) . (k_j W'), the gate of SeerAttention (Gao et al. 2024), without positions; or
-    [B, K, nq, nk], of the mean queries of groups, that of SeerAttention-R, whose lists serve the group.
+def gate_scores(
+    queries: Array, keys: Array, query_weights: Array, key_weights: Array, *, turns: GateTurns | None = None
+) -> Array:
+    """[B, N, nq, nk] of D^-1/2 (q_i W) . (k_j W'), the gate of SeerAttention (Gao et al. 2024); or [B, K, nq, nk], of
+    the mean queries of groups, that of SeerAttention-R, whose lists serve the group.
 
     Args:
-      queries: [B, nq, N, F], such as the blocks' means; keys: [B, nk, K, F'], such as `gate_keys`. K divides N.
+      queries: [B, nq, N, F], such as the blocks' means; keys: [B, nk, K, F'], such as `gate_keys`, of tokens without
+        positions: the largest of turned keys says little. K divides N.
       query_weights: [N, F, D], or [K, F, D] for groups. key_weights: [K, F', D].
+      turns: what gives q_i W and k_j W', [B, n, heads, D], their positions, those of the blocks' starts as published,
+        so that scores depend on how far apart blocks are. None: no positions.
 
     Differentiable; trained by `gate_loss`.
     """
-    return pooled_scores(to_gate(queries, query_weights), to_gate(keys, key_weights))
+    projected = to_gate(queries, query_weights), to_gate(keys, key_weights)
+    return pooled_scores(*(turn(x) for turn, x in zip(turns, projected)) if turns else projected)
 
 
 def gate_keys(key: Array, size: int) -> Array:
@@ -525,6 +532,7 @@ def gate_loss(
     statistics: Array,
     *,
     eligible: Array | np.ndarray,
+    turns: GateTurns | None = None,
 ) -> Array:
     """What the gate of `gate_scores` is trained by, beside the model: its divergence from what attention does, [].
 
@@ -533,12 +541,13 @@ def gate_loss(
     Only the weights get a gradient. The model, which attends by lists, gives the gate none: add the two losses.
 
     Args:
-      queries, keys, query_weights, key_weights: as in `gate_scores`.
+      queries, keys, query_weights, key_weights, turns: as in `gate_scores`.
       statistics: [B, N, nq, nk], the largest weight of each block: `block_statistics(..., reduce="max")`. For groups
         the largest of these over the group's heads is taken.
       eligible: bool, broadcasts to them: who competes. Rows without such a block have nothing to learn, and count not.
     """
-    scores = gate_scores(lax.stop_gradient(queries), lax.stop_gradient(keys), query_weights, key_weights)
+    queries, keys = lax.stop_gradient((queries, keys))
+    scores = gate_scores(queries, keys, query_weights, key_weights, turns=turns)
     batch, of_lists, *blocks = scores.shape
     check_array(
         "statistics", statistics, (batch, queries.shape[2], *blocks), "[batch, heads, query blocks, key blocks]"

@@ -194,13 +194,21 @@ SIZES = [
     {"query_block": q, "key_block": k, "count": count}
     for q, k, count in itertools.product((1, 4, 8), (1, 2, 4), (2, 3))
 ]
-RULES = ("first of the means", "means", "tree", "gate", "tree of groups", "gate of groups")
+RULES = ("first of the means", "means", "tree", "gate", "tree of groups", "gate of groups", "gate, turned")
 CUTS = [(1, 2, 3, 12, 19), (19,)]
 
 
 def gate(heads, key_heads, head_dim):
     random = np.random.default_rng(5)
     return random.normal(size=(heads, head_dim, 3)), random.normal(size=(key_heads, 3 * head_dim, 3))
+
+
+def turn(x, positions):
+    """The first two channels, by an angle that grows with position."""
+    angle = 0.3 * positions[..., None]
+    first, second = x[..., 0], x[..., 1]
+    turned = [first * jnp.cos(angle) - second * jnp.sin(angle), first * jnp.sin(angle) + second * jnp.cos(angle)]
+    return jnp.concatenate([jnp.stack(turned, -1), x[..., 2:]], -1)
 
 
 def deciding(rule, query, key):
@@ -212,6 +220,7 @@ def deciding(rule, query, key):
         "means": ({"rule": "mean", "first": 0}, {}),
         "tree": ({"rule": "tree"}, of_all | {"representative_dim": 0}),
         "gate": ({"rule": gate(heads, key_heads, head_dim), "first": 1}, of_all),
+        "gate, turned": ({"rule": (*gate(heads, key_heads, head_dim), turn), "first": 1}, of_all),
         "tree of groups": ({"rule": "tree"}, {"representative_dim": 0}),
         "gate of groups": ({"rule": gate(key_heads, key_heads, head_dim), "first": 1}, {"representative_dim": 3}),
     }[rule]
@@ -228,8 +237,13 @@ def strict_lists(rule, query, key, *, query_block, key_block, count):
     key_blocks = -(-key.shape[1] // key_block)
     complete, own = block_selection.causal_blocks(queries.shape[1], key_blocks, query_block, key_block)
     if rule.startswith("gate"):
+        turns = None
+        if rule == "gate, turned":
+            starts = [jnp.arange(0, key.shape[1], size)[None] for size in (query_block, key_block)]
+            queries, key = turn(queries, -starts[0]), turn(key, -jnp.arange(key.shape[1])[None])
+            turns = tuple(functools.partial(turn, positions=positions) for positions in starts)
         scores = block_selection.gate_scores(
-            queries, block_selection.gate_keys(key, key_block), *gate(queries.shape[2], *key.shape[2:])
+            queries, block_selection.gate_keys(key, key_block), *gate(queries.shape[2], *key.shape[2:]), turns=turns
         )
         return block_selection.select_blocks(scores, eligible=complete, count=count, first=1, own=own)
     found = block_selection.tree_blocks(
