@@ -24,6 +24,7 @@ _VARIANTS = {
     "path, forget gates",
     "landmark, softmax",
     "block-sparse",
+    "dynamic-mask",
     "ema-sinks",
     "ema-sinks, causal",
     "pyramid",
