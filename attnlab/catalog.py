@@ -284,6 +284,13 @@ MECHANISMS: dict[str, Mechanism] = {
         large=lambda length: {"chunk": 64, "chunks_kept": 5},
         is_causal=True,
     ),
+    "dynamic-mask": Mechanism(
+        attnlab.dynamic_mask_attention,
+        {"width": 5},
+        large=lambda length: {"width": WINDOW // 4},
+        arrays=lambda rng, sizes: {"key_bias": rng.normal(size=(sizes.batch, *sizes.space, sizes.key_heads))},
+        is_causal=True,
+    ),
     "axial": Mechanism(attnlab.axial_attention, {"axis": 0}, grid=True),
     "agent": Mechanism(attnlab.agent_attention, arrays=_agents_and_biases, grid=True),
     "agent, causal": Mechanism(attnlab.causal_agent_attention, arrays=_agents, is_causal=True),

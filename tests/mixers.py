@@ -75,13 +75,23 @@ MIXERS = {
     ),
     "gate_block": Mixer(
         nn.GateBlockAttention,
-        {"query_block": 2, "key_block": 4, "count": 2, "gate_dim": 3, "num_key_heads": 2},
-        state_sizes=(70, 280, 1120),
+        {"query_block": 2, "key_block": 4, "count": 2, "gate_dim": 4, "num_key_heads": 2},
+        state_sizes=(72, 288, 1152),
+    ),
+    "gate_block_per_head": Mixer(
+        nn.GateBlockAttention,
+        {"query_block": 1, "key_block": 4, "count": 2, "gate_dim": 4, "num_key_heads": 2, "per": "head"},
+        state_sizes=(72, 288, 1152),
+    ),
+    "gate_block_positionless": Mixer(
+        nn.GateBlockAttention,
+        {"query_block": 4, "key_block": 4, "count": 2, "gate_dim": 3, "rotary": False},
+        state_sizes=(140, 560, 2240),
     ),
     "tree_block": Mixer(
         nn.TreeBlockAttention,
-        {"query_block": 2, "key_block": 2, "count": 2, "value_dim": 3},
-        state_sizes=(112, 392, 1792),
+        {"query_block": 2, "key_block": 2, "count": 2, "num_key_heads": 2, "value_dim": 3},
+        state_sizes=(56, 196, 896),
     ),
     "pyramid": Mixer(
         nn.PyramidAttention,
@@ -92,6 +102,9 @@ MIXERS = {
         nn.EmaSinksAttention,
         {"chunk": 1, "chunks_kept": 4, "decay": 0.5, "num_key_heads": 2},  # divides any part of a sequence
         state_sizes=(48, 64, 64),
+    ),
+    "dynamic_mask": Mixer(
+        nn.DynamicMaskAttention, {"width": 5, "num_key_heads": 2, "value_dim": 3}, state_sizes=(48, 80, 80)
     ),
     "checkpoints": Mixer(
         nn.CheckpointAttention, {"segment": 3, "num_key_heads": 2, "value_dim": 3}, state_sizes=(28, 70, 308)

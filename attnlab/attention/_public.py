@@ -23,6 +23,13 @@ from attnlab.attention.dot_product import (
     init_dot_product_cache,
     prefill_dot_product_cache,
 )
+from attnlab.attention.dynamic_mask import (
+    DynamicMaskCache,
+    dynamic_mask_attention,
+    dynamic_mask_step,
+    init_dynamic_mask_cache,
+    prefill_dynamic_mask_cache,
+)
 from attnlab.attention.ema_sinks import (
     EmaSinksCache,
     ema_sinks_attention,

@@ -10,7 +10,7 @@ scores of that query and of the block's own keys; the blocks that a query block 
 outside the count and under attention's element mask, so that nothing of a later token enters a list.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -46,6 +46,7 @@ from attnlab.attention._shared.heads import repeat_key_heads
 from attnlab.attention._shared.softmax import softmax_parts
 
 Array = jax.Array
+GateTurns = tuple[Callable[[Array], Array], Callable[[Array], Array]]
 Pooling = Literal["mean", "max", "min", "first", "last", "centre"]
 
 _MOST = 2**31 - 1  # of what int32 counts
@@ -197,6 +198,73 @@ def _check_broadcasts(name: str, mask: Any, shape: tuple[int, ...]) -> None:
     if not fits:
         given = shape_text(mask) if hasattr(mask, "dtype") else shown(mask)
         raise (ValueError if is_mask else TypeError)(f"{name}: got {given}; need bool that broadcasts to {list(shape)}")
+
+
+def chunk_sparsities(
+    chunk_tokens: Sequence[int], *, target: float, base: float, alphas: Sequence[float]
+) -> tuple[np.ndarray, float]:
+    """The share of its keys that each chunk leaves out, later chunks more (Light Forcing): (sparsities, beta).
+
+        s_0 = 0        s_c = base - alpha_c beta        sum_c n_c m_c s_c = target sum_c n_c m_c
+
+    of chunks of n_c tokens, which see the m_c = n_0 + ... + n_c tokens up to their ends. The first chunk sees all. beta
+    is what gives `target` over all pairs of a query and a key.
+
+    Args:
+      chunk_tokens: n_c, from 1.
+      target, base: 0 to 1. alphas: one a chunk, growing smaller; that of the first is not read.
+
+    Float64. A target that base and alphas cannot reach gives sparsities below 0 or above 1: none is cut off.
+    """
+    tokens = np.asarray([check_int("chunk_tokens", count, least=1, of=chunk_tokens) for count in chunk_tokens])
+    weights = np.asarray([check_float("alphas", alpha) for alpha in alphas])
+    require(len(weights) == len(tokens) > 0, "alphas", shown(alphas), f"need one for each of {len(tokens)} chunks")
+    target, base = check_float("target", target, least=0, most=1), check_float("base", base, least=0, most=1)
+    pairs = tokens * np.cumsum(tokens)
+    by_alpha = float((pairs * weights)[1:].sum())
+    require(by_alpha != 0, "alphas", shown(alphas), "need some that move the chunks after the first")
+    beta = float(base * pairs[1:].sum() - target * pairs.sum()) / by_alpha
+    return np.append(0.0, base - beta * weights[1:]), beta
+
+
+# --- Orders -----------------------------------------------------------------------------------------------------------
+
+
+def axis_order(space: Sequence[int], orders: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(index, inverse), int32 [heads, T]: the tokens of a grid with its axes in an order of each head's own (PARO), in
+    which what the head attends to may lie in fewer blocks.
+
+    Args:
+      space: of T tokens in raster order, such as (frames, rows, columns).
+      orders: of each head the axes, the slowest one first; (0, 1, 2) leaves them as they are.
+
+    Place i of a head's order has token index[head, i], and token t has place inverse[head, t]: `in_order` by the one
+    and then by the other gives what was. Attention that sees all does not depend on the order.
+    """
+    space = tuple(check_int("space", length, least=1, of=space) for length in space)
+    axes, tokens = list(range(len(space))), np.arange(int(np.prod(space)), dtype=np.int32).reshape(space)
+    index = []
+    for order in orders:
+        fits = isinstance(order, (tuple, list)) and sorted(order) == axes
+        require(fits, "orders", shown(order), f"need all of the axes {axes} for every head")
+        index.append(tokens.transpose(order).ravel())
+    require(len(index) > 0, "orders", shown(orders), "need one for every head")
+    return np.stack(index), np.argsort(np.stack(index), axis=-1).astype(np.int32)
+
+
+def in_order(x: Array, index: Array | np.ndarray) -> Array:
+    """[B, T, N, H] -> [B, T, N, H] with the tokens of each head in an order: place i has token index[head, i].
+
+    index: int [K|1, T], such as `axis_order`'s or that of a roll; K divides N, and the heads of a group have one order.
+    """
+    check_array("x", x, (None,) * 4, "[batch, tokens, heads, head_dim]")
+    check_array("index", index, (None, x.shape[1]), "[heads, tokens]")
+    heads = index.shape[0]
+    require(
+        heads > 0 and x.shape[2] % heads == 0, "index", shape_text(index), f"need orders that divide {x.shape[2]} heads"
+    )
+    of_heads = jnp.repeat(jnp.asarray(index), x.shape[2] // heads, axis=0)
+    return jnp.take_along_axis(x, of_heads.T[None, :, :, None], axis=1)
 
 
 # --- Levels -----------------------------------------------------------------------------------------------------------
@@ -442,29 +510,49 @@ def _scores_of_means(query: Array, key: Array, query_block: Any, key_block: Any,
 def scores_by_group(queries: Array, keys: Array) -> Array:
     """[B, K, nq, nk]: pooled_scores of queries [B, nq, N, H], averaged over the heads that read a key head."""
     check_queries_keys(queries, keys)
-    (batch, blocks, heads, width), key_heads = queries.shape, keys.shape[2]
-    grouped = queries.reshape(batch, blocks, key_heads, heads // key_heads, width)
-    return pooled_scores(grouped.astype(accumulator_dtype(queries, keys)).mean(3), keys)
+    return pooled_scores(mean_of_groups(queries, keys.shape[2]), keys)
 
 
-def gate_scores(queries: Array, keys: Array, query_weights: Array, key_weights: Array) -> Array:
-    """[B, N, nq, nk] of D^-1/2 (q_i W) . (k_j W'), the gate of SeerAttention (Gao et al. 2024), without positions.
+def mean_of_groups(queries: Array, heads: int) -> Array:
+    """[B, nq, N, H] -> [B, nq, heads, H], the mean of the heads of each group; of N heads what they are."""
+    check_array("queries", queries, (None,) * 4, "[batch, blocks, heads, head_dim]")
+    check_floating("queries", queries)
+    heads = check_int("heads", heads, least=1)
+    require(queries.shape[2] % heads == 0, "heads", heads, f"need a divisor of {queries.shape[2]} heads")
+    if heads == queries.shape[2]:
+        return queries
+    grouped = queries.reshape(*queries.shape[:2], heads, -1, queries.shape[-1])
+    return grouped.astype(accumulator_dtype(queries)).mean(3)
+
+
+def gate_scores(
+    queries: Array, keys: Array, query_weights: Array, key_weights: Array, *, turns: GateTurns | None = None
+) -> Array:
+    """[B, N, nq, nk] of D^-1/2 (q_i W) . (k_j W'), the gate of SeerAttention (Gao et al. 2024); or [B, K, nq, nk], of
+    the mean queries of groups, that of SeerAttention-R, whose lists serve the group.
 
     Args:
-      queries: [B, nq, N, F], such as the blocks' means; keys: [B, nk, K, F'], such as `gate_keys`. K divides N.
-      query_weights: [N, F, D]. key_weights: [K, F', D].
+      queries: [B, nq, N, F], such as the blocks' means; keys: [B, nk, K, F'], such as `gate_keys`, of tokens without
+        positions: the largest of turned keys says little. K divides N.
+      query_weights: [N, F, D], or [K, F, D] for groups. key_weights: [K, F', D].
+      turns: what gives q_i W and k_j W', [B, n, heads, D], their positions, those of the blocks' starts as published,
+        so that scores depend on how far apart blocks are. None: no positions.
 
     Differentiable; trained by `gate_loss`.
     """
     _check_gate(queries, keys, query_weights, key_weights)
-    return pooled_scores(to_gate(queries, query_weights), to_gate(keys, key_weights))
+    projected = to_gate(queries, query_weights), to_gate(keys, key_weights)
+    return pooled_scores(*(turn(x) for turn, x in zip(turns, projected)) if turns else projected)
 
 
 def _check_gate(queries: Any, keys: Any, query_weights: Any, key_weights: Any) -> None:
     arrays = {"queries": queries, "keys": keys}
     for name, array in arrays.items():
         check_array(name, array, (None,) * 4, "[batch, blocks, heads, features]")
-    check_array("query_weights", query_weights, (*queries.shape[2:], None), "[heads, features, width] of queries")
+    layout = "[heads or key heads, features, width] of queries"
+    check_array("query_weights", query_weights, (None, queries.shape[3], None), layout)
+    is_known = query_weights.shape[0] in (queries.shape[2], keys.shape[2])
+    require(is_known, "query_weights", shape_text(query_weights), f"need {layout}")
     check_array("key_weights", key_weights, (*keys.shape[2:], None), "[heads, features, width] of keys")
     for name, array in {**arrays, "query_weights": query_weights, "key_weights": key_weights}.items():
         check_floating(name, array)
@@ -484,12 +572,14 @@ def gate_keys(key: Array, size: int) -> Array:
 
 
 def to_gate(x: Array, weights: Array) -> Array:
-    """[B, n, N, F] by weights [N, F, D] -> [B, n, N, D], head by head."""
+    """[B, n, N, F] by weights [N, F, D] -> [B, n, N, D], head by head; of weights of fewer heads, the groups' means."""
     check_array("x", x, (None,) * 4, "[batch, blocks, heads, features]")
-    check_array("weights", weights, (*x.shape[2:], None), "[heads, features, width]")
+    check_array("weights", weights, (None, x.shape[3], None), "[heads, features, width]")
+    fits = weights.shape[0] > 0 and x.shape[2] % weights.shape[0] == 0
+    require(fits, "weights", shape_text(weights), f"need heads that divide {x.shape[2]}")
     for name, array in (("x", x), ("weights", weights)):
         check_floating(name, array)
-    return jnp.einsum("BTNF,NFD->BTND", x, weights)
+    return jnp.einsum("BTNF,NFD->BTND", mean_of_groups(x, weights.shape[0]), weights)
 
 
 def gate_loss(
@@ -500,6 +590,7 @@ def gate_loss(
     statistics: Array,
     *,
     eligible: Array | np.ndarray,
+    turns: GateTurns | None = None,
 ) -> Array:
     """What the gate of `gate_scores` is trained by, beside the model: its divergence from what attention does, [].
 
@@ -508,16 +599,22 @@ def gate_loss(
     Only the weights get a gradient. The model, which attends by lists, gives the gate none: add the two losses.
 
     Args:
-      queries, keys, query_weights, key_weights: as in `gate_scores`.
-      statistics: [B, N, nq, nk], the largest weight of each block: `block_statistics(..., reduce="max")`.
+      queries, keys, query_weights, key_weights, turns: as in `gate_scores`.
+      statistics: [B, N, nq, nk], the largest weight of each block: `block_statistics(..., reduce="max")`. For groups
+        the largest of these over the group's heads is taken.
       eligible: bool, broadcasts to them: who competes. Rows without such a block have nothing to learn, and count not.
     """
     _check_gate(queries, keys, query_weights, key_weights)
-    scores = gate_scores(lax.stop_gradient(queries), lax.stop_gradient(keys), query_weights, key_weights)
-    check_array("statistics", statistics, scores.shape, "[batch, heads, query blocks, key blocks]")
+    queries, keys = lax.stop_gradient((queries, keys))
+    scores = gate_scores(queries, keys, query_weights, key_weights, turns=turns)
+    batch, of_lists, *blocks = scores.shape
+    check_array(
+        "statistics", statistics, (batch, queries.shape[2], *blocks), "[batch, heads, query blocks, key blocks]"
+    )
     check_floating("statistics", statistics)
     _check_broadcasts("eligible", eligible, scores.shape)
-    largest = lax.stop_gradient(jnp.where(eligible, statistics.astype(scores.dtype), 0))
+    of_groups = statistics.astype(scores.dtype).reshape(batch, of_lists, -1, *blocks).max(2)
+    largest = lax.stop_gradient(jnp.where(eligible, of_groups, 0))
     total = largest.sum(-1, keepdims=True)
     targets = largest / jnp.where(total > 0, total, 1)
     *_, lse = softmax_parts(scores, jnp.broadcast_to(eligible, scores.shape))

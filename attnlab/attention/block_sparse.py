@@ -538,8 +538,9 @@ IMPLEMENTATIONS: Implementations = {"reference": spoiling(_reference), "xla": sp
 # --- Decoding ---------------------------------------------------------------------------------------------------------
 
 
-# How a query block's lists are chosen: by mean keys, down a tree, or by the weights of a gate.
-Rule = Literal["mean", "tree"] | tuple[Array, Array]
+Turn = Callable[[Array, Array], Array]  # (x [B, n, heads, H], positions int [B|1, n]) -> x with these positions
+# How a query block's lists are chosen: by mean keys, down a tree, or by the weights of a gate and how it turns.
+Rule = Literal["mean", "tree"] | tuple[Array, Array] | tuple[Array, Array, Turn]
 
 
 class BlockSparseCache(NamedTuple):
@@ -575,7 +576,8 @@ def init_block_sparse_cache(
 
     Args:
       key_block: tokens in a block of keys. count: blocks that a query block chooses besides its own.
-      list_heads: heads with lists of their own. None: num_key_heads, for the rule "mean"; the others need all heads.
+      list_heads: heads with lists of their own. None: num_key_heads, whose lists serve the group. For a tree and a gate
+        they may be all heads; of a gate as many as its query weights have.
       representative_dim: None: head_dim, for the rule "mean". For a gate its width, kept in float32 at least, as gates
         compute. 0 for the rule "tree".
       value_dim: None means head_dim.
@@ -630,7 +632,7 @@ def prefill_block_sparse_cache(
     slots, count = cache.key.shape[1], counted(key, lengths)
     require(key.shape[1] <= slots, "key", shape_text(key), f"the cache was made for {slots} tokens")
     key, value = filled(cache.key, key, count), filled(cache.value, value, count)
-    representative = _represented(key, _key_block(cache), rule).astype(cache.representative.dtype)
+    representative = _represented(key, _key_block(cache), rule, 0).astype(cache.representative.dtype)
     start = jnp.maximum(by_row(count) - 1, 0) // query_block * query_block  # of the last query block
     filled_cache = BlockSparseCache(key, value, representative, cache.blocks, count)
     query = tokens_at(query, jnp.broadcast_to(start, (query.shape[0], 1)))
@@ -647,13 +649,17 @@ def _check_rule(rule: Any, first: Any, cache: BlockSparseCache, heads: int) -> i
     key_heads, head_dim = cache.key.shape[2:]
     if isinstance(rule, str):
         check_choice("rule", rule, ("mean", "tree"))
-        needed = (key_heads, head_dim) if rule == "mean" else (heads, 0)
+        of_tree = cache.blocks.shape[1] if cache.blocks.shape[1] == heads else key_heads
+        needed = (key_heads, head_dim) if rule == "mean" else (of_tree, 0)
     else:
-        if not isinstance(rule, tuple) or len(rule) != 2:
-            raise TypeError(f'rule: got {shown(rule)}; need "mean", "tree", or the two weights of a gate')
-        check_array("rule[0]", rule[0], (heads, head_dim, None), "[heads, head_dim, width]")
-        check_array("rule[1]", rule[1], (key_heads, 3 * head_dim, rule[0].shape[-1]), "[key heads, 3 head_dim, width]")
-        needed = (heads, rule[0].shape[-1])
+        if not isinstance(rule, tuple) or len(rule) not in (2, 3) or not all(map(callable, rule[2:])):
+            allowed = '"mean", "tree", or the two weights of a gate, and what turns them'
+            raise TypeError(f"rule: got {shown(rule)}; need {allowed}")
+        check_array("rule[0]", rule[0], (None, head_dim, None), "[heads or key heads, head_dim, width]")
+        of_gate, _, width = rule[0].shape
+        require(of_gate in (heads, key_heads), "rule[0]", shape_text(rule[0]), f"need {heads} heads or {key_heads}")
+        check_array("rule[1]", rule[1], (key_heads, 3 * head_dim, width), "[key heads, 3 head_dim, width]")
+        needed = (of_gate, width)
     made_for = cache.blocks.shape[1], cache.representative.shape[-1]
     sizes = "list_heads={}, representative_dim={}"
     require(made_for == needed, "cache", f"one of {sizes.format(*made_for)}", f"the rule needs {sizes.format(*needed)}")
@@ -661,13 +667,19 @@ def _check_rule(rule: Any, first: Any, cache: BlockSparseCache, heads: int) -> i
     return 1 if first is None else check_int("first", first, least=0, most=2**31 - 1)
 
 
-def _represented(key: Array, key_block: int, rule: Rule) -> Array:
-    """[B, S, K, H] -> [B, nk, K, R], what the rule keeps of blocks."""
+def _turned(x: Array, positions: Any, rule: Rule) -> Array:
+    return x if len(rule) == 2 else rule[2](x, positions)  # type: ignore[operator]
+
+
+def _represented(key: Array, key_block: int, rule: Rule, start: Any) -> Array:
+    """[B, S, K, H] -> [B, nk, K, R], what the rule keeps of blocks. start: int [B|1, 1] or 0, the first position."""
     if rule == "tree":
         return key[:, ::key_block, :, :0]
     if rule == "mean":
         return block_selection.pool_blocks(key, key_block, "mean")
-    return block_selection.to_gate(block_selection.gate_keys(key, key_block), rule[1])
+    positions = start + jnp.arange(key.shape[1])[None]
+    of_blocks = block_selection.gate_keys(_turned(key, -positions, rule), key_block)
+    return _turned(block_selection.to_gate(of_blocks, rule[1]), positions[:, ::key_block], rule)
 
 
 def _chosen(cache: BlockSparseCache, query: Array, start: Array, rule: Rule, first: int) -> Array:
@@ -675,6 +687,7 @@ def _chosen(cache: BlockSparseCache, query: Array, start: Array, rule: Rule, fir
     key_block, count = _key_block(cache), cache.blocks.shape[-1]
     complete = start // key_block
     if rule == "tree":
+        query = block_selection.mean_of_groups(query, cache.blocks.shape[1])
         found = block_selection.tree_blocks(
             query[:, :, None], cache.key, count, key_block=key_block, candidates=complete
         )
@@ -682,7 +695,8 @@ def _chosen(cache: BlockSparseCache, query: Array, start: Array, rule: Rule, fir
     if rule == "mean":
         scores = block_selection.scores_by_group(query, cache.representative)
     else:
-        scores = block_selection.pooled_scores(block_selection.to_gate(query, rule[0]), cache.representative)
+        projected = block_selection.to_gate(_turned(query, -start, rule), rule[0])
+        scores = block_selection.pooled_scores(_turned(projected, start, rule), cache.representative)
     eligible = (jnp.arange(scores.shape[-1])[None] < complete)[:, None, None]
     return block_selection.select_blocks(scores, eligible=eligible, count=count, first=first)[:, :, 0]
 
@@ -708,7 +722,10 @@ def block_sparse_step(
       query_block: tokens in a block of queries; it divides the cache's key_block, or that divides it.
       rule: how a block's first query chooses `count` of the blocks that are complete before it. "mean":
         `block_selection.pooled_blocks`. "tree": `block_selection.tree_blocks`, by centre keys. A gate's (query_weights
-        [N, H, D], key_weights [K, 3 H, D]): `block_selection.gate_scores` of `block_selection.gate_keys`.
+        [N | K, H, D], key_weights [K, 3 H, D]): `block_selection.gate_scores` of `block_selection.gate_keys`. A third
+        of these is what turned queries and keys, turn(x [B, n, heads, .], positions int [B|1, n]) -> x, such as rotary
+        positions: the gate reads them turned back, and turns what it makes of them by the blocks' starts. Lists of key
+        heads, by "mean" and where the cache has them, are those of the mean queries of groups.
       first: how many of the chosen are the sequence's first; None means 1. A tree has none.
 
     Returns:
@@ -738,7 +755,7 @@ def block_sparse_step(
             return x.reshape(x.shape[0], -1, key_block, *x.shape[2:])
 
         own_keys = at(in_blocks(keys), cache.length // key_block)
-        own_kept = _represented(own_keys, key_block, rule)
+        own_kept = _represented(own_keys, key_block, rule, position // key_block * key_block)
         representative = put(cache.representative, own_kept, cache.length // key_block)
         cache = cache._replace(key=keys, value=values, representative=representative)
         start = position // query_block * query_block

@@ -9,6 +9,7 @@ from attnlab.nn.mixers.axial import AxialAttention
 from attnlab.nn.mixers.base import Attention, MixerCache, MixerFactory, Pattern
 from attnlab.nn.mixers.block_sparse import BlockSparseAttention, RegionAttention
 from attnlab.nn.mixers.blockwise import BlockHybrid, CheckpointAttention
+from attnlab.nn.mixers.dynamic_mask import DynamicMaskAttention
 from attnlab.nn.mixers.ema_sinks import EmaSinksAttention
 from attnlab.nn.mixers.landmark import LandmarkAttention
 from attnlab.nn.mixers.learned_blocks import ConnectivityAttention, GateBlockAttention, TreeBlockAttention

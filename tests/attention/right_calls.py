@@ -135,6 +135,11 @@ _OWN = {
     },
     "pyramid_attention": {"levels": np.array([[[[1, 0], [2, 1], [2, 1]]]], np.int32), "places": (2, 1)},
     "block_statistics": {"lse": _normal(BATCH, 6, HEADS)},
+    **{
+        name: {"key_bias": _normal(BATCH, 6, KEY_HEADS)}
+        for name in ("dynamic_mask_attention", "prefill_dynamic_mask_cache")
+    },
+    "dynamic_mask_step": {"key_bias": _normal(BATCH, 1, KEY_HEADS)},
     "dilated_attention": {"window": 2},
     "axial_attention": {**_IMAGE, "axis": 1, "bias": _normal(HEADS, 5, 5)},
     "agent_attention": {"gather_bias": _normal(HEADS, 3, 6), "broadcast_bias": _normal(HEADS, 6, 3)},
@@ -204,6 +209,15 @@ _OWN = {
         "gain": np.ones((3, 2), bool),
         "values": _normal(BATCH, 2, KEY_HEADS, VALUE_DIM),
     },
+    "block_selection.chunk_sparsities": {
+        "chunk_tokens": (2, 3),
+        "target": 0.5,
+        "base": 0.6,
+        "alphas": (1.0, 0.5),
+    },
+    "block_selection.axis_order": {"space": (2, 3), "orders": ((0, 1), (1, 0))},
+    "block_selection.in_order": {"index": np.arange(6)[None]},
+    "block_selection.mean_of_groups": {"heads": KEY_HEADS},
     "block_selection.to_gate": {"weights": _normal(HEADS, HEAD_DIM, 5)},
     "block_selection.chunk_scores": {"starts": np.array([0, 2, 5])},
     "block_selection.connectivity_scores": {

@@ -64,6 +64,22 @@ def test_vectors_of_frames_then_blocks_inside_them():
     np.testing.assert_array_equal(blocks, data["blocks"])
 
 
+def test_vectors_of_sparsities_of_chunks():
+    """Light Forcing: over all pairs of a query and a key they come to the target, and the first chunk sees all."""
+    data = vectors("frames")
+    options = {name: data[name] for name in ("target", "base")}
+    sparsities, beta = selection.chunk_sparsities(data["chunk_tokens"], **options, alphas=data["alphas"])
+    np.testing.assert_allclose(sparsities, data["sparsities"], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(beta, data["beta"], rtol=0, atol=1e-12)
+    tokens = np.array([4, 1, 7, 3])
+    sparsities, _ = selection.chunk_sparsities(tokens, **options, alphas=(5.0, 1.0, 0.6, 0.2))
+    pairs = np.array([(query, key) for query in range(4) for key in range(query + 1)])
+    counts = tokens[pairs[:, 0]] * tokens[pairs[:, 1]]
+    np.testing.assert_allclose((counts * sparsities[pairs[:, 0]]).sum(), data["target"] * counts.sum(), rtol=1e-12)
+    assert sparsities[0] == 0
+    assert (np.diff(sparsities) > 0).all()
+
+
 @pytest.mark.long
 def test_vectors_of_the_tree():
     data = vectors("tree_published")
@@ -106,6 +122,23 @@ def test_vectors_of_the_gate_and_its_training():
     np.testing.assert_allclose(kl, data["kl"], atol=1e-12)
     for got, name in zip(gradients, ("grad_weight_query", "grad_weight_key")):
         np.testing.assert_allclose(got, data[name], atol=1e-12)
+
+
+def test_vectors_of_what_a_gate_for_groups_learns():
+    """SeerAttention-R's targets: of a group's heads the largest weight of each block."""
+    data = vectors("gate_strict")
+    block = data["key_block"]
+    _, lse = A.dot_product_attention(data["query"], data["key"], data["key"], is_causal=True, return_lse=True)
+    sizes = {"query_block": 1, "key_block": block, "is_causal": True}
+    largest = A.block_statistics(data["query"], data["key"], lse, **sizes, reduce="max")
+    keys, weights = selection.gate_keys(data["key"], block), (data["weight_query"], data["weight_key"])
+    got = selection.gate_loss(data["query"], keys, *weights, largest, eligible=data["eligible"])
+    targets, scores = data["targets"], np.where(data["eligible"], data["scores"], -np.inf)
+    has_row = data["eligible"].any(-1)
+    of_gate = (scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True))[:, :, has_row]
+    targets = targets[:, :, has_row]
+    terms = np.where(targets > 0, targets * (np.log(np.where(targets > 0, targets, 1)) - of_gate), 0)
+    np.testing.assert_allclose(got, terms.sum(-1).mean(), atol=1e-12)
 
 
 @pytest.mark.long
@@ -246,6 +279,59 @@ def test_vectors_of_masks():
     got = jax.jit(functools.partial(masks.dense_mask, windows, (8, 12)))()
     np.testing.assert_array_equal(got, data[cyclic][np.ix_(tokens, tokens)])
     assert {*compared, cyclic} == set(data)
+
+
+# --- Orders -----------------------------------------------------------------------------------------------------------
+
+SPACE, ORDERS = (2, 3, 4), [(2, 0, 1), (0, 1, 2)]
+
+
+def test_an_order_of_axes_is_the_grid_transposed_and_back():
+    index, inverse = selection.axis_order(SPACE, ORDERS)
+    places = np.empty((2, 24), int)
+    for frame, row, column in np.ndindex(SPACE):
+        token = (frame * 3 + row) * 4 + column
+        places[:, token] = (column * 2 + frame) * 3 + row, token
+    np.testing.assert_array_equal(inverse, places)
+    np.testing.assert_array_equal(np.take_along_axis(index, places, 1), np.broadcast_to(np.arange(24), (2, 24)))
+    x = np.arange(24.0)[None, :, None, None] + np.zeros((1, 1, 4, 1))
+    moved = np.asarray(selection.in_order(x, index))
+    np.testing.assert_array_equal(moved[0, :, :, 0].T, index.repeat(2, 0))
+    np.testing.assert_array_equal(selection.in_order(moved, inverse), x)
+
+
+def test_attention_does_not_depend_on_the_order_of_its_tokens():
+    """PARO: all that is dense is as it was; what a few blocks see is not."""
+    index, inverse = selection.axis_order((4, 8), [(1, 0), (0, 1)])
+    tokens = QUERY, KEY, OTHER_KEY
+    moved = [selection.in_order(x, index) for x in tokens]
+    want = A.dot_product_attention(*tokens)
+    np.testing.assert_allclose(selection.in_order(A.dot_product_attention(*moved), inverse), want, atol=1e-12)
+    sizes = {"query_block": 4, "key_block": 4}
+    every = selection.lists_of(np.ones((1, 1, 8, 8), bool))
+    of_all = A.block_sparse_attention(*moved, every, **sizes)
+    np.testing.assert_allclose(selection.in_order(of_all, inverse), want, atol=1e-12)
+    few = selection.lists_of(np.eye(8, dtype=bool)[None, None])
+    of_few = selection.in_order(A.block_sparse_attention(*moved, few, **sizes), inverse)
+    place = inverse // 4
+    mask = (place[:, :, None] == place[:, None]).repeat(2, 0)[None]
+    np.testing.assert_allclose(of_few, A.dot_product_attention(*tokens, mask=mask), atol=1e-12)
+    assert np.abs(of_few - A.block_sparse_attention(*tokens, few, **sizes))[:, :, :2].max() > 0.1
+
+
+def test_a_head_that_follows_columns_needs_fewer_blocks_in_their_order():
+    """By the sums of weights over blocks, as PARO chooses a head's order: one block of eight has nearly all."""
+    rng = np.random.default_rng(6)
+    of_columns = np.tile(4 * rng.normal(size=(1, 1, 8, 1, 8)), (1, 8, 1, 1, 1)).reshape(1, 64, 1, 8)
+    needed = {}
+    for order in [(0, 1), (1, 0)]:
+        index, _ = selection.axis_order((8, 8), [order])
+        x = selection.in_order(of_columns, index)
+        _, lse = A.dot_product_attention(x, x, x, return_lse=True)
+        sums = A.block_statistics(x, x, lse, query_block=8, key_block=8, reduce="sum")
+        shares = np.sort(np.asarray(sums) / 8, axis=-1)[..., ::-1].cumsum(-1)
+        needed[order] = int((shares < 0.95).sum(-1).max()) + 1
+    assert needed == {(0, 1): 8, (1, 0): 1}
 
 
 # --- Properties -------------------------------------------------------------------------------------------------------

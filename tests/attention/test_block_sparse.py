@@ -264,13 +264,21 @@ SIZES = [
     {"query_block": q, "key_block": k, "count": count}
     for q, k, count in itertools.product((1, 4, 8), (1, 2, 4), (2, 3))
 ]
-RULES = ("first of the means", "means", "tree", "gate")
+RULES = ("first of the means", "means", "tree", "gate", "tree of groups", "gate of groups", "gate, turned")
 CUTS = [(1, 2, 3, 12, 19), (19,)]
 
 
 def gate(heads, key_heads, head_dim):
     random = np.random.default_rng(5)
     return random.normal(size=(heads, head_dim, 3)), random.normal(size=(key_heads, 3 * head_dim, 3))
+
+
+def turn(x, positions):
+    """The first two channels, by an angle that grows with position."""
+    angle = 0.3 * positions[..., None]
+    first, second = x[..., 0], x[..., 1]
+    turned = [first * jnp.cos(angle) - second * jnp.sin(angle), first * jnp.sin(angle) + second * jnp.cos(angle)]
+    return jnp.concatenate([jnp.stack(turned, -1), x[..., 2:]], -1)
 
 
 def deciding(rule, query, key):
@@ -282,6 +290,9 @@ def deciding(rule, query, key):
         "means": ({"rule": "mean", "first": 0}, {}),
         "tree": ({"rule": "tree"}, of_all | {"representative_dim": 0}),
         "gate": ({"rule": gate(heads, key_heads, head_dim), "first": 1}, of_all),
+        "gate, turned": ({"rule": (*gate(heads, key_heads, head_dim), turn), "first": 1}, of_all),
+        "tree of groups": ({"rule": "tree"}, {"representative_dim": 0}),
+        "gate of groups": ({"rule": gate(key_heads, key_heads, head_dim), "first": 1}, {"representative_dim": 3}),
     }[rule]
 
 
@@ -291,11 +302,18 @@ def strict_lists(rule, query, key, *, query_block, key_block, count):
         sizes = {"query_block": query_block, "key_block": key_block}
         return block_selection.pooled_blocks(query, key, **sizes, count=count, first=int(rule != "means"))
     queries = block_selection.pool_blocks(query, query_block, "first")
+    if rule.endswith("of groups"):
+        queries = queries.reshape(*queries.shape[:2], key.shape[2], -1, queries.shape[-1]).mean(3)
     key_blocks = -(-key.shape[1] // key_block)
     complete, own = block_selection.causal_blocks(queries.shape[1], key_blocks, query_block, key_block)
-    if rule == "gate":
+    if rule.startswith("gate"):
+        turns = None
+        if rule == "gate, turned":
+            starts = [jnp.arange(0, key.shape[1], size)[None] for size in (query_block, key_block)]
+            queries, key = turn(queries, -starts[0]), turn(key, -jnp.arange(key.shape[1])[None])
+            turns = tuple(functools.partial(turn, positions=positions) for positions in starts)
         scores = block_selection.gate_scores(
-            queries, block_selection.gate_keys(key, key_block), *gate(query.shape[2], *key.shape[2:])
+            queries, block_selection.gate_keys(key, key_block), *gate(queries.shape[2], *key.shape[2:]), turns=turns
         )
         return block_selection.select_blocks(scores, eligible=complete, count=count, first=1, own=own)
     found = block_selection.tree_blocks(
@@ -340,6 +358,26 @@ def test_decoding_is_the_parallel_form_however_it_is_cut(rule, number, cuts):
         assert np.isfinite(out[:, :-1]).all()
 
 
+def test_vectors_of_a_gate_for_groups_token_by_token():
+    """SeerAttention-R: the lists and the steps of the mean query of each group."""
+    data = vectors("gate_strict")
+    rule = data["weight_query"], data["weight_key"]
+    assert rule[0].shape[0] == data["key"].shape[2] < data["query"].shape[2]
+    block, length = data["key_block"], data["key"].shape[1]
+    complete, own = block_selection.causal_blocks(length, -(-length // block), 1, block)
+    with jax.enable_x64(True):
+        scores = block_selection.gate_scores(data["query"], block_selection.gate_keys(data["key"], block), *rule)
+        np.testing.assert_allclose(np.where(complete, scores, 0), data["scores"], atol=1e-12)
+        lists = block_selection.select_blocks(scores, eligible=complete, count=data["count"], own=own)
+        np.testing.assert_array_equal(lists, data["blocks"])
+        cache = A.init_block_sparse_cache(
+            1, length, 2, 8, key_block=block, count=data["count"], representative_dim=6, dtype="float64"
+        )
+        tokens = (data[name] for name in ("query", "key", "value"))
+        out, _ = A.block_sparse_step(cache, *tokens, query_block=1, rule=rule, first=0)
+        np.testing.assert_allclose(out, data["out"], atol=1e-9)
+
+
 @pytest.mark.parametrize("number", slow_but([8], range(len(SIZES))))
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.long
@@ -364,7 +402,7 @@ def test_a_prompt_leaves_what_steps_leave(rule, number):
             functools.partial(A.prefill_block_sparse_cache, **options),
             functools.partial(A.block_sparse_step, **options),
             arrays,
-            tolerance_of_copies=1e-12 if rule == "gate" else 0,
+            tolerance_of_copies=1e-12 if rule.startswith("gate") else 0,
         )
 
 
@@ -388,6 +426,7 @@ def test_a_step_is_for_the_cache_that_was_made_for_its_rule():
         ({"rule": "median"}, "rule: got 'median'; need one of mean, tree"),
         ({"rule": weights[:1]}, 'rule: got .*; need "mean", "tree", or the two weights of a gate'),
         ({"rule": (weights[0], weights[1][:, :8])}, r"rule\[1\]: got .*3 head_dim"),
+        ({"rule": (weights[0][:3], weights[1])}, r"rule\[0\]: got .*; need 4 heads or 2"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
             A.block_sparse_step(made["tree"], *now, query_block=1, **options)

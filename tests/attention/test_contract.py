@@ -24,6 +24,7 @@ _VARIANTS = {
     "path, forget gates",
     "landmark, softmax",
     "block-sparse",
+    "dynamic-mask",
     "ema-sinks",
     "ema-sinks, causal",
     "pyramid",
@@ -155,7 +156,9 @@ def test_bfloat16_goes_in_and_out_and_is_accumulated_in_float32(name, form):
 def test_grouped_heads_are_repeated_heads(name, form):
     mechanism = MECHANISMS[name]
     grouped = mechanism.inputs(heads=4, key_heads=2)
-    repeated = {**grouped, **{x: np.repeat(grouped[x], 2, axis=-2) for x in ("key", "value")}}
+    heads = grouped["query"].ndim - 2
+    of_key_heads = {"key", "value", "key_bias"} & set(grouped)
+    repeated = {**grouped, **{x: np.repeat(grouped[x], 2, axis=heads) for x in of_key_heads}}
     run = jax.jit(lambda arrays: mechanism(arrays, form))
     assert_close(run(grouped), run(repeated))
 

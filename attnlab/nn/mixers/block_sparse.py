@@ -38,8 +38,11 @@ class ChosenBlocks(Attention):
         return block_selection.pool_blocks(query, self.query_block, "first" if self.is_causal else "mean")
 
     @abstractmethod
-    def lists(self, query: Array, key: Array) -> Array:
-        """int32 [B, N | K, query blocks, M], the key blocks that query blocks see, of heads [B, T, N|K, H]."""
+    def lists(self, query: Array, key: Array, space: tuple[int, ...]) -> Array:
+        """int32 [B, N | K, query blocks, M], the key blocks that query blocks see, of heads [B, T, N|K, H].
+
+        space: of the T tokens, in raster order.
+        """
 
     @abstractmethod
     def choosing_flops(self, query_blocks: int, key_blocks: int) -> int:
@@ -51,7 +54,7 @@ class ChosenBlocks(Attention):
             query,
             key,
             value,
-            self.lists(query, key),
+            self.lists(query, key, shape[1:-2]),
             query_block=self.query_block,
             key_block=self.key_block,
             is_causal=self.is_causal,
@@ -129,7 +132,7 @@ class BlockSparseAttention(StrictBlocks):
         self.choose_blocks(query_block, key_block, count)
         self.first = check_int("first", first, least=0)
 
-    def lists(self, query: Array, key: Array) -> Array:
+    def lists(self, query: Array, key: Array, space: tuple[int, ...]) -> Array:
         return block_selection.pooled_blocks(
             query,
             key,

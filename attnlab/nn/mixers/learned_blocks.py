@@ -1,7 +1,8 @@
 """Softmax attention to blocks of keys that a gate, a search down a tree, or learned maps choose."""
 
+import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import numpy as np
 
 import attnlab.attention as attention
 from attnlab.attention import block_selection
-from attnlab.attention._shared.checks import check_float, check_int, require
+from attnlab.attention._shared.checks import check_choice, check_float, check_int, require
+from attnlab.nn.layers import grid_positions, rotary_embedding
 from attnlab.nn.mixers.base import flat
 from attnlab.nn.mixers.block_sparse import ChosenBlocks, StrictBlocks
 from attnlab.nn.parameters import auxiliary_loss, normal, parameter
@@ -26,17 +28,27 @@ def _weights_of(query: Array, key: Array, query_block: int, key_block: int, is_c
     )
 
 
+def _rotated(x: Array, positions: Array) -> Array:
+    """x [B, T, heads, H] by positions [B|1, T] of a sequence."""
+    return rotary_embedding(x, positions[..., None])
+
+
 class GateBlockAttention(StrictBlocks):
     """Blocks of queries attend to the blocks of keys that a gate scores highest, which learns beside the model where
-    softmax attention puts its weights: SeerAttention (Gao et al. 2024), with strict lists.
+    softmax attention puts its weights: SeerAttention (Gao et al. 2024) and SeerAttention-R (Gao et al. 2025), with
+    strict lists.
 
     The gate, block_selection.gate_scores, reads a block's first query (not causal: the mean one) and the mean, largest
-    and smallest keys of blocks, with their positions. Its loss in training, block_selection.gate_loss, takes the
-    weights of dense attention, so training takes a dense pass more, which `flops` leaves out.
+    and smallest keys of blocks, without their positions, and turns what it makes of them by where the blocks start: so
+    its scores depend on how far apart blocks are, not on where they are. Its loss in training,
+    block_selection.gate_loss, takes the weights of dense attention, so training takes a dense pass more, which `flops`
+    leaves out.
 
     Args:
       query_block, key_block, count, first: as in BlockSparseAttention.
-      gate_dim: width of the gate.
+      per: what chooses. "group": each key head, by the mean query of its group, for which lists serve all heads of the
+        group, as kernels take them (SeerAttention-R). "head": each query head (SeerAttention).
+      gate_dim: width of the gate; with rotary positions a multiple of twice the space axes.
       distillation: weight of the gate's loss, averaged over rows, beside the model's. It alone trains the gate, and
         trains nothing else.
     """
@@ -49,24 +61,36 @@ class GateBlockAttention(StrictBlocks):
         key_block: int,
         count: int,
         first: int = 1,
+        per: Literal["group", "head"] = "group",
         gate_dim: int = 16,
         distillation: float = 1.0,
         **shared: Any,
     ):
         super().__init__(features, **shared)
         self.choose_blocks(query_block, key_block, count)
+        is_grouped = check_choice("per", per, ("group", "head")) == "group"
+        self.list_heads = self.num_key_heads if is_grouped else self.num_heads
         self.first = check_int("first", first, least=0)
         self.gate_dim = check_int("gate_dim", gate_dim, least=1)
         self.distillation = check_float("distillation", distillation, least=0)
-        width, heads = self.head_dim, (self.num_heads, self.num_key_heads)
-        self.query_gate = parameter((heads[0], width, self.gate_dim), normal(width**-0.5))
-        self.key_gate = parameter((heads[1], 3 * width, self.gate_dim), normal((3 * width) ** -0.5))
+        width = self.head_dim
+        self.query_gate = parameter((self.list_heads, width, self.gate_dim), normal(width**-0.5))
+        self.key_gate = parameter((self.num_key_heads, 3 * width, self.gate_dim), normal((3 * width) ** -0.5))
         self.gate_loss = auxiliary_loss()
 
-    def _gate(self, query: Array, key: Array) -> tuple[Array, Array, Array, Array]:
-        """Queries and keys of blocks, and the weights of both."""
+    def _gate(self, query: Array, key: Array, space: tuple[int, ...]) -> tuple[tuple[Array, Array, Array, Array], Any]:
+        """What block_selection.gate_scores takes: queries and keys of blocks with the weights of both, and `turns`."""
+        turns = None
+        if self.rotary:
+            multiple = 2 * len(space)
+            allowed = f"rotary positions on {len(space)} axes need a multiple of {multiple}"
+            require(self.gate_dim % multiple == 0, "gate_dim", self.gate_dim, allowed)
+            positions = grid_positions(space).reshape(-1, len(space))
+            query, key = (rotary_embedding(x, -positions) for x in (query, key))
+            starts = (positions[::size] for size in (self.query_block, self.key_block))
+            turns = tuple(functools.partial(rotary_embedding, positions=of_blocks) for of_blocks in starts)
         queries, keys = self.queries_of_blocks(query), block_selection.gate_keys(key, self.key_block)
-        return queries, keys, self.query_gate[...], self.key_gate[...]
+        return (queries, keys, self.query_gate[...], self.key_gate[...]), turns
 
     def _eligible(self, query_blocks: int, key_blocks: int) -> tuple[np.ndarray, np.ndarray | None]:
         """(who competes, what is listed besides)."""
@@ -74,8 +98,9 @@ class GateBlockAttention(StrictBlocks):
             return np.ones((1, 1), bool), None
         return block_selection.causal_blocks(query_blocks, key_blocks, self.query_block, self.key_block)
 
-    def lists(self, query: Array, key: Array) -> Array:
-        scores = block_selection.gate_scores(*self._gate(query, key))
+    def lists(self, query: Array, key: Array, space: tuple[int, ...]) -> Array:
+        given, turns = self._gate(query, key, space)
+        scores = block_selection.gate_scores(*given, turns=turns)
         eligible, own = self._eligible(*scores.shape[-2:])
         return block_selection.select_blocks(scores, eligible=eligible, count=self.count, first=self.first, own=own)
 
@@ -83,19 +108,21 @@ class GateBlockAttention(StrictBlocks):
         flat_query, flat_key = flat(query), flat(key)
         weights = _weights_of(flat_query, flat_key, self.query_block, self.key_block, self.is_causal)
         eligible, _ = self._eligible(*weights.shape[-2:])
-        loss = block_selection.gate_loss(*self._gate(flat_query, flat_key), weights, eligible=eligible)
+        given, turns = self._gate(flat_query, flat_key, query.shape[1:-2])
+        loss = block_selection.gate_loss(*given, weights, eligible=eligible, turns=turns)
         self.gate_loss.set_value(self.distillation * loss.astype(jnp.float32))
         return self.mix(query, key, value, x, segment_ids)
 
     def choosing_flops(self, query_blocks: int, key_blocks: int) -> int:
-        queries = self.num_heads * query_blocks * (self.head_dim + key_blocks)
+        queries = self.list_heads * query_blocks * (self.head_dim + key_blocks)
         return 2 * self.gate_dim * (queries + 3 * self.num_key_heads * key_blocks * self.head_dim)
 
     def rule(self) -> dict[str, Any]:
-        return {"rule": (self.query_gate[...], self.key_gate[...]), "first": self.first}
+        weights = self.query_gate[...], self.key_gate[...]
+        return {"rule": (*weights, _rotated) if self.rotary else weights, "first": self.first}
 
     def cache_sizes(self) -> dict[str, int]:
-        return {"list_heads": self.num_heads, "representative_dim": self.gate_dim}
+        return {"list_heads": self.list_heads, "representative_dim": self.gate_dim}
 
 
 class TreeBlockAttention(StrictBlocks):
@@ -103,7 +130,8 @@ class TreeBlockAttention(StrictBlocks):
     of products that grows with the logarithm of the length: HiP attention (Lee et al. 2024), with strict lists.
 
     Causal, a block's first query searches the blocks that end before it, and the block's own are seen besides. Not
-    causal, a block's mean query searches all. See block_selection.tree_blocks.
+    causal, a block's mean query searches all. Queries are the mean of those that read a key head, as its lists serve
+    them all. See block_selection.tree_blocks.
 
     Args:
       query_block, key_block, count: as in BlockSparseAttention.
@@ -113,8 +141,8 @@ class TreeBlockAttention(StrictBlocks):
         super().__init__(features, **shared)
         self.choose_blocks(query_block, key_block, count)
 
-    def lists(self, query: Array, key: Array) -> Array:
-        queries = self.queries_of_blocks(query)
+    def lists(self, query: Array, key: Array, space: tuple[int, ...]) -> Array:
+        queries = block_selection.mean_of_groups(self.queries_of_blocks(query), self.num_key_heads)
         rows, blocks = queries.shape[1], -(-key.shape[1] // self.key_block)
         options: dict[str, Any] = {"key_block": self.key_block}
         if not self.is_causal:
@@ -128,13 +156,13 @@ class TreeBlockAttention(StrictBlocks):
 
     def choosing_flops(self, query_blocks: int, key_blocks: int) -> int:
         halvings = math.ceil(math.log2(max(key_blocks / self.count, 1)))
-        return 2 * query_blocks * self.num_heads * self.head_dim * self.count * (1 + halvings)
+        return 2 * query_blocks * self.num_key_heads * self.head_dim * self.count * (1 + halvings)
 
     def rule(self) -> dict[str, Any]:
         return {"rule": "tree"}
 
     def cache_sizes(self) -> dict[str, int]:
-        return {"list_heads": self.num_heads, "representative_dim": 0}
+        return {"list_heads": self.num_key_heads, "representative_dim": 0}
 
 
 class ConnectivityAttention(ChosenBlocks):
@@ -185,7 +213,7 @@ class ConnectivityAttention(ChosenBlocks):
         options: dict[str, Any] = {"coefficients": self.coefficients, "threshold": self.threshold}
         return block_selection.connectivity_scores(query, key, self.down[...], self.up[...], **options)
 
-    def lists(self, query: Array, key: Array) -> Array:
+    def lists(self, query: Array, key: Array, space: tuple[int, ...]) -> Array:
         return block_selection.select_blocks(
             self._scores(query, key), eligible=np.ones((1, 1), bool), count=min(self.count, self.tokens)
         )
