@@ -181,6 +181,37 @@ def heads_of_a_step(
     return 1
 
 
+def slots_of(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    pattern: Pattern,
+    segment_ids: tuple[Any, Any] | None = None,
+    bias: Any = None,
+    default_blocks: Callable[..., tuple[int, int]],
+    footprint: Callable[..., int],
+    budget: int = VMEM_BUDGET,
+) -> int:
+    """Of how many query tiles the kernel of a SumsCall holds the sums; 0 where VMEM does not hold them.
+
+    The arguments are refusal's; footprint takes slots too.
+    """
+    settings: Any = {"pattern": pattern, "segment_ids": segment_ids, "bias": bias}
+    heads = heads_of_a_step(query, key, value, **settings, default_blocks=default_blocks, footprint=footprint)
+    group = query.shape[2] // key.shape[2]
+    if heads % group:
+        return 0
+    blocks = pattern.blocks(default_blocks(query, key, value))
+    slots = query_slots(pattern.tiled(*blocks), -(-query.shape[1] // blocks[0]))
+    of_step: dict[str, Any] = {"heads": heads, "key_heads": heads // group, "slots": slots}
+    if bias is not None:
+        of_step["bias"] = bias_block(bias, *blocks, heads)
+    widths = padded_width(query.shape[-1]), padded_width(value.shape[-1])
+    tables = 1 + (pattern.has_coordinates or segment_ids is not None)
+    return slots if footprint(*blocks, *widths, query.dtype, tables=tables, **of_step) <= budget else 0
+
+
 def in_base_2(query: Array, scale: float | Array) -> tuple[Array, Array]:
     """The query, and the scale of its products for exponents of 2, above 0: a running maximum is that of q.k, and the
     scale goes into the exponent's own factor."""

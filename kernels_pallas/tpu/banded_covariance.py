@@ -46,7 +46,6 @@ from kernels_pallas.tpu.band import (
     is_last_of_queries,
     one_ahead,
     over_lanes,
-    query_slots,
     save_bounds,
     slot_of,
     spread,
@@ -54,6 +53,7 @@ from kernels_pallas.tpu.band import (
 )
 from kernels_pallas.tpu.band import heads_of_a_step as band_heads
 from kernels_pallas.tpu.band import refusal as band_refusal
+from kernels_pallas.tpu.band import slots_of as band_slots
 
 Array = jax.Array
 
@@ -115,14 +115,10 @@ def heads_of_a_step(query: Any, key: Any, value: Any, *, pattern: Pattern) -> in
 
 
 def slots_of(query: Any, key: Any, value: Any, *, pattern: Pattern) -> int:
-    """Of how many query tiles the kernel for all gradients holds the sums, as in banded_flash_backward.slots_of."""
-    heads = heads_of_a_step(query, key, value, pattern=pattern)
-    group = query.shape[2] // key.shape[2]
-    blocks = pattern.blocks(default_blocks(query, key, value))
-    slots = query_slots(pattern.tiled(*blocks), -(-query.shape[1] // blocks[0])) if heads % group == 0 else 0
-    widths = common.padded_width(query.shape[-1]), common.padded_width(value.shape[-1])
-    sizes: Any = {"tables": 1 + pattern.has_coordinates, "heads": heads, "key_heads": heads // group}
-    return slots if vmem_bytes(*blocks, *widths, query.dtype, **sizes, slots=slots) <= _BUDGET else 0
+    """Of how many query tiles the kernel for all gradients holds the sums (arrays may be shape structs); 0 where there
+    are two kernels."""
+    settings: Any = {"pattern": pattern, "default_blocks": default_blocks, "footprint": vmem_bytes}
+    return band_slots(query, key, value, **settings, budget=_BUDGET)
 
 
 def banded_covariance(

@@ -43,7 +43,6 @@ from kernels_pallas.tpu.band import (
     Step,
     SumsCall,
     add_by_lane,
-    bias_block,
     biased,
     block_bytes,
     blocks_of,
@@ -54,7 +53,6 @@ from kernels_pallas.tpu.band import (
     is_last_of_queries,
     one_ahead,
     over_lanes,
-    query_slots,
     save_bounds,
     slot_of,
     spread,
@@ -62,6 +60,7 @@ from kernels_pallas.tpu.band import (
 )
 from kernels_pallas.tpu.band import heads_of_a_step as band_heads
 from kernels_pallas.tpu.band import refusal as band_refusal
+from kernels_pallas.tpu.band import slots_of as band_slots
 
 Array = jax.Array
 
@@ -146,18 +145,8 @@ def heads_of_a_step(
 def slots_of(query: Any, key: Any, value: Any, *, pattern: Pattern, segment_ids: Any = None, bias: Any = None) -> int:
     """Of how many query tiles the kernel for all of query, key and value holds the sums (arrays may be shape structs);
     0 where there are two kernels."""
-    heads = heads_of_a_step(query, key, value, pattern=pattern, segment_ids=segment_ids, bias=bias)
-    group = query.shape[2] // key.shape[2]
-    block_q, block_k = blocks = pattern.blocks(default_blocks(query, key, value))
-    slots = query_slots(pattern.tiled(*blocks), -(-query.shape[1] // block_q)) if heads % group == 0 else 0
-    widths = common.padded_width(query.shape[-1]), common.padded_width(value.shape[-1])
-    sizes: Any = {
-        "tables": 1 + (pattern.has_coordinates or segment_ids is not None),
-        "heads": heads,
-        "key_heads": heads // group,
-        "bias": None if bias is None else bias_block(bias, block_q, block_k, heads),
-    }
-    return slots if vmem_bytes(*blocks, *widths, query.dtype, **sizes, slots=slots) <= common.VMEM_BUDGET else 0
+    settings: Any = {"pattern": pattern, "segment_ids": segment_ids, "bias": bias}
+    return band_slots(query, key, value, **settings, default_blocks=default_blocks, footprint=vmem_bytes)
 
 
 def banded_flash_gradients(
