@@ -33,6 +33,7 @@ from attnlab.attention._shared.checks import (
     check_group_sizes,
     check_int,
     check_integers,
+    check_items,
     check_key_heads,
     check_queries_keys,
     check_query_key_value,
@@ -216,9 +217,10 @@ def chunk_sparsities(
 
     Float64. A target that base and alphas cannot reach gives sparsities below 0 or above 1: none is cut off.
     """
-    tokens = np.asarray([check_int("chunk_tokens", count, least=1, of=chunk_tokens) for count in chunk_tokens])
-    weights = np.asarray([check_float("alphas", alpha) for alpha in alphas])
-    require(len(weights) == len(tokens) > 0, "alphas", shown(alphas), f"need one for each of {len(tokens)} chunks")
+    counts = check_items("chunk_tokens", chunk_tokens, "chunk")
+    tokens = np.asarray([check_int("chunk_tokens", count, least=1, most=_MOST, of=chunk_tokens) for count in counts])
+    weights = np.asarray([check_float("alphas", alpha) for alpha in check_items("alphas", alphas, "chunk")])
+    require(len(weights) == len(tokens), "alphas", shown(alphas), f"need one for each of {len(tokens)} chunk_tokens")
     target, base = check_float("target", target, least=0, most=1), check_float("base", base, least=0, most=1)
     pairs = tokens * np.cumsum(tokens)
     by_alpha = float((pairs * weights)[1:].sum())
@@ -241,14 +243,14 @@ def axis_order(space: Sequence[int], orders: Sequence[Sequence[int]]) -> tuple[n
     Place i of a head's order has token index[head, i], and token t has place inverse[head, t]: `in_order` by the one
     and then by the other gives what was. Attention that sees all does not depend on the order.
     """
-    space = tuple(check_int("space", length, least=1, of=space) for length in space)
+    lengths = check_items("space", space, "axis")
+    space = tuple(check_int("space", length, least=1, most=_MOST, of=space) for length in lengths)
     axes, tokens = list(range(len(space))), np.arange(int(np.prod(space)), dtype=np.int32).reshape(space)
     index = []
-    for order in orders:
-        fits = isinstance(order, (tuple, list)) and sorted(order) == axes
-        require(fits, "orders", shown(order), f"need all of the axes {axes} for every head")
+    for order in check_items("orders", orders, "head"):
+        fits = isinstance(order, (tuple, list)) and {type(axis) for axis in order} == {int} and sorted(order) == axes
+        require(fits, "orders", shown(order), f"need all axes of space, {axes}, for every head")
         index.append(tokens.transpose(order).ravel())
-    require(len(index) > 0, "orders", shown(orders), "need one for every head")
     return np.stack(index), np.argsort(np.stack(index), axis=-1).astype(np.int32)
 
 
@@ -259,6 +261,8 @@ def in_order(x: Array, index: Array | np.ndarray) -> Array:
     """
     check_array("x", x, (None,) * 4, "[batch, tokens, heads, head_dim]")
     check_array("index", index, (None, x.shape[1]), "[heads, tokens]")
+    check_floating("x", x)
+    check_integers("index", index)
     heads = index.shape[0]
     require(
         heads > 0 and x.shape[2] % heads == 0, "index", shape_text(index), f"need orders that divide {x.shape[2]} heads"
@@ -517,7 +521,8 @@ def mean_of_groups(queries: Array, heads: int) -> Array:
     """[B, nq, N, H] -> [B, nq, heads, H], the mean of the heads of each group; of N heads what they are."""
     check_array("queries", queries, (None,) * 4, "[batch, blocks, heads, head_dim]")
     check_floating("queries", queries)
-    heads = check_int("heads", heads, least=1)
+    heads = check_int("heads", heads, least=1, most=_MOST)
+    require(0 not in queries.shape[2:], "queries", shape_text(queries), "need heads and width of at least 1")
     require(queries.shape[2] % heads == 0, "heads", heads, f"need a divisor of {queries.shape[2]} heads")
     if heads == queries.shape[2]:
         return queries
@@ -541,6 +546,8 @@ def gate_scores(
     Differentiable; trained by `gate_loss`.
     """
     _check_gate(queries, keys, query_weights, key_weights)
+    if turns is not None and not (isinstance(turns, tuple) and len(turns) == 2 and all(map(callable, turns))):
+        raise TypeError(f"turns: got {shown(turns)}; need None, or a function for queries and one for keys")
     projected = to_gate(queries, query_weights), to_gate(keys, key_weights)
     return pooled_scores(*(turn(x) for turn, x in zip(turns, projected)) if turns else projected)
 

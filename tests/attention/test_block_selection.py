@@ -68,11 +68,13 @@ def test_vectors_of_sparsities_of_chunks():
     """Light Forcing: over all pairs of a query and a key they come to the target, and the first chunk sees all."""
     data = vectors("frames")
     options = {name: data[name] for name in ("target", "base")}
-    sparsities, beta = selection.chunk_sparsities(data["chunk_tokens"], **options, alphas=data["alphas"])
+    sparsities, beta = selection.chunk_sparsities(
+        data["chunk_tokens"].tolist(), **options, alphas=data["alphas"].tolist()
+    )
     np.testing.assert_allclose(sparsities, data["sparsities"], rtol=0, atol=1e-12)
     np.testing.assert_allclose(beta, data["beta"], rtol=0, atol=1e-12)
     tokens = np.array([4, 1, 7, 3])
-    sparsities, _ = selection.chunk_sparsities(tokens, **options, alphas=(5.0, 1.0, 0.6, 0.2))
+    sparsities, _ = selection.chunk_sparsities(tokens.tolist(), **options, alphas=(5.0, 1.0, 0.6, 0.2))
     pairs = np.array([(query, key) for query in range(4) for key in range(query + 1)])
     counts = tokens[pairs[:, 0]] * tokens[pairs[:, 1]]
     np.testing.assert_allclose((counts * sparsities[pairs[:, 0]]).sum(), data["target"] * counts.sum(), rtol=1e-12)

@@ -101,6 +101,14 @@ def check_ints(name: str, value: Any, *, least: int = 1, layout: tuple[str, ...]
     return check_int(name, value, least=least)
 
 
+def check_items(name: str, value: Any, item: str) -> tuple[Any, ...]:
+    """A tuple or list of at least one item, as a tuple; the items are the caller's to check."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}: got {shown(value)}; need a tuple, one {item} each")
+    require(len(value) > 0, name, shown(value), f"need at least one {item}")
+    return tuple(value)
+
+
 def check_float(
     name: str, value: Any, *, least: float | None = None, most: float | None = None, above: float | None = None
 ) -> float:
