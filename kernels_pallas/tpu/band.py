@@ -1006,6 +1006,15 @@ def save_bounds(band: Band, step: Step, scratch: Sequence[Any]) -> None:
                 ref[...] = spread(step.query_table[row : row + 1, :])
 
 
+def save_numbers(step: Step, numbers: Any, columns: Any) -> None:
+    """Fills columns, [rows, queries, LANES], from numbers, [rows, queries], in a row's first step."""
+
+    @pl.when(is_first(step))
+    def _() -> None:
+        for row in range(numbers.shape[0]):
+            columns[row] = spread(numbers[row : row + 1, :])
+
+
 def spread(row: Array) -> Array:
     """[1, rows] -> [rows, 128], equal over the lanes; a transposition costs less than a broadcast over lanes."""
     return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))

@@ -41,14 +41,13 @@ from kernels_pallas.tpu.band import (
     blocks_of,
     finite,
     hide,
-    is_first,
     is_last,
     is_last_of_queries,
     one_ahead,
     over_lanes,
     save_bounds,
+    save_numbers,
     slot_of,
-    spread,
     visit,
 )
 from kernels_pallas.tpu.band import heads_of_a_step as band_heads
@@ -289,15 +288,6 @@ def _clear(*refs: Any) -> None:
         ref[...] = jnp.zeros_like(ref)
 
 
-def _save_numbers(step: Step, numbers_ref: Any, columns_ref: Any) -> None:
-    """A row's first step: of each number of a tile's queries, which it has along the lanes, a column over the lanes."""
-
-    @pl.when(is_first(step))
-    def _() -> None:
-        for row in range(numbers_ref.shape[0]):
-            columns_ref[row] = spread(numbers_ref[row : row + 1, :])
-
-
 def _forward_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
     """One visit of a query tile to a key tile, of several heads."""
     numbers_ref, query_ref, direction_ref, key_ref, value_ref, out_ref, acc_ref, columns_ref, *bounds = refs
@@ -305,7 +295,7 @@ def _forward_kernel(step: Step, scale_ref: Any, *refs: Any, band: Band) -> None:
     per_key = heads // key_ref.shape[0]
     pl.when(step.is_start)(lambda: _clear(acc_ref))
     save_bounds(band, step, bounds)
-    _save_numbers(step, numbers_ref, columns_ref)
+    save_numbers(step, numbers_ref, columns_ref)
 
     def accumulate(body: Body) -> None:
         def products(head: int, piece: Piece) -> tuple[Array, Array]:
@@ -337,7 +327,7 @@ def _query_kernel(step: Step, scale_ref: Any, numbers_ref: Any, *refs: Any, band
     per_key = heads // key_ref.shape[0]
     pl.when(step.is_start)(lambda: _clear(query_acc_ref, direction_acc_ref))
     save_bounds(band, step, bounds)
-    _save_numbers(step, numbers_ref, columns_ref)
+    save_numbers(step, numbers_ref, columns_ref)
 
     def number(row: int, head: int, piece: Piece) -> Array:
         return over_lanes(columns_ref[row * heads + head, piece.queries], piece.keys.stop - piece.keys.start)

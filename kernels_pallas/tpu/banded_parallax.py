@@ -42,13 +42,12 @@ from kernels_pallas.tpu.band import (
     finite,
     hide,
     in_base_2,
-    is_first,
     is_last,
     lse_of,
     one_ahead,
     over_lanes,
     save_bounds,
-    spread,
+    save_numbers,
     visit_anew,
 )
 from kernels_pallas.tpu.band import heads_of_a_step as band_heads
@@ -195,11 +194,7 @@ def _kernel(step: Step, scale_ref: Any, reference_ref: Any, *refs: Any, band: Ba
             ref[:, queries] = jnp.full_like(ref[:, queries], MASKED if ref is maximum_ref else 0)
 
     save_bounds(band, step, bounds)
-
-    @pl.when(is_first(step))
-    def _() -> None:
-        for head in range(heads):
-            offset_ref[head] = spread(reference_ref[head : head + 1, :])
+    save_numbers(step, reference_ref, offset_ref)
 
     def accumulate(body: Body, is_new: bool) -> None:
         def product(head: int, piece: Piece) -> tuple[Array, Array]:
